@@ -1,0 +1,38 @@
+# Commands that people and continuous integration share. `make demo` and `make test` need Python 3.11+ and git, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-fast lint bench clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+# The main job: FP32 against three 4-bit recipes on real images, several seeds, then the report.
+demo: $(STAMP)
+	$(BIN)/fourbit compare --model digits_cnn --data digits --recipes fp32,int4-fwd,ibm2020,ibm2020-no-tpr \
+		--seeds 0,1,2 --epochs 8 --out runs/demo
+	$(BIN)/fourbit report runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

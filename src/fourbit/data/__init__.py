@@ -1,0 +1,20 @@
+"""Image data sets as whole uint8 tensors, and batches cut from them.
+
+    data = load("cifar10", data_dir="path/to/cifar10")       # or from the Hugging Face hub, without data_dir
+    for x, y in batches(data, "train", 128, seed=0, epoch=3):
+        ...                                                  # x float32 [128, 3, 32, 32], normalised; y int64 [128]
+
+`load` decodes every image once and keeps the tensors in a cache file, so that the second start takes about a second.
+`batches` works on whole tensors: one gather, crop, flip and normalisation per batch, with no worker processes. What it
+returns depends only on (seed, epoch, batch index), so a run resumes in the middle of an epoch with the same numbers.
+To add a data set, register one function (see `catalog`).
+"""
+
+from fourbit.data import catalog as catalog
+from fourbit.data._base import Augment as Augment
+from fourbit.data._base import ImageData as ImageData
+from fourbit.data._base import load as load
+from fourbit.data._base import names as names
+from fourbit.data._base import register as register
+from fourbit.data._batches import batches as batches
+from fourbit.data._batches import num_batches as num_batches

@@ -1,0 +1,145 @@
+"""What a data set is (`ImageData`), and the catalogue of those that `load` knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourbit._registry import Registry
+from fourbit.errors import UserError, unknown
+
+Loader = Callable[[Path | None], "ImageData"]
+
+DATASETS: Registry[Loader] = Registry("data set")
+register = DATASETS.register
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes to training images; the default changes nothing.
+
+    Args:
+        crop_padding: pad this many black pixels on each side, then cut out the original size at a random place.
+        flip: mirror left and right with probability 1/2.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A labelled image data set in memory.
+
+    Args:
+        name: its name in the catalogue.
+        train_x: uint8 [N, C, H, W], 0 black to 255 white.
+        train_y: int64 [N], class numbers from 0.
+        test_x: as train_x, with as many channels and the same size.
+        test_y: as train_y.
+        classes: name of each class; their number is the number of classes.
+        mean: per channel, of pixel/255 over the training images.
+        std: per channel, likewise.
+        augment: how training images are varied.
+
+    Raises:
+        UserError: tensors that do not fit together, or a label without a class.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment = Augment()
+
+    def __post_init__(self):
+        for split in SPLITS:
+            x, y = self.split(split)
+            if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1]:
+                raise UserError(
+                    f"{split} tensors of {self.name} must be uint8 [N, C, H, W] and int64 [N], "
+                    f"not {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}."
+                )
+            check_labels(y, self.num_classes, f"{split} of {self.name}")
+        if self.train_x.shape[1:] != self.test_x.shape[1:]:
+            raise UserError(
+                f"{self.name}: training images are {list(self.train_x.shape[1:])} but test images "
+                f"{list(self.test_x.shape[1:])}; they must have the same [C, H, W]."
+            )
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise UserError(f"{self.name} has {self.channels} channels: give as many values of mean and std.")
+
+    def split(self, name: str) -> tuple[Tensor, Tensor]:
+        """Images and labels of "train" or "test"; UserError for another name."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        return (self.train_x, self.train_y) if name == "train" else (self.test_x, self.test_y)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.train_x.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels; the images of the catalogue are square."""
+        return self.train_x.shape[2]
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    """UserError naming the first label that is not in 0..num_classes-1."""
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise UserError(
+            f"label {int(labels[row])} in row {row} of {where} is out of range: "
+            f"labels must be 0 to {num_classes - 1}."
+        )
+
+
+def names() -> list[str]:
+    """Names that `load` knows.
+
+    >>> names()
+    ['digits', 'cifar10', 'fashion_mnist']
+    """
+    return list(DATASETS)
+
+
+def load(name: str, data_dir: str | Path | None = None) -> ImageData:
+    """The data set `name`, decoded, in memory.
+
+    Args:
+        name: one of `names()`.
+        data_dir: folder with its parquet files (in subfolders if need be, the split in the file name:
+            train-00000-of-00002.parquet). None: from the Hugging Face hub.
+
+    Raises:
+        UserError: unknown name, missing or unsuitable files, no connection to the hub.
+
+    >>> data = load("digits")
+    >>> data.train_x.shape, data.num_classes
+    (torch.Size([1437, 1, 8, 8]), 10)
+    """
+    loader = DATASETS[name]
+    if data_dir is None:
+        return loader(None)
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}: give an existing one, or none to use the hub.")
+    return loader(folder)

@@ -1,0 +1,162 @@
+"""Opening parquet data with Hugging Face `datasets`: from a local folder or from the hub.
+
+A folder may hold the files at any depth, as a copy of a hub repository does (plain_text/train-00000-of-00002.parquet or
+plain_text/train/0000.parquet). The split is the word "train" or "test" in the file name, else in a folder name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fourbit.data._base import SPLITS
+from fourbit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+INSTALL = "pip install 'fourbit[train]'"
+HUB_TIMEOUT_S = 10
+
+
+def find_parquet(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files of each split below `folder`, sorted by path.
+
+    Raises:
+        UserError: no parquet file, none for a split, or those of a split in several folders (several data sets).
+    """
+    files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    if not files:
+        raise UserError(
+            f"no parquet file in {folder} or its subfolders: give the folder that holds the data set."
+        )
+    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for path in files:
+        split = _split_of(path.relative_to(folder))
+        if split is not None:
+            found[split].append(path)
+    for split, paths in found.items():
+        if not paths:
+            example = files[0].relative_to(folder)
+            raise UserError(
+                f"no {split} split in {folder}: name its files like {split}-00000-of-00001.parquet "
+                f"(found {len(files)} files such as {example})."
+            )
+        parents = sorted({str(path.parent) for path in paths})
+        if len(parents) > 1:
+            raise UserError(
+                f"{split} files lie in several folders below {folder}: give the folder of one data set, "
+                f"such as {parents[0]}."
+            )
+    return found
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a path relative to the data folder belongs to: the file name decides before the folders.
+
+    >>> _split_of(Path("plain_text/train-00000-of-00002.parquet")), _split_of(Path("test/0000.parquet"))
+    ('train', 'test')
+    """
+    for part in (path.stem, *reversed(path.parent.parts)):
+        words = re.split(r"[^a-z]+", part.lower())
+        for split in SPLITS:
+            if split in words:
+                return split
+    return None
+
+
+def fingerprint(name: str, files: Mapping[str, list[Path]] | None = None, folder: Path | None = None) -> str:
+    """Hash of `name` and of the path in `folder`, size and modification time of every file: 16 hex digits."""
+    lines = [name]
+    for split, paths in (files or {}).items():
+        for path in paths:
+            status = path.stat()
+            lines.append(f"{split} {path.relative_to(folder or '')} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def open_folder(files: Mapping[str, list[Path]]) -> dict[str, Dataset]:
+    """The splits in `files` as `datasets` tables.
+
+    Raises:
+        UserError: a file that is not readable parquet, or files of a split with different columns.
+    """
+    try:
+        import datasets
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"image data sets need the package datasets: {INSTALL}.") from error
+    for path in (path for paths in files.values() for path in paths):
+        try:
+            pq.read_schema(path)  # only the footer: names the damaged file, which `datasets` would not
+        except Exception as error:
+            raise UserError(
+                f"cannot read {path} as parquet: replace the file ({_first_line(error)})."
+            ) from error
+    try:
+        with _quiet_unless_terminal():
+            # One call per split: `datasets` wants equal columns within a call, and a missing one is reported better later.
+            return {
+                split: datasets.load_dataset(
+                    "parquet", data_files={split: [str(p) for p in paths]}, split=split
+                )
+                for split, paths in files.items()
+            }
+    except Exception as error:
+        folder = next(iter(files.values()))[0].parent
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"cannot read the parquet files in {folder}: replace them ({reason}).") from error
+
+
+def open_hub(hub_id: str) -> dict[str, Dataset]:
+    """The splits of the hub's data set `hub_id` as `datasets` tables, downloaded if they are not in its cache.
+
+    Raises:
+        UserError: the hub cannot be reached, or the data set lacks a split.
+    """
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError(f"image data sets need the package datasets: {INSTALL}.") from error
+    try:
+        if not datasets.config.HF_HUB_OFFLINE:
+            # Fails at once where load_dataset would retry for half a minute.
+            HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
+        with _quiet_unless_terminal():
+            found = datasets.load_dataset(hub_id)
+    except Exception as error:  # network, proxy, HTTP and cache errors of four packages
+        raise UserError(
+            f"cannot get {hub_id} from the Hugging Face hub ({_first_line(error)}): check the network, "
+            f"or download its parquet files and give their folder with --data-dir."
+        ) from error
+    missing = [split for split in SPLITS if split not in found]
+    if missing:
+        raise UserError(
+            f"{hub_id} on the hub has no {missing[0]} split: give a folder that has one with --data-dir."
+        )
+    return {split: found[split] for split in SPLITS}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Without the progress bars of `datasets` where stderr is a file or a pipe."""
+    import datasets
+    from rich.console import Console
+
+    bars = datasets.is_progress_bar_enabled()
+    if not Console(stderr=True).is_terminal:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,43 @@
+"""Number formats as data, in pure Python: codes, grids, decision points, and the rounding that defines all others.
+
+>>> from fourbit import formats
+>>> formats.get("fp4_e2m1").max
+6.0
+"""
+
+from fourbit.formats._base import Codebook as Codebook
+from fourbit.formats._base import Format as Format
+from fourbit.formats._base import IntFormat as IntFormat
+from fourbit.formats._float import FloatFormat as FloatFormat
+from fourbit.formats._float import midpoint_rule as midpoint_rule
+from fourbit.formats.catalog import BFLOAT16 as BFLOAT16
+from fourbit.formats.catalog import BINARY16 as BINARY16
+from fourbit.formats.catalog import CATALOG as CATALOG
+from fourbit.formats.catalog import E8M0 as E8M0
+from fourbit.formats.catalog import FP4_121 as FP4_121
+from fourbit.formats.catalog import FP4_E2M1 as FP4_E2M1
+from fourbit.formats.catalog import FP4_R2 as FP4_R2
+from fourbit.formats.catalog import FP4_R2_5 as FP4_R2_5
+from fourbit.formats.catalog import FP4_R4_EVEN as FP4_R4_EVEN
+from fourbit.formats.catalog import FP4_R4_ODD as FP4_R4_ODD
+from fourbit.formats.catalog import FP4_R8 as FP4_R8
+from fourbit.formats.catalog import FP8_143 as FP8_143
+from fourbit.formats.catalog import FP8_152 as FP8_152
+from fourbit.formats.catalog import FP8_E4M3FN as FP8_E4M3FN
+from fourbit.formats.catalog import FP8_E5M2 as FP8_E5M2
+from fourbit.formats.catalog import FP16_169 as FP16_169
+from fourbit.formats.catalog import INT2 as INT2
+from fourbit.formats.catalog import INT2_MIDRISE as INT2_MIDRISE
+from fourbit.formats.catalog import INT2_SYM as INT2_SYM
+from fourbit.formats.catalog import INT3 as INT3
+from fourbit.formats.catalog import INT3_MIDRISE as INT3_MIDRISE
+from fourbit.formats.catalog import INT3_SYM as INT3_SYM
+from fourbit.formats.catalog import INT4 as INT4
+from fourbit.formats.catalog import INT4_MIDRISE as INT4_MIDRISE
+from fourbit.formats.catalog import INT4_SYM as INT4_SYM
+from fourbit.formats.catalog import INT8 as INT8
+from fourbit.formats.catalog import INT8_SYM as INT8_SYM
+from fourbit.formats.catalog import UINT4 as UINT4
+from fourbit.formats.catalog import UINT8 as UINT8
+from fourbit.formats.catalog import get as get
+from fourbit.formats.catalog import names as names

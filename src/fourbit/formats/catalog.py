@@ -1,0 +1,168 @@
+"""The formats by name. A new format is one constant here; lists, documentation and tests follow by themselves.
+
+Gradient formats are placed so that their largest magnitude is 64 (32 for the odd phase, 48 for [1,2,1]), because
+GradScale keeps the largest gradient in (32, 64]. Any other placement is a matter of the scale.
+"""
+
+from __future__ import annotations
+
+from fourbit._registry import Registry
+from fourbit.formats._base import Codebook, Format, IntFormat
+from fourbit.formats._float import FloatFormat, midpoint_rule
+
+CATALOG: Registry[Format] = Registry("format")
+"""Every format of this module, by name."""
+
+_PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
+_MX = "OCP Microscaling Formats (MX) Specification v1.0"
+_OFP8 = "OCP 8-bit Floating Point Specification v1.0"
+_HFP8 = "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference, NeurIPS 2019"
+_DLFLOAT = "Agrawal et al., DLFloat: A 16-b Floating Point Format, ARITH 2019"
+_IEEE = "IEEE 754"
+_SAWB = "Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019"
+
+
+def _logarithmic(name: str, radix: int, bias: int, summary: str, source: str, log2_shift: int = 0) -> FloatFormat:
+    """[1,3,0]: a sign, seven powers of the radix, and zero; rounded by the radix's multiply-and-truncate rule."""
+    return FloatFormat(
+        name,
+        summary,
+        source,
+        3,
+        0,
+        bias,
+        radix,
+        subnormals=False,
+        rule=midpoint_rule(radix),
+        log2_shift=log2_shift,
+    )
+
+
+def _add(format: Format) -> Format:
+    return CATALOG.add(format.name, format)
+
+
+FP4_R4_EVEN = _add(
+    _logarithmic("fp4_r4_even", 4, 4, "radix-4 [1,3,0]: 0, +-{4^-3 .. 4^3}; dgrad phase, decides at 4^n/1.6", _PAPER)
+)
+FP4_R4_ODD = _add(
+    _logarithmic(
+        "fp4_r4_odd",
+        4,
+        4,
+        "radix-4 [1,3,0], odd phase: half the even grid, +-{2^-7 .. 2^5}; wgrad",
+        _PAPER,
+        -1,
+    )
+)
+FP4_R2 = _add(_logarithmic("fp4_r2", 2, 1, "radix-2 [1,3,0]: 0, +-{2^0 .. 2^6}; also LUQ's format", _PAPER))
+FP4_R8 = _add(_logarithmic("fp4_r8", 8, 5, "radix-8 [1,3,0]: 0, +-{8^-4 .. 8^2}", "variation on " + _PAPER))
+FP4_R2_5 = _add(
+    Codebook(
+        "fp4_r2_5",
+        "radix-2, five magnitudes: 0, +-{2^2 .. 2^6}; LUQ with alpha = max/16, as its Eq. 11 is printed",
+        "Chmiel et al., Accurate Neural Training with 4-bit Matrix Multiplications, ICLR 2023",
+        table=(0, 4, 8, 16, 32, 64, -4, -8, -16, -32, -64),
+    )
+)
+FP4_121 = _add(
+    FloatFormat(
+        "fp4_121",
+        "radix-2 [1,2,1] without subnormals: 0, +-{6, 8, 12, .. 48}, range 2^3",
+        _PAPER,
+        2,
+        1,
+        -2,
+        subnormals=False,
+    )
+)
+FP4_E2M1 = _add(FloatFormat("fp4_e2m1", "OCP E2M1: 0, +-{0.5, 1, 1.5, 2, 3, 4, 6}", _MX, 2, 1, 1))
+
+INT4_SYM = _add(IntFormat("int4_sym", "-7 .. 7, 15 levels with zero; SAWB's zero-aligned form", _SAWB, 4, -7, 7))
+INT4 = _add(IntFormat("int4", "-8 .. 7, two's complement, 16 levels", "", 4, -8, 7))
+INT4_MIDRISE = _add(IntFormat("int4_midrise", "+-{0.5 .. 7.5}, 16 levels without zero", _SAWB, 4, -7.5, 7.5))
+UINT4 = _add(IntFormat("uint4", "0 .. 15; PACT after ReLU", "Choi et al., PACT, arXiv 1805.06085", 4, 0, 15))
+INT2_SYM = _add(IntFormat("int2_sym", "-1 .. 1, ternary", _SAWB, 2, -1, 1))
+INT2 = _add(IntFormat("int2", "-2 .. 1, two's complement", "", 2, -2, 1))
+INT2_MIDRISE = _add(IntFormat("int2_midrise", "+-{0.5, 1.5}, 4 levels without zero", _SAWB, 2, -1.5, 1.5))
+INT3_SYM = _add(IntFormat("int3_sym", "-3 .. 3, 7 levels", "", 3, -3, 3))
+INT3 = _add(IntFormat("int3", "-4 .. 3, two's complement", "", 3, -4, 3))
+INT3_MIDRISE = _add(IntFormat("int3_midrise", "+-{0.5 .. 3.5}, 8 levels without zero", _SAWB, 3, -3.5, 3.5))
+INT8_SYM = _add(IntFormat("int8_sym", "-127 .. 127, 255 levels with zero", _SAWB, 8, -127, 127))
+INT8 = _add(IntFormat("int8", "-128 .. 127, two's complement", "", 8, -128, 127))
+UINT8 = _add(IntFormat("uint8", "0 .. 255", "", 8, 0, 255))
+
+FP8_143 = _add(
+    FloatFormat(
+        "fp8_143",
+        "1-4-3, IBM's bias 7 + 4 = 11: 1.125 * 2^-11 to 30, no subnormals, every code a number",
+        _HFP8,
+        4,
+        3,
+        11,
+        subnormals=False,
+    )
+)
+FP8_152 = _add(
+    FloatFormat("fp8_152", "1-5-2, bias 15: 2^-16 (subnormal) to 1.75 * 2^16, every code a number", _HFP8, 5, 2, 15)
+)
+FP8_E4M3FN = _add(FloatFormat("fp8_e4m3fn", "OCP E4M3: up to 448, NaN, no infinity", _OFP8, 4, 3, 7, specials="nan"))
+FP8_E5M2 = _add(
+    FloatFormat("fp8_e5m2", "OCP E5M2: up to 57344, infinity and NaN, saturating", _OFP8, 5, 2, 15, specials="ieee")
+)
+E8M0 = _add(
+    FloatFormat(
+        "e8m0",
+        "OCP scale format: 2^-127 .. 2^127, no sign, no zero",
+        _MX,
+        8,
+        0,
+        127,
+        is_signed=False,
+        subnormals=False,
+        specials="nan",
+        has_zero=False,
+    )
+)
+
+FP16_169 = _add(
+    FloatFormat(
+        "fp16_169",
+        "1-6-9, DLFloat16: bias 31, no subnormals, one code for NaN and infinity",
+        _DLFLOAT,
+        6,
+        9,
+        31,
+        subnormals=False,
+        specials="nan",
+    )
+)
+BINARY16 = _add(
+    FloatFormat("binary16", "IEEE half precision, 1-5-10", _IEEE, 5, 10, 15, specials="ieee", on_overflow="infinity")
+)
+BFLOAT16 = _add(
+    FloatFormat(
+        "bfloat16",
+        "1-8-7, the upper half of float32",
+        "Google Brain",
+        8,
+        7,
+        127,
+        specials="ieee",
+        on_overflow="infinity",
+    )
+)
+
+
+def get(format: str | Format) -> Format:
+    """The format of that name (a Format passes through).
+
+    Raises:
+        UserError: no such name; the message has the nearest ones.
+    """
+    return format if isinstance(format, Format) else CATALOG[format]
+
+
+def names() -> list[str]:
+    """Names of all formats in the catalogue."""
+    return list(CATALOG)

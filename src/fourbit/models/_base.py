@@ -1,0 +1,94 @@
+"""The catalogue of networks: a name, and a function that builds it.
+
+A builder takes the number of classes and of input channels and returns a module that maps images [B, C, H, W] to logits
+[B, num_classes]. Registering it is all there is to adding a model:
+
+    @register("my_net")
+    def my_net(num_classes: int, in_channels: int) -> nn.Module: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fourbit._registry import Registry
+from fourbit.errors import UserError
+
+Builder = Callable[[int, int], nn.Module]
+
+MODELS: Registry[Builder] = Registry("model")
+register = MODELS.register
+
+# The networks halve the image three times (VGG five times, but its pools round up), which takes 8 pixels to 1.
+MIN_IMAGE_SIZE = 8
+
+
+def names() -> list[str]:
+    """Names that `build` knows.
+
+    >>> "resnet20" in names()
+    True
+    """
+    return list(MODELS)
+
+
+def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """A newly initialised network in full precision.
+
+    Args:
+        name: one of `names()`.
+        num_classes: number of logits, 1 or more.
+        in_channels: channels of the input: 3 for colour, 1 for grey.
+        image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
+
+    Raises:
+        UserError: unknown name (with the nearest names), or a number out of range.
+
+    Weights are drawn from torch's global generator: call `torch.manual_seed` first for a repeatable start.
+
+    >>> sum(p.numel() for p in build("resnet20", num_classes=10).parameters())
+    269722
+    """
+    builder = MODELS[name]
+    if num_classes < 1:
+        raise UserError(f"num_classes is {num_classes}: a model needs at least 1 class.")
+    if in_channels < 1:
+        raise UserError(f"in_channels is {in_channels}: give 1 for grey or 3 for colour images.")
+    if image_size < MIN_IMAGE_SIZE:
+        raise UserError(
+            f"image_size is {image_size}, too small for {name}: use images of at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
+        )
+    return builder(num_classes, in_channels)
+
+
+def initialise(model: nn.Module) -> None:
+    """He initialisation in place: convolutions N(0, 2/fan_out), BatchNorm weight 1 and bias 0, classifier bias 0.
+
+    fan_out = out_channels * kernel area, the choice of the reference implementation of residual networks (He et al.,
+    "Delving deep into rectifiers", arXiv 1502.01852, section 2.2). Classifier weights are left at torch's default,
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def conv_bn(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Convolution with "same" padding and without bias (BatchNorm's own would cancel it), then BatchNorm."""
+    padding = kernel_size // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )

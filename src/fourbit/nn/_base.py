@@ -1,0 +1,109 @@
+"""What all quantized layers share, and the table from torch's classes to ours.
+
+A quantized layer *is* the torch layer (a subclass with the same parameters, attributes and constructor) plus one child,
+`quant`, that holds the spec and the state. Conversion therefore assigns `__class__` and adds the child: parameters,
+hooks, ties between layers and references held elsewhere all survive, and `restore` takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.errors import UserError
+from fourbit.ops import Contraction, LayerSpec, LayerState, contract
+
+SWAPS: dict[type[nn.Module], type[Quantized]] = {}
+"""torch class -> quantized class."""
+
+Q = TypeVar("Q", bound="type[Quantized]")
+
+
+def swaps(torch_class: type[nn.Module]) -> Callable[[Q], Q]:
+    """Class decorator: the decorated layer replaces `torch_class` in `convert`."""
+
+    def enter(quantized_class: Q) -> Q:
+        SWAPS[torch_class] = quantized_class
+        return quantized_class
+
+    return enter
+
+
+class Quantized(nn.Module):
+    """Mixin of every quantized layer. `spec=` is the one argument more than torch's constructor takes."""
+
+    quant: LayerState
+
+    def __init__(self, *args: Any, spec: LayerSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.attach(spec or LayerSpec())
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The six slots."""
+        return self.quant.spec
+
+    @property
+    def num_channels(self) -> int:
+        """Output channels."""
+        for name in ("out_features", "out_channels"):
+            if hasattr(self, name):
+                return getattr(self, name)
+        return 1
+
+    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0) -> None:
+        """Give the layer a spec and fresh state."""
+        self.quant = LayerState(spec, self.num_channels, seed, index)
+        weight = getattr(self, "weight", None)
+        if isinstance(weight, Tensor):
+            self.quant.to(weight.device)
+        self.quant.train(self.training)
+
+    def contraction(self) -> Contraction:
+        """The bilinear map that the layer computes."""
+        raise TypeError(f"{type(self).__name__} defines no contraction")
+
+    def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:
+        """x * w under this layer's spec."""
+        return contract(x, w, contraction, self.spec, self.quant)
+
+    def extra_repr(self) -> str:
+        """torch's description plus the operands."""
+        spec = self.spec
+        return f"{super().extra_repr()}; x: {spec.x_fprop}; w: {spec.w_fprop}; g: {spec.g_dgrad} | {spec.g_wgrad}"
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
+    """The quantized layers of a model by name, in order of definition; a shared layer appears once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+
+
+def nonfinite_layers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Layers that met NaN or infinity: {layer: {"x": count, "w": count, "g": count}}, counted in tensors."""
+    counts = {name: layer.quant.nonfinite for name, layer in quantized_layers(model).items()}
+    if not counts:
+        return {}
+    return {
+        name: dict(zip("xwg", row, strict=True))
+        for name, row in zip(counts, _fetch(list(counts.values())), strict=True)
+        if any(row)
+    }
+
+
+def _fetch(tensors: list[Tensor]) -> list[list[int]]:
+    return torch.stack([t.to(tensors[0].device) for t in tensors]).tolist()
+
+
+def float_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state_dict without what quantization added: it loads into the unconverted model, strictly."""
+    added = tuple(f"{name}.quant." if name else "quant." for name in quantized_layers(model))
+    return {key: value for key, value in model.state_dict().items() if not (added and key.startswith(added))}
+
+
+def require_floating(x: Tensor, layer: str) -> None:
+    """Reject integer inputs with a sentence that says what to do."""
+    if not x.is_floating_point():
+        raise UserError(f"{layer} got a tensor of {x.dtype}: convert it to a floating-point dtype first")

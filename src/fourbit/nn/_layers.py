@@ -1,0 +1,147 @@
+"""Linear and convolution layers in low precision: drop-in subclasses of torch's own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourbit.nn._base import Quantized, require_floating, swaps
+from fourbit.ops import Contraction, Convolution, LinearMap, Matmul
+
+
+def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * num_trailing)
+
+
+@swaps(nn.Linear)
+class Linear(Quantized, nn.Linear):
+    """torch.nn.Linear with quantized operands: y[..., n] = sum_k Q(x)[..., k] Q(w)[n, k] + b[n].
+
+    >>> from fourbit import LayerSpec, QuantSpec, Sawb
+    >>> layer = Linear(8, 4, spec=LayerSpec(w_fprop=QuantSpec("int4_sym", Sawb())))
+    >>> layer(torch.ones(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    def contraction(self) -> Contraction:
+        """x w^T."""
+        return LinearMap()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if self.spec.is_identity:
+            return super().forward(input)
+        require_floating(input, "Linear")
+        return _add_bias(self.contract(input, self.weight, self.contraction()), self.bias, 0)
+
+
+class _Conv(Quantized, nn.modules.conv._ConvNd):
+    """Convolution in 1 to 3 dimensions: every stride, dilation, number of groups and padding mode of torch."""
+
+    def _own_padding(self) -> tuple[int, ...] | None:
+        """Zero padding that the contraction does itself; None where the input must be padded first."""
+        if self.padding_mode != "zeros":
+            return None
+        if not isinstance(self.padding, str):
+            return tuple(self.padding)
+        both = self._reversed_padding_repeated_twice[::-1]  # last dimension first in torch's list
+        right, left = both[0::2], both[1::2]
+        return tuple(left) if left == right else None
+
+    def contraction(self) -> Convolution:
+        """The convolution without bias."""
+        padding = self._own_padding() or (0,) * len(self.stride)
+        return Convolution(tuple(self.stride), padding, tuple(self.dilation), self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
+        if self.spec.is_identity:
+            return super().forward(input)
+        require_floating(input, type(self).__name__)
+        num_dims = len(self.stride)
+        batched = input.dim() == num_dims + 2
+        x = input if batched else input.unsqueeze(0)
+        if self._own_padding() is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        y = _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, num_dims)
+        return y if batched else y.squeeze(0)
+
+
+class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):
+    """Transposed convolution: x is spread by w over the output."""
+
+    def contraction(self, output_padding: tuple[int, ...] | None = None) -> Convolution:
+        """The transposed convolution without bias."""
+        extra = tuple(self.output_padding) if output_padding is None else output_padding
+        padding, dilation = tuple(self.padding), tuple(self.dilation)
+        return Convolution(tuple(self.stride), padding, dilation, self.groups, True, extra)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
+        if self.spec.is_identity:
+            return super().forward(input, output_size)
+        require_floating(input, type(self).__name__)
+        num_dims = len(self.stride)
+        padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            num_dims,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        batched = input.dim() == num_dims + 2
+        x = input if batched else input.unsqueeze(0)
+        y = _add_bias(self.contract(x, self.weight, self.contraction(tuple(padding))), self.bias, num_dims)
+        return y if batched else y.squeeze(0)
+
+
+@swaps(nn.Conv1d)
+class Conv1d(_Conv, nn.Conv1d):
+    """torch.nn.Conv1d with quantized operands."""
+
+
+@swaps(nn.Conv2d)
+class Conv2d(_Conv, nn.Conv2d):
+    """torch.nn.Conv2d with quantized operands."""
+
+
+@swaps(nn.Conv3d)
+class Conv3d(_Conv, nn.Conv3d):
+    """torch.nn.Conv3d with quantized operands."""
+
+
+@swaps(nn.ConvTranspose1d)
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """torch.nn.ConvTranspose1d with quantized operands."""
+
+
+@swaps(nn.ConvTranspose2d)
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d with quantized operands."""
+
+
+@swaps(nn.ConvTranspose3d)
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """torch.nn.ConvTranspose3d with quantized operands."""
+
+
+class MatMul(Quantized):
+    """torch.matmul of two activations with quantized operands (attention scores, for example).
+
+    The slots named w belong to the second argument. The functional twin is `fourbit.nn.functional.matmul`.
+    """
+
+    def contraction(self) -> Contraction:
+        """x @ w."""
+        return Matmul()
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        """[..., M, K], [..., K, N] -> [..., M, N], batch axes broadcast."""
+        if self.spec.is_identity:
+            return torch.matmul(input, other)
+        require_floating(input, "MatMul")
+        return self.contract(input, other, self.contraction())

@@ -1,0 +1,149 @@
+"""Contractions: the bilinear maps y = x * w that matrix-like layers compute, and their two derivatives.
+
+A subclass gives `fprop`; `dgrad` and `wgrad` follow from bilinearity (the vector-Jacobian product of a linear map does not
+depend on where it is taken). Overrides are a matter of speed and are tested against that default.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourbit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Contraction(ABC):
+    """A bilinear map. All tensors of one call share a floating dtype."""
+
+    @abstractmethod
+    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
+        """y = x * w."""
+
+    def dgrad(self, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        """dx for output gradient `g`. `x` gives shape and layout only."""
+        _, vjp = torch.func.vjp(lambda t: self.fprop(t, w), x)
+        return vjp(g)[0]
+
+    def wgrad(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """dw for output gradient `g`. `w` gives shape and layout only."""
+        _, vjp = torch.func.vjp(lambda t: self.fprop(x, t), w)
+        return vjp(g)[0]
+
+    @abstractmethod
+    def channel_axis(self, operand: str) -> int:
+        """The axis of "x" (input channel), "w" or "g" (output channel) that per-channel scales belong to."""
+
+    @abstractmethod
+    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
+        """Multiply-accumulates of fprop; dgrad and wgrad have as many."""
+
+
+@dataclass(frozen=True)
+class LinearMap(Contraction):
+    """y[..., n] = sum_k x[..., k] w[n, k]."""
+
+    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
+        """x w^T."""
+        return F.linear(x, w)
+
+    def dgrad(self, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        """g w."""
+        return g.matmul(w)
+
+    def wgrad(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """g^T x, summed over all leading axes."""
+        return g.reshape(-1, g.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+
+    def channel_axis(self, operand: str) -> int:
+        """Last axis of x and g, first of w."""
+        return 0 if operand == "w" else -1
+
+    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
+        """Rows times in_features times out_features."""
+        return y.numel() * w.shape[1]
+
+
+@dataclass(frozen=True)
+class Matmul(Contraction):
+    """y = x @ w with torch.matmul's batching and broadcasting: two activations, as in attention scores."""
+
+    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
+        """torch.matmul."""
+        return torch.matmul(x, w)
+
+    def channel_axis(self, operand: str) -> int:
+        """Last axis."""
+        return -1
+
+    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
+        """Elements of y times the summed axis."""
+        return y.numel() * x.shape[-1]
+
+
+_CONV: dict[tuple[int, bool], Callable[..., Tensor]] = {
+    (1, False): F.conv1d,
+    (2, False): F.conv2d,
+    (3, False): F.conv3d,
+    (1, True): F.conv_transpose1d,
+    (2, True): F.conv_transpose2d,
+    (3, True): F.conv_transpose3d,
+}
+
+
+@dataclass(frozen=True)
+class Convolution(Contraction):
+    """Convolution in 1 to 3 dimensions, [N, C, ...] batched, zero padding; or its transpose.
+
+    Args:
+        stride, padding, dilation, output_padding: one integer per dimension.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = (0,)
+
+    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
+        """torch's convolution without bias."""
+        conv = _CONV[len(self.stride), self.transposed]
+        if self.transposed:
+            return conv(x, w, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return conv(x, w, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def dgrad(self, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        """The data half of torch's convolution_backward."""
+        return self._backward(g, x, w, (True, False, False))[0]
+
+    def wgrad(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """The weight half of torch's convolution_backward."""
+        return self._backward(g, x, w, (False, True, False))[1]
+
+    def _backward(
+        self, g: Tensor, x: Tensor, w: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        padding = self.output_padding if self.transposed else (0,) * len(self.stride)
+        return torch.ops.aten.convolution_backward(
+            g, x, w, None, self.stride, self.padding, self.dilation, self.transposed, padding, self.groups, mask
+        )
+
+    def channel_axis(self, operand: str) -> int:
+        """Axis 1 of x and g; of w axis 0, or 1 where transposed."""
+        if operand != "w":
+            return 1
+        if self.transposed and self.groups > 1:
+            raise UserError(
+                "a grouped transposed convolution has no single output-channel axis: use granularity='tensor'"
+            )
+        return 1 if self.transposed else 0
+
+    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
+        """Output elements (input elements where transposed) times the weights that each one meets."""
+        return (x if self.transposed else y).numel() * w[0].numel()

@@ -1,0 +1,117 @@
+"""`LayerSpec`: what happens to the six operands of a layer's three matrix products.
+
+    fprop   y  = x_fprop * w_fprop
+    dgrad   dx = g_dgrad * w_dgrad
+    wgrad   dw = g_wgrad * x_wgrad
+
+Each slot is a QuantSpec, None (full precision), or REUSE: the numbers that an earlier GEMM used, codes and scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from fourbit.errors import UserError
+from fourbit.formats import Format, get
+from fourbit.quantizers import QuantSpec
+
+
+class Reuse(Enum):
+    """The type of REUSE."""
+
+    REUSE = "reuse"
+
+    def __str__(self) -> str:
+        return "reuse"
+
+
+REUSE = Reuse.REUSE
+"""w_dgrad: as in fprop. x_wgrad: as in fprop. g_wgrad: as in dgrad."""
+
+SLOTS = ("x_fprop", "w_fprop", "g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad")
+"""Names of the six operand slots."""
+
+_REUSED_FROM = {"w_dgrad": "w_fprop", "x_wgrad": "x_fprop", "g_wgrad": "g_dgrad"}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The six slots and the format of the results.
+
+    Args:
+        x_fprop, w_fprop, g_dgrad, w_dgrad, g_wgrad, x_wgrad: QuantSpec, None or (the last three) REUSE.
+        output: format to which the results of the three GEMMs are rounded, before the scale of g is taken out; None
+            leaves them in the float32 in which they are summed.
+
+    Raises:
+        UserError: a combination that no hardware could run or that contradicts itself; the message says what to write.
+    """
+
+    x_fprop: QuantSpec | None = None
+    w_fprop: QuantSpec | None = None
+    g_dgrad: QuantSpec | None = None
+    w_dgrad: QuantSpec | Reuse | None = REUSE
+    g_wgrad: QuantSpec | Reuse | None = None
+    x_wgrad: QuantSpec | Reuse | None = REUSE
+    output: Format | None = None
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            object.__setattr__(self, "output", get(self.output))
+        for slot in SLOTS:
+            value = getattr(self, slot)
+            if value is REUSE and slot not in _REUSED_FROM:
+                raise UserError(f"{slot} comes first and has nothing to reuse: give it a QuantSpec or None")
+            if not (value is None or isinstance(value, (QuantSpec, Reuse))):
+                raise UserError(f"{slot} must be a QuantSpec, REUSE or None, not {value!r}")
+        if self.w_dgrad is REUSE and self.w_fprop is not None and self.w_fprop.granularity == "channel":
+            raise UserError(
+                "w_dgrad=REUSE needs a scale that is constant along the output channels, which dgrad sums over, but w_fprop "
+                "has one per channel: write w_dgrad=QuantSpec(...) with granularity='tensor'"
+            )
+        self._check_scalings()
+
+    def _check_scalings(self) -> None:
+        kinds = {slot: self.resolved(slot) for slot in SLOTS}
+        for slot, spec in kinds.items():
+            kind = spec.scaling.stored_kind if spec else ""
+            if kind == "alpha" and slot not in ("x_fprop", "w_fprop", *_REUSED_FROM):
+                raise UserError(
+                    f"{slot}: PACT's clip value belongs to x_fprop or w_fprop; use GradScale or Amax for gradients"
+                )
+            if kind in ("exponent", "overflow") and not slot.startswith("g_"):
+                raise UserError(f"{slot}: {spec.scaling} is for gradients; use ClipValue, Sawb or Amax here")  # type: ignore[union-attr]
+            if kind == "alpha" and slot in _REUSED_FROM and getattr(self, slot) is not REUSE:
+                raise UserError(f"{slot}: PACT's clip value is learned in fprop; write {slot}=REUSE")
+        g_d, g_w = kinds["g_dgrad"], kinds["g_wgrad"]
+        if g_d and g_w:
+            stored = [(s.scaling, s.granularity) for s in (g_d, g_w) if s.scaling.stored_kind]
+            if len(set(stored)) > 1:
+                raise UserError(
+                    f"g_dgrad ({g_d}) and g_wgrad ({g_w}) share one scale per layer: give both the same scaling and granularity"
+                )
+
+    def resolved(self, slot: str) -> QuantSpec | None:
+        """The QuantSpec that applies in `slot`, REUSE followed to its origin."""
+        value = getattr(self, slot)
+        return getattr(self, _REUSED_FROM[slot]) if value is REUSE else value
+
+    @property
+    def g_scaling(self) -> QuantSpec | None:
+        """The gradient slot whose scaling keeps state (GradScale, LossScaled), if any."""
+        for slot in ("g_dgrad", "g_wgrad"):
+            spec = self.resolved(slot)
+            if spec is not None and spec.scaling.stored_kind:
+                return spec
+        return None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any slot draws random words."""
+        return any(spec.stochastic for spec in map(self.resolved, SLOTS) if spec)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is quantized: the layer then runs torch's own code."""
+        return self.output is None and all(self.resolved(slot) is None for slot in SLOTS)

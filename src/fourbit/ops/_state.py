@@ -1,0 +1,180 @@
+"""`LayerState`: everything that a quantized layer remembers, as plain tensors in a module of its own.
+
+It is the child named `quant` of each converted layer, so its tensors appear in the state_dict as `<layer>.quant.*`:
+
+    x_alpha, w_alpha    PACT clip values (Parameters), with x_signed, w_signed: -1 not yet known, 0 unsigned, 1 signed
+    g_exponent          log2 of GradScale's multiplier (int32), UNSET before the first gradient
+    g_amax              largest scaled gradient since the exponent last moved; -1 where there was none
+    step                [backward passes seen, whether one is pending]: the counter of the random words
+
+One vote per backward pass: backward only records the largest gradient, over all uses of the layer; the exponent moves at
+the next training forward outside a backward pass. So every use of a shared layer sees one scale, and recomputation under
+gradient checkpointing changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.formats import Format
+from fourbit.ops._spec import SLOTS, LayerSpec
+from fourbit.quantizers import (
+    UNSET,
+    ClipValue,
+    GradScale,
+    QTensor,
+    QuantSpec,
+    amax_of,
+    best_clip_value,
+    quantize,
+    stream_key,
+)
+
+
+class Observer(Protocol):
+    """Something that watches operands; it must not change them."""
+
+    def record(self, slot: str, x: Tensor, quantized: QTensor) -> None:
+        """Called after `x` became `quantized` in `slot`."""
+        ...
+
+
+class LayerState(nn.Module):
+    """State of one layer.
+
+    Args:
+        spec: the layer's six slots.
+        num_channels: output channels, for per-channel GradScale.
+        seed, index: coordinates of the layer's random words.
+    """
+
+    step: Tensor | None
+    g_exponent: Tensor | None
+    g_amax: Tensor | None
+    nonfinite: Tensor
+
+    def __init__(self, spec: LayerSpec, num_channels: int = 1, seed: int = 0, index: int = 0):
+        super().__init__()
+        self.spec, self.seed, self.index = spec, seed, index
+        self.observer: Observer | None = None
+        self._signed: dict[str, bool] = {}
+        self._uses = 0
+        for operand in ("x", "w"):
+            operand_spec = getattr(spec, f"{operand}_fprop")
+            alpha, signed = None, None
+            if operand_spec is not None and operand_spec.scaling.stored_kind == "alpha":
+                clip: ClipValue = operand_spec.scaling
+                alpha = nn.Parameter(torch.tensor(clip.init or 1.0), requires_grad=clip.learned)
+                decided = clip.init is not None and (clip.signed_format is None or operand_spec.format.signed)
+                signed = torch.tensor(int(operand_spec.format.signed) if decided else -1, dtype=torch.int8)
+            self.register_parameter(f"{operand}_alpha", alpha)
+            self.register_buffer(f"{operand}_signed", signed)
+        exponent = amax = None
+        g_spec = spec.g_scaling
+        if g_spec is not None:
+            shape = (num_channels,) if g_spec.granularity == "channel" else ()
+            amax = torch.full(shape, -1.0)
+            if isinstance(g_spec.scaling, GradScale):
+                init = g_spec.scaling.init
+                exponent = torch.full(shape, UNSET if init is None else init, dtype=torch.int32)
+        self.register_buffer("g_exponent", exponent)
+        self.register_buffer("g_amax", amax)
+        self.register_buffer("step", torch.zeros(2, dtype=torch.int64) if spec.stochastic else None)
+        self.register_buffer("nonfinite", torch.zeros(3, dtype=torch.int64), persistent=False)
+
+    def begin(self) -> None:
+        """Start of a forward pass: apply what the last backward pass voted for."""
+        if not self.training or torch._C._current_graph_task_id() != -1:
+            return  # evaluation, or recomputation inside a backward pass
+        self._uses = 0
+        with torch.no_grad():
+            if self.step is not None:
+                self.step[0] += self.step[1]
+                self.step[1] = 0
+            g_spec = self.spec.g_scaling
+            if self.g_amax is not None and self.g_exponent is not None and g_spec is not None:
+                scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
+                self.g_exponent.copy_(scaling.step(self.g_exponent, scaling.vote(self.g_amax)))
+            if self.g_amax is not None:
+                self.g_amax.fill_(-1.0)
+
+    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int) -> tuple[QTensor, Tensor | None]:
+        """`x` quantized for `slot`, and PACT's alpha where it applies."""
+        format: Format | None = None
+        stored: Tensor | None = None
+        operand = slot[0]
+        if spec.scaling.stored_kind == "alpha":
+            format, stored = self._clip(operand, x, spec)
+        elif spec.scaling.stored_kind == "exponent" and self.g_exponent is not None:
+            stored = self.g_exponent
+            if stored.dim():
+                stored = stored.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+        channel_axis = axis if spec.granularity == "channel" else None
+        result = quantize(x, spec, channel_axis=channel_axis, stored=stored, key=self._key(slot, spec), format=format)
+        self.nonfinite["xwg".index(operand)] += (~result.scale.isfinite()).any()
+        if self.observer is not None:
+            self.observer.record(slot, x.detach(), result)
+        return result, stored if spec.scaling.stored_kind == "alpha" else None
+
+    def see_gradient(self, g: Tensor, axis: int) -> None:
+        """Record the largest gradient; set the first exponent from it."""
+        self._uses += 1
+        if self.step is not None:
+            self.step[1] = 1
+        g_spec = self.spec.g_scaling
+        if g_spec is None or self.g_amax is None:
+            return
+        dims = tuple(d for d in range(g.dim()) if d != axis % g.dim()) if g_spec.granularity == "channel" else None
+        amax = amax_of(g, dims).view(self.g_amax.shape)
+        if self.g_exponent is not None:
+            first = g_spec.scaling.first_exponent(amax)  # type: ignore[attr-defined]
+            self.g_exponent.copy_(torch.where(self.g_exponent == UNSET, first, self.g_exponent))
+            amax = amax * torch.exp2(torch.where(self.g_exponent == UNSET, 0, self.g_exponent).to(torch.float32))
+        self.g_amax.copy_(torch.maximum(self.g_amax, amax))
+
+    def _key(self, slot: str, spec: QuantSpec) -> int | None:
+        if not spec.stochastic or self.step is None:
+            return None
+        use = self._uses if slot.startswith("g_") else 0
+        return stream_key(self.seed, self.index, int(self.step[0]), SLOTS.index(slot), use)
+
+    def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
+        """Format and alpha of a PACT operand; the first training batch decides what is still open."""
+        clip: ClipValue = spec.scaling  # type: ignore[assignment]
+        alpha: nn.Parameter = getattr(self, f"{operand}_alpha")
+        signed: Tensor = getattr(self, f"{operand}_signed")
+        if operand not in self._signed and int(signed) >= 0:
+            self._signed[operand] = bool(signed)
+        if operand in self._signed:
+            other = clip.signed_format
+            return (other if self._signed[operand] and other and not spec.format.signed else spec.format), alpha
+        negative = spec.format.signed or (clip.signed_format is not None and x.numel() > 0 and bool((x < 0).any()))
+        format = clip.signed_format if negative and clip.signed_format and not spec.format.signed else spec.format
+        value = clip.init if clip.init is not None else best_clip_value(x, format)
+        amax = amax_of(x)
+        if not self.training or not bool((amax > 0) & amax.isfinite()):
+            return format, alpha.detach().new_tensor(value)
+        with torch.no_grad():
+            alpha.fill_(value)
+            signed.fill_(int(negative))
+        self._signed[operand] = negative
+        return format, alpha
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
+        self._signed.clear()
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerState:
+        """Moves between devices, but keeps float32: scales span more than half precision's range."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)

@@ -1,0 +1,283 @@
+"""Where the scale of a tensor comes from. `x = scale * q`: scale is the dequantization multiplier, always.
+
+Each class is a frozen description; what it has to remember (a learned clip value, GradScale's exponent) is a plain
+tensor that the layer owns and passes in as `stored`. NaN or infinity in the data make the scale NaN, so that they reach
+the output instead of being saturated away.
+
+    FixedScale    a constant
+    Amax          max|x| / largest magnitude of the format
+    Sawb          clip value from the first two moments of the weights
+    ClipValue     PACT's learned clip value
+    GradScale     a power of two per layer that votes keep in place
+    LossScaled    1: the loss carries one scale for all layers
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fourbit.errors import UserError
+from fourbit.formats import INT4_SYM, Format
+
+TINY = 2.0**-126
+"""Smallest normal float32: scales never go below it, so that an all-zero tensor has a finite reciprocal scale."""
+
+
+def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """max|x| in float32 over `dims` (kept, size 1) or as a 0-d tensor; NaN if any element is NaN; 0 if empty."""
+    if x.numel() == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    if dims is None:
+        low, high = torch.aminmax(x.detach())
+        return torch.maximum(high, -low).to(torch.float32)
+    return x.detach().abs().amax(dims, keepdim=True).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Scaling(ABC):
+    """How the scale of an operand is found."""
+
+    stored_kind = ""
+    """What the layer keeps for this scaling: "" nothing, "alpha" a clip value, "exponent" a power of two."""
+
+    @abstractmethod
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """The scale: float32, 0-d, or broadcastable against `x` where `dims` (the axes that share a scale) is given."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class FixedScale(Scaling):
+    """scale = value. The default suits formats with a wide range (FP16, FP8)."""
+
+    value: float = 1.0
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """A constant."""
+        return amax_of(x) * 0 + self.value
+
+    def __str__(self) -> str:
+        return f"fixed {self.value:g}"
+
+
+@dataclass(frozen=True)
+class Amax(Scaling):
+    """scale = max|x| / format.max, of the tensor or of each channel: nothing saturates."""
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """max|x| / format.max, at least 2^-126."""
+        return (amax_of(x, dims) / format.max).clamp_min(TINY)
+
+    def __str__(self) -> str:
+        return "amax"
+
+
+_SAWB_COEFFICIENTS: dict[tuple[int, bool], tuple[float, float]] = {
+    # (levels, has zero): c1, c2, as in IBM's fms-model-optimizer (Apache-2.0), `sawb_params` and `sawb_params_code`.
+    (16, False): (12.68, 12.80),
+    (15, True): (12.035, 12.03),
+    (4, False): (3.12, 2.064),
+    (3, True): (2.6, 1.71),
+    (8, False): (7.509, 6.892),
+    (127, True): (28.24, 30.81),
+    (255, True): (31.76, 35.04),
+}
+
+
+@dataclass(frozen=True)
+class Sawb(Scaling):
+    """Statistics-aware weight binning: alpha = c1 sqrt(E[w^2]) - c2 E|w|, scale = alpha / format.max.
+
+    c1 and c2 were fitted by its authors to the clip value of least squared error over six weight distributions. Where
+    alpha <= 0 (nearly binary weights), alpha = max|w|. Recomputed at every forward pass.
+
+    Args:
+        c1, c2: coefficients; None takes the published pair for the number of levels of the format.
+        clipped: zero the gradient of weights beyond +-alpha (True), or pass it straight through (False, "SAWB+").
+
+    Source: Choi et al., MLSys 2019; coefficients from fms-model-optimizer.
+    """
+
+    c1: float | None = None
+    c2: float | None = None
+    clipped: bool = False
+
+    def coefficients(self, format: Format) -> tuple[float, float]:
+        """(c1, c2) for a format.
+
+        Raises:
+            UserError: nothing is published for this number of levels.
+        """
+        if self.c1 is not None and self.c2 is not None:
+            return self.c1, self.c2
+        key = (len(format.grid), 0.0 in format.grid)
+        if key not in _SAWB_COEFFICIENTS:
+            raise UserError(
+                f"SAWB has no published coefficients for format {format.name} ({key[0]} levels "
+                f"{'with' if key[1] else 'without'} zero): pass Sawb(c1=..., c2=...) or choose int4_sym or int4_midrise"
+            )
+        return _SAWB_COEFFICIENTS[key]
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """alpha / format.max, at least 2^-126."""
+        c1, c2 = self.coefficients(format)
+        x = x.detach().to(torch.float32)
+        if x.numel() == 0:
+            return x.new_full((), TINY)
+        keep = dims is not None
+        axes = tuple(range(x.dim())) if dims is None else dims
+        mean_square, mean_abs = x.square().mean(axes, keepdim=keep), x.abs().mean(axes, keepdim=keep)
+        amax = amax_of(x, dims)
+        alpha = c1 * mean_square.sqrt() - c2 * mean_abs
+        alpha = torch.where(alpha > 0, alpha, amax) + amax * 0  # amax * 0 is NaN for a tensor with NaN or infinity
+        return (alpha / format.max).clamp_min(TINY)
+
+    def __str__(self) -> str:
+        return "SAWB"
+
+
+@dataclass(frozen=True)
+class ClipValue(Scaling):
+    """PACT: y = clip(x, 0, alpha), scale = alpha / format.max; signed formats clip to [-alpha, alpha].
+
+    Gradients (straight-through): dx passes where 0 <= x < alpha (|x| < alpha), dalpha = sum of dx over x >= alpha, minus
+    the sum over x <= -alpha in the signed form.
+
+    Args:
+        init: first alpha; None takes the alpha of least squared error on the first training batch.
+        signed_format: the format used instead where the first training batch has negative inputs; None keeps the
+            unsigned format always.
+        learned: whether alpha is trained.
+
+    Source: Choi et al., PACT, arXiv 1805.06085.
+    """
+
+    stored_kind = "alpha"
+    init: float | None = None
+    signed_format: Format | None = INT4_SYM
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        if self.init is not None and not self.init > 0:
+            raise UserError(f"PACT's initial alpha must be positive, not {self.init}")
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """alpha / format.max."""
+        if stored is None:
+            raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
+        scale = (stored.detach().to(torch.float32) / format.max).clamp_min(TINY)
+        return scale + amax_of(x) * 0
+
+    def __str__(self) -> str:
+        return "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
+
+
+def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
+    """The clip value that minimises sum (x - Q(x))^2 on (a regular sample of) `x`, among fractions of max|x|.
+
+    Returns 1.0 for an empty, all-zero or non-finite tensor.
+    """
+    from fourbit.quantizers._round import round_to_format
+
+    x = x.detach().flatten().to(torch.float32)
+    amax = float(amax_of(x))
+    if not 0 < amax < float("inf"):
+        return 1.0
+    x = x[:: max(1, x.numel() // num_samples)]
+    best = (float("inf"), amax)
+    for i in range(1, num_candidates + 1):
+        alpha = amax * i / num_candidates
+        scale = alpha / format.max
+        error = float((round_to_format(x / scale, format) * scale - x).double().square().sum())
+        best = min(best, (error, alpha))
+    return best[1]
+
+
+UNSET = -(2**31)
+"""Exponent of a GradScale that has not seen a gradient."""
+
+_EXPONENT_LIMIT = 100
+"""Exponents stay in [-100, 100]: 2^100 lifts the smallest normal float32 gradients, and its reciprocal is still normal."""
+
+
+@dataclass(frozen=True)
+class GradScale(Scaling):
+    """One power of two per layer: g is multiplied by 2^exponent before both backward GEMMs, their results divided by it.
+
+    Each backward pass casts a vote from amax = max|2^exponent g|:
+
+        0 for amax in (max/2, max],   +1 in (0, max/2],   -1 above max
+
+    and the exponent moves by the vote. The first gradient sets the exponent outright. Departures from the paper, where it
+    is silent: an all-zero gradient votes 0 (the paper's rule would double the scale for ever), a non-finite one votes 0,
+    exponents are clamped to [-100, 100].
+
+    Args:
+        max: MAX of the paper, 64: the largest magnitude of the even grid. A power of two.
+        init: first exponent; None takes it from the first gradient.
+
+    Source: Sun et al., NeurIPS 2020, Fig. 3a.
+    """
+
+    stored_kind = "exponent"
+    max: float = 64.0
+    init: int | None = None
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """2^-exponent."""
+        if stored is None:
+            raise UserError("GradScale needs its exponent: use it in a layer, or pass stored=exponent")
+        exponent = torch.where(stored == UNSET, 0, stored)
+        return torch.exp2(-exponent.to(torch.float32)) + amax_of(x, dims) * 0
+
+    def first_exponent(self, amax: Tensor) -> Tensor:
+        """The exponent k with 2^k amax in (max/2, max]; UNSET where amax is 0 or not finite. int32, shape of amax."""
+        ratio = self.max / amax.double()
+        exponent = torch.frexp(ratio).exponent - 1
+        known = (amax > 0) & amax.isfinite()
+        limited = exponent.clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
+        return torch.where(known, limited, UNSET).to(torch.int32)
+
+    def vote(self, amax: Tensor) -> Tensor:
+        """The vote of a scaled amax: int32 in {-1, 0, 1}, shape of amax. NaN, infinity and 0 vote 0."""
+        up = (amax > 0) & (amax <= self.max / 2)
+        down = (amax > self.max) & amax.isfinite()
+        return up.to(torch.int32) - down.to(torch.int32)
+
+    def step(self, exponent: Tensor, votes: Tensor) -> Tensor:
+        """exponent + sign(votes), clamped; UNSET stays. `votes` may be a sum over workers."""
+        moved = (exponent + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
+        return torch.where(exponent == UNSET, exponent, moved).to(torch.int32)
+
+    def __str__(self) -> str:
+        return f"GradScale {self.max:g}"
+
+
+@dataclass(frozen=True)
+class LossScaled(Scaling):
+    """scale = 1: one scale for all layers, multiplied into the loss (`LossScaler`). The baseline of the paper's Fig. 3.
+
+    Args:
+        max: gradients above it count as overflow and make `LossScaler` halve the loss scale.
+    """
+
+    stored_kind = "overflow"
+    max: float = 64.0
+
+    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+        """1."""
+        return amax_of(x) * 0 + 1
+
+    def __str__(self) -> str:
+        return "loss scale"
+
+
+Granularity = Literal["tensor", "channel"]
+"""Who shares a scale: the whole tensor, or each channel (weights and gradients: output channel; activations: input)."""

@@ -1,0 +1,133 @@
+"""Applying a recipe to a model, in place, and taking it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from fourbit.errors import UserError
+from fourbit.nn import SWAPS, Quantized, quantized_layers
+from fourbit.recipes._rule import LayerInfo, Recipe, Rule
+
+M = TypeVar("M", bound=nn.Module)
+
+MATRIX_LIKE = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+"""Layers that multiply matrices: those of them that have no quantized class are reported, never silently skipped."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One layer and the rule that it falls under; `rule` None: no rule matched, or `reason` says why it cannot be."""
+
+    name: str
+    module: nn.Module
+    rule: Rule | None
+    reason: str = ""
+
+
+def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
+    """Which rule each matrix-like layer falls under; changes nothing.
+
+    Raises:
+        UserError: no convertible layer, or a rule that is not optional matches nothing.
+    """
+    found = [(name, m) for name, m in model.named_modules() if _torch_class(m) or isinstance(m, MATRIX_LIKE)]
+    inside = tuple(f"{name}." for name, m in found if isinstance(m, nn.MultiheadAttention))
+    found = [(name, m) for name, m in found if not (inside and name.startswith(inside))]
+    convertible = [(name, m) for name, m in found if _torch_class(m)]
+    if not convertible:
+        names = ", ".join(cls.__name__ for cls in SWAPS)
+        raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {names}")
+    index = {name: i for i, (name, _) in enumerate(convertible)}
+    result, used = [], set()
+    for name, module in found:
+        torch_class = _torch_class(module)
+        if torch_class is None:
+            reason = f"{type(module).__name__} cannot be converted, stays in full precision"
+            result.append(Assignment(name, module, None, reason))
+            continue
+        info = LayerInfo(name, module, index[name], len(convertible))
+        rule = next((r for r in recipe.rules if r.matches(info, torch_class)), None)
+        used.add(id(rule))
+        result.append(Assignment(name, module, rule, "" if rule else "no rule matches"))
+    for number, rule in enumerate(recipe.rules, 1):
+        if id(rule) not in used and not rule.optional:
+            raise UserError(
+                f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
+                "remove the rule, mark it optional=True, or choose another recipe"
+            )
+    return result
+
+
+def _torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """The torch class that has a quantized twin: the module's own class, or the one it was converted from."""
+    cls = type(module)
+    if cls in SWAPS:
+        return cls
+    return next((torch_class for torch_class, ours in SWAPS.items() if ours is cls), None)
+
+
+def convert(model: M, recipe: str | Recipe, *, seed: int = 0) -> M:
+    """Train `model` by `recipe` from now on. In place; returns the model.
+
+    Layers become the quantized class of the same name; parameters, their names, hooks and ties stay as they are, and the
+    state_dict gains only `<layer>.quant.*`. Float checkpoints load into the result.
+
+    Args:
+        model: any module; layers of the types in `fourbit.nn.SWAPS` are considered.
+        recipe: a Recipe, or the name of one in the catalogue.
+        seed: seeds the random words of stochastic rounding.
+
+    Raises:
+        UserError: unknown recipe, nothing to convert, a rule that matches nothing, or a model that is already converted.
+
+    >>> import fourbit as fb
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> type(fb.convert(net, "ibm2020")[1])
+    <class 'fourbit.nn._layers.Linear'>
+    """
+    recipe = resolve(recipe)
+    if quantized_layers(model):
+        raise UserError("the model is already converted: call restore(model) first, or convert a fresh model")
+    for index, assignment in enumerate(assign(model, recipe)):
+        if assignment.rule is None or assignment.rule.spec is None:
+            continue
+        module = assignment.module
+        torch_class = _torch_class(module)
+        assert torch_class is not None
+        module.__class__ = SWAPS[torch_class]
+        assert isinstance(module, Quantized)
+        module.attach(assignment.rule.spec, seed, index)
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
+    for layer in quantized_layers(model).values():
+        torch_class = _torch_class(layer)
+        if torch_class is not None:
+            del layer.quant
+            layer.__class__ = torch_class
+    return model
+
+
+def resolve(recipe: str | Recipe) -> Recipe:
+    """The Recipe of that name.
+
+    Raises:
+        UserError: no such name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    from fourbit.recipes.catalog import CATALOG
+
+    return CATALOG[recipe]

@@ -1,0 +1,189 @@
+"""`explain`: which rule each layer falls under, its six operands, its MACs, and the share of MACs in each precision."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.nn import SWAPS, Quantized
+from fourbit.ops import SLOTS, Contraction, LayerSpec
+from fourbit.quantizers import QuantSpec
+from fourbit.recipes._convert import Assignment, assign, resolve
+from fourbit.recipes._rule import Recipe
+
+GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgrad": ("g_wgrad", "x_wgrad")}
+"""The three GEMMs and their operand slots."""
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One layer: its rule, spec, and multiply-accumulates per GEMM for the given input (None without an input)."""
+
+    name: str
+    type: str
+    rule: str
+    spec: LayerSpec | None
+    note: str
+    num_macs: Mapping[str, int] | None
+
+    def operand(self, slot: str) -> str:
+        """Format and scale of a slot, in words."""
+        if self.spec is None:
+            return "full precision"
+        value = getattr(self.spec, slot)
+        resolved = self.spec.resolved(slot)
+        if resolved is None:
+            return "full precision"
+        return f"{resolved.format.name} (reused)" if not isinstance(value, QuantSpec) else str(resolved)
+
+    def precision(self, gemm: str) -> str:
+        """Formats of the two operands of a GEMM, e.g. "fp4_r4_even x int4_sym"."""
+        names = []
+        for slot in GEMMS[gemm]:
+            resolved = self.spec.resolved(slot) if self.spec else None
+            names.append(resolved.format.name if resolved else "full")
+        return " x ".join(names)
+
+    def bits(self, gemm: str) -> str:
+        """Widths of the two operands, wider first, e.g. "8 x 4"; 32 for full precision."""
+        widths = []
+        for slot in GEMMS[gemm]:
+            resolved = self.spec.resolved(slot) if self.spec else None
+            widths.append(resolved.format.bits if resolved else 32)
+        return " x ".join(str(b) for b in sorted(widths, reverse=True))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a recipe does to a model. `print` it, or read `layers` and `shares`."""
+
+    recipe: Recipe
+    layers: tuple[LayerExplanation, ...]
+
+    @property
+    def num_macs(self) -> int:
+        """Multiply-accumulates of one training step over all layers and GEMMs."""
+        return sum(sum(layer.num_macs.values()) for layer in self.layers if layer.num_macs)
+
+    def shares(self, by: str = "bits") -> dict[str, float]:
+        """Share of the MACs of a training step by operand width ("bits") or format ("precision"), largest first."""
+        totals: dict[str, int] = defaultdict(int)
+        for layer in self.layers:
+            for gemm, macs in (layer.num_macs or {}).items():
+                totals[getattr(layer, by)(gemm)] += macs
+        whole = sum(totals.values())
+        ranked = sorted(totals.items(), key=lambda item: -item[1])
+        return {key: value / whole for key, value in ranked if value} if whole else {}
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def explain(model: nn.Module, recipe: str | Recipe, input: Tensor | tuple[int, ...] | None = None) -> Explanation:
+    """What `convert(model, recipe)` does, without doing it.
+
+    Args:
+        model: not yet converted, or converted by the same recipe; it is not changed.
+        input: one batch, or its shape (random numbers then), to count multiply-accumulates with. dgrad of a layer whose
+            input needs no gradient (the first one) counts 0, because it is never computed.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    recipe = resolve(recipe)
+    assignments = assign(model, recipe)
+    macs = _count_macs(model, assignments, input) if input is not None else {}
+    return Explanation(recipe, tuple(_explain_layer(a, macs.get(a.name)) for a in assignments))
+
+
+def _explain_layer(assignment: Assignment, macs: Mapping[str, int] | None) -> LayerExplanation:
+    rule = assignment.rule
+    label = (rule.label or str(rule)) if rule else "-"
+    spec = rule.spec if rule else None
+    return LayerExplanation(assignment.name, type(assignment.module).__name__, label, spec, assignment.reason, macs)
+
+
+def _contraction_of(module: nn.Module) -> Contraction | None:
+    if isinstance(module, Quantized):
+        return module.contraction()
+    quantized_class = SWAPS.get(type(module))
+    return quantized_class.contraction(module) if quantized_class else None  # type: ignore[arg-type]
+
+
+def _count_macs(
+    model: nn.Module, assignments: list[Assignment], input: Tensor | tuple[int, ...]
+) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    handles = []
+
+    def hook(name: str, contraction: Contraction):
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x, y = inputs[0], output
+            macs = contraction.num_macs(x, module.weight, y)  # type: ignore[arg-type]
+            entry = counts.setdefault(name, dict.fromkeys(GEMMS, 0))
+            for gemm in GEMMS:
+                entry[gemm] += macs if gemm != "dgrad" or x.requires_grad else 0
+
+        return count
+
+    for a in assignments:
+        contraction = _contraction_of(a.module) if not a.reason or a.rule else None
+        if contraction is not None:
+            handles.append(a.module.register_forward_hook(hook(a.name, contraction)))
+    training = model.training
+    model.eval()
+    try:
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        x = input if isinstance(input, Tensor) else torch.randn(input, device=device)
+        with torch.enable_grad():
+            model(x)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _lines(explanation: Explanation) -> list[str]:
+    recipe = explanation.recipe
+    lines = [f"recipe {recipe.name}: {recipe.summary}"]
+    if recipe.source:
+        lines.append(f"source: {recipe.source}")
+    groups: dict[tuple[str, LayerSpec | None, str], list[LayerExplanation]] = defaultdict(list)
+    for layer in explanation.layers:
+        groups[layer.rule, layer.spec, layer.note].append(layer)
+    whole = explanation.num_macs
+    for (rule, spec, note), layers in groups.items():
+        lines += ["", f"{rule}{f' ({note})' if note else ''}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"]
+        if spec is None:
+            lines.append("    full precision")
+        else:
+            lines += [f"    {slot:8} {layers[0].operand(slot)}" for slot in SLOTS]
+            lines.append(f"    output   {spec.output.name if spec.output else 'float32'}")
+        width = max(len(layer.name) for layer in layers)
+        for layer in layers:
+            macs = ""
+            if layer.num_macs and whole:
+                total = sum(layer.num_macs.values())
+                per_gemm = ", ".join(f"{gemm} {_si(n)}" for gemm, n in layer.num_macs.items())
+                macs = f"  {per_gemm} MACs ({total / whole:.1%})"
+            lines.append(f"  {layer.name:{width}}  {layer.type}{macs}")
+    if whole:
+        lines += ["", f"MACs of a training step: {_si(whole)}, by operand bits:"]
+        lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]
+        lines.append("by format:")
+        lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
+    return lines
+
+
+def _si(n: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return str(n)

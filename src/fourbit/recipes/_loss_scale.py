@@ -1,0 +1,84 @@
+"""The baseline that GradScale is compared with: one dynamic scale, multiplied into the loss (as NVIDIA's APEX has it).
+
+    overflow    a gradient beyond the format's range in any layer, or a non-finite one: scale / 2
+    otherwise   after `interval` steps without overflow: scale * 2
+
+So the scale settles where the layer with the largest gradients just fits, and the others underflow: that is the
+comparison. A 4-bit overflow only saturates, so the step is kept; a step with non-finite gradients is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.nn import quantized_layers
+from fourbit.quantizers import LossScaled
+
+
+class LossScaler:
+    """Dynamic loss scale for recipes with `LossScaled` gradients.
+
+    Args:
+        model: converted by such a recipe.
+        init: first scale.
+        interval: steps without overflow before the scale doubles. APEX uses 2000; shorter runs need a shorter one.
+
+    >>> scaler = LossScaler(nn.Linear(2, 2), init=2.0**10)
+    >>> float(scaler.scale(torch.tensor(0.5)))
+    512.0
+    """
+
+    def __init__(self, model: nn.Module, init: float = 2.0**16, interval: int = 200):
+        self.model, self.value, self.interval = model, init, interval
+        self.clean_steps = 0
+        self._finite = True
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """loss times the current scale."""
+        return loss * self.value
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Divide all gradients by the scale, in place. False: some are not finite, skip the step."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return True
+        torch._foreach_mul_(grads, 1.0 / self.value)
+        norms = torch.stack(
+            [norm.to(grads[0].device, torch.float32) for norm in torch._foreach_norm(grads, float("inf"))]
+        )
+        self._finite = bool(norms.isfinite().all())
+        return self._finite
+
+    def update(self) -> None:
+        """Move the scale; call once per step, after backward."""
+        overflow = not self._finite
+        for layer in quantized_layers(self.model).values():
+            g_spec = layer.spec.g_scaling
+            if g_spec is not None and isinstance(g_spec.scaling, LossScaled) and layer.quant.g_amax is not None:
+                overflow |= bool((layer.quant.g_amax > g_spec.scaling.max).any())
+        self._finite = True
+        self.clean_steps = 0 if overflow else self.clean_steps + 1
+        if overflow:
+            self.value = max(self.value / 2, 2.0**-24)
+        elif self.clean_steps >= self.interval:
+            self.value, self.clean_steps = min(self.value * 2, 2.0**60), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scale and count of clean steps."""
+        return {"value": self.value, "clean_steps": self.clean_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.value, self.clean_steps = float(state["value"]), int(state["clean_steps"])
+
+
+def loss_scaler(model: nn.Module) -> LossScaler | None:
+    """A LossScaler if the model's recipe needs one, None otherwise."""
+    for layer in quantized_layers(model).values():
+        g_spec = layer.spec.g_scaling
+        if g_spec is not None and isinstance(g_spec.scaling, LossScaled):
+            return LossScaler(model)
+    return None

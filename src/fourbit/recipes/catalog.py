@@ -1,0 +1,185 @@
+"""The recipes by name. A new recipe is one constant here, with its citation.
+
+Shared choices, where the paper is silent: weights INT4 with 15 levels and SAWB's zero-aligned coefficients; activations
+PACT, unsigned after ReLU and symmetric where the inputs go negative; FP8 gradients are 1-5-2 and share GradScale; the
+FP16 layers keep their operands in 1-6-9 with GradScale on the gradient; results of all three GEMMs rounded to 1-6-9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fourbit import formats as f
+from fourbit._registry import Registry
+from fourbit.formats import Format
+from fourbit.ops import REUSE, LayerSpec
+from fourbit.quantizers import Amax, ClipValue, GradScale, LossScaled, QuantSpec, Rounding, Sawb
+from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, first, kernel_size, last, widens
+
+CATALOG: Registry[Recipe] = Registry("recipe")
+"""Every recipe of this module, by name."""
+
+PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
+LUQ_PAPER = "Chmiel et al., Accurate Neural Training with 4-bit Matrix Multiplications at Standard Formats, ICLR 2023"
+
+PACT = QuantSpec(f.UINT4, ClipValue())
+SAWB = QuantSpec(f.INT4_SYM, Sawb())
+
+INT4_FORWARD = LayerSpec(x_fprop=PACT, w_fprop=SAWB)
+"""INT4 forward; the backward GEMMs see the same INT4 numbers and an FP32 gradient."""
+
+
+def _gradient(format: Format) -> QuantSpec:
+    return QuantSpec(format, GradScale())
+
+
+TPR = replace(INT4_FORWARD, g_dgrad=_gradient(f.FP4_R4_EVEN), g_wgrad=_gradient(f.FP4_R4_ODD), output=f.FP16_169)
+"""Two-phase rounding: radix-4 FP4 gradients, even phase for dgrad, odd phase for wgrad."""
+
+FP8_GRADIENTS = replace(TPR, g_dgrad=_gradient(f.FP8_152), g_wgrad=REUSE)
+"""INT4 forward, 1-5-2 FP8 gradients in both backward GEMMs."""
+
+FP16 = LayerSpec(
+    x_fprop=QuantSpec(f.FP16_169),
+    w_fprop=QuantSpec(f.FP16_169),
+    g_dgrad=_gradient(f.FP16_169),
+    g_wgrad=REUSE,
+    output=f.FP16_169,
+)
+"""FP16 1-6-9 everywhere: first, last and depthwise layers."""
+
+
+def _ibm(
+    name: str, summary: str, spec: LayerSpec = TPR, fp8_where: Selector | None = None, base: LayerSpec = FP16
+) -> Recipe:
+    """The paper's layer rules around one 4-bit spec, with FP8 gradients where a selector says so."""
+    rules = [
+        Rule(base, where=first(1) | last(1), label="first and last"),
+        Rule(base, when=depthwise(), optional=True, label="depthwise"),
+    ]
+    if fp8_where is not None:
+        rules.append(Rule(FP8_GRADIENTS, when=fp8_where, label="FP8 gradients"))
+    rules.append(Rule(spec, label="4-bit"))
+    return CATALOG.add(name, Recipe(name, tuple(rules), summary, PAPER))
+
+
+def _one_phase(format: Format) -> LayerSpec:
+    return replace(TPR, g_dgrad=_gradient(format), g_wgrad=REUSE)
+
+
+FP32 = CATALOG.add("fp32", Recipe("fp32", (Rule(None, label="full precision"),), "no quantization: the model as it is"))
+
+INT4_FWD = CATALOG.add(
+    "int4-fwd",
+    Recipe(
+        "int4-fwd",
+        (
+            Rule(None, where=first(1) | last(1), label="first and last"),
+            Rule(None, when=depthwise(), optional=True, label="depthwise"),
+            Rule(INT4_FORWARD, label="INT4 forward"),
+        ),
+        "INT4 weights and activations, FP32 backward",
+        PAPER,
+    ),
+)
+IBM2020 = _ibm(
+    "ibm2020", "the paper's 4-bit training: INT4 forward, radix-4 FP4 gradients, GradScale, two-phase rounding"
+)
+IBM2020_DW8 = _ibm(
+    "ibm2020-dw8",
+    "dgrad in radix-4 FP4, wgrad in FP8 1-5-2",
+    replace(TPR, g_wgrad=_gradient(f.FP8_152)),
+)
+IBM2020_1X1FP8 = _ibm("ibm2020-1x1fp8", "FP8 gradients in all 1x1 convolutions", fp8_where=kernel_size(1))
+IBM2020_BOTTOM1X1FP8 = _ibm(
+    "ibm2020-bottom1x1fp8",
+    "FP8 gradients in the 1x1 convolutions that reduce channels (our reading of 'bottom': the one next to the block's input)",
+    fp8_where=kernel_size(1) & ~widens(),
+)
+IBM2020_TOP1X1FP8 = _ibm(
+    "ibm2020-top1x1fp8",
+    "FP8 gradients in the 1x1 convolutions that expand channels",
+    fp8_where=kernel_size(1) & widens(),
+)
+IBM2020_3X3FP8 = _ibm(
+    "ibm2020-3x3fp8", "FP8 gradients in the 3x3 convolutions instead of the 1x1", fp8_where=kernel_size(3)
+)
+
+IBM2020_NO_TPR = _ibm("ibm2020-no-tpr", "one phase for both backward GEMMs (even grid)", _one_phase(f.FP4_R4_EVEN))
+IBM2020_SWAPPED = _ibm(
+    "ibm2020-swapped",
+    "phases swapped: odd for dgrad, even for wgrad",
+    replace(TPR, g_dgrad=_gradient(f.FP4_R4_ODD), g_wgrad=_gradient(f.FP4_R4_EVEN)),
+)
+IBM2020_CHANNEL = _ibm(
+    "ibm2020-channel-gradscale",
+    "one GradScale per output channel (a question of the paper's reviewers)",
+    replace(
+        TPR,
+        g_dgrad=QuantSpec(f.FP4_R4_EVEN, GradScale(), granularity="channel"),
+        g_wgrad=QuantSpec(f.FP4_R4_ODD, GradScale(), granularity="channel"),
+    ),
+)
+IBM2020_RADIX2 = _ibm("ibm2020-radix2", "radix-2 [1,3,0] gradients with GradScale", _one_phase(f.FP4_R2))
+IBM2020_121 = _ibm("ibm2020-121", "radix-2 [1,2,1] gradients with GradScale", _one_phase(f.FP4_121))
+IBM2020_RADIX8 = _ibm("ibm2020-radix8", "radix-8 [1,3,0] gradients with GradScale", _one_phase(f.FP4_R8))
+
+
+def _loss_scaled(spec: LayerSpec) -> LayerSpec:
+    """The same formats with one loss scale instead of a scale per layer."""
+
+    def unscaled(slot: QuantSpec) -> QuantSpec:
+        return replace(slot, scaling=LossScaled())
+
+    g_wgrad = spec.g_wgrad if not isinstance(spec.g_wgrad, QuantSpec) else unscaled(spec.g_wgrad)
+    assert isinstance(spec.g_dgrad, QuantSpec)
+    return replace(spec, g_dgrad=unscaled(spec.g_dgrad), g_wgrad=g_wgrad)
+
+
+IBM2020_GLOBAL = _ibm("ibm2020-global-scale", "one loss scale for all layers instead of GradScale", _loss_scaled(TPR))
+IBM2020_RADIX2_GLOBAL = _ibm(
+    "ibm2020-radix2-global-scale",
+    "radix-2 [1,3,0] gradients, one loss scale for all layers",
+    _loss_scaled(_one_phase(f.FP4_R2)),
+)
+
+
+def _luq(format: Format = f.FP4_R2, samples: int = 1, forward: LayerSpec | None = None) -> LayerSpec:
+    """LUQ: logarithmic unbiased quantization of the gradient, one sample for dgrad, `samples` averaged for wgrad."""
+    g = QuantSpec(format, Amax(), rounding=Rounding.STOCHASTIC)
+    wgrad = REUSE if samples == 1 else replace(g, samples=samples)
+    forward = forward or LayerSpec(x_fprop=SAWB, w_fprop=SAWB)
+    return replace(forward, g_dgrad=g, g_wgrad=wgrad)
+
+
+def _luq_recipe(name: str, summary: str, spec: LayerSpec) -> Recipe:
+    rules = (
+        Rule(None, where=first(1) | last(1), label="first and last"),
+        Rule(None, when=depthwise(), optional=True, label="depthwise"),
+        Rule(spec, label="4-bit"),
+    )
+    return CATALOG.add(name, Recipe(name, rules, summary, LUQ_PAPER))
+
+
+LUQ = _luq_recipe(
+    "luq", "INT4 SAWB forward, radix-2 FP4 gradients (7 magnitudes), stochastic underflow and rounding", _luq()
+)
+LUQ_SMP2 = _luq_recipe("luq-smp2", "LUQ, wgrad from the mean of two samples", _luq(samples=2))
+LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed: 5 magnitudes", _luq(f.FP4_R2_5))
+LUQ_PACT = _luq_recipe(
+    "luq-pact", "LUQ's gradients behind PACT activations: the forward pass of ibm2020", _luq(forward=INT4_FORWARD)
+)
+
+
+def get(recipe: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        UserError: no such name; the message has the nearest ones.
+    """
+    return CATALOG[recipe]
+
+
+def names() -> list[str]:
+    """Names of all recipes."""
+    return list(CATALOG)

@@ -1,0 +1,15 @@
+"""Reports about training runs: one page with tables and figures, made from run folders alone.
+
+>>> from fourbit.report import summarize, markdown_table, write_report  # doctest: +SKIP
+>>> print(markdown_table(summarize(["runs/compare"])))                  # doctest: +SKIP
+>>> write_report(["runs/compare"])                                      # doctest: +SKIP
+PosixPath('runs/compare/report/index.html')
+
+The package reads files and imports neither the trainer nor torch, so that a page can be made on any machine, from
+runs that are still going, or that someone else did.
+"""
+
+from fourbit.report._html import write_report as write_report
+from fourbit.report._stats import RecipeSummary as RecipeSummary
+from fourbit.report._stats import summarize as summarize
+from fourbit.report._tables import markdown_table as markdown_table

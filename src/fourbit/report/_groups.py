@@ -1,0 +1,109 @@
+"""Runs that differ by their seed alone form a group; a group is one line in a table and one colour in a figure.
+
+The label of a group is its recipe. Model and data set join the label where the page shows several of them, and any
+other setting where two groups share a recipe and differ in it, so that labels are short and never ambiguous.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fourbit.report._read import Run, text
+
+NOT_SETTINGS = ("seed", "out")
+"""Fields of `config.json` in which the runs of one group may differ."""
+
+TASK = ("model", "data", "dataset")
+"""Fields that say what is trained; they are shown as a bare value, and only equal ones are compared."""
+
+FP32 = "fp32"
+
+_ABSENT = "unset"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one configuration over its seeds (sorted)."""
+
+    label: str
+    config: Mapping[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+        return text(self.config["recipe"])
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is full-precision training, against which the others are compared."""
+        return self.recipe == FP32
+
+    @property
+    def shown(self) -> Run:
+        """The run whose layers are plotted: the lowest seed among those that recorded the most observations."""
+        return max(self.runs, key=lambda r: (bool(len(r.trace.steps)), bool(r.histograms)))
+
+
+def setting(config: Mapping[str, Any], name: str) -> str:
+    """The value of a field as text, `unset` where the configuration lacks it."""
+    return text(config[name]) if name in config else _ABSENT
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what may differ inside a group."""
+    return {k: v for k, v in config.items() if k not in NOT_SETTINGS}
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the fields that do not have the same value everywhere, in order of first appearance."""
+    names = dict.fromkeys(k for c in configs for k in c)
+    return [k for k in names if len({setting(c, k) for c in configs}) > 1]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Group by every setting but seed and out; full precision first, then by label."""
+    by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    for run in runs:  # by the text of the values, so that different groups always have different labels
+        fields = settings(run.config)
+        by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), []).append(run)
+    members = [sorted(g, key=lambda r: _natural(r.seed)) for g in by_settings.values()]
+    configs = [settings(g[0].config) for g in members]
+    groups = [
+        Group(label, config, tuple(g)) for label, config, g in zip(labels(configs), configs, members, strict=True)
+    ]
+    return sorted(groups, key=lambda g: (not g.is_reference, _natural(g.label)))
+
+
+def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The shortest unambiguous label of each configuration.
+
+    >>> labels([{"recipe": "fp32", "lr": 0.1}, {"recipe": "luq", "lr": 0.1}, {"recipe": "luq", "lr": 0.2}])
+    ['fp32', 'luq, lr=0.1', 'luq, lr=0.2']
+    """
+    task = [k for k in TASK if k in differing(configs)]
+    found = []
+    for config in configs:
+        peers = [c for c in configs if setting(c, "recipe") == setting(config, "recipe")]
+        extra = [k for k in differing(peers) if k not in task]
+        parts = [setting(config, "recipe"), *(setting(config, k) for k in task)]
+        found.append(", ".join([*parts, *(f"{k}={setting(config, k)}" for k in extra)]))
+    return found
+
+
+def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The full-precision group to compare with: same model and data, and of those the one with most equal settings."""
+    if group.is_reference:
+        return None
+    same_task = [
+        g for g in groups if g.is_reference and all(setting(g.config, k) == setting(group.config, k) for k in TASK)
+    ]
+    return min(same_task, key=lambda g: len(differing([g.config, group.config])), default=None)
+
+
+def _natural(label: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts seed 9 before seed 10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.findall(r"[0-9]+|[^0-9]+", label)]

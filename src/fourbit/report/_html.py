@@ -1,0 +1,172 @@
+"""The page: tables, figures and captions in one HTML file that needs nothing else, not even a network.
+
+Figures are embedded as PNG and also written next to the page, to be put in a paper or a chat. Every string that came
+from a file is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+
+from fourbit.errors import UserError
+from fourbit.report import _tables as tables
+from fourbit.report._figures import Section, sections
+from fourbit.report._groups import TASK, Group, group_runs, setting
+from fourbit.report._read import load_runs
+from fourbit.report._stats import RecipeSummary, summarize_group
+from fourbit.report._style import DPI, Plot, looks, style
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A rendered figure as the template needs it."""
+
+    plot: Plot
+    png: bytes
+
+    @property
+    def data_uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Write one page about all runs at or below `paths`, and each figure as PNG in `figures/` beside it.
+
+    Args:
+        paths: run folders, or folders that contain run folders.
+        out: the folder to write into, or the name of the page if it ends in `.html`; default: `report` in the first path.
+
+    Returns:
+        The path of the page (`index.html` in the folder, unless named).
+
+    Raises:
+        UserError: no run folder at `paths`, a file there that no trainer wrote, or `out` cannot be written.
+    """
+    paths = [Path(p) for p in paths]
+    groups = group_runs(load_runs(paths))
+    out = Path(out) if out is not None else paths[0] / "report"
+    page = out if out.suffix == ".html" else out / "index.html"
+    try:
+        folder = page.parent / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        with style():
+            chapters = [(s, [_render(p, folder) for p in s.plots]) for s in sections(groups)]
+        page.write_text(_page(groups, chapters), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {out} ({error.strerror}): choose another folder.") from error
+    return page
+
+
+def _render(plot: Plot, folder: Path) -> _Picture:
+    buffer = io.BytesIO()
+    plot.figure.savefig(buffer, format="png", dpi=DPI)
+    (folder / f"{plot.name}.png").write_bytes(buffer.getvalue())
+    return _Picture(plot, buffer.getvalue())
+
+
+def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[_Picture]]]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fourbit.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    runs = [r for g in groups for r in g.runs]
+    summaries = [summarize_group(g, groups) for g in groups]
+    names, rows = tables.differing_settings(groups)
+    return environment.get_template("template.html.j2").render(
+        title=title(groups),
+        summary=summary_sentences(groups, summaries),
+        notes=[note for r in runs for note in r.notes],
+        results=tables.result_rows(summaries),
+        looks=looks(groups),
+        chapters=chapters,
+        shared=tables.shared_settings(groups),
+        differing_names=names,
+        differing_rows=rows,
+        environment=tables.environment(runs),
+        runs=tables.run_rows(groups),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def title(groups: Sequence[Group]) -> str:
+    """What was trained on what, such as "resnet20 on cifar10"."""
+    model, data = _values(groups, "model"), _values(groups, *TASK[1:])
+    words = _listing(model, 3) or "4-bit training"
+    return f"{words} on {_listing(data, 3)}" if data else words
+
+
+def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:
+    """One short paragraph: what was trained, with which recipes and seeds, and what came out."""
+    runs = [r for g in groups for r in g.runs]
+    epochs = _values(groups, "epochs")
+    seeds = sorted({r.seed for r in runs}, key=lambda s: (len(s), s))
+    recipes = list(dict.fromkeys(g.recipe for g in groups))
+    parts = [
+        f"{title(groups)}: {_count(len(runs), 'run')}"
+        + (f" of {' or '.join(epochs)} epochs" if epochs else "")
+        + f" with {_count(len(recipes), 'recipe')} ({_listing(recipes, 12)}), "
+        + f"seed{'s' if len(seeds) != 1 else ''} {_listing(seeds, 10)}."
+    ]
+    parts.extend(_result(groups, summaries))
+    for status, words in (
+        ("diverged", "diverged (loss is not finite)"),
+        ("unfinished", "not finished: the numbers are those so far"),
+        ("interrupted", "interrupted"),
+    ):
+        count = sum(r.status == status for r in runs)
+        if count:
+            parts.append(f"{_count(count, 'run')} {words}.")
+    return " ".join(parts)
+
+
+def _result(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> list[str]:
+    """The outcome in a sentence or two: full precision, the closest recipe to it, and the furthest."""
+    measured = [(g, s) for g, s in zip(groups, summaries, strict=True) if s.accuracy_mean is not None]
+    if not measured:
+        return ["No test accuracy has been measured yet."]
+    said = [
+        f"{s.label} reached {tables.percent(s.accuracy_mean, s.accuracy_std)} % test accuracy."
+        for g, s in measured
+        if g.is_reference
+    ][:3]
+    compared = sorted((s for _, s in measured if s.diff_mean is not None), key=lambda s: -(s.diff_mean or 0.0))
+    if compared:
+        best, worst = compared[0], compared[-1]
+        said.append(
+            f"Best against full precision: {_against(best)}{'; worst: ' + _against(worst) if worst is not best else ''}."
+        )
+    elif len(said) < len(measured):
+        best = max((s for _, s in measured), key=lambda s: s.accuracy_mean or 0.0)
+        lead = "The highest accuracy is" if len(measured) > 1 else "The result is"
+        said.append(f"{lead} {tables.percent(best.accuracy_mean, best.accuracy_std)} % ({best.label}).")
+    return said
+
+
+def _against(summary: RecipeSummary) -> str:
+    points = tables.percent(summary.diff_mean, summary.diff_std, signed=True)
+    reached = tables.percent(summary.accuracy_mean, summary.accuracy_std)
+    return f"{summary.label} with {reached} % ({points} points)"
+
+
+def _values(groups: Sequence[Group], *names: str) -> list[str]:
+    found = [setting(g.config, n) for g in groups for n in names if n in g.config]
+    return list(dict.fromkeys(found))
+
+
+def _listing(items: Sequence[str], at_most: int) -> str:
+    kept = list(items[:at_most])
+    return ", ".join(kept) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

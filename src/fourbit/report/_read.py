@@ -1,0 +1,279 @@
+"""Run folders, read back into typed values.
+
+The trainer leaves a folder per run: `config.json` (what was asked for), `env.json` (where it ran) and `metrics.jsonl`
+(what happened, one JSON object a line). Files are the interface between the two programs: this module knows the
+format of the lines and nothing of the trainer. It is lenient with a run that is alive or was killed (a half-written
+line is skipped and noted, a missing number is NaN) and strict with a file that is something else entirely
+(`UserError`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fourbit.errors import UserError
+
+Record = dict[str, Any]
+
+SLOTS = ("x_fprop", "w_fprop", "g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad")
+"""The six operand slots in the order in which pages and tables list them."""
+
+
+def number(value: object) -> float:
+    """`value` as a float; NaN for null (how the trainer writes infinity and NaN) and for anything not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What was observed of the quantized layers of one run: arrays of shape [observations T, layers L].
+
+    Keys are `("g_exponent",)`, `("x_alpha",)` and `(slot, statistic)`, as in `("g_dgrad", "underflow")`. Layers are in
+    the order of the file, which is the order of the model from input to output.
+    """
+
+    layers: tuple[str, ...] = ()
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    data: Mapping[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+    def values(self, *key: str) -> np.ndarray:
+        """The array [T, L] for a key; all NaN if it was never recorded."""
+        return self.data.get(key, np.full((len(self.steps), len(self.layers)), math.nan))
+
+    def has(self, *key: str) -> bool:
+        """Whether at least one finite number was recorded for a key."""
+        return key in self.data and bool(np.isfinite(self.data[key]).any())
+
+    def last(self, *key: str) -> np.ndarray:
+        """The newest finite number of every layer, shape [L]; NaN where there is none."""
+        newest = np.full(len(self.layers), math.nan)
+        for row in self.values(*key):
+            newest = np.where(np.isfinite(row), row, newest)
+        return newest
+
+    def slots(self) -> tuple[str, ...]:
+        """The slots with statistics, in canonical order."""
+        seen = {key[0] for key in self.data if len(key) == 2}
+        return tuple(s for s in SLOTS if s in seen)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest."""
+
+    path: Path
+    config: Mapping[str, Any]
+    env: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[Record] = ()
+    epochs: Sequence[Record] = ()
+    final: Record | None = None
+    trace: LayerTrace = field(default_factory=LayerTrace)
+    histograms: Sequence[Record] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+        return text(self.config["recipe"])
+
+    @property
+    def seed(self) -> str:
+        """The seed as text: it identifies, nothing is computed from it."""
+        return text(self.config.get("seed", "none"))
+
+    @cached_property
+    def evaluations(self) -> list[tuple[float, float, float]]:
+        """(epoch, step, test accuracy) of every evaluation; the final one counts where no epoch line stands for it."""
+        found = [(number(r.get("epoch")), number(r.get("step")), number(r.get("test_accuracy"))) for r in self.epochs]
+        if self.final is not None and not math.isnan(number(self.final.get("test_accuracy"))):
+            last = self.final
+            point = (number(last.get("epoch")), number(last.get("step")), number(last.get("test_accuracy")))
+            if not found or point[1] > found[-1][1]:
+                found.append(point)
+        return found
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the last evaluation (never the best one), as a fraction; NaN before the first."""
+        return self.evaluations[-1][2] if self.evaluations else math.nan
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss of the last epoch, or of the last logged steps before the first epoch ended."""
+        if self.epochs:
+            return number(self.epochs[-1].get("train_loss"))
+        return number(self.steps[-1].get("loss")) if self.steps else math.nan
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median over the epochs, which a slow first epoch (warm-up, compilation) does not move."""
+        seconds = [s for s in (number(r.get("seconds")) for r in self.epochs) if not math.isnan(s)]
+        return float(np.median(seconds)) if seconds else math.nan
+
+    @property
+    def status(self) -> str:
+        """ "done", "max_steps", "interrupted" (as the run said), "diverged", or "unfinished" (no final line yet)."""
+        stopped = text(self.final.get("stopped", "done")) if self.final else "unfinished"
+        newest = max(
+            [*(r for r in self.steps[-1:]), *(r for r in self.epochs[-1:])],
+            key=lambda r: r["step"],
+            default=None,
+        )
+        if newest is not None:
+            key = "loss" if newest["kind"] == "step" else "train_loss"
+            if key in newest and math.isnan(number(newest[key])):
+                return "diverged"
+        return stopped
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps done at the newest line."""
+        newest = [r["step"] for r in (*self.steps[-1:], *self.epochs[-1:])]
+        return int(max([*newest, self.final["step"] if self.final else 0]))
+
+
+def text(value: object) -> str:
+    """One line of text for any JSON value; 1 and 1.0 read the same.
+
+    >>> text(1.0), text(0.05), text(" a  b "), text(None), text([1, 2])
+    ('1', '0.05', 'a b', 'none', '[1, 2]')
+    """
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return "none" if value is None else json.dumps(value)
+
+
+def find_run_folders(paths: Iterable[Path]) -> list[Path]:
+    """Folders at or below `paths` that hold `config.json` and `metrics.jsonl`, each once, in the order of their names.
+
+    Raises:
+        UserError: a path does not exist, or there is no run folder at all.
+    """
+    asked = [Path(p) for p in paths]
+    found: dict[Path, Path] = {}
+    for top in asked:
+        if not top.is_dir():
+            raise UserError(f"{top} is not a folder: give the folder of a run, or one that contains runs.")
+        for folder, subfolders, files in os.walk(top):
+            subfolders.sort()
+            if {"config.json", "metrics.jsonl"} <= set(files):
+                found.setdefault(Path(folder).resolve(), Path(folder))
+                subfolders.clear()  # what lies in a run folder (checkpoints) is part of that run
+    if not found:
+        where = ", ".join(str(p) for p in asked) or "an empty list of paths"
+        raise UserError(
+            f"no run folder found in {where}: a run folder holds config.json and metrics.jsonl, "
+            "which `fourbit train` and `fourbit compare` write."
+        )
+    return list(found.values())
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """Every run at or below `paths`. Raises `UserError` as `find_run_folders` and `load_run` do."""
+    return [load_run(folder) for folder in find_run_folders(paths)]
+
+
+def load_run(folder: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        UserError: `config.json` or `metrics.jsonl` is not what the trainer writes.
+    """
+    config = _object(folder / "config.json")
+    if "recipe" not in config:
+        raise UserError(f"{folder / 'config.json'} is not the configuration of a run: it names no recipe.")
+    env = _object(folder / "env.json") if (folder / "env.json").is_file() else {}
+    kinds, notes = _records(folder / "metrics.jsonl")
+    return Run(
+        path=folder,
+        config=config,
+        env=env,
+        steps=kinds["step"],
+        epochs=kinds["epoch"],
+        final=kinds["final"][-1] if kinds["final"] else None,
+        trace=_trace(kinds["layers"]),
+        histograms=kinds["histograms"],
+        notes=notes,
+    )
+
+
+def _object(path: Path) -> Record:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): restore it or leave its folder out.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not the object that a run writes.")
+    return value
+
+
+def _records(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
+    """The lines by kind, and notes about lines that had to be skipped."""
+    kinds: dict[str, list[Record]] = {k: [] for k in ("step", "epoch", "layers", "histograms", "final")}
+    damaged: list[int] = []
+    newest = -1
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    for row, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            damaged.append(row)
+            continue
+        if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
+            raise UserError(f'{path}, line {row} is not a metrics line of fourbit: it lacks "kind" or "step".')
+        if record["step"] < newest:  # resumed from an older checkpoint: what came after it never happened
+            for kind in kinds:
+                kinds[kind] = [r for r in kinds[kind] if r["step"] < record["step"]]
+        if record["step"] != newest and kinds["final"]:  # continued after its end: the end was not the end
+            kinds["final"].clear()
+        newest = record["step"]
+        if record["kind"] in kinds:
+            kinds[record["kind"]].append(record)
+        del kinds["histograms"][1:-1]  # they are large, and pages show the first and the last
+    if damaged and len(damaged) == sum(1 for line in lines if line.strip()):
+        raise UserError(f"{path} is not a metrics file of fourbit: no line of it is a JSON object.")
+    if not damaged:
+        return kinds, []
+    which = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} lines (first: {damaged[0]}) are"
+    return kinds, [f"{path.parent.name}/{path.name}: {which} damaged (cut off while being written?) and left out."]
+
+
+def _trace(records: Sequence[Record]) -> LayerTrace:
+    entries = [r["layers"] if isinstance(r.get("layers"), dict) else {} for r in records]
+    layers = tuple(dict.fromkeys(name for e in entries for name in e))
+    column = {name: i for i, name in enumerate(layers)}
+    data: dict[tuple[str, ...], np.ndarray] = {}
+
+    def put(row: int, name: str, key: tuple[str, ...], value: object) -> None:
+        if key not in data:
+            data[key] = np.full((len(entries), len(layers)), math.nan)
+        data[key][row, column[name]] = number(value)
+
+    for row, entry in enumerate(entries):
+        for name, layer in entry.items():
+            if not isinstance(layer, dict):
+                continue
+            put(row, name, ("g_exponent",), layer.get("g_exponent"))
+            put(row, name, ("x_alpha",), layer.get("x_alpha"))
+            for slot, statistics in (layer.get("slots") or {}).items():
+                for statistic in ("underflow", "saturation", "sqnr_db"):
+                    put(row, name, (slot, statistic), statistics.get(statistic))
+    return LayerTrace(layers, np.array([r["step"] for r in records], dtype=float), data)

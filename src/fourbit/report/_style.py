@@ -1,0 +1,159 @@
+"""One look for every figure: colours that stay with their recipe, panels that never crowd, legends outside the axes.
+
+Figures are built with matplotlib's object interface (`Figure`, never `pyplot`), so that rendering needs no display
+and leaves no global state behind. The palette is Okabe and Ito's with two of Tol's colours, which people with any
+common form of colour blindness can tell apart; full precision is always dark grey; a ninth recipe starts over with
+dashed lines and other markers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fourbit.report._groups import Group
+
+WIDTH = 10.5
+"""Width of every figure in inches; at `DPI` that is some more pixels than the column of the page is wide."""
+
+DPI = 125
+
+REFERENCE_COLOR = "#333333"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "^", "D")
+
+# The last tenth of viridis is a yellow that cannot be seen on white.
+DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"]([i / 255 * 0.9 for i in range(256)]))
+
+_RC: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "lines.linewidth": 1.6,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure: `name` is its file name, `title` stands on it, `caption` under it on the page."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a group is drawn, on every figure of a page."""
+
+    color: str
+    dashes: Any
+    marker: str = "o"
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether an earlier group has the same colour."""
+        return self.marker != "o"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Apply the look inside a `with` block, and restore whatever the program had set."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def looks(groups: Sequence[Group]) -> dict[str, Look]:
+    """Colour and dashes of each group by label."""
+    found: dict[str, Look] = {}
+    references, others = 0, 0
+    for group in groups:
+        if group.is_reference:
+            found[group.label] = Look(
+                REFERENCE_COLOR, DASHES[references % len(DASHES)], MARKERS[references % len(MARKERS)]
+            )
+            references += 1
+        else:
+            cycle, index = divmod(others, len(PALETTE))
+            found[group.label] = Look(PALETTE[index], DASHES[cycle % len(DASHES)], MARKERS[cycle % len(MARKERS)])
+            others += 1
+    return found
+
+
+def short(label: str, length: int = 30) -> str:
+    """`label` cut in its middle (names differ at their ends), and safe for matplotlib, which reads $ as mathematics.
+
+    >>> short("features.stage4.block2.conv1.weight", 20)
+    'features…nv1.weight'
+    """
+    label = " ".join(label.split())
+    if len(label) > length:
+        head = (length - 1) // 2 - 1
+        label = f"{label[:head]}…{label[-(length - head - 2) :]}"
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label  # a legend leaves out labels that begin with "_"
+
+
+def panels(
+    count: int, title: str, *, columns: int = 3, height: float = 2.3, sharey: bool = True, extra: float = 0.9
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` small panels with a title, at most `columns` in a row; `extra` inches for title and legend."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH, rows * height + extra), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.07)  # type: ignore[union-attr]
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=False, sharey=sharey)
+    axes = [a for row in grid for a in row]
+    for unused in axes[count:]:
+        unused.remove()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for axis in axes[:count]:
+        axis.tick_params(labelleft=True)
+    return figure, axes[:count]
+
+
+def legend(figure: Figure, entries: Mapping[str, Artist], title: str | None = None) -> None:
+    """A legend under the panels, in as many columns as its longest entry allows."""
+    names = [short(name, 44) for name in entries]
+    columns = max(1, min(len(names), int(120 / (max(map(len, names)) + 8))))
+    figure.legend(list(entries.values()), names, loc="outside lower center", ncols=columns, title=title)
+
+
+def step_axis(axis: Axes, label: str = "optimizer step") -> None:
+    """Few, short tick labels ("5k") on an axis of steps."""
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 10_000 else f"{v:g}"))
+    axis.set_xlabel(label)
+
+
+def panel_title(axis: Axes, label: str, look: Look | None = None, length: int = 38) -> None:
+    """The recipe above its panel, in its colour."""
+    axis.set_title(short(label, length), loc="left", color=look.color if look else "black", fontweight="bold")
+
+
+def outer_labels(axes: Sequence[Axes]) -> None:
+    """Keep the y label on the first column of panels alone."""
+    for axis in axes:
+        spec = axis.get_subplotspec()
+        if spec is not None and not spec.is_first_col():
+            axis.set_ylabel("")

@@ -1,0 +1,299 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import fourbit.data._images as images_module
+from fourbit.data import load
+from fourbit.errors import UserError
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """[N, H, W, C] -> [N, C, H, W]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def assert_holds(data, folder) -> None:
+    assert torch.equal(data.train_x, pixels(folder.train_x))
+    assert torch.equal(data.test_x, pixels(folder.test_x))
+    assert data.train_y.tolist() == folder.train_y.tolist()
+    assert data.test_y.tolist() == folder.test_y.tolist()
+
+
+def cache_files(tmp_path) -> list:
+    return sorted((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def _no_decoding(monkeypatch):
+    def fail(*_):
+        raise AssertionError("decoded although the cache should have served")
+
+    monkeypatch.setattr(images_module, "_decode_all", fail)
+
+
+def test_a_nested_folder_of_png_parquet_gives_every_pixel_and_label_in_order(folder):
+    assert_holds(load("cifar10", folder.path), folder)
+    assert_holds(load("cifar10", str(folder.path / "plain_text")), folder)
+
+
+def test_the_split_may_be_the_name_of_a_subfolder(folder):
+    for split in ("train", "test"):
+        target = folder.path / "by_split" / split
+        target.mkdir(parents=True)
+        for i, path in enumerate(sorted((folder.path / "plain_text").glob(f"{split}-*"))):
+            path.rename(target / f"{i:04d}.parquet")
+    assert_holds(load("cifar10", folder.path), folder)
+
+
+def test_the_image_column_may_be_called_image(folder):
+    folder.write("test-00000-of-00001", folder.test_x, folder.test_y, image_column="image")
+    assert_holds(load("cifar10", folder.path), folder)
+
+
+def test_grey_images_of_a_colour_set_are_read_as_colour(folder):
+    grey = folder.test_x[:, :, :, 0]
+    folder.write("test-00000-of-00001", grey, folder.test_y)
+    data = load("cifar10", folder.path)
+    assert torch.equal(data.test_x, torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1))
+
+
+def test_fashion_mnist_is_read_as_one_channel(folder):
+    x = folder.train_x[:, :28, :28, 0]
+    for stem in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        folder.write(stem, x, folder.train_y, image_column="image")
+    data = load("fashion_mnist", folder.path)
+    assert torch.equal(data.test_x, torch.from_numpy(x)[:, None])
+    assert (data.channels, data.image_size, data.num_classes) == (1, 28, 10)
+
+
+def test_the_second_start_reads_the_cache_and_decodes_nothing(folder, request):
+    load("cifar10", folder.path)
+    request.getfixturevalue("_no_decoding")
+    assert_holds(load("cifar10", folder.path), folder)
+
+
+def test_a_moved_folder_is_still_served_by_the_cache(folder, tmp_path, request):
+    load("cifar10", folder.path)
+    request.getfixturevalue("_no_decoding")
+    assert_holds(load("cifar10", folder.path.rename(tmp_path / "moved")), folder)
+
+
+def test_a_changed_file_is_decoded_again(folder):
+    load("cifar10", folder.path)
+    before = folder.file("test-00000-of-00001").stat()
+    folder.test_x = folder.test_x[::-1].copy()
+    folder.write("test-00000-of-00001", folder.test_x, folder.test_y)
+    os.utime(folder.file("test-00000-of-00001"), ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert_holds(load("cifar10", folder.path), folder)
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "text"])
+def test_a_damaged_cache_file_is_made_anew_without_a_word(folder, tmp_path, damage, recwarn):
+    load("cifar10", folder.path)
+    (path,) = cache_files(tmp_path)
+    good = path.read_bytes()
+    flipped = good[:-1] + bytes([good[-1] ^ 1])
+    path.unlink()
+    path.write_bytes(
+        {"empty": b"", "short": good[:-100], "flipped": flipped, "text": b"hello" * 1000}[damage]
+    )
+    assert_holds(load("cifar10", folder.path), folder)
+    assert path.read_bytes() == good
+    assert cache_files(tmp_path) == [path]
+    assert not [w for w in recwarn if "fourbit" in str(w.filename)]
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_warning(folder, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="set FOURBIT_CACHE"):
+        data = load("cifar10", folder.path)
+    assert_holds(data, folder)
+
+
+def test_an_interrupted_write_leaves_no_file(folder, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load("cifar10", folder.path)
+    assert cache_files(tmp_path) == []
+
+
+def test_nothing_is_printed_where_there_is_no_terminal(folder, capfd):
+    load("cifar10", folder.path)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+# Each case spoils the folder; the message must say what is wrong.
+
+
+def _remove_folder(folder):
+    shutil.rmtree(folder.path)
+
+
+def _remove_files(folder):
+    for path in folder.path.rglob("*.parquet"):
+        path.unlink()
+
+
+def _remove_test(folder):
+    folder.file("test-00000-of-00001").unlink()
+
+
+def _second_data_set(folder):
+    shutil.copytree(folder.path / "plain_text", folder.path / "other")
+
+
+def _no_image_column(folder):
+    folder.write("test-00000-of-00001", folder.test_x, folder.test_y, image_column="picture")
+
+
+def _no_label_column(folder):
+    folder.write("test-00000-of-00001", folder.test_x, folder.test_y, label_column="fine_label")
+
+
+def _columns_differ_within_a_split(folder):
+    folder.write("train-00001-of-00002", folder.train_x[20:], folder.train_y[20:], label_column="fine_label")
+
+
+def _label_too_large(folder):
+    folder.write("test-00000-of-00001", folder.test_x, np.arange(12))
+
+
+def _label_negative(folder):
+    folder.write("test-00000-of-00001", folder.test_x, folder.test_y - 1)
+
+
+def _label_missing(folder):
+    folder.write("test-00000-of-00001", folder.test_x, [1, None] * 6)
+
+
+def _label_text(folder):
+    folder.write("test-00000-of-00001", folder.test_x, ["cat"] * 12)
+
+
+def _one_image_smaller(folder):
+    folder.write(
+        "test-00000-of-00001", [*folder.test_x[:5], folder.test_x[5, :16], *folder.test_x[6:]], folder.test_y
+    )
+
+
+def _numbers_for_images(folder):
+    folder.write("test-00000-of-00001", [1.5] * 12, folder.test_y)
+
+
+def _image_not_an_image(folder):
+    folder.write("test-00000-of-00001", [b"hello"] * 12, folder.test_y)
+
+
+def _image_cut_short(folder):
+    import io
+
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    png = pq.read_table(folder.file("test-00000-of-00001"))["img"][0].as_py()["bytes"]
+    assert Image.open(io.BytesIO(png[:-200])).size == (32, 32)  # the header is whole, the pixels are not
+    folder.write("test-00000-of-00001", [png[:-200]] * 12, folder.test_y)
+
+
+def _image_absent(folder):
+    folder.write("test-00000-of-00001", [{"bytes": None, "path": "a.png"}] * 11 + [b"x"], folder.test_y)
+
+
+def _file_cut_short(folder):
+    path = folder.file("train-00001-of-00002")
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def _file_damaged_inside(folder):
+    path = folder.file("train-00001-of-00002")
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_remove_folder, r"there is no data folder .*cifar10: give an existing one"),
+        (_remove_files, r"no parquet file in .*cifar10"),
+        (_remove_test, r"no test split in .*cifar10: name its files like test-00000-of-00001.parquet"),
+        (
+            _second_data_set,
+            r"train files lie in several folders below .*give the folder of one data set, such as",
+        ),
+        (_no_image_column, r"test of cifar10 has no column img or image, only picture, label"),
+        (_no_label_column, r"test of cifar10 has no column label, only img, fine_label"),
+        (_columns_differ_within_a_split, r"cannot read the parquet files in .*plain_text"),
+        (_label_too_large, r"label 10 in row 10 of test of cifar10 is out of range: labels must be 0 to 9"),
+        (_label_negative, r"label -1 in row 0 of test of cifar10 is out of range"),
+        (_label_missing, r"column label of test of cifar10 must hold whole numbers"),
+        (_label_text, r"column label of test of cifar10 must hold whole numbers"),
+        (_one_image_smaller, r"image 5 in test of cifar10 is 32x16 pixels, but cifar10 has 32x32"),
+        (_numbers_for_images, r"column img of test of cifar10 holds no images"),
+        (_image_not_an_image, r"image 0 in test of cifar10 cannot be decoded: replace the damaged file"),
+        (_image_cut_short, r"image 0 in test of cifar10 cannot be decoded"),
+        (_image_absent, r"image 0 in test of cifar10 cannot be decoded"),
+        (_file_cut_short, r"cannot read .*train-00001-of-00002.parquet as parquet: replace the file"),
+        (_file_damaged_inside, r"cannot read the parquet files in .*plain_text"),
+    ],
+)
+def test_a_spoilt_folder_is_refused_in_one_sentence_and_leaves_no_cache(folder, tmp_path, spoil, message):
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load("cifar10", folder.path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+class FakeHub:
+    """Stands for the hub: the probe and `load_dataset` answer from a local folder, or raise `error`."""
+
+    def __init__(self, monkeypatch, folder=None, error=None, missing=()):
+        import datasets
+        import huggingface_hub
+
+        self.asked = []
+        load_local = datasets.load_dataset
+
+        def probe(_, hub_id, **__):
+            self.asked.append(hub_id)
+            if error:
+                raise error
+
+        def load_dataset(hub_id):
+            files = {"train": "train-*", "test": "test-*"}
+            files = {s: str(folder.path / "plain_text" / f) for s, f in files.items() if s not in missing}
+            return load_local("parquet", data_files=files)
+
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", probe)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_without_a_folder_the_set_comes_from_the_hub_once_and_then_from_the_cache(folder, monkeypatch):
+    hub = FakeHub(monkeypatch, folder)
+    for _ in range(2):
+        assert_holds(load("cifar10"), folder)
+    assert hub.asked == ["uoft-cs/cifar10"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), TimeoutError(), RuntimeError("401")])
+def test_an_unreachable_hub_is_one_sentence_that_names_the_folder_option(monkeypatch, error):
+    FakeHub(monkeypatch, error=error)
+    with pytest.raises(
+        UserError, match=r"cannot get uoft-cs/cifar10 from the .* hub \(.+\): .*--data-dir"
+    ) as caught:
+        load("cifar10")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_set_without_a_test_split_is_refused(folder, monkeypatch):
+    FakeHub(monkeypatch, folder, missing=("test",))
+    with pytest.raises(UserError, match="uoft-cs/cifar10 on the hub has no test split"):
+        load("cifar10")

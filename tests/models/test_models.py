@@ -1,0 +1,126 @@
+import pytest
+import torch
+from torch import nn
+
+from fourbit import models
+from fourbit.errors import UserError
+
+# name: (channels, image size, parameters, MACs) for 10 classes. Parameters are the published counts of the CIFAR
+# variants; MACs follow from the shapes and agree with the published 0.041G, 0.56G, 1.30G, 0.31G to the digits given.
+EXPECTED = {
+    "digits_cnn": (1, 8, 33_338, 747_136),
+    "mobilenet_v2": (3, 32, 2_296_922, 91_154_944),
+    "resnet20": (3, 32, 269_722, 40_551_040),
+    "resnet18": (3, 32, 11_173_962, 555_422_720),
+    "resnet50": (3, 32, 23_520_842, 1_297_829_888),
+    "vgg16": (3, 32, 14_728_266, 313_201_664),
+}
+
+
+def count_macs(model: nn.Module, x: torch.Tensor) -> int:
+    macs = 0
+
+    def add(layer, _, y):
+        nonlocal macs
+        macs += y.numel() * layer.weight[0].numel()
+
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return macs
+
+
+def weight_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def test_every_model_in_the_catalogue_has_an_expected_size_here():
+    assert set(models.names()) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_parameters_and_macs_are_the_published_ones(name):
+    channels, size, num_parameters, num_macs = EXPECTED[name]
+    model = models.build(name, num_classes=10, in_channels=channels, image_size=size)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    assert count_macs(model, torch.zeros(1, channels, size, size)) == num_macs
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 13), (1, 28)])
+def test_logits_come_out_for_any_image_size_from_8_on(name, channels, size):
+    model = models.build(name, num_classes=7, in_channels=channels, image_size=size).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_one_training_step_reduces_the_loss_and_reaches_every_parameter(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    model = models.build(name, num_classes=4, image_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = nn.functional.cross_entropy(model(x), y)
+    before.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    optimizer.step()
+    assert nn.functional.cross_entropy(model(x), y) < before
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_stem_is_the_first_weight_layer_and_the_classifier_the_last(name):
+    layers = weight_layers(models.build(name, num_classes=11, in_channels=5))
+    assert isinstance(layers[0], nn.Conv2d)
+    assert layers[0].in_channels == 5
+    assert isinstance(layers[-1], nn.Linear)
+    assert layers[-1].out_features == 11
+    assert len(layers) >= 5
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_same_torch_seed_gives_the_same_weights(name):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(models.build(name, num_classes=2).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_convolutions_start_with_he_deviation():
+    torch.manual_seed(0)
+    for layer in weight_layers(models.build("resnet18", num_classes=10)):
+        if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 100_000:
+            fan_out = layer.out_channels * layer.weight[0, 0].numel()
+            assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
+
+
+def test_option_a_shortcut_subsamples_and_appends_zero_channels():
+    shortcut = models.build("resnet20", num_classes=10).stages[1][0].shortcut
+    x = torch.randn(2, 16, 5, 6)
+    y = shortcut(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
+    assert y.shape == (2, 32, 3, 3)
+    assert not y[:, 16:].any()
+    assert not list(shortcut.parameters())
+
+
+def test_an_unknown_name_gives_the_nearest_names():
+    with pytest.raises(
+        UserError, match=r"unknown model 'resnt20': did you mean 'resnet20'.*Valid names: .*vgg16"
+    ):
+        models.build("resnt20", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "at least 1 class"),
+        ({"num_classes": 10, "in_channels": 0}, "1 for grey or 3 for colour"),
+        ({"num_classes": 10, "image_size": 7}, "at least 8x8"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_the_remedy(options, message):
+    with pytest.raises(UserError, match=message):
+        models.build("resnet20", **options)
