@@ -30,9 +30,7 @@ def data() -> ImageData:
 
 def numbered(data: ImageData) -> ImageData:
     """As many classes as training images, so that a label tells which image it is."""
-    return replace(
-        data, train_y=torch.arange(50), test_y=torch.arange(20), classes=tuple(map(str, range(50)))
-    )
+    return replace(data, train_y=torch.arange(50), test_y=torch.arange(20), classes=tuple(map(str, range(50))))
 
 
 def all_batches(*args, **kwargs):
@@ -108,9 +106,7 @@ def test_every_augmented_image_is_a_shift_and_flip_of_its_own_image(data):
     for epoch in range(12):
         for x, y in batches(data, "train", 50, seed=4, epoch=epoch):
             for image, label in zip(to_pixels(x, data), y.tolist(), strict=True):
-                drawn.append(
-                    references[label][image.numpy().tobytes()]
-                )  # KeyError: not a shift of that image
+                drawn.append(references[label][image.numpy().tobytes()])  # KeyError: not a shift of that image
     tops, lefts, mirrored = zip(*drawn, strict=True)
     assert set(tops) == set(lefts) == set(range(2 * PADDING + 1))
     assert 0.45 < sum(mirrored) / len(mirrored) < 0.55
@@ -124,9 +120,7 @@ def test_crop_and_flip_can_be_had_apart(data, augment):
     data = replace(numbered(data), augment=augment)
     ((x, y),) = batches(data, "train", 50)
     for image, label in zip(to_pixels(x, data), y.tolist(), strict=True):
-        assert image.numpy().tobytes() in variants(
-            data.train_x[label].numpy(), augment.crop_padding, augment.flip
-        )
+        assert image.numpy().tobytes() in variants(data.train_x[label].numpy(), augment.crop_padding, augment.flip)
 
 
 def test_without_augmentation_training_images_are_only_shuffled(data):
@@ -152,9 +146,7 @@ def test_images_are_normalised_per_channel_and_contiguous(data):
     x, _ = next(batches(data, "test", 20))
     pixels = data.test_x.double() / 255
     for c in range(2):
-        torch.testing.assert_close(
-            x[:, c].double(), (pixels[:, c] - data.mean[c]) / data.std[c], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(x[:, c].double(), (pixels[:, c] - data.mean[c]) / data.std[c], atol=1e-6, rtol=0)
 
 
 def test_augmented_batches_are_contiguous_and_own_their_memory(data):
@@ -167,15 +159,9 @@ def test_augmented_batches_are_contiguous_and_own_their_memory(data):
 
 def test_the_last_partial_batch_is_dropped_in_training_only(data):
     assert num_batches(data, "train", 8) == len(all_batches(data, "train", 8)) == 6
-    assert (
-        num_batches(data, "train", 8, drop_last=False)
-        == len(all_batches(data, "train", 8, drop_last=False))
-        == 7
-    )
+    assert num_batches(data, "train", 8, drop_last=False) == len(all_batches(data, "train", 8, drop_last=False)) == 7
     assert num_batches(data, "test", 8) == len(all_batches(data, "test", 8)) == 3
-    assert (
-        num_batches(data, "test", 8, drop_last=True) == len(all_batches(data, "test", 8, drop_last=True)) == 2
-    )
+    assert num_batches(data, "test", 8, drop_last=True) == len(all_batches(data, "test", 8, drop_last=True)) == 2
     assert num_batches(data, "test", 1000) == 1
 
 

@@ -107,9 +107,7 @@ def test_option_a_shortcut_subsamples_and_appends_zero_channels():
 
 
 def test_an_unknown_name_gives_the_nearest_names():
-    with pytest.raises(
-        UserError, match=r"unknown model 'resnt20': did you mean 'resnet20'.*Valid names: .*vgg16"
-    ):
+    with pytest.raises(UserError, match=r"unknown model 'resnt20': did you mean 'resnet20'.*Valid names: .*vgg16"):
         models.build("resnt20", num_classes=10)
 
 

@@ -107,8 +107,7 @@ def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise UserError(
-            f"label {int(labels[row])} in row {row} of {where} is out of range: "
-            f"labels must be 0 to {num_classes - 1}."
+            f"label {int(labels[row])} in row {row} of {where} is out of range: labels must be 0 to {num_classes - 1}."
         )
 
 

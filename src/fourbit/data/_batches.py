@@ -68,9 +68,7 @@ def batches(
     """
     count = num_batches(data, split, batch_size, drop_last)
     if not 0 <= start <= count:
-        raise UserError(
-            f"cannot start at batch {start}: an epoch of {data.name} has batches 0 to {count - 1}."
-        )
+        raise UserError(f"cannot start at batch {start}: an epoch of {data.name} has batches 0 to {count - 1}.")
     return _generate(data, split, batch_size, int(seed), int(epoch), augment, range(start, count))
 
 

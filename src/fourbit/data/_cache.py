@@ -76,5 +76,5 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].numpy(), crc)
+        crc = zlib.crc32(tensors[name].numpy().data, crc)
     return f"{crc:08x}"

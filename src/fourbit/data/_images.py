@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -50,9 +50,7 @@ def read_images(source: ImageSource, data_dir: Path | None) -> dict[str, Tensor]
         UserError: see `fourbit.data.load`.
     """
     if data_dir is None:
-        return cached(
-            source.name, fingerprint(source.hub_id), lambda: _decode_all(source, open_hub(source.hub_id))
-        )
+        return cached(source.name, fingerprint(source.hub_id), lambda: _decode_all(source, open_hub(source.hub_id)))
     files = find_parquet(data_dir)
     return cached(
         source.name,
@@ -96,6 +94,7 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
     labels = np.empty(len(rows), np.int64)
     done = 0
     for table in rows.with_format("arrow").iter(CHUNK):
+        table = cast(pa.Table, table)
         column = table["label"].combine_chunks()
         if not pa.types.is_integer(column.type) or column.null_count:
             raise UserError(f"column label of {where} must hold whole numbers: is it {source.name}?")
@@ -110,7 +109,7 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
 
 def _decode_one(data: bytes | None, source: ImageSource, where: str) -> np.ndarray:
     """uint8 [H, W, C] of one encoded image; grey and palette images are converted to the number of channels."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     mode = "RGB" if source.channels == 3 else "L"
     size = (source.image_size, source.image_size)
@@ -118,8 +117,10 @@ def _decode_one(data: bytes | None, source: ImageSource, where: str) -> np.ndarr
         image = Image.open(io.BytesIO(data or b""))
         fits = image.size == size
         raw = (image if image.mode == mode else image.convert(mode)).tobytes() if fits else b""
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} cannot be decoded: replace the file (it is no image).") from error
     except Exception as error:  # PIL raises half a dozen types for damaged files
-        raise UserError(f"{where} cannot be decoded: replace the damaged file ({error}).") from error
+        raise UserError(f"{where} cannot be decoded: replace the file ({error}).") from error
     if not fits:
         width, height = image.size
         raise UserError(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fourbit.data._base import SPLITS
 from fourbit.errors import UserError
@@ -31,9 +31,7 @@ def find_parquet(folder: Path) -> dict[str, list[Path]]:
     """
     files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     if not files:
-        raise UserError(
-            f"no parquet file in {folder} or its subfolders: give the folder that holds the data set."
-        )
+        raise UserError(f"no parquet file in {folder} or its subfolders: give the folder that holds the data set.")
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in files:
         split = _split_of(path.relative_to(folder))
@@ -94,16 +92,12 @@ def open_folder(files: Mapping[str, list[Path]]) -> dict[str, Dataset]:
         try:
             pq.read_schema(path)  # only the footer: names the damaged file, which `datasets` would not
         except Exception as error:
-            raise UserError(
-                f"cannot read {path} as parquet: replace the file ({_first_line(error)})."
-            ) from error
+            raise UserError(f"cannot read {path} as parquet: replace the file ({_first_line(error)}).") from error
     try:
-        with _quiet_unless_terminal():
-            # One call per split: `datasets` wants equal columns within a call, and a missing one is reported better later.
+        with _quiet():
+            # Not load_dataset("parquet"), which asks the hub for a page even when all files are local.
             return {
-                split: datasets.load_dataset(
-                    "parquet", data_files={split: [str(p) for p in paths]}, split=split
-                )
+                split: cast(datasets.Dataset, datasets.Dataset.from_parquet([str(path) for path in paths]))
                 for split, paths in files.items()
             }
     except Exception as error:
@@ -120,14 +114,15 @@ def open_hub(hub_id: str) -> dict[str, Dataset]:
     """
     try:
         import datasets
+        from datasets import config
         from huggingface_hub import HfApi
     except ImportError as error:
         raise UserError(f"image data sets need the package datasets: {INSTALL}.") from error
     try:
-        if not datasets.config.HF_HUB_OFFLINE:
+        if not config.HF_HUB_OFFLINE:
             # Fails at once where load_dataset would retry for half a minute.
             HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
-        with _quiet_unless_terminal():
+        with _quiet():
             found = datasets.load_dataset(hub_id)
     except Exception as error:  # network, proxy, HTTP and cache errors of four packages
         raise UserError(
@@ -136,9 +131,7 @@ def open_hub(hub_id: str) -> dict[str, Dataset]:
         ) from error
     missing = [split for split in SPLITS if split not in found]
     if missing:
-        raise UserError(
-            f"{hub_id} on the hub has no {missing[0]} split: give a folder that has one with --data-dir."
-        )
+        raise UserError(f"{hub_id} on the hub has no {missing[0]} split: give a folder that has one with --data-dir.")
     return {split: found[split] for split in SPLITS}
 
 
@@ -147,16 +140,18 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Without the progress bars of `datasets` where stderr is a file or a pipe."""
+def _quiet() -> Iterator[None]:
+    """No log lines from `datasets` (its errors are raised as well), and no progress bars where there is no terminal."""
     import datasets
     from rich.console import Console
 
-    bars = datasets.is_progress_bar_enabled()
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not Console(stderr=True).is_terminal:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()

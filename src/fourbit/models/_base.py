@@ -83,9 +83,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def conv_bn(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution with "same" padding and without bias (BatchNorm's own would cancel it), then BatchNorm."""
     padding = kernel_size // 2
     return nn.Sequential(

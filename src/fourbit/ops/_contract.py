@@ -165,10 +165,14 @@ def _signs(
 
 
 def _straight_through(d: Tensor, mask: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradient inside the clip range, and d(clip value) = sum over what was clipped of sign(q) * gradient."""
+    """The gradient inside the clip range, and d(clip value) = sum over what was clipped of sign(q) * gradient.
+
+    Clipped numbers have the codes +-max or (below an unsigned range) 0, so sign(q) is q / max|q| there.
+    """
     if mask is None:
         return d, None
-    alpha = None
-    if q is not None:
-        alpha = torch.where(mask, 0.0, d * q.sign()).sum(dtype=torch.float32)
-    return d.masked_fill(~mask, 0.0), alpha
+    inside = d.masked_fill(mask.logical_not(), 0.0)
+    if q is None:
+        return inside, None
+    clipped = d.sub_(inside).mul_(q)
+    return inside, clipped.sum(dtype=torch.float32) / q.abs().amax().clamp_min(1.0)

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.errors import UserError
@@ -62,18 +63,28 @@ def round_to_format(
     x = x.detach().to(torch.float32)
     grid = _grid_of(format)
     if rounding is Rounding.NEAREST:
-        return grid.nearest(x)
+        return torch.where(x.isnan(), x, grid.nearest(x)).add_(0.0)
     low, high = grid.neighbors(x)
     if rounding is Rounding.TRUNCATE:
-        return torch.where(x.isnan(), x, torch.where(x >= 0, low, high))
+        return torch.where(x.isnan(), x, torch.where(x >= 0, low, high)).add_(0.0)
     if words is None or words.shape != x.shape:
         raise UserError("stochastic rounding needs one random word per element: pass words of the shape of x")
     u = ((words >> 8) & 0xFFFFFF).to(torch.float32)
-    threshold = (x.clamp(format.min, format.max) - low).mul_(2.0**WORD_BITS).div_(high - low)  # 0/0: low == high
-    return torch.where(x.isnan(), x, torch.where(u < threshold, high, low))
+    threshold = (x.clamp(format.min, format.max) - low).div_(high - low).mul_(2.0**WORD_BITS)  # 0/0: low == high
+    return torch.where(x.isnan(), x, torch.where(u < threshold, high, low)).add_(0.0)
+
+
+def nearest_number(x: Tensor, format: Format) -> Tensor:
+    """`round_to_format(x, format)` for float32 numbers: -0.0 may come out, and NaN gives whatever comes cheapest.
+
+    For callers that know from the scale whether there is a NaN, and that multiply: half the passes over memory.
+    """
+    return _grid_of(format).nearest(x)
 
 
 class _Grid(Protocol):
+    """Neighbours and nearest grid value of numbers; NaN and the sign of zero are the caller's business."""
+
     def nearest(self, x: Tensor) -> Tensor: ...
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -87,7 +98,7 @@ def _grid_of(format: Format) -> _Grid:
     logarithmic = _Logarithmic.of(format)
     if logarithmic is not None:
         return logarithmic
-    if isinstance(format, FloatFormat) and format.is_binary and format.bits > 8:
+    if isinstance(format, FloatFormat) and format.is_binary:
         dtype = _same_dtype(format)
         return _Cast(format, dtype) if dtype is not None else _Binary(format)
     return _Table(format)
@@ -101,11 +112,10 @@ class _Integers:
     high: float
 
     def nearest(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high).round_().add_(0.0)
+        return x.clamp(self.low, self.high).round_()
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low = x.floor().clamp_(self.low, self.high).add_(0.0)
-        return low, x.ceil().clamp_(self.low, self.high).add_(0.0)
+        return x.floor().clamp_(self.low, self.high), x.ceil().clamp_(self.low, self.high)
 
 
 def _bits(value: float) -> int:
@@ -116,23 +126,22 @@ def _bits(value: float) -> int:
 class _Logarithmic:
     """0 and +-smallest * 2^(k i), i < num, deciding at threshold * 2^(k i): exponent arithmetic on the bit pattern.
 
-    bits(threshold * 2^(k i)) = bits(threshold) + i k 2^23, so the index is a subtraction and a shift: no logarithm, and
-    exact for every float32, whatever the multiplier.
+    bits(threshold * 2^(k i)) = bits(threshold) + i k 2^23, so a subtraction and a mask find the power (k a power of two):
+    no logarithm, and exact for every float32, whatever the multiplier.
     """
 
     smallest: float
+    largest: float
+    ratio: float
     threshold: float
-    shift: int
-    num: int
 
     @staticmethod
     def of(format: Format) -> _Logarithmic | None:
         positive = [v for v in format.grid if v > 0]
         ratio = positive[1] / positive[0] if len(positive) > 1 else 0.0
-        log2_ratio = {2.0: 0, 4.0: 1, 16.0: 2}.get(ratio)
         if (
             format.multiplier is None
-            or log2_ratio is None
+            or ratio not in (2.0, 4.0, 16.0)
             or list(format.grid) != [-v for v in reversed(positive)] + [0.0] + positive
             or any(b != a * ratio for a, b in pairwise(positive))
             or math.frexp(positive[0])[0] != 0.5
@@ -142,29 +151,25 @@ class _Logarithmic:
         single = threshold.to(torch.float32)
         if single.double() < threshold:  # x >= t for a float32 x means x >= the next float32
             single = torch.nextafter(single, torch.tensor(math.inf))
-        return _Logarithmic(positive[0], float(single), 23 + log2_ratio, len(positive))
+        return _Logarithmic(positive[0], positive[-1], ratio, float(single))
 
     def nearest(self, x: Tensor) -> Tensor:
-        index = x.view(torch.int32).bitwise_and(0x7FFFFFFF)
-        index.sub_(_bits(self.threshold)).bitwise_right_shift_(self.shift).clamp_(max=self.num - 1)
-        return torch.where(x.isnan(), x, self._value(index).copysign_(x).add_(0.0))
+        return self._power(x.abs(), self.threshold).copysign_(x)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         magnitude = x.abs()
-        index = (magnitude.view(torch.int32) - _bits(self.smallest)).bitwise_right_shift_(self.shift)
-        near = self._value(index.clamp(-1, self.num - 1))
-        on_grid = near == magnitude
-        far = self._value(index.add_(1).clamp_(0, self.num - 1))
-        far = torch.where(on_grid, near, far)
-        near, far = near.copysign_(x).add_(0.0), far.copysign_(x).add_(0.0)
-        negative = x < 0
+        near = self._power(magnitude.clone(), self.smallest)
+        far = torch.where(near > 0, near * self.ratio, self.smallest).clamp_(max=self.largest)
+        far = torch.where(near == magnitude, near, far).copysign_(x)
+        near, negative = near.copysign_(x), x < 0
         return torch.where(negative, far, near), torch.where(negative, near, far)
 
-    def _value(self, index: Tensor) -> Tensor:
-        """smallest * 2^(k index), 0 for negative indices; overwrites `index`."""
-        zero = index < 0
-        index.bitwise_left_shift_(self.shift).add_(_bits(self.smallest))
-        return index.view(torch.float32).masked_fill_(zero, 0.0)
+    def _power(self, magnitude: Tensor, start: float) -> Tensor:
+        """smallest * ratio^i for magnitudes in [start * ratio^i, start * ratio^(i+1)), 0 below; overwrites its input."""
+        octaves = int(math.log2(self.ratio)) << 23
+        lowest = self.smallest / self.ratio  # stands for zero until the last step
+        bits = magnitude.view(torch.int32).sub_(_bits(start)).bitwise_and_(-octaves).add_(_bits(self.smallest))
+        return F.threshold_(bits.clamp_(_bits(lowest), _bits(self.largest)).view(torch.float32), lowest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class _Binary:
             magnitude = x.abs()
             tiny = (magnitude > f.smallest / 2).mul(f.smallest).copysign_(x)
             y = torch.where(magnitude < f.smallest, tiny, y)
-        return y.add_(0.0)
+        return y
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.format
@@ -199,7 +204,7 @@ class _Binary:
             tiny = x.abs() < f.smallest
             low = torch.where(tiny, torch.where(x < 0, -f.smallest, 0.0), low)
             high = torch.where(tiny, torch.where(x > 0, f.smallest, 0.0), high)
-        return low.clamp_(f.min, f.max).add_(0.0), high.clamp_(f.min, f.max).add_(0.0)
+        return low.clamp_(f.min, f.max), high.clamp_(f.min, f.max)
 
 
 def _same_dtype(format: FloatFormat) -> torch.dtype | None:
@@ -221,15 +226,15 @@ class _Cast:
     dtype: torch.dtype
 
     def nearest(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).to(torch.float32).add_(0.0)
+        return x.to(self.dtype).to(torch.float32)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clamp(self.format.min, self.format.max)
         near = x.to(self.dtype)
         up = torch.nextafter(near, torch.full_like(near, math.inf)).to(torch.float32)
         down = torch.nextafter(near, torch.full_like(near, -math.inf)).to(torch.float32)
-        near = near.to(torch.float32).add_(0.0)
-        return torch.where(near > x, down, near).add_(0.0), torch.where(near < x, up, near).add_(0.0)
+        near = near.to(torch.float32)
+        return torch.where(near > x, down, near), torch.where(near < x, up, near)
 
 
 class _Table:
@@ -243,23 +248,19 @@ class _Table:
         exact = single.double() == points
         below = torch.where(single.double() > points, _down(single), single)
         self._boundaries = torch.where(exact & torch.tensor(format.ties_up), _down(single), below)
-        self._grid = torch.tensor([*format.grid, math.nan], dtype=torch.float32)
         self._levels = torch.tensor(format.grid, dtype=torch.float32)
 
     def nearest(self, x: Tensor) -> Tensor:
-        boundaries = torch.cat([self._boundaries, self._boundaries.new_tensor([math.inf])]).to(x.device)
-        return self._look_up(torch.bucketize(x, boundaries, out_int32=True), x)
+        return self._look_up(torch.bucketize(x, self._boundaries.to(x.device), out_int32=True), x)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         levels = self._levels.to(x.device)
-        last = len(levels) - 1
-        x = x.clamp(levels[0], levels[-1]).nan_to_num(float(levels[0]))
-        low = torch.bucketize(x, levels, out_int32=True, right=True).sub_(1)
-        high = torch.bucketize(x, levels, out_int32=True, right=False).clamp_(max=last)
+        low = torch.bucketize(x, levels, out_int32=True, right=True).sub_(1).clamp_(min=0)
+        high = torch.bucketize(x, levels, out_int32=True, right=False).clamp_(max=len(levels) - 1)
         return self._look_up(low, x), self._look_up(high, x)
 
     def _look_up(self, index: Tensor, x: Tensor) -> Tensor:
-        return self._grid.to(x.device).index_select(0, index.flatten()).view(x.shape)
+        return self._levels.to(x.device).index_select(0, index.flatten()).view(x.shape)
 
 
 def _down(x: Tensor) -> Tensor:

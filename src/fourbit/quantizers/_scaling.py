@@ -28,12 +28,25 @@ TINY = 2.0**-126
 """Smallest normal float32: scales never go below it, so that an all-zero tensor has a finite reciprocal scale."""
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in whatever order of axes."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """max|x| in float32 over `dims` (kept, size 1) or as a 0-d tensor; NaN if any element is NaN; 0 if empty."""
     if x.numel() == 0:
         return x.new_zeros((), dtype=torch.float32)
     if dims is None:
-        low, high = torch.aminmax(x.detach())
+        x = x.detach()
+        if not x.is_contiguous() and _is_dense(x):
+            x = x.as_strided((x.numel(),), (1,), x.storage_offset())  # order does not matter; aminmax would copy a channels_last tensor
+        low, high = torch.aminmax(x)
         return torch.maximum(high, -low).to(torch.float32)
     return x.detach().abs().amax(dims, keepdim=True).to(torch.float32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
-from fourbit.quantizers._round import Rounding, round_to_format
+from fourbit.quantizers._round import Rounding, nearest_number, round_to_format
 from fourbit.quantizers._scaling import FixedScale, Granularity, Scaling
 from fourbit.quantizers._words import random_words, stream_key
 
@@ -70,6 +70,7 @@ class QuantSpec:
 class QTensor(NamedTuple):
     """x ~ scale * q: `q` float32 on the grid of `format` (a mean of grid values after SMP), `scale` float32.
 
+    Where the scale is NaN, because the data held NaN or infinity, q means nothing.
     `scale` is 0-d, or has the dimensions of q with size 1 where it is shared.
     """
 
@@ -124,7 +125,9 @@ def quantize(
     scale = spec.scaling.scale(x, format, dims, stored)
     scaled = x * scale.reciprocal()
     if not spec.stochastic:
-        return QTensor(round_to_format(scaled, format, spec.rounding), scale, format)
+        nearest = spec.rounding is Rounding.NEAREST
+        q = nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
+        return QTensor(q, scale, format)
     if key is None:
         raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
     samples = [

@@ -59,7 +59,7 @@ def final_accuracy(groups: Sequence[Group]) -> Plot | None:
         "One dot per seed; the upright bar is the mean over seeds and the line through it one standard deviation to "
         "either side. The dotted vertical line marks full precision: recipes whose dots surround it lose nothing."
         + (
-            " An arrow stands for runs far below the others, whose accuracy is written beside it."
+            " An arrow stands for runs far below the others, whose accuracy is written beside it; their mean is not drawn."
             if lowest < low
             else ""
         ),
@@ -115,7 +115,8 @@ def curves_beside_reference(groups: Sequence[Group]) -> Plot | None:
         "curves-each",
         title,
         f"The same curves {against}with one panel per recipe and a common vertical axis that leaves out "
-        "the first quarter of training and accuracies far below the others; the band reaches from the lowest to the highest seed.",
+        "the first quarter of training and accuracies far below the others; the band reaches "
+        "from the lowest to the highest seed.",
         figure,
     )
 

@@ -87,7 +87,7 @@ def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     task = [k for k in TASK if k in differing(configs)]
     found = []
     for config in configs:
-        peers = [c for c in configs if setting(c, "recipe") == setting(config, "recipe")]
+        peers = [c for c in configs if all(setting(c, k) == setting(config, k) for k in ("recipe", *task))]
         extra = [k for k in differing(peers) if k not in task]
         parts = [setting(config, "recipe"), *(setting(config, k) for k in task)]
         found.append(", ".join([*parts, *(f"{k}={setting(config, k)}" for k in extra)]))
@@ -104,6 +104,7 @@ def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
     return min(same_task, key=lambda g: len(differing([g.config, group.config])), default=None)
 
 
-def _natural(label: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts seed 9 before seed 10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.findall(r"[0-9]+|[^0-9]+", label)]
+def _natural(label: str) -> list[tuple[int, float, str]]:
+    """Sort key that puts seed 9 before seed 10, and 0.05 before 0.1."""
+    parts = re.findall(r"[0-9]+(?:\.[0-9]+)?|[^0-9]+", label)
+    return [(0, float(p), "") if p[0] in "0123456789" else (1, 0.0, p) for p in parts]

@@ -41,7 +41,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         paths: run folders, or folders that contain run folders.
-        out: the folder to write into, or the name of the page if it ends in `.html`; default: `report` in the first path.
+        out: the folder to write into, or the name of the page if it ends in `.html`; default: `report` in the first
+            path.
 
     Returns:
         The path of the page (`index.html` in the folder, unless named).
@@ -142,9 +143,8 @@ def _result(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> list
     compared = sorted((s for _, s in measured if s.diff_mean is not None), key=lambda s: -(s.diff_mean or 0.0))
     if compared:
         best, worst = compared[0], compared[-1]
-        said.append(
-            f"Best against full precision: {_against(best)}{'; worst: ' + _against(worst) if worst is not best else ''}."
-        )
+        contrast = f"; worst: {_against(worst)}" if worst is not best else ""
+        said.append(f"Best against full precision: {_against(best)}{contrast}.")
     elif len(said) < len(measured):
         best = max((s for _, s in measured), key=lambda s: s.accuracy_mean or 0.0)
         lead = "The highest accuracy is" if len(measured) > 1 else "The result is"

@@ -91,7 +91,7 @@ def layer_lines(groups: Sequence[Group], key: str, title: str, unit: str, captio
                     color=DEPTH(depth),
                     linewidth=1.1,
                     alpha=0.85,
-                    drawstyle="steps-post" if key == "g_exponent" else "default",
+                    drawstyle="steps-mid" if key == "g_exponent" else "default",
                     marker="o" if len(trace.steps) == 1 else None,
                 )
         panel_title(axis, f"{group.label} ({len(trace.layers)} layers)", look[group.label])
@@ -112,9 +112,9 @@ def grad_scales(groups: Sequence[Group]) -> Plot | None:
         "g_exponent",
         "GradScale of every layer",
         "log2 of the multiplier",
-        "GradScale multiplies the gradient of each layer by a power of two so that its largest element sits in the top "
-        "interval of the 4-bit grid. A line that climbs belongs to a layer whose gradients shrink; flipping between two "
-        "neighbours is normal, while a line that only ever climbs means gradients of zero. Exponents are whole "
+        "GradScale multiplies the gradient of each layer by a power of two so that its largest element sits in the "
+        "top interval of the 4-bit grid. A line that climbs belongs to a layer whose gradients shrink; flipping between "
+        "two neighbours is normal, while a line that only ever climbs means gradients of zero. Exponents are whole "
         "numbers; lines are drawn up to a third apart so that none hides another.",
         "gradscale",
     )
@@ -127,8 +127,8 @@ def clip_values(groups: Sequence[Group]) -> Plot | None:
         "x_alpha",
         "Learned clip value (PACT alpha) of every layer",
         "alpha (units of the activation)",
-        "Activations above alpha are clipped to it, and the 4-bit steps divide the range from 0 to alpha. Values usually "
-        "fall from their start and settle; one that nears zero switches its layer off.",
+        "Activations above alpha are clipped to it, and the 4-bit steps divide the range from 0 to alpha. Values "
+        "usually fall from their start and settle; one that nears zero switches its layer off.",
         "alpha",
     )
 
@@ -155,20 +155,21 @@ def slot_lines(groups: Sequence[Group]) -> Plot | None:
                 axis.plot(trace.steps, middle, color=color, marker="o" if len(trace.steps) == 1 else None)
                 slots.setdefault(slot, Line2D([], [], color=color, linewidth=2))
             axis.tick_params(labelleft=True)
-            axis.set_ylabel(statistic.unit, fontsize=8)
+            axis.set_ylabel(
+                f"{statistic.key}\n({statistic.unit})" if statistic.is_share else statistic.unit, fontsize=8
+            )
             if statistic.is_share:
                 axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-            axis.set_title(statistic.title if axis is not row[2] else "SQNR", loc="right", fontsize=8.5)
             step_axis(axis, "optimizer step" if row is grid[-1] else "")
-        panel_title(row[0], group.label, look[group.label], 26)
+        panel_title(row[0], group.label, look[group.label], 36)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     legend(figure, {s: slots[s] for s in SLOT_COLOR if s in slots})
     return Plot(
         "slots-over-time",
         title,
-        "One row per recipe. Lines are medians over the quantized layers, bands hold the middle 80 % of them. Slots are "
-        "named operand_product: g_dgrad is the output gradient in the product that gives dx, g_wgrad the same gradient "
-        f"in the product that gives dw. {_which_runs(shown)}",
+        "One row per recipe: underflow, saturation, signal-to-quantization-noise ratio. Lines are medians over the "
+        "quantized layers, bands hold the middle 80 % of them. Slots are named operand_product: g_dgrad is the output "
+        f"gradient in the product that gives dx, g_wgrad the same in the product that gives dw. {_which_runs(shown)}",
         figure,
     )
 
@@ -182,9 +183,9 @@ def slot_map(groups: Sequence[Group], statistic: Statistic) -> Plot | None:
     tables = [np.stack([g.shown.trace.last(s, statistic.key) for s in g.shown.trace.slots()], axis=1) for g in shown]
     num_layers = max(len(t) for t in tables)
     same = all(g.shown.trace.layers == shown[0].shown.trace.layers for g in shown)
-    columns = 3 if not same or len(shown) <= 3 else 4 if len(shown) <= 8 else 5
+    columns = 3 if not same or len(shown) <= 3 else 4 if len(shown) <= 8 or max(len(g.label) for g in shown) > 18 else 5
     title = f"{statistic.title} by layer and slot, newest observation"
-    height = 0.75 + max(0.13, min(0.21, 8.5 / num_layers)) * num_layers
+    height = 0.75 + _row_height(num_layers) * num_layers
     figure, axes = panels(len(shown), title, columns=columns, height=height, sharey=False, extra=0.75)
     finite = np.concatenate([t[np.isfinite(t)] for t in tables])
     norm = Normalize(0, max(float(finite.max()), 0.01)) if statistic.is_share else Normalize(finite.min(), finite.max())
@@ -214,11 +215,16 @@ def slot_map(groups: Sequence[Group], statistic: Statistic) -> Plot | None:
     )
 
 
+def _row_height(num_layers: int) -> float:
+    """Inches for one layer of a heat map: enough for its name where there are few, less where there are many."""
+    return max(0.13, min(0.21, 8.5 / num_layers))
+
+
 def _name_cells(axis: Axes, group: Group, named: bool) -> None:
     trace = group.shown.trace
     every = max(1, round(len(trace.layers) / 70))  # names further apart than every one, so that they never touch
     rows = range(0, len(trace.layers), every)
-    size = 8 if len(trace.layers) <= 40 else 6
+    size = min(8.0, 45 * every * _row_height(len(trace.layers)))  # in points: 0.62 of the distance between names
     axis.set_yticks(list(rows), [short(trace.layers[i], 26) if named else "" for i in rows], fontsize=size)
     axis.set_xticks(
         range(len(trace.slots())), trace.slots(), fontsize=7.5, rotation=40, ha="right", rotation_mode="anchor"

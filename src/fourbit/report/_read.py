@@ -27,6 +27,9 @@ Record = dict[str, Any]
 SLOTS = ("x_fprop", "w_fprop", "g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad")
 """The six operand slots in the order in which pages and tables list them."""
 
+STATISTICS = ("underflow", "saturation", "sqnr_db")
+"""What is kept of the numbers that are observed in each slot."""
+
 
 def number(value: object) -> float:
     """`value` as a float; NaN for null (how the trainer writes infinity and NaN) and for anything not a number."""
@@ -273,7 +276,8 @@ def _trace(records: Sequence[Record]) -> LayerTrace:
                 continue
             put(row, name, ("g_exponent",), layer.get("g_exponent"))
             put(row, name, ("x_alpha",), layer.get("x_alpha"))
-            for slot, statistics in (layer.get("slots") or {}).items():
-                for statistic in ("underflow", "saturation", "sqnr_db"):
+            slots = layer.get("slots")
+            for slot, statistics in slots.items() if isinstance(slots, dict) else ():
+                for statistic in STATISTICS if isinstance(statistics, dict) else ():
                     put(row, name, (slot, statistic), statistics.get(statistic))
     return LayerTrace(layers, np.array([r["step"] for r in records], dtype=float), data)

@@ -104,12 +104,12 @@ def short(label: str, length: int = 30) -> str:
     """`label` cut in its middle (names differ at their ends), and safe for matplotlib, which reads $ as mathematics.
 
     >>> short("features.stage4.block2.conv1.weight", 20)
-    'features…nv1.weight'
+    'features…onv1.weight'
     """
     label = " ".join(label.split())
     if len(label) > length:
         head = (length - 1) // 2 - 1
-        label = f"{label[:head]}…{label[-(length - head - 2) :]}"
+        label = f"{label[:head]}…{label[-(length - head - 1) :]}"
     label = label.replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label  # a legend leaves out labels that begin with "_"
 
@@ -117,7 +117,7 @@ def short(label: str, length: int = 30) -> str:
 def panels(
     count: int, title: str, *, columns: int = 3, height: float = 2.3, sharey: bool = True, extra: float = 0.9
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` small panels with a title, at most `columns` in a row; `extra` inches for title and legend."""
+    """A figure of `count` small panels, at most `columns` in a row; `extra` inches for its title and legend."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, rows * height + extra), layout="constrained")

@@ -1,1 +1,57 @@
-""""""
+"""Training runs: one function, one folder of files.
+
+    from fourbit.train import TrainConfig, train
+
+    result = train(TrainConfig(model="digits_cnn", data="digits", recipe="ibm2020", epochs=5, out=Path("runs/a")))
+    result.test_accuracy
+
+A run writes `config.json`, `env.json`, `metrics.jsonl` and `checkpoint/` into its folder, and reports are made from those
+files alone. A run that was interrupted goes on with `train(config, resume=True)` as if it had never stopped: the same
+weights and the same metrics, to the bit. `compare` makes one run per recipe and seed, all of them from the same initial
+weights and with the same order of the data.
+
+Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fourbit.train._config import CompareConfig as CompareConfig
+from fourbit.train._config import Settings as Settings
+from fourbit.train._config import TrainConfig as TrainConfig
+
+if TYPE_CHECKING:
+    from fourbit.train._compare import Comparison
+    from fourbit.train._result import Result
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Result:
+    """One training run.
+
+    Args:
+        config: what to train. `config.out` must be empty or missing, unless `resume`.
+        resume: go on from the checkpoint in `config.out`; the configuration must be the one that it was made with.
+
+    Returns:
+        How it ended. Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint, as "interrupted".
+
+    Raises:
+        UserError: bad configuration or data, an `out` that is taken, a damaged checkpoint, a full disk. A folder that
+            exists already is left as it was.
+        NonFiniteError: the loss, a layer or a gradient became NaN or infinite, and `config.on_nonfinite` is "stop".
+    """
+    from fourbit.train._run import run
+
+    return run(config, resume=resume)
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """One run per recipe and seed, each in `config.out/<recipe>-seed<k>`, and a table of them all.
+
+    Runs that are finished are left alone and unfinished ones go on, so an interrupted comparison is continued by
+    calling it again. Raises as `train`; a run that diverges is noted in the table and the others go on.
+    """
+    from fourbit.train._compare import compare as run_all
+
+    return run_all(config)

@@ -1,0 +1,198 @@
+"""What can be set about a run: a frozen dataclass whose fields are at once the command-line flags.
+
+`Settings` holds what all runs of a comparison share. `TrainConfig` adds one recipe and one seed, `CompareConfig` several.
+The string below each field is its help text; `None` stands for a default that depends on other fields and is filled in
+by `validated` (see `_validate`), so that `config.json` shows the numbers that were used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter, Token
+
+
+def _whole(type_: Any, tokens: Sequence[Token]) -> int:
+    """A whole number; 1.5 is an error and not 2."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f'"{tokens[0].value}" is not a whole number') from None
+
+
+def _fractions(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in tokens[0].value.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f'"{tokens[0].value}" is not a list of numbers such as 0.5,0.75') from None
+
+
+def _words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
+
+
+def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    try:
+        return tuple(int(part) for part in _words(type_, tokens))
+    except ValueError:
+        raise ValueError(f'"{tokens[0].value}" is not a list of whole numbers such as 0,1,2') from None
+
+
+WHOLE = Parameter(converter=_whole)
+TASK = Parameter(group=Group("What to train", sort_key=1))
+OPTIMIZATION = Parameter(group=Group("Optimization", sort_key=2))
+EXECUTION = Parameter(group=Group("Execution", sort_key=3))
+RECORDS = Parameter(group=Group("Records", sort_key=4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything but recipe, seed and folder."""
+
+    model: Annotated[str, TASK] = "resnet20"
+    """Network; `fourbit models` lists them."""
+    data: Annotated[str, TASK] = "cifar10"
+    """Data set; `fourbit data` lists them."""
+    data_dir: Annotated[Path | None, TASK] = None
+    """Folder with the parquet files of the data set. None: the Hugging Face hub."""
+    epochs: Annotated[int, TASK, WHOLE] = 5
+    """Passes over the training images."""
+    max_steps: Annotated[int | None, TASK, WHOLE] = None
+    """End after this many optimizer steps, if the epochs are not over before; the schedule fits the shorter run."""
+    batch_size: Annotated[int, TASK, WHOLE] = 128
+    """Images per forward pass, over all processes together."""
+    eval_batch_size: Annotated[int | None, TASK, WHOLE] = None
+    """Images per forward pass of the evaluation. None: the batch size, but at least 256."""
+    augment: Annotated[bool, TASK] = True
+    """Shift and mirror training images as the data set prescribes."""
+
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], OPTIMIZATION] = "sgd"
+    """Update rule."""
+    lr: Annotated[float | None, OPTIMIZATION] = None
+    """Learning rate. None: 0.1 for sgd, 0.001 for adam and adamw."""
+    momentum: Annotated[float, OPTIMIZATION] = 0.9
+    """Momentum of sgd."""
+    nesterov: Annotated[bool, OPTIMIZATION] = False
+    """Nesterov's momentum, for sgd."""
+    weight_decay: Annotated[float, OPTIMIZATION] = 1e-4
+    """Weight decay."""
+    alpha_weight_decay: Annotated[float | None, OPTIMIZATION] = None
+    """Weight decay of the clip values of PACT. None: as of the weights."""
+    schedule: Annotated[Literal["step", "cosine", "constant"], OPTIMIZATION] = "step"
+    """How the learning rate falls: at milestones, along half a cosine to 0, or not at all."""
+    milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1)] = (0.5, 0.75)
+    """Where the step schedule decays, as fractions of the run, separated by commas."""
+    lr_decay: Annotated[float, OPTIMIZATION] = 0.1
+    """Factor at each milestone."""
+    warmup_steps: Annotated[int, OPTIMIZATION, WHOLE] = 0
+    """Steps over which the learning rate first rises in proportion."""
+    label_smoothing: Annotated[float, OPTIMIZATION] = 0.0
+    """Share of the target spread over all classes; the test loss goes without."""
+    gradient_clip: Annotated[float | None, OPTIMIZATION] = None
+    """Largest norm of the gradient of all parameters together. None: no limit."""
+    grad_accumulation: Annotated[int, OPTIMIZATION, WHOLE] = 1
+    """Batches per optimizer step; the gradients are averaged."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+    threads: Annotated[int | None, EXECUTION, WHOLE] = None
+    """CPU threads of torch. None: torch's own choice."""
+    autocast: Annotated[Literal["none", "bf16"], EXECUTION] = "none"
+    """Arithmetic of what is not quantized: float32, or bfloat16 where torch deems it safe."""
+    channels_last: Annotated[bool, EXECUTION] = True
+    """Memory layout NHWC, which convolutions like better."""
+    tune_malloc: Annotated[bool, EXECUTION] = True
+    """Let glibc keep large freed blocks for reuse: shorter steps on the CPU, no effect elsewhere."""
+
+    log_every: Annotated[int, RECORDS, WHOLE] = 10
+    """Steps between two lines with loss and accuracy in metrics.jsonl."""
+    observe_every: Annotated[int, RECORDS, WHOLE] = 100
+    """Steps between two observations of the operands of all quantized layers; 0: never."""
+    checkpoint_every: Annotated[int, RECORDS, WHOLE] = 1
+    """Epochs between two checkpoints; 0: only at the end or when interrupted."""
+    on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
+    """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
+    tensorboard: Annotated[bool, RECORDS] = True
+    """Write TensorBoard files, to the folder tb."""
+    progress: Annotated[bool, RECORDS] = True
+    """Show a progress bar, if the output is a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """One run.
+
+    >>> TrainConfig(model="digits_cnn", data="digits", seed=3).command()
+    'fourbit train --model digits_cnn --data digits --seed 3'
+    """
+
+    recipe: Annotated[str, TASK] = "ibm2020"
+    """How layers are quantized; `fourbit recipes` lists them. fp32: not at all."""
+    seed: Annotated[int, TASK, WHOLE] = 0
+    """Seed of weights, data order, augmentation and stochastic rounding."""
+    out: Annotated[Path | None, RECORDS] = None
+    """Folder of the run. None: runs/<model>-<data>-<recipe>-seed<seed>."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them, in the order recipe and seed first."""
+        first = ("model", "data", "recipe", "seed")
+        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: values[name] for name in (*first, *(n for n in values if n not in first))}
+
+    def command(self, *extra: str) -> str:
+        """The command line that makes this run."""
+        return " ".join(["fourbit train", *_flags(self), *extra])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Settings):
+    """Runs that differ in recipe and seed alone."""
+
+    recipes: Annotated[tuple[str, ...], TASK, Parameter(converter=_words, n_tokens=1)] = ("fp32", "int4-fwd", "ibm2020")
+    """Recipes, separated by commas."""
+    seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=_whole_numbers, n_tokens=1)] = (0, 1, 2)
+    """Seeds, separated by commas."""
+    out: Annotated[Path, RECORDS] = Path("runs/compare")
+    """Folder with one folder per run, table.md and table.json."""
+
+    def run(self, recipe: str, seed: int) -> TrainConfig:
+        """One of the runs."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        return TrainConfig(**shared, recipe=recipe, seed=seed, out=self.out / f"{recipe}-seed{seed}")
+
+    def runs(self) -> list[TrainConfig]:
+        """All of them, one seed after the other, so that an early look shows every recipe."""
+        return [self.run(recipe, seed) for seed in self.seeds for recipe in self.recipes]
+
+    def command(self) -> str:
+        """The command line that makes, or goes on with, this comparison."""
+        return " ".join(["fourbit compare", *_flags(self)])
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _flags(config: Settings) -> list[str]:
+    """The flags for the fields that differ from their defaults."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags += [f"--{name}", shlex.quote(text)]
+    return flags

@@ -1,0 +1,193 @@
+"""The folder of a run, and its text files: `config.json`, `env.json` and `metrics.jsonl`.
+
+`metrics.jsonl` has one JSON object a line, written through at once, so that a reader sees a run while it goes on and
+loses at most a line if the machine dies. NaN and infinity, which JSON does not know, are null.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fourbit._version import __version__
+from fourbit.errors import UserError
+from fourbit.train._config import TrainConfig
+
+MAY_DIFFER = frozenset(
+    {"out", "data_dir", "progress", "tensorboard", "threads", "tune_malloc", "log_every", "observe_every"}
+    | {"checkpoint_every", "on_nonfinite"}
+)
+"""Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""
+
+LENGTH = frozenset({"epochs", "max_steps"})
+"""Fields that may change too if the learning rate does not depend on the length of the run."""
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every NaN and infinity in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write `path` into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: {path} could not be written; free some space and go on with --resume "
+                "(an earlier checkpoint is intact)."
+            ) from error
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): check the folder, or choose another --out."
+        ) from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path` so that it holds all of `content` or what it held before."""
+    with writing(path):
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class RunFolder:
+    """A run's files. Make one with `create` or `reopen`; `active` False (other processes than the first) writes nothing."""
+
+    def __init__(self, path: Path, active: bool = True):
+        self.path, self.active = path, active
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.path / "checkpoint"
+
+    def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
+        """Start a new run.
+
+        Raises:
+            UserError: the folder is not empty, or cannot be written.
+        """
+        require_free(self.path)
+        if not self.active:
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._write("env.json", environment)
+        self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
+        self._truncate(0)
+
+    def reopen(self, config: TrainConfig, environment: dict[str, Any], metrics_bytes: int) -> None:
+        """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
+        if not self.active:
+            return
+        first = _read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
+        first.setdefault("resumed", []).append(environment)
+        self._write("env.json", first)
+        self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
+        self._truncate(metrics_bytes)
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, to cut it back to on resume."""
+        return os.path.getsize(self.path / "metrics.jsonl")
+
+    def record(self, kind: str, step: int, **fields: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        if not self.active:
+            return
+        line = json.dumps(finite({"kind": kind, "step": step, **fields}), allow_nan=False) + "\n"
+        path = self.path / "metrics.jsonl"
+        # Unbuffered: a line that did not fit must not come back when the file is closed.
+        with writing(path), open(path, "ab", buffering=0) as file:
+            rest = line.encode()
+            while rest:
+                rest = rest[file.write(rest) :]
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        replace_file(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
+
+    def _truncate(self, size: int) -> None:
+        path = self.path / "metrics.jsonl"
+        with writing(path), open(path, "ab") as file:
+            if file.tell() < size:
+                raise UserError(f"{path} is shorter than when the checkpoint was made: restore it, or start anew.")
+            file.truncate(size)
+
+
+def require_free(path: Path) -> None:
+    """Reject a folder with anything in it: nothing is ever overwritten.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty: choose another --out, or add --resume to go on with the run in it.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another --out.")
+
+
+def require_same(path: Path, config: TrainConfig) -> None:
+    """Check that the run in `path` was made with `config`.
+
+    Raises:
+        UserError: there is no run, or a field differs that may not.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"there is no run to go on with in {path}: check --out, or leave out --resume to start one.")
+    before, now = _read_json(path / "config.json"), config.as_dict()
+    free = MAY_DIFFER | (LENGTH if before.get("schedule") == config.schedule == "constant" else frozenset())
+    for field, value in now.items():
+        if field not in free and before.get(field) != value:
+            raise UserError(
+                f"the run in {path} was made with {field} {_shown(before.get(field))}, not {_shown(value)}: "
+                "repeat its settings to resume it, or choose another --out."
+            )
+
+
+def last_record(path: Path, kind: str) -> dict[str, Any] | None:
+    """The newest line of a kind in a folder's metrics.jsonl; None if there is none."""
+    found = None
+    try:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("kind") == kind:
+            found = record
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: restore it, or choose another --out.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a file that fourbit wrote: choose another --out.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,143 @@
+"""All checks of a configuration, in one place, before anything is written.
+
+Each rule is a row: field, test, and the words that complete "<field> is <value>, but must be ...". Names are looked up in
+the catalogues, whose errors list the nearest valid names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from fourbit.errors import UserError, unknown
+from fourbit.train._config import CompareConfig, Settings, TrainConfig
+
+DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}
+MIN_EVAL_BATCH_SIZE = 256
+
+_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "0 or more")
+_POSITIVE = (lambda v: 0 < v < math.inf, "more than 0")
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": _AT_LEAST_1,
+    "max_steps": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "eval_batch_size": _AT_LEAST_1,
+    "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
+    "lr": _POSITIVE,
+    "momentum": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+    "weight_decay": _NOT_NEGATIVE,
+    "alpha_weight_decay": _NOT_NEGATIVE,
+    "milestones": (lambda v: all(0 < f < 1 for f in v) and list(v) == sorted(v), "ascending fractions between 0 and 1"),
+    "lr_decay": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    "warmup_steps": _NOT_NEGATIVE,
+    "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+    "gradient_clip": _POSITIVE,
+    "grad_accumulation": _AT_LEAST_1,
+    "threads": _AT_LEAST_1,
+    "log_every": _AT_LEAST_1,
+    "observe_every": _NOT_NEGATIVE,
+    "checkpoint_every": _NOT_NEGATIVE,
+}
+"""Ranges; a field that is None is not tested."""
+
+
+def validated(config: TrainConfig) -> TrainConfig:
+    """`config` with its None filled in where they stand for another field's value.
+
+    Raises:
+        UserError: a value out of range, an unknown name, or fields that contradict each other.
+    """
+    _check_choices(config)
+    for field, (test, words) in RULES.items():
+        value = getattr(config, field)
+        if value is not None and not _holds(test, value):
+            raise UserError(f"{field} is {_shown(value)}, but must be {words}.")
+    if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
+        raise UserError("nesterov needs optimizer sgd and a momentum above 0: set them, or leave nesterov out.")
+    _check_names(config)
+    _check_device(config.device)
+    return dataclasses.replace(
+        config,
+        eval_batch_size=config.eval_batch_size or max(config.batch_size, MIN_EVAL_BATCH_SIZE),
+        lr=DEFAULT_LR[config.optimizer] if config.lr is None else config.lr,
+        alpha_weight_decay=config.weight_decay if config.alpha_weight_decay is None else config.alpha_weight_decay,
+        out=config.out or _default_out(config),
+    )
+
+
+def validated_comparison(config: CompareConfig) -> list[TrainConfig]:
+    """The runs of a comparison, each validated, one seed after the other.
+
+    Raises:
+        UserError: as `validated`; no recipe or seed; one that is listed twice; a recipe that does not fit the model.
+    """
+    for field, names in (("recipes", config.recipes), ("seeds", config.seeds)):
+        if not names:
+            raise UserError(f"{field} is empty: name at least one, several separated by commas.")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{field} has {name} twice: name each once.")
+    runs = [validated(run) for run in config.runs()]
+    _check_recipes_fit(config)
+    return runs
+
+
+def _check_choices(config: Settings) -> None:
+    hints = typing.get_type_hints(type(config))
+    for field, hint in hints.items():
+        if typing.get_origin(hint) is Literal and getattr(config, field) not in typing.get_args(hint):
+            raise unknown(field, getattr(config, field), typing.get_args(hint))
+
+
+def _check_names(config: TrainConfig) -> None:
+    from fourbit import data, models, recipes
+
+    catalogues: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("model", config.model, models.names()),
+        ("data set", config.data, data.names()),
+        ("recipe", config.recipe, recipes.names()),
+    )
+    for kind, name, names in catalogues:
+        if name not in names:
+            raise unknown(kind, name, names)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU: use device cpu, or install a build of torch for it.")
+
+
+def _check_recipes_fit(config: CompareConfig) -> None:
+    """Find a recipe that does not fit the model now, and not after the runs before it."""
+    import torch
+
+    from fourbit import models, recipes
+
+    with torch.device("meta"):
+        model = models.build(config.model, num_classes=10)
+    for recipe in config.recipes:
+        recipes.explain(model, recipe)
+
+
+def _holds(test: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except TypeError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _default_out(config: TrainConfig) -> Any:
+    from pathlib import Path
+
+    return Path("runs") / f"{config.model}-{config.data}-{config.recipe}-seed{config.seed}"

@@ -1,0 +1,156 @@
+"""Scales against their formulas: SAWB, PACT, amax, GradScale's votes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fourbit import formats
+from fourbit.errors import UserError
+from fourbit.quantizers import (
+    UNSET,
+    Amax,
+    ClipValue,
+    FixedScale,
+    GradScale,
+    QuantSpec,
+    Sawb,
+    amax_of,
+    best_clip_value,
+    quantize,
+    round_to_format,
+)
+
+
+@pytest.mark.parametrize(
+    ("format", "c1", "c2"),
+    [
+        (formats.INT4_SYM, 12.035, 12.03),
+        (formats.INT4_MIDRISE, 12.68, 12.80),
+        (formats.INT2_MIDRISE, 3.12, 2.064),
+        (formats.INT2_SYM, 2.6, 1.71),
+        (formats.INT3_MIDRISE, 7.509, 6.892),
+        (formats.INT8_SYM, 31.76, 35.04),
+    ],
+    ids=str,
+)
+def test_sawb_follows_its_formula_and_published_coefficients(format, c1, c2):
+    w = torch.tensor([0.1, -0.4, 0.25, 0.05, -0.15, 0.6, -0.02, 0.3], dtype=torch.float64)
+    mean_square = sum(v * v for v in w.tolist()) / len(w)
+    mean_abs = sum(abs(v) for v in w.tolist()) / len(w)
+    alpha = c1 * math.sqrt(mean_square) - c2 * mean_abs
+    assert alpha > 0
+    scale = float(quantize(w.float(), QuantSpec(format, Sawb())).scale)
+    assert scale == pytest.approx(alpha / format.max, rel=1e-5)
+
+
+def test_sawb_on_gaussian_weights_clips_near_the_optimum():
+    w = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    alpha = float(quantize(w, QuantSpec(formats.INT4_SYM, Sawb())).scale) * 7
+    assert alpha == pytest.approx(12.035 - 12.03 * math.sqrt(2 / math.pi), rel=0.02)
+    assert alpha == pytest.approx(best_clip_value(w, formats.INT4_SYM), rel=0.12)
+
+
+def test_sawb_falls_back_to_the_largest_weight_where_its_formula_is_not_positive():
+    w = torch.tensor([0.5, -0.5, 0.5, -0.5])  # c1 < c2 * |w| / |w|: 12.68 - 12.80 < 0
+    assert float(quantize(w, QuantSpec(formats.INT4_MIDRISE, Sawb())).scale) * 7.5 == pytest.approx(0.5)
+
+
+def test_sawb_refuses_a_format_without_published_coefficients_unless_told():
+    with pytest.raises(UserError, match="no published coefficients"):
+        quantize(torch.ones(3), QuantSpec(formats.INT4, Sawb()))
+    assert quantize(torch.ones(3), QuantSpec(formats.INT4, Sawb(12.1, 12.2))).scale > 0
+
+
+def test_amax_saturates_nothing_per_tensor_and_per_channel():
+    x = torch.randn(6, 5, 4)
+    for spec, axis in ((QuantSpec("int4_sym", Amax()), None), (QuantSpec("int4_sym", Amax(), "channel"), 1)):
+        result = quantize(x, spec, channel_axis=axis)
+        assert result.q.abs().max() == 7
+        assert (x - result.dequantize()).abs().max() <= result.scale.max() / 2 * (1 + 1e-6)
+    assert result.scale.shape == (1, 5, 1)
+    assert torch.allclose(result.scale.flatten() * 7, x.abs().amax((0, 2)))
+
+
+@pytest.mark.parametrize("scaling", [Amax(), Sawb()])
+def test_an_all_zero_tensor_gives_zeros_and_an_empty_one_gives_nothing(scaling):
+    result = quantize(torch.zeros(4), QuantSpec("int4_sym", scaling))
+    assert result.scale.isfinite() and torch.equal(result.dequantize(), torch.zeros(4))
+    assert quantize(torch.zeros(0, 3), QuantSpec("int4_sym", scaling)).q.shape == (0, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scaling", [Amax(), Sawb(), FixedScale(), ClipValue(), GradScale()])
+def test_bad_numbers_reach_the_output(scaling, bad):
+    x = torch.tensor([1.0, bad, 2.0])
+    stored = {"alpha": torch.tensor(1.0), "exponent": torch.tensor(0, dtype=torch.int32)}.get(scaling.stored_kind)
+    result = quantize(x, QuantSpec("int4_sym", scaling), stored=stored)
+    assert result.dequantize().isnan().all()
+
+
+def test_pact_clips_and_rounds_to_fifteen_steps():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(2)) * 2
+    alpha = torch.tensor(2.0)
+    q = quantize(x, QuantSpec(formats.UINT4, ClipValue()), stored=alpha)
+    expected = torch.round(x.clamp(0, 2.0) * 15 / 2.0) * 2.0 / 15
+    assert torch.allclose(q.dequantize(), expected, atol=1e-6)
+
+
+def test_best_clip_value_beats_every_coarse_alternative():
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(1)).relu()
+
+    def error(alpha: float) -> float:
+        scale = alpha / 15
+        return float((round_to_format(x / scale, formats.UINT4) * scale - x).square().sum())
+
+    best = best_clip_value(x, formats.UINT4)
+    assert all(error(best) <= error(a) * 1.001 for a in torch.linspace(0.5, float(x.max()), 25).tolist())
+    assert best_clip_value(torch.zeros(5), formats.UINT4) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("amax", "vote"),
+    [(0.0, 0), (1e-30, 1), (31.0, 1), (32.0, 1), (32.001, 0), (64.0, 0), (64.001, -1), (1e30, -1)]
+    + [(math.inf, 0), (math.nan, 0)],
+)
+def test_votes_follow_the_table_of_fig_3a(amax, vote):
+    assert int(GradScale().vote(torch.tensor(amax))) == vote
+
+
+def test_the_first_exponent_puts_the_largest_gradient_into_the_band():
+    scaling = GradScale()
+    amax = torch.cat([torch.logspace(-25, 25, 400), 2.0 ** torch.arange(-80, 80.0)])
+    scaled = amax.double() * 2.0 ** scaling.first_exponent(amax).double()
+    assert ((scaled > 32) & (scaled <= 64)).all()
+    assert (scaling.first_exponent(torch.tensor([0.0, math.nan, math.inf])) == UNSET).all()
+
+
+def test_exponents_move_by_one_are_clamped_and_stay_unset():
+    scaling = GradScale()
+    exponent = torch.tensor([5, 5, 5, 100, -100, UNSET], dtype=torch.int32)
+    votes = torch.tensor([3, -2, 0, 1, -1, 1], dtype=torch.int32)
+    assert scaling.step(exponent, votes).tolist() == [6, 4, 5, 100, -100, UNSET]
+
+
+def test_amax_of_any_layout_equals_the_plain_maximum():
+    x = torch.randn(4, 3, 5, 6)
+    views = (x, x.to(memory_format=torch.channels_last), x.transpose(0, 3), x[:, ::2], x[1:], x.expand(2, 4, 3, 5, 6))
+    for view in (*views, x.to(memory_format=torch.channels_last)[2:]):
+        assert float(amax_of(view)) == float(view.abs().max())
+
+
+def test_misuse_is_refused_in_one_sentence():
+    with pytest.raises(UserError, match="floating-point"):
+        quantize(torch.arange(3), QuantSpec("int4"))
+    with pytest.raises(UserError, match="channel_axis"):
+        quantize(torch.ones(3), QuantSpec("int4", Amax(), "channel"))
+    with pytest.raises(UserError, match="granularity"):
+        QuantSpec("int4", Amax(), "row")
+    with pytest.raises(UserError, match="one clip value"):
+        QuantSpec("uint4", ClipValue(), "channel")
+    with pytest.raises(UserError, match="positive"):
+        ClipValue(init=0.0)
+    with pytest.raises(UserError, match="samples"):
+        QuantSpec("int4", samples=2)

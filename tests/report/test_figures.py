@@ -1,0 +1,118 @@
+"""Figures: the same colour for a recipe everywhere, nothing cut off, nothing lost among many recipes and layers."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import write_run
+
+from fourbit.report._curves import final_accuracy, floor, training_curves
+from fourbit.report._groups import group_runs
+from fourbit.report._histograms import gradient_histograms, parse
+from fourbit.report._layers import STATISTICS, grad_scales, slot_map
+from fourbit.report._read import load_runs
+from fourbit.report._style import REFERENCE_COLOR, looks, short
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Thirteen recipes, sixty layers."""
+    top = tmp_path_factory.mktemp("many")
+    for i in range(13):
+        name = "fp32" if i == 0 else f"a-recipe-with-a-rather-long-name-{i}"
+        write_run(top / name, recipe=name, layers=60 if i else 0, epochs=1, steps_per_epoch=50, accuracy=0.9 - 0.01 * i)
+    return group_runs(load_runs([top]))
+
+
+def visible_overlaps(figure):
+    """Pairs of y tick labels of the same axes that touch."""
+    figure.savefig(io.BytesIO(), format="png", dpi=60)
+    found = 0
+    for axis in figure.axes:
+        boxes = [t.get_window_extent() for t in axis.get_yticklabels() if t.get_visible() and t.get_text()]
+        boxes.sort(key=lambda b: b.y0)
+        found += sum(low.y1 > high.y0 + 0.5 for low, high in pairwise(boxes))
+    return found
+
+
+def test_every_recipe_has_a_look_of_its_own_and_full_precision_is_grey(many):
+    found = looks(many)
+    assert found["fp32"].color == REFERENCE_COLOR
+    assert len({(look.color, str(look.dashes)) for look in found.values()}) == 13
+    assert len({(look.color, look.marker) for look in found.values()}) == 13
+
+
+def test_layer_names_do_not_touch_even_with_sixty_layers(many):
+    plot = slot_map(many[:4], STATISTICS[0])
+    assert plot is not None
+    assert visible_overlaps(plot.figure) == 0
+
+
+def test_recipe_names_do_not_touch_even_with_thirteen_recipes(many):
+    plot = final_accuracy(many)
+    assert plot is not None
+    assert visible_overlaps(plot.figure) == 0
+    assert len(plot.figure.axes[0].get_yticklabels()) == 13
+
+
+def test_the_legend_lies_outside_the_axes(many):
+    plot = training_curves(many)
+    assert plot is not None
+    plot.figure.savefig(io.BytesIO(), format="png", dpi=60)
+    (legend,) = plot.figure.legends
+    assert len(legend.get_texts()) == 13
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= plot.figure.bbox.x1
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in plot.figure.axes)
+
+
+def test_axes_name_what_they_show_and_its_unit(many):
+    plot = grad_scales(many[:3])
+    assert plot is not None
+    assert plot.figure.axes[0].get_xlabel() == "optimizer step"
+    assert plot.figure.axes[0].get_ylabel() == "log2 of the multiplier"
+
+
+def test_the_grid_of_each_phase_is_drawn_at_its_own_powers_of_two(make_run, tmp_path):
+    make_run("run", recipe="ibm2020", layers=3, epochs=1)
+    (group,) = group_runs(load_runs([tmp_path]))
+    plot = gradient_histograms(group, 0)
+    assert plot is not None
+    left, right = plot.figure.axes[:2]
+    assert len(plot.figure.axes) == 6
+    for axis, grid in ((left, range(-6, 7, 2)), (right, range(-7, 6, 2))):
+        solid = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "-"]
+        dotted = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() != "-"]
+        assert solid == pytest.approx(list(grid))
+        assert dotted == pytest.approx([g - np.log2(1.6) for g in grid])
+
+
+def test_a_histogram_is_shares_of_all_elements_zeros_included():
+    entry = {"log2_edges": [0, 1, 2], "counts": [3, 5], "zeros": 2, "grid": [0, 1, 4], "decision_points": [0.625, 2.5]}
+    found = parse(entry)
+    assert found is not None
+    assert found.shares.tolist() == [0.3, 0.5]
+    assert found.zeros == 0.2
+    assert found.grid == (1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, {}, {"log2_edges": [0, 1], "counts": [0]}, {"log2_edges": [0], "counts": [1]}]
+)
+def test_what_is_no_histogram_is_left_out(entry):
+    assert parse(entry) is None
+
+
+def test_a_collapsed_run_does_not_squeeze_the_axis_of_the_others(many):
+    assert floor([90.0, 91.0, 92.0, 10.0]) > 80.0
+    assert floor([90.0, 91.0, 92.0]) < 90.0
+
+
+def test_long_labels_lose_their_middle_and_keep_both_ends():
+    assert short("features.stage4.block2.conv1.weight", 20) == "features…onv1.weight"
+    assert len(short("x" * 100, 30)) == 30
+    assert short("a_$b$") == r"a_\$b\$"

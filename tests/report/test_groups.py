@@ -1,0 +1,72 @@
+"""Which runs belong together, and what a group is called."""
+
+from __future__ import annotations
+
+import pytest
+
+from fourbit.report._groups import group_runs, labels, reference_of
+from fourbit.report._read import load_runs
+
+
+@pytest.fixture
+def groups_of(make_run, tmp_path):
+    def build(*runs):
+        for i, run in enumerate(runs):
+            make_run(f"run{i:02d}", epochs=1, steps_per_epoch=20, **run)
+        return group_runs(load_runs([tmp_path]))
+
+    return build
+
+
+def test_runs_that_differ_by_seed_and_out_alone_are_one_group_sorted_by_seed(groups_of):
+    (group,) = groups_of(*({"recipe": "luq", "seed": s} for s in (10, 9, 2)))
+    assert group.label == "luq"
+    assert [r.seed for r in group.runs] == ["2", "9", "10"]
+
+
+def test_full_precision_comes_first_and_the_rest_in_the_order_of_labels(groups_of):
+    groups = groups_of(*({"recipe": r} for r in ("luq-10", "a", "fp32", "luq-9")))
+    assert [g.label for g in groups] == ["fp32", "a", "luq-9", "luq-10"]
+
+
+def test_one_and_one_point_zero_are_the_same_setting(groups_of):
+    assert len(groups_of({"lr": 1, "seed": 0}, {"lr": 1.0, "seed": 1})) == 1
+
+
+def test_a_setting_joins_the_label_only_where_two_groups_of_a_recipe_differ_in_it(groups_of):
+    groups = groups_of(
+        {"recipe": "fp32", "lr": 0.1},
+        {"recipe": "luq", "lr": 0.1},
+        {"recipe": "luq", "lr": 0.05},
+        {"recipe": "luq", "lr": 0.05, "clip": None},
+    )
+    assert [g.label for g in groups] == [
+        "fp32",
+        "luq, lr=0.05, clip=none",
+        "luq, lr=0.05, clip=unset",
+        "luq, lr=0.1, clip=unset",
+    ]
+
+
+def test_models_and_data_sets_are_named_for_every_group_once_there_are_several():
+    found = labels(
+        [
+            {"recipe": "fp32", "model": "resnet20", "data": "digits"},
+            {"recipe": "luq", "model": "vgg16", "data": "digits"},
+        ]
+    )
+    assert found == ["fp32, resnet20", "luq, vgg16"]
+
+
+def test_a_recipe_is_compared_with_full_precision_of_the_same_model_and_most_equal_settings(groups_of):
+    groups = groups_of(
+        {"recipe": "fp32", "model": "vgg16"},
+        {"recipe": "fp32", "model": "resnet20", "lr": 0.5},
+        {"recipe": "fp32", "model": "resnet20", "lr": 0.1},
+        {"recipe": "luq", "model": "resnet20", "lr": 0.1},
+        {"recipe": "luq", "model": "lstm", "lr": 0.1},
+    )
+    reference = {g.label: reference_of(g, groups) for g in groups}
+    assert reference["luq, resnet20"].label == "fp32, resnet20, lr=0.1"
+    assert reference["luq, lstm"] is None
+    assert reference["fp32, vgg16"] is None

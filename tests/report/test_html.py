@@ -1,0 +1,188 @@
+"""The page: complete, self-contained, escaped, and made from whatever state the runs are in."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from conftest import write_run
+
+from fourbit.errors import UserError
+from fourbit.report import write_report
+from fourbit.report._groups import group_runs
+from fourbit.report._html import summary_sentences, title
+from fourbit.report._read import load_runs
+from fourbit.report._stats import summarize_group
+
+
+class Page(HTMLParser):
+    """The links, images, tags and text of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.addresses, self.tags, self.words, self.ids = [], [], [], set()
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "data", "srcset", "action") and v]
+        self.ids |= {v for k, v in attrs if k == "id"}
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    top = tmp_path_factory.mktemp("comparison")
+    for seed in (0, 1):
+        write_run(top / f"fp32-seed{seed}", seed=seed, accuracy=0.9, epochs=2)
+        write_run(top / f"ibm2020-seed{seed}", recipe="ibm2020", seed=seed, layers=4, accuracy=0.89, epochs=2)
+        write_run(top / f"luq-seed{seed}", recipe="luq", seed=seed, layers=4, accuracy=0.88, epochs=2)
+    return top
+
+
+@pytest.fixture(scope="module")
+def page(comparison):
+    return write_report([comparison])
+
+
+def test_the_page_lies_in_the_first_path_with_every_figure_beside_it(comparison, page):
+    assert page == comparison / "report" / "index.html"
+    figures = {p.name for p in (page.parent / "figures").iterdir()}
+    assert figures == {
+        "accuracy.png", "curves.png", "curves-each.png", "gradscale.png", "alpha.png", "slots-over-time.png",
+        "map-underflow.png", "map-saturation.png", "map-sqnr-db.png", "gradients-01.png", "gradients-02.png",
+    }  # fmt: skip
+    assert Page(page).tags.count("img") == len(figures)
+    for path in (page.parent / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_no_other_file_and_no_network(page):
+    found = Page(page)
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in found.addresses)
+    assert not {"script", "link", "iframe", "object", "base"} & set(found.tags)
+    assert "@import" not in page.read_text()
+    assert not re.search(r"url\(|https?://", page.read_text())
+
+
+def test_every_entry_of_the_contents_leads_to_a_heading(page):
+    found = Page(page)
+    targets = [a[1:] for a in found.addresses if a.startswith("#")]
+    assert len(targets) >= 8
+    assert set(targets) <= found.ids
+
+
+def test_every_figure_has_a_caption_and_a_text_for_those_who_cannot_see_it(page):
+    source = page.read_text()
+    assert source.count("<figcaption>") == source.count("<figure>")
+    assert 'alt=""' not in source
+
+
+def test_the_page_says_what_was_trained_and_what_came_out(page):
+    text = Page(page).text
+    assert "resnet20 on cifar10: 6 runs of 10 epochs with 3 recipes (fp32, ibm2020, luq), seeds 0, 1." in text
+    assert "Best against full precision: " in text
+    assert "torch 2.13.0" in text
+    assert "weight_decay 0.0001" in text
+
+
+def test_a_second_report_over_the_same_folder_sees_the_same_runs(make_run, tmp_path):
+    make_run("run", epochs=1)
+    first, second = (Page(write_report([tmp_path])) for _ in range(2))
+    assert first.tags == second.tags
+
+
+def test_the_page_can_be_put_elsewhere_and_named(make_run, tmp_path):
+    run = make_run("run", epochs=1)
+    assert write_report([run], tmp_path / "there") == tmp_path / "there" / "index.html"
+    assert write_report([run], tmp_path / "mine.html") == tmp_path / "mine.html"
+    assert (tmp_path / "mine.html").is_file()
+
+
+def test_strings_from_files_are_text_and_never_markup(make_run):
+    nasty = '<script>alert("x")</script> $\\frac{$ & \'_x'
+    run = make_run("run", recipe=nasty, epochs=2, layers=2, model="<img src=http://x>", note="<b>")
+    metrics = (run / "metrics.jsonl").read_text().replace("layer1.0.conv1", "_<i>$x_{$</i>")
+    (run / "metrics.jsonl").write_text(metrics)
+    (run / "env.json").write_text(json.dumps({"cpu": "</dl><h1>"}))
+    found = Page(write_report([run]))
+    assert "script" not in found.tags
+    assert "b" not in found.tags
+    assert found.tags.count("h1") == 1
+    assert all(a.startswith(("#", "data:")) for a in found.addresses)
+    assert nasty in found.text
+    assert "</dl><h1>" in found.text
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([{"epochs": 1}], "No run has observations of quantized layers"),
+        ([{"epochs": 3, "stopped": None, "recipe": "luq", "layers": 2}], "1 run not finished"),
+        ([{"epochs": 3, "stopped": "interrupted"}], "1 run interrupted."),
+        ([{"epochs": 3, "recipe": "luq", "diverges_at": 10, "layers": 1}], "1 run diverged"),
+        ([{"epochs": 1, "steps_per_epoch": 10, "recipe": "luq", "layers": 3}], "The result is"),
+        ([{"model": "a"}, {"model": "b", "recipe": "luq", "layers": 2}], "a, b on cifar10: 2 runs"),
+    ],
+)
+def test_a_report_of_runs_in_any_state_can_be_written(make_run, tmp_path, runs, said):
+    for i, run in enumerate(runs):
+        make_run(f"run{i}", **run)
+    assert said in Page(write_report([tmp_path])).text
+
+
+def test_a_report_of_a_run_without_a_single_line_says_so(make_run):
+    run = make_run("run")
+    (run / "metrics.jsonl").write_text("")
+    (run / "env.json").unlink()
+    text = Page(write_report([run])).text
+    assert "No test accuracy has been measured yet." in text
+    assert "No run has logged a step yet." in text
+    assert "No run recorded its environment." in text
+
+
+def test_a_damaged_line_is_told_on_the_page(make_run):
+    run = make_run("run", epochs=1)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind"')
+    assert "is damaged" in Page(write_report([run])).text
+
+
+def test_malformed_histograms_and_lonely_numbers_do_not_stop_a_report(make_run):
+    run = make_run("run", epochs=1, recipe="luq", stopped=None)
+    odd = {"a": {"g_dgrad": {"log2_edges": [0, 1], "counts": [1, 2]}, "g_wgrad": 3}, "b": None}
+    good = {"g_dgrad": {"log2_edges": [0, 1, 2], "counts": [1, 2], "zeros": 0, "grid": [], "decision_points": []}}
+    with open(run / "metrics.jsonl", "a") as file:
+        for step, histograms in ((110, odd), (120, {"a": good, **odd, "c": good}), (130, {**odd, "c": good})):
+            file.write(json.dumps({"kind": "histograms", "step": step, "histograms": histograms}) + "\n")
+        file.write(json.dumps({"kind": "layers", "step": 130, "layers": {"c": {"g_exponent": 3}}}) + "\n")
+    write_report([run])
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(make_run, tmp_path):
+    run = make_run("run", epochs=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the report to"):
+        write_report([run], tmp_path / "file" / "below")
+
+
+def test_the_title_and_the_sentence_need_no_model_or_data(make_run, tmp_path):
+    run = make_run("run", epochs=1)
+    (run / "config.json").write_text('{"recipe": "luq"}')
+    groups = group_runs(load_runs([tmp_path]))
+    assert title(groups) == "4-bit training"
+    sentence = summary_sentences(groups, [summarize_group(g, groups) for g in groups])
+    assert sentence.startswith("4-bit training: 1 run with 1 recipe (luq), seed none.")
+
+
+def test_reading_runs_imports_neither_torch_nor_the_trainer_nor_a_window():
+    code = "import sys, fourbit.report; print([m for m in ('torch', 'fourbit.train', 'matplotlib.pyplot') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
