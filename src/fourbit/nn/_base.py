@@ -63,7 +63,8 @@ class Quantized(nn.Module):
         self.quant.train(self.training)
 
     def contraction(self) -> Contraction:
-        """The bilinear map that the layer computes."""
+        """The bilinear map that the layer computes. It reads torch's attributes only, so that `explain` can ask it of a
+        layer that is not converted."""
         raise TypeError(f"{type(self).__name__} defines no contraction")
 
     def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:

@@ -36,22 +36,23 @@ class Linear(Quantized, nn.Linear):
         return _add_bias(self.contract(input, self.weight, self.contraction()), self.bias, 0)
 
 
+def _own_padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
+    """Zero padding that the contraction does itself; None where the input must be padded first."""
+    if conv.padding_mode != "zeros":
+        return None
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding)
+    both = conv._reversed_padding_repeated_twice[::-1]  # last dimension first in torch's list
+    right, left = both[0::2], both[1::2]
+    return tuple(left) if left == right else None
+
+
 class _Conv(Quantized, nn.modules.conv._ConvNd):
     """Convolution in 1 to 3 dimensions: every stride, dilation, number of groups and padding mode of torch."""
 
-    def _own_padding(self) -> tuple[int, ...] | None:
-        """Zero padding that the contraction does itself; None where the input must be padded first."""
-        if self.padding_mode != "zeros":
-            return None
-        if not isinstance(self.padding, str):
-            return tuple(self.padding)
-        both = self._reversed_padding_repeated_twice[::-1]  # last dimension first in torch's list
-        right, left = both[0::2], both[1::2]
-        return tuple(left) if left == right else None
-
     def contraction(self) -> Convolution:
         """The convolution without bias."""
-        padding = self._own_padding() or (0,) * len(self.stride)
+        padding = _own_padding(self) or (0,) * len(self.stride)
         return Convolution(tuple(self.stride), padding, tuple(self.dilation), self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class _Conv(Quantized, nn.modules.conv._ConvNd):
         num_dims = len(self.stride)
         batched = input.dim() == num_dims + 2
         x = input if batched else input.unsqueeze(0)
-        if self._own_padding() is None:
+        if _own_padding(self) is None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode)
         y = _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, num_dims)

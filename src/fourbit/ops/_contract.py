@@ -21,7 +21,7 @@ from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.quantizers import QuantSpec, Sawb, round_to_format
+from fourbit.quantizers import QuantSpec, Sawb, amax_of, round_to_format
 
 Operand = tuple[Tensor, Tensor | None]
 """Numbers, and a 0-d scale still to be multiplied (None: 1)."""
@@ -175,4 +175,4 @@ def _straight_through(d: Tensor, mask: Tensor | None, q: Tensor | None) -> tuple
     if q is None:
         return inside, None
     clipped = d.sub_(inside).mul_(q)
-    return inside, clipped.sum(dtype=torch.float32) / q.abs().amax().clamp_min(1.0)
+    return inside, clipped.sum(dtype=torch.float32) / amax_of(q).clamp_min(1.0)

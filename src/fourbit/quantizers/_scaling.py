@@ -45,7 +45,9 @@ def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     if dims is None:
         x = x.detach()
         if not x.is_contiguous() and _is_dense(x):
-            x = x.as_strided((x.numel(),), (1,), x.storage_offset())  # order does not matter; aminmax would copy a channels_last tensor
+            x = x.as_strided(
+                (x.numel(),), (1,), x.storage_offset()
+            )  # order does not matter; aminmax would copy a channels_last tensor
         low, high = torch.aminmax(x)
         return torch.maximum(high, -low).to(torch.float32)
     return x.detach().abs().amax(dims, keepdim=True).to(torch.float32)

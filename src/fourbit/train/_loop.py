@@ -1,0 +1,204 @@
+"""The training loop.
+
+    for each epoch:
+        for each optimizer step:   forward, backward, guard against NaN, optimizer step, metrics
+        evaluate, write the epoch's line, save a checkpoint
+
+It can be left after any step (Ctrl-C) and entered again there: all that it needs to know is in `LoopState`, the model, the
+optimizer and the generators, and those are what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourbit.errors import NonFiniteError
+from fourbit.nn import observe, quantized_layers
+from fourbit.train import _checkpoint
+from fourbit.train._checkpoint import Checkpoint
+from fourbit.train._guard import Guard
+from fourbit.train._recorder import Recorder
+from fourbit.train._result import Result, Stopped
+from fourbit.train._schedule import learning_rate
+from fourbit.train._session import Batch, Session
+from fourbit.train._signals import StopRequest
+from fourbit.train._state import LoopState, Tally, optimizer_tensors, rng_tensors
+
+
+class Loop:
+    """One sitting of a run, from `state` to the end or to a stop request."""
+
+    def __init__(self, session: Session, state: LoopState, recorder: Recorder, stop: StopRequest):
+        self.session, self.state, self.recorder, self.stop = session, state, recorder, stop
+        self.guard = Guard(session.bare, session.config.on_nonfinite, session.scaler)
+        self.guard.skipped_in_a_row = state.skipped_in_a_row
+        self.parameters = [p for p in session.bare.parameters() if p.requires_grad]
+        self.has_quantized = bool(quantized_layers(session.bare))
+
+    def run(self) -> Result:
+        """Train to the end.
+
+        Raises:
+            NonFiniteError: see `Guard`. The metrics end with a "final" line all the same; the checkpoint stays the last
+                good one.
+        """
+        session, state = self.session, self.state
+        while True:
+            try:
+                self._train_epoch()
+            except NonFiniteError:
+                self._diverge()
+                raise
+            if self.stop.requested or not self._evaluate():
+                return self._end("interrupted")
+            if state.step == (state.epoch + 1) * session.steps_per_epoch:
+                self._end_epoch()
+            if state.step >= session.total_steps:
+                return self._end("done" if state.epoch == session.config.epochs else "max_steps")
+            every = session.config.checkpoint_every
+            if every and state.epoch % every == 0:
+                self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment."""
+        session, state = self.session, self.state
+        session.accelerator.wait_for_everyone()
+        folder = self.recorder.folder
+        if not folder.active:
+            return
+        state.skipped_in_a_row = self.guard.skipped_in_a_row
+        values = {
+            "loop": state.as_dict(),
+            "scaler": session.scaler.state_dict() if session.scaler else None,
+            "metrics_bytes": folder.metrics_bytes(),
+        }
+        training = optimizer_tensors(session.optimizer) | rng_tensors(session.device)
+        _checkpoint.save(folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
+
+    def _train_epoch(self) -> None:
+        """The rest of the epoch, until it is over, the run is over, or a stop is requested."""
+        state, session = self.state, self.session
+        first = state.epoch * session.steps_per_epoch
+        end = min(first + session.steps_per_epoch, session.total_steps)
+        session.model.train()
+        groups = session.train_groups(state.epoch, state.step - first)
+        self.recorder.start_window(state)
+        while state.step < end and not self.stop.requested:
+            start = time.perf_counter()
+            self._step(next(groups), end)
+            elapsed = time.perf_counter() - start
+            state.epoch_seconds += elapsed
+            state.seconds += elapsed
+
+    def _step(self, group: list[Batch], end: int) -> None:
+        """One optimizer step on the batches of `group`, and what is to be written about it."""
+        session, state, config = self.session, self.state, self.session.config
+        lr = learning_rate(config, config.lr or 0.0, state.step, session.total_steps)
+        for param_group in session.optimizer.param_groups:
+            param_group["lr"] = lr
+        self.guard.before_step()
+        every = config.observe_every
+        observing = self.has_quantized and every > 0 and state.step % every == 0
+        histograms = observing and (state.step == 0 or state.step + every >= end)  # the first, and the last of an epoch
+        with observe(session.bare, histograms) if observing else nullcontext() as observation:
+            (loss_sum, correct, images, norm), in_range = self._forward_backward(group)
+        if self.guard.step_allowed(loss_sum, norm, state.step + 1) and in_range:
+            session.optimizer.step()
+            for tally in (state.window, state.whole):
+                tally.add(loss_sum, int(correct), int(images))
+        else:
+            state.skipped += 1
+        session.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        self.recorder.step(state, lr)
+        if observation is not None:
+            self.recorder.layers(state, session.bare, observation)
+
+    def _forward_backward(self, group: list[Batch]) -> tuple[list[float], bool]:
+        """Gradients of the mean loss over `group`, clipped.
+
+        Returns:
+            [loss sum, hits, images, norm of the gradient], and whether the gradients survived the loss scale, if any.
+        """
+        session, scaler, config = self.session, self.session.scaler, self.session.config
+        sums = torch.zeros(4, dtype=torch.float64, device=session.device)
+        for x, y in group:
+            with session.accelerator.accumulate(session.model):
+                with session.autocast():
+                    logits = session.model(x)
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+                session.accelerator.backward(scaler.scale(loss) if scaler else loss)
+            sums[:3] += _counts(loss, logits, y)
+        in_range = True
+        if scaler:
+            in_range = scaler.unscale_(session.optimizer)
+            scaler.update()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if config.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.gradient_clip, norm)
+        sums[3] = norm / session.accelerator.num_processes  # the same on every process, and about to be summed
+        return session.total(sums), in_range
+
+    def _evaluate(self) -> bool:
+        """Measure on the test images; False if a stop was requested meanwhile (the result is then thrown away)."""
+        session, state = self.session, self.state
+        start = time.perf_counter()
+        sums = torch.zeros(3, dtype=torch.float64, device=session.device)
+        session.model.eval()
+        with torch.no_grad():
+            for x, y in session.test_batches():
+                if self.stop.requested:
+                    return False
+                if len(y):
+                    with session.autocast():
+                        logits = session.model(x)
+                    sums += _counts(F.cross_entropy(logits.float(), y), logits, y)
+        loss_sum, correct, images = session.total(sums)
+        state.test_loss, state.test_accuracy = loss_sum / images, correct / images
+        elapsed = time.perf_counter() - start
+        state.epoch_seconds += elapsed
+        state.seconds += elapsed
+        return True
+
+    def _end_epoch(self) -> None:
+        """Write the line of the epoch, and begin the next."""
+        state = self.state
+        self.recorder.epoch(state)
+        state.epoch, state.whole, state.epoch_seconds = state.epoch + 1, Tally(), 0.0
+
+    def _end(self, stopped: Stopped) -> Result:
+        """Save, and write how the run ended. An interrupted run has no test result, since none was measured there."""
+        self.save()
+        state, known = self.state, stopped != "interrupted"
+        result = Result(
+            folder=self.recorder.folder.path,
+            stopped=stopped,
+            step=state.step,
+            epoch=state.epoch,
+            test_accuracy=state.test_accuracy if known else None,
+            test_loss=state.test_loss if known else None,
+            seconds=state.seconds,
+            skipped=state.skipped,
+        )
+        self.recorder.final(result, self.session.steps_per_epoch)
+        return result
+
+    def _diverge(self) -> None:
+        """Note the step that could not be done; the checkpoint stays the one before."""
+        state = self.state
+        lr = self.session.optimizer.param_groups[0]["lr"]
+        self.recorder.diverged_step(state, lr)
+        folder, step = self.recorder.folder.path, state.step + 1
+        result = Result(folder, "diverged", step, state.epoch, None, None, state.seconds, state.skipped)
+        self.recorder.final(result, self.session.steps_per_epoch)
+
+
+def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Loss summed over the images, hits, images: float64, which counts them exactly."""
+    hits = (logits.detach().argmax(1) == y).sum()
+    return torch.stack([loss.detach().double() * len(y), hits.double(), hits.new_tensor(len(y)).double()])

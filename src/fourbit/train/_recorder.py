@@ -1,0 +1,95 @@
+"""Writes down what happens in a run: to metrics.jsonl, to TensorBoard, and for the person in front of it.
+
+Epochs are counted from 0 in the files and from 1 on the screen.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import nn
+
+from fourbit.nn import Observation
+from fourbit.train._config import TrainConfig
+from fourbit.train._display import Display
+from fourbit.train._folder import RunFolder
+from fourbit.train._observe import exponents, layer_lines
+from fourbit.train._result import Result
+from fourbit.train._state import LoopState, Tally
+from fourbit.train._tensorboard import Board
+
+
+class Recorder:
+    """The three places to which a run reports."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, board: Board, display: Display):
+        self.config, self.folder, self.board, self.display = config, folder, board, display
+        self._window_start = (0.0, 0)
+
+    def start_window(self, state: LoopState) -> None:
+        """Begin to measure images per second."""
+        self._window_start = (time.perf_counter(), state.window.images)
+
+    def step(self, state: LoopState, lr: float) -> None:
+        """Move the bar; when it is due, write a "step" line with the means since the last one."""
+        start, images = self._window_start
+        rate = (state.window.images - images) / max(time.perf_counter() - start, 1e-9)
+        loss, accuracy = state.window.loss, state.window.accuracy
+        self.display.step(state.step, state.epoch, loss, accuracy, rate)
+        if state.step % self.config.log_every:
+            return
+        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, images_per_s=rate)
+        self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "images_per_s": rate})
+        state.window = Tally()
+        self.start_window(state)
+
+    def diverged_step(self, state: LoopState, lr: float) -> None:
+        """The line of a step that was given up because of NaN or infinity."""
+        self._step_line(state.step + 1, state.epoch, loss=None, accuracy=None, lr=lr, images_per_s=None)
+
+    def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
+        """The lines "layers" and, where there are histograms, "histograms"."""
+        self.folder.record("layers", state.step, layers=layer_lines(model, observation))
+        if observation.histograms():
+            self.folder.record("histograms", state.step, histograms=observation.histograms())
+        scalars = {f"grad_scale_exponent/{name}": value for name, value in exponents(model).items()}
+        self.board.scalars(state.step, scalars)
+
+    def epoch(self, state: LoopState) -> None:
+        """The line of an epoch that was just evaluated."""
+        whole, loss, accuracy = state.whole, state.test_loss, state.test_accuracy
+        assert loss is not None and accuracy is not None
+        self.folder.record(
+            "epoch",
+            state.step,
+            epoch=state.epoch,
+            train_loss=whole.loss,
+            train_accuracy=whole.accuracy,
+            test_loss=loss,
+            test_accuracy=accuracy,
+            seconds=state.epoch_seconds,
+            skipped=state.skipped,
+        )
+        self.board.scalars(state.step, {"loss/test": loss, "accuracy/test": accuracy})
+        self.display.say(
+            f"epoch {state.epoch + 1}/{self.config.epochs}  step {state.step}  "
+            f"train loss {whole.loss:.4f} accuracy {whole.accuracy:.2%}  test loss {loss:.4f} accuracy {accuracy:.2%}  "
+            f"{state.epoch_seconds:.1f} s" + (f"  {state.skipped} steps left out" if state.skipped else "")
+        )
+
+    def final(self, result: Result, steps_per_epoch: int) -> None:
+        """The last line. Its epoch is the one that the last step belongs to."""
+        self.folder.record(
+            "final",
+            result.step,
+            epoch=max(0, result.step - 1) // steps_per_epoch,
+            test_accuracy=result.test_accuracy,
+            test_loss=result.test_loss,
+            seconds=result.seconds,
+            stopped=result.stopped,
+            skipped=result.skipped,
+        )
+
+    def _step_line(self, step: int, epoch: int, **values: Any) -> None:
+        self.folder.record("step", step, epoch=epoch, **values)

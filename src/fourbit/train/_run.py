@@ -1,0 +1,92 @@
+"""One run from beginning to end: check, open, train, close."""
+
+from __future__ import annotations
+
+from fourbit.errors import UserError
+from fourbit.train import _checkpoint
+from fourbit.train._config import TrainConfig
+from fourbit.train._display import Display
+from fourbit.train._environment import describe
+from fourbit.train._folder import RunFolder, last_record, require_free, require_same
+from fourbit.train._loop import Loop
+from fourbit.train._recorder import Recorder
+from fourbit.train._result import Result
+from fourbit.train._session import Session, open_session
+from fourbit.train._signals import StopRequest
+from fourbit.train._state import LoopState, load_optimizer_tensors, load_rng_tensors
+from fourbit.train._tensorboard import Board
+from fourbit.train._validate import validated
+
+
+def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result:
+    """See `fourbit.train.train`. `title` stands in front of the progress bar."""
+    config = validated(config)
+    assert config.out is not None
+    if resume:
+        require_same(config.out, config)
+    else:
+        require_free(config.out)
+    session = open_session(config)
+    main = session.accelerator.is_main_process
+    folder = RunFolder(config.out, active=main)
+    state = _resume(session, folder) if resume else None
+    if state is not None and state.step >= session.total_steps and (ended := finished(folder)) is not None:
+        return ended
+    if state is None:
+        state = LoopState()
+        if resume:
+            folder.reopen(config, describe(session.device), metrics_bytes=0)
+        else:
+            folder.create(config, describe(session.device))
+    board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
+    display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
+    try:
+        with StopRequest() as stop, display:
+            return Loop(session, state, Recorder(config, folder, board, display), stop).run()
+    finally:
+        board.close()
+
+
+def finished(folder: RunFolder) -> Result | None:
+    """The end of a run that is over, read from its files; None if it is not."""
+    line = last_record(folder.path, "final")
+    if line is None or line.get("stopped") not in ("done", "max_steps", "diverged"):
+        return None
+    return Result(
+        folder=folder.path,
+        stopped=line["stopped"],
+        step=line["step"],
+        epoch=line["epoch"] + (line["stopped"] == "done"),
+        test_accuracy=line.get("test_accuracy"),
+        test_loss=line.get("test_loss"),
+        seconds=line.get("seconds") or 0.0,
+        skipped=line.get("skipped") or 0,
+    )
+
+
+def _resume(session: Session, folder: RunFolder) -> LoopState | None:
+    """Load the checkpoint into the session; None if the run was interrupted before the first one.
+
+    Raises:
+        UserError: a checkpoint that is damaged or of another model.
+    """
+    path = _checkpoint.find(folder.checkpoint)
+    if path is None:
+        return None
+    checkpoint = _checkpoint.load(path)
+    try:
+        state = LoopState.from_dict(checkpoint.state["loop"])
+        _checkpoint.restore_model(session.bare, checkpoint.model, path)
+        load_optimizer_tensors(session.optimizer, checkpoint.training)
+        if session.scaler is not None:
+            session.scaler.load_state_dict(checkpoint.state["scaler"])
+        load_rng_tensors(session.device, checkpoint.training)
+        metrics_bytes = checkpoint.state["metrics_bytes"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the checkpoint in {path} does not fit this run: start anew with another --out.") from error
+    if state.step >= session.total_steps and finished(folder) is not None:
+        return state
+    folder.reopen(session.config, describe(session.device), metrics_bytes)
+    return state

@@ -1,0 +1,160 @@
+"""From a configuration to everything that a training loop needs: data, model, optimizer, device.
+
+The order matters for comparisons: the model is built from the seed alone, on the CPU and in full precision, and only then
+converted. So all recipes start from the same weights, on every device, and see the same batches in the same order.
+
+`accelerate.Accelerator` places model and optimizer, and with several processes (`accelerate launch`, `torchrun`) averages
+their gradients; each process then takes every n-th image of each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fourbit import data as datasets
+from fourbit import models, recipes
+from fourbit.data import ImageData
+from fourbit.errors import UserError
+from fourbit.recipes import LossScaler
+from fourbit.train._config import TrainConfig
+from fourbit.train._environment import prepare_process
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Session:
+    """One run in memory.
+
+    Args:
+        config: validated.
+        model: as the accelerator returned it; `bare` is the module itself.
+        steps_per_epoch, total_steps: optimizer steps.
+    """
+
+    config: TrainConfig
+    data: ImageData
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    scaler: LossScaler | None
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def bare(self) -> nn.Module:
+        """The module itself, without what distributed training wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where model and batches live."""
+        return self.accelerator.device
+
+    def train_groups(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step of an epoch, from step `start` of the epoch on."""
+        config, size = self.config, self.config.grad_accumulation
+        stream = datasets.batches(
+            self.data, "train", config.batch_size, config.seed, epoch, augment=config.augment, start=start * size
+        )
+        for _ in range(start, self.steps_per_epoch):
+            yield [self._place(batch) for batch in islice(stream, size)]
+
+    def test_batches(self) -> Iterator[Batch]:
+        """The test images."""
+        size = self.config.eval_batch_size
+        assert size is not None
+        return (self._place(batch) for batch in datasets.batches(self.data, "test", size))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of what is not quantized."""
+        if self.config.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def total(self, numbers: Tensor) -> list[float]:
+        """Sums over all processes, as numbers: the one synchronisation of a step."""
+        return self.accelerator.reduce(numbers).tolist()  # type: ignore[union-attr]
+
+    def _place(self, batch: Batch) -> Batch:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        x, y = (t[rank::world] if world > 1 else t for t in batch)
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return x.to(self.device, memory_format=layout), y.to(self.device)
+
+
+def open_session(config: TrainConfig) -> Session:
+    """Load the data, build and convert the model, make the optimizer. Writes nothing.
+
+    Raises:
+        UserError: data that cannot be loaded, a batch size that does not fit it, a recipe that does not fit the model.
+    """
+    prepare_process(config)
+    accelerator = _accelerator(config)
+    data = datasets.load(config.data, config.data_dir)
+    steps_per_epoch = _steps_per_epoch(config, data, accelerator.num_processes)
+    torch.manual_seed(config.seed)
+    model = models.build(
+        config.model, num_classes=data.num_classes, in_channels=data.channels, image_size=data.image_size
+    )
+    recipes.convert(model, config.recipe, seed=config.seed)
+    torch.manual_seed(config.seed)  # whatever building and converting drew
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(accelerator.device)
+    model, optimizer = accelerator.prepare(model, _optimizer(config, model))
+    total = config.epochs * steps_per_epoch
+    return Session(
+        config=config,
+        data=data,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scaler=recipes.loss_scaler(accelerator.unwrap_model(model)),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total if config.max_steps is None else min(total, config.max_steps),
+    )
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
+    except ImportError as error:
+        raise UserError("training needs accelerate: pip install 'fourbit[train]'.") from error
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    # The state of accelerate is one per process; a run on another device than the run before needs a new one.
+    if PartialState._shared_state and (PartialState().device.type == "cpu") != cpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # autocast is entered in `Session.autocast`, so that it does not become part of that state.
+    return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=config.grad_accumulation)
+
+
+def _steps_per_epoch(config: TrainConfig, data: ImageData, num_processes: int) -> int:
+    if config.batch_size % num_processes:
+        raise UserError(f"batch_size is {config.batch_size}, but must be a multiple of the {num_processes} processes.")
+    steps = datasets.num_batches(data, "train", config.batch_size) // config.grad_accumulation
+    if steps == 0:
+        raise UserError(
+            f"grad_accumulation is {config.grad_accumulation}, but an epoch of {data.name} has only "
+            f"{datasets.num_batches(data, 'train', config.batch_size)} batches: give a smaller one."
+        )
+    return steps
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    groups = recipes.param_groups(model, config.weight_decay, config.alpha_weight_decay)
+    assert config.lr is not None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, lr=config.lr)

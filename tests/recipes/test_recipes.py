@@ -1,0 +1,268 @@
+"""Recipes: conversion in place and back, rules, explanations, parameter groups, the loss scale, golden traces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fourbit as fb
+from fourbit import models
+from fourbit.errors import UserError
+
+RECIPES = fb.recipes.names()
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+class Net(nn.Module):
+    """Every property that recipes ask for: 3x3, 1x1 that reduce and expand, depthwise, a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.reduce = nn.Conv2d(8, 4, 1, bias=False)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.expand = nn.Conv2d(4, 8, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (8, 4, 4, 4, 8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        layers = (self.stem, self.reduce, self.depthwise, self.conv, self.expand)
+        for layer, norm in zip(layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def batch(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+
+
+def trace(recipe: str, steps: int = 20) -> list[float]:
+    """Losses of a short training run."""
+    torch.manual_seed(0)
+    net = fb.convert(Net(), recipe, seed=0)
+    optimizer = torch.optim.SGD(fb.param_groups(net, 1e-4), lr=0.2, momentum=0.9)
+    scaler = fb.loss_scaler(net)
+    x, y = batch()
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        (scaler.scale(loss) if scaler else loss).backward()
+        if scaler is None or scaler.unscale_(optimizer):
+            optimizer.step()
+        if scaler:
+            scaler.update()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name):
+    losses = trace(name)
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_reproduces_its_golden_trace(name):
+    """Regenerate with `python tests/recipes/test_recipes.py` and say why under *Numerics* in the changelog."""
+    golden = json.loads(GOLDEN.read_text())[name]
+    torch.set_num_threads(1)
+    losses = trace(name)
+    torch.testing.assert_close(losses[:8], golden[:8], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        losses[8:], golden[8:], rtol=3e-2, atol=1e-3
+    )  # another processor may sum in another order
+
+
+def test_golden_traces_tell_recipes_apart():
+    golden = json.loads(GOLDEN.read_text())
+    same = [
+        (a, b)
+        for a, b in itertools.combinations(golden, 2)
+        if max(abs(x / y - 1) for x, y in zip(golden[a], golden[b], strict=True)) < 4e-3
+    ]
+    assert not same
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "fp32"])
+def test_conversion_keeps_parameters_and_float_checkpoints_load_both_ways(name):
+    net = Net()
+    parameters = dict(net.named_parameters())
+    stored = {k: v.clone() for k, v in net.state_dict().items()}
+    fb.convert(net, name)
+    now = dict(net.named_parameters())
+    assert all(now[k] is p for k, p in parameters.items())
+    extra = set(net.state_dict()) - set(stored)
+    assert extra and all(".quant." in key for key in extra)
+    assert set(stored) <= set(net.state_dict())
+    x, y = batch()
+    F.cross_entropy(net(x), y).backward()
+    net.load_state_dict(stored)  # strict: a float checkpoint lacks nothing
+    Net().load_state_dict(fb.float_state_dict(net))
+    twin = fb.convert(Net(), name)
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin.eval()(x), net.eval()(x))
+    fb.restore(net)
+    assert set(net.state_dict()) == set(stored) and type(net.conv) is nn.Conv2d
+    assert all(dict(net.named_parameters())[k] is p for k, p in parameters.items())
+
+
+def test_a_restored_model_computes_what_it_did_before():
+    net, x = Net().eval(), batch()[0]
+    before = net(x)
+    assert torch.equal(fb.restore(fb.convert(net, "ibm2020"))(x), before)
+
+
+def assigned(name: str) -> dict[str, str]:
+    return {layer.name: layer.rule for layer in fb.explain(Net(), name).layers}
+
+
+def test_the_paper_s_rules_fall_where_they_should():
+    base = {"stem": "first and last", "depthwise": "depthwise", "fc": "first and last"}
+    four = dict.fromkeys(("reduce", "conv", "expand"), "4-bit")
+    assert assigned("ibm2020") == {**four, **base}
+    for name, layers in {
+        "ibm2020-1x1fp8": ("reduce", "expand"),
+        "ibm2020-bottom1x1fp8": ("reduce",),
+        "ibm2020-top1x1fp8": ("expand",),
+        "ibm2020-3x3fp8": ("conv",),
+    }.items():
+        assert assigned(name) == {**four, **base, **dict.fromkeys(layers, "FP8 gradients")}
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_names_it():
+    with pytest.raises(UserError, match=r"rule 3, FP8 gradients \[kernel_size\(1\)\], matches no layer"):
+        fb.convert(models.build("vgg16", num_classes=10), "ibm2020-1x1fp8")
+    with pytest.raises(UserError, match="matches no layer"):
+        fb.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ibm2020")
+
+
+def test_a_failed_conversion_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(UserError):
+        fb.convert(net, "ibm2020")
+    assert all(type(m) is nn.Linear for m in net)
+
+
+def test_the_first_matching_rule_wins():
+    a, b = fb.recipes.get("ibm2020").rules[-1].spec, fb.recipes.get("luq").rules[-1].spec
+    recipe = fb.Recipe("mine", (fb.Rule(a, where=fb.name("conv")), fb.Rule(b, types=(nn.Conv2d,)), fb.Rule(None)))
+    net = fb.convert(Net(), recipe)
+    assert net.conv.spec is a and net.reduce.spec is b and type(net.fc) is nn.Linear
+
+
+def test_unknown_names_empty_recipes_double_conversion_and_nothing_to_convert_are_refused():
+    with pytest.raises(UserError, match="did you mean 'ibm2020'"):
+        fb.convert(Net(), "ibm202")
+    with pytest.raises(UserError, match="no rules"):
+        fb.Recipe("empty", ())
+    with pytest.raises(UserError, match="already converted"):
+        fb.convert(fb.convert(Net(), "ibm2020"), "luq")
+    with pytest.raises(UserError, match="nothing to convert"):
+        fb.convert(nn.Sequential(nn.ReLU()), "ibm2020")
+
+
+def test_layers_that_cannot_be_converted_are_reported_and_left_in_float():
+    class Custom(nn.Linear):
+        pass
+
+    net = nn.ModuleDict(
+        {
+            "a": nn.Linear(4, 4),
+            "b": Custom(4, 4),
+            "c": nn.LSTM(4, 4),
+            "d": nn.MultiheadAttention(4, 1),
+            "e": nn.Linear(4, 4),
+        }
+    )
+    recipe = fb.Recipe("all", (fb.Rule(fb.recipes.get("luq").rules[-1].spec),))
+    text = str(fb.explain(net, recipe))
+    for kind in ("Custom", "LSTM", "MultiheadAttention"):
+        assert f"{kind} cannot be converted, stays in full precision" in text
+    fb.convert(net, recipe)
+    assert type(net["b"]) is Custom and type(net["c"]) is nn.LSTM and set(fb.quantized_layers(net)) == {"a", "e"}
+
+
+def test_explain_counts_macs_and_shares_and_changes_nothing():
+    net = Net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    explanation = fb.explain(net, "ibm2020-1x1fp8", (2, 3, 8, 8))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
+    macs = {layer.name: layer.num_macs for layer in explanation.layers}
+    pixels = 2 * 64
+    assert macs["stem"] == {"fprop": pixels * 8 * 27, "dgrad": 0, "wgrad": pixels * 8 * 27}
+    assert macs["reduce"]["dgrad"] == pixels * 8 * 4 and macs["depthwise"]["fprop"] == pixels * 4 * 9
+    assert macs["fc"]["fprop"] == 2 * 8 * 5
+    shares = explanation.shares("bits")
+    assert sum(shares.values()) == pytest.approx(1)
+    eight = 4 * pixels * 32  # dgrad and wgrad of both 1x1 layers
+    assert shares["8 x 4"] == pytest.approx(eight / explanation.num_macs)
+    text = str(explanation)
+    for part in ("uint4, PACT", "int4_sym, SAWB", "fp8_152, GradScale 64", "int4_sym (reused)", "8 x 4", "fp16_169"):
+        assert part in text
+
+
+def test_parameter_groups_hold_each_parameter_once_and_alphas_apart():
+    net = fb.convert(Net(), "ibm2020")
+    groups = {g["name"]: g for g in fb.param_groups(net, 1e-2, alpha_weight_decay=1e-3, no_decay_norm_bias=True)}
+    assert {n: g["weight_decay"] for n, g in groups.items()} == {"weights": 1e-2, "norm_bias": 0.0, "alpha": 1e-3}
+    ids = [id(p) for g in groups.values() for p in g["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters()}
+    assert len(groups["alpha"]["params"]) == 3
+    assert {g["name"]: g["weight_decay"] for g in fb.param_groups(net, 1e-2)} == {"weights": 1e-2, "alpha": 1e-2}
+
+
+def test_the_loss_scale_halves_on_overflow_doubles_after_clean_steps_and_leaves_gradients_unscaled():
+    net = fb.convert(Net(), "ibm2020-global-scale")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    scaler = fb.LossScaler(net, init=2.0**30, interval=3)
+    x, y = batch()
+    values = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        assert scaler.unscale_(optimizer)
+        scaler.update()
+        values.append(scaler.value)
+    assert values[0] == 2.0**29 and min(values) < 2.0**20
+    assert any(b == 2 * a for a, b in zip(values, values[1:], strict=False))
+    exact = Net()
+    exact.load_state_dict(fb.float_state_dict(net))
+    F.cross_entropy(exact(x), y).backward()
+    similarity = F.cosine_similarity(net.fc.weight.grad.flatten(), exact.fc.weight.grad.flatten(), dim=0)
+    ratio = net.fc.weight.grad.norm() / exact.fc.weight.grad.norm()
+    assert similarity > 0.9 and 0.5 < ratio < 2
+    restored = fb.LossScaler(net)
+    restored.load_state_dict(scaler.state_dict())
+    assert restored.value == scaler.value and restored.clean_steps == scaler.clean_steps
+
+
+def test_the_loss_scale_asks_to_skip_a_step_with_bad_gradients():
+    net = fb.convert(Net(), "ibm2020-global-scale")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = fb.loss_scaler(net)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    before = scaler.value
+    assert not scaler.unscale_(optimizer)
+    scaler.update()
+    assert scaler.value == before / 2
+    assert fb.loss_scaler(fb.convert(Net(), "ibm2020")) is None
+
+
+def test_luq_uses_one_sample_for_both_gemms_and_smp_averages_two():
+    luq, smp = (fb.recipes.get(n).rules[-1].spec for n in ("luq", "luq-smp2"))
+    assert luq.g_wgrad is fb.REUSE and smp.g_wgrad.samples == 2 and smp.g_dgrad.samples == 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN.write_text(json.dumps({name: trace(name) for name in RECIPES}, indent=1) + "\n")
