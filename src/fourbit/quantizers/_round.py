@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,8 @@ def round_to_format(
     x = x.detach().to(torch.float32)
     grid = _grid_of(format)
     if rounding is Rounding.NEAREST:
-        return torch.where(x.isnan(), x, grid.nearest(x)).add_(0.0)
+        y = grid.nearest(x)
+        return (y if grid.keeps_nan else torch.where(x.isnan(), x, y)).add_(0.0)
     low, high = grid.neighbors(x)
     if rounding is Rounding.TRUNCATE:
         return torch.where(x.isnan(), x, torch.where(x >= 0, low, high)).add_(0.0)
@@ -83,7 +84,10 @@ def nearest_number(x: Tensor, format: Format) -> Tensor:
 
 
 class _Grid(Protocol):
-    """Neighbours and nearest grid value of numbers; NaN and the sign of zero are the caller's business."""
+    """Neighbours and nearest grid value of numbers; the sign of zero is the caller's business, and so is NaN, except
+    that `nearest` passes it on where `keeps_nan`."""
+
+    keeps_nan: ClassVar[bool]
 
     def nearest(self, x: Tensor) -> Tensor: ...
 
@@ -108,6 +112,7 @@ def _grid_of(format: Format) -> _Grid:
 class _Integers:
     """All integers from low to high; `round` takes ties to the even integer, which has the even code."""
 
+    keeps_nan: ClassVar[bool] = True
     low: float
     high: float
 
@@ -130,6 +135,7 @@ class _Logarithmic:
     no logarithm, and exact for every float32, whatever the multiplier.
     """
 
+    keeps_nan: ClassVar[bool] = False
     smallest: float
     largest: float
     ratio: float
@@ -176,6 +182,7 @@ class _Logarithmic:
 class _Binary:
     """sign, exponent, mantissa in radix 2: x / quantum rounded to an integer, quantum = 2^(exponent - M)."""
 
+    keeps_nan: ClassVar[bool] = True
     format: FloatFormat
 
     def _quantum(self, x: Tensor) -> Tensor:
@@ -187,12 +194,9 @@ class _Binary:
     def nearest(self, x: Tensor) -> Tensor:
         f = self.format
         quantum = self._quantum(x)
-        y = (x / quantum).round_().mul_(quantum).clamp_(f.min, f.max)
         if not f.subnormals:  # between 0 and the smallest magnitude there is nothing
-            magnitude = x.abs()
-            tiny = (magnitude > f.smallest / 2).mul(f.smallest).copysign_(x)
-            y = torch.where(magnitude < f.smallest, tiny, y)
-        return y
+            quantum.masked_fill_(x.abs() < f.smallest, f.smallest)
+        return (x / quantum).round_().mul_(quantum).clamp_(f.min, f.max)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.format
@@ -222,6 +226,7 @@ def _same_dtype(format: FloatFormat) -> torch.dtype | None:
 class _Cast:
     """A format that torch has as a dtype: a cast there and back."""
 
+    keeps_nan: ClassVar[bool] = True
     format: FloatFormat
     dtype: torch.dtype
 
@@ -239,6 +244,8 @@ class _Cast:
 
 class _Table:
     """Any grid: binary search among the decision points, then a look-up. Ties are folded into the points."""
+
+    keeps_nan: ClassVar[bool] = False
 
     def __init__(self, format: Format):
         points = torch.tensor(format.decision_points, dtype=torch.float64)

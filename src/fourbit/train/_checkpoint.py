@@ -83,7 +83,7 @@ def load(path: Path) -> Checkpoint:
         raise _damaged(path, "state.json is missing or unreadable") from error
     if not isinstance(document, dict) or document.get("fourbit_checkpoint") != VERSION:
         raise UserError(f"{path} is not a checkpoint of this version of fourbit: start anew with another --out.")
-    content = document.get("content")
+    content = document.get("content") or {}
     if document.get("checksum") != _checksum(json.dumps(content).encode()):
         raise _damaged(path, "state.json does not match its checksum")
     tensors = []

@@ -91,8 +91,8 @@ class RunFolder:
             return
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._write("env.json", environment)
         self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
+        self._write("env.json", environment)
         self._truncate(0)
 
     def reopen(self, config: TrainConfig, environment: dict[str, Any], metrics_bytes: int) -> None:
@@ -160,6 +160,12 @@ def require_same(path: Path, config: TrainConfig) -> None:
                 f"the run in {path} was made with {field} {_shown(before.get(field))}, not {_shown(value)}: "
                 "repeat its settings to resume it, or choose another --out."
             )
+
+
+def same_length(path: Path, config: TrainConfig) -> bool:
+    """Whether the run in `path` was to be as long as `config` has it."""
+    before, now = _read_json(path / "config.json"), config.as_dict()
+    return all(before.get(field) == now[field] for field in LENGTH)
 
 
 def last_record(path: Path, kind: str) -> dict[str, Any] | None:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourbit.nn import quantized_layers
-from fourbit.nn._observe import Observation
+from fourbit.nn import Observation, quantized_layers
 from fourbit.quantizers import UNSET
+
+MAX_GRID = 256
+"""Longest list of grid values in a line: the thousands of a 16-bit format would be all that the file consists of."""
 
 
 def layer_lines(model: nn.Module, observation: Observation) -> dict[str, dict[str, Any]]:
@@ -18,10 +20,24 @@ def layer_lines(model: nn.Module, observation: Observation) -> dict[str, dict[st
     return {
         name: {
             "g_exponent": _exponent(layer.quant.g_exponent),
-            "x_alpha": None if layer.quant.x_alpha is None else float(layer.quant.x_alpha),
+            "x_alpha": layer.quant.x_alpha.item() if isinstance(layer.quant.x_alpha, Tensor) else None,
             "slots": slots.get(name, {}),
         }
         for name, layer in quantized_layers(model).items()
+    }
+
+
+def histogram_lines(observation: Observation) -> dict[str, dict[str, dict[str, Any]]]:
+    """{layer: {slot: histogram}}; the grid is left empty where it is too fine to be drawn (16-bit formats)."""
+
+    def short(histogram: dict[str, Any]) -> dict[str, Any]:
+        if len(histogram["grid"]) <= MAX_GRID:
+            return histogram
+        return histogram | {"grid": [], "decision_points": []}
+
+    return {
+        layer: {slot: short(histogram) for slot, histogram in slots.items()}
+        for layer, slots in observation.histograms().items()
     }
 
 

@@ -14,7 +14,7 @@ from fourbit.nn import Observation
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
 from fourbit.train._folder import RunFolder
-from fourbit.train._observe import exponents, layer_lines
+from fourbit.train._observe import exponents, histogram_lines, layer_lines
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
 from fourbit.train._tensorboard import Board
@@ -51,15 +51,16 @@ class Recorder:
     def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
         """The lines "layers" and, where there are histograms, "histograms"."""
         self.folder.record("layers", state.step, layers=layer_lines(model, observation))
-        if observation.histograms():
-            self.folder.record("histograms", state.step, histograms=observation.histograms())
+        if histograms := histogram_lines(observation):
+            self.folder.record("histograms", state.step, histograms=histograms)
         scalars = {f"grad_scale_exponent/{name}": value for name, value in exponents(model).items()}
         self.board.scalars(state.step, scalars)
 
     def epoch(self, state: LoopState) -> None:
         """The line of an epoch that was just evaluated."""
         whole, loss, accuracy = state.whole, state.test_loss, state.test_accuracy
-        assert loss is not None and accuracy is not None
+        assert loss is not None
+        assert accuracy is not None
         self.folder.record(
             "epoch",
             state.step,

@@ -134,7 +134,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("training needs accelerate: pip install 'fourbit[train]'.") from error
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     # The state of accelerate is one per process; a run on another device than the run before needs a new one.
-    if PartialState._shared_state and (PartialState().device.type == "cpu") != cpu:
+    if PartialState._shared_state and (str(PartialState().device) == "cpu") != cpu:
         AcceleratorState._reset_state(reset_partial_state=True)
     # autocast is entered in `Session.autocast`, so that it does not become part of that state.
     return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=config.grad_accumulation)

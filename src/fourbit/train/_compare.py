@@ -1,0 +1,158 @@
+"""A comparison of recipes: one run per recipe and seed, then one table.
+
+Every run has a folder of its own, so an interrupted comparison is continued by starting it again: finished runs are read,
+unfinished ones resumed. Differences to fp32 are taken seed by seed, between runs that began with the same weights and saw
+the same batches, which removes most of what the seeds contribute to the spread.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourbit.errors import NonFiniteError
+from fourbit.train import _checkpoint
+from fourbit.train._config import CompareConfig, TrainConfig
+from fourbit.train._display import make_console
+from fourbit.train._folder import RunFolder, last_record, require_free, require_same, same_length
+from fourbit.train._result import Result
+from fourbit.train._run import finished, run
+from fourbit.train._table import write_tables
+from fourbit.train._validate import validated_comparison
+
+REFERENCE = "fp32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe of a comparison; statistics over the seeds that finished. Sample standard deviations; None from n = 1.
+
+    Args:
+        recipe: its name.
+        accuracies: {seed: test accuracy}, a fraction; seeds that diverged are missing.
+        diverged: seeds whose run met NaN or infinity.
+        difference, difference_std: to fp32, over the seeds that both finished; None without such seeds.
+        train_loss: mean over seeds of the last epoch's training loss.
+        seconds_per_epoch: mean over seeds.
+    """
+
+    recipe: str
+    accuracies: dict[int, float]
+    diverged: tuple[int, ...]
+    difference: float | None
+    difference_std: float | None
+    train_loss: float | None
+    seconds_per_epoch: float | None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean test accuracy."""
+        return mean(list(self.accuracies.values()))
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation of the test accuracy."""
+        return std(list(self.accuracies.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome: `rows` in the order of the recipes, or `interrupted` with fewer runs than asked for."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+    interrupted: bool = False
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """See `fourbit.train.compare`. The table is printed, and written to table.md and table.json."""
+    runs = validated_comparison(config)
+    for each in runs:
+        _check_folder(each)
+    console = make_console()
+    results: list[tuple[TrainConfig, Result]] = []
+    for number, each in enumerate(runs, 1):
+        assert each.out is not None
+        title = f"[{number}/{len(runs)}] {each.recipe} seed {each.seed}"
+        known = finished(RunFolder(each.out))
+        if known is None or not same_length(each.out, each):
+            console.print(title, markup=False)
+            try:
+                known = run(each, resume=_begun(each.out), title=title)
+            except NonFiniteError as error:
+                console.print(f"diverged: {error}", markup=False, soft_wrap=True)
+                known = finished(RunFolder(each.out))
+                assert known is not None
+        if not known.finished:
+            return Comparison(config.out, (), interrupted=True)
+        results.append((each, known))
+    comparison = Comparison(config.out, _rows(config, results))
+    write_tables(comparison, console)
+    return comparison
+
+
+def _check_folder(config: TrainConfig) -> None:
+    """Reject a folder that holds something else than this run, before any run starts."""
+    assert config.out is not None
+    if _begun(config.out):
+        require_same(config.out, config)
+    elif config.out.exists():
+        require_free(config.out)
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or _checkpoint.find(folder / "checkpoint") is not None
+
+
+def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) -> tuple[Row, ...]:
+    accuracy = {
+        (c.recipe, c.seed): r.test_accuracy
+        for c, r in results
+        if r.stopped != "diverged" and r.test_accuracy is not None
+    }
+    rows = []
+    for recipe in config.recipes:
+        mine = {seed: accuracy[recipe, seed] for seed in config.seeds if (recipe, seed) in accuracy}
+        paired = [value - accuracy[REFERENCE, seed] for seed, value in mine.items() if (REFERENCE, seed) in accuracy]
+        paired = [] if recipe == REFERENCE else paired
+        folders = [r.folder for c, r in results if c.recipe == recipe and c.seed in mine]
+        rows.append(
+            Row(
+                recipe=recipe,
+                accuracies=mine,
+                diverged=tuple(seed for seed in config.seeds if seed not in mine),
+                difference=mean(paired),
+                difference_std=std(paired),
+                train_loss=mean([loss for f in folders if (loss := _train_loss(f)) is not None]),
+                seconds_per_epoch=mean([s for f in folders if (s := _number(f, "epoch", "seconds")) is not None]),
+            )
+        )
+    return tuple(rows)
+
+
+def _train_loss(folder: Path) -> float | None:
+    """Of the last epoch, or since the last line where no epoch was completed."""
+    loss = _number(folder, "epoch", "train_loss")
+    return _number(folder, "step", "loss") if loss is None else loss
+
+
+def _number(folder: Path, kind: str, field: str) -> float | None:
+    record: dict[str, Any] = last_record(folder, kind) or {}
+    value = record.get(field)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Mean; None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+def std(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+

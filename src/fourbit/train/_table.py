@@ -1,0 +1,79 @@
+"""The table of a comparison: on the screen, as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fourbit.train._folder import finite, replace_file
+
+if TYPE_CHECKING:
+    from fourbit.train._compare import Comparison, Row
+
+COLUMNS = ("recipe", "test accuracy %", "std", "n", "to fp32", "std", "train loss", "s/epoch")
+"""Accuracies and differences are in percent and percentage points."""
+
+
+def write_tables(comparison: Comparison, console: Console) -> None:
+    """Print the table, and write table.md and table.json to the folder of the comparison."""
+    console.print(_rich(comparison))
+    for row in comparison.rows:
+        if row.diverged:
+            console.print(f"{row.recipe}: diverged with seed {', '.join(map(str, row.diverged))}", markup=False)
+    replace_file(comparison.folder / "table.md", markdown(comparison).encode())
+    content = json.dumps(finite([as_dict(row) for row in comparison.rows]), indent=2) + "\n"
+    replace_file(comparison.folder / "table.json", content.encode())
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as text; "-" for what is not known."""
+    return (
+        row.recipe,
+        _text(row.mean, 100, ".2f"),
+        _text(row.std, 100, ".2f"),
+        str(len(row.accuracies)) + (f" ({len(row.diverged)} diverged)" if row.diverged else ""),
+        _text(row.difference, 100, "+.2f"),
+        _text(row.difference_std, 100, ".2f"),
+        _text(row.train_loss, 1, ".4f"),
+        _text(row.seconds_per_epoch, 1, ".1f"),
+    )
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]
+    note = "Mean and sample standard deviation over n seeds; differences to fp32 are taken seed by seed."
+    return "\n".join([*lines, "", note, ""])
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    """The row with full precision, fractions instead of percent."""
+    return {
+        "recipe": row.recipe,
+        "n": len(row.accuracies),
+        "test_accuracy_mean": row.mean,
+        "test_accuracy_std": row.std,
+        "difference_to_fp32_mean": row.difference,
+        "difference_to_fp32_std": row.difference_std,
+        "train_loss": row.train_loss,
+        "seconds_per_epoch": row.seconds_per_epoch,
+        "test_accuracy_by_seed": {str(seed): value for seed, value in row.accuracies.items()},
+        "diverged_seeds": list(row.diverged),
+    }
+
+
+def _rich(comparison: Comparison) -> Table:
+    table = Table()
+    for number, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+    for row in comparison.rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def _text(value: float | None, factor: float, style: str) -> str:
+    return "-" if value is None else format(value * factor, style)
