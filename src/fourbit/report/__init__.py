@@ -10,6 +10,7 @@ runs that are still going, or that someone else did.
 """
 
 from fourbit.report._html import write_report as write_report
+from fourbit.report._number_line import draw_number_line as draw_number_line
 from fourbit.report._stats import RecipeSummary as RecipeSummary
 from fourbit.report._stats import summarize as summarize
 from fourbit.report._tables import markdown_table as markdown_table

@@ -154,5 +154,3 @@ def mean(values: Sequence[float]) -> float | None:
 def std(values: Sequence[float]) -> float | None:
     """Sample standard deviation; None of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-

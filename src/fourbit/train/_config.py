@@ -88,7 +88,10 @@ class Settings:
     """Weight decay of the clip values of PACT. None: as of the weights."""
     schedule: Annotated[Literal["step", "cosine", "constant"], OPTIMIZATION] = "step"
     """How the learning rate falls: at milestones, along half a cosine to 0, or not at all."""
-    milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1)] = (0.5, 0.75)
+    milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1, negative="")] = (
+        0.5,
+        0.75,
+    )
     """Where the step schedule decays, as fractions of the run, separated by commas."""
     lr_decay: Annotated[float, OPTIMIZATION] = 0.1
     """Factor at each milestone."""
@@ -156,9 +159,13 @@ class TrainConfig(Settings):
 class CompareConfig(Settings):
     """Runs that differ in recipe and seed alone."""
 
-    recipes: Annotated[tuple[str, ...], TASK, Parameter(converter=_words, n_tokens=1)] = ("fp32", "int4-fwd", "ibm2020")
+    recipes: Annotated[tuple[str, ...], TASK, Parameter(converter=_words, n_tokens=1, negative="")] = (
+        "fp32",
+        "int4-fwd",
+        "ibm2020",
+    )
     """Recipes, separated by commas."""
-    seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=_whole_numbers, n_tokens=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=_whole_numbers, n_tokens=1, negative="")] = (0, 1, 2)
     """Seeds, separated by commas."""
     out: Annotated[Path, RECORDS] = Path("runs/compare")
     """Folder with one folder per run, table.md and table.json."""

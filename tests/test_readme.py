@@ -1,0 +1,56 @@
+"""What the README says works: its code blocks run, its commands are commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fourbit.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10)
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_code_blocks_run(block):
+    loader = [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))] * 2
+    exec(compile(block, "README.md", "exec"), {"model": network(), "loader": loader})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
+    """As written, but on digits, one step each, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    if words[0] in ("train", "compare"):
+        words = [{"resnet20": "digits_cnn", "cifar10": "digits", "0,1,2": "0"}.get(word, word) for word in words]
+        words += ["--max-steps", "1"]
+    if words[0] == "report":
+        assert main(["compare", "--model", "digits_cnn", "--data", "digits", "--recipes", "ibm2020", "--seeds", "0"]
+                    + ["--max-steps", "1", "--out", words[1]]) == 0
+    assert main(words) == 0, capsys.readouterr().err
+    if "--png" in words:
+        assert Path(words[-1]).stat().st_size > 5000
+
+
+def test_there_are_blocks_and_commands_to_test():
+    assert len(BLOCKS) >= 2 and len(COMMANDS) >= 6
+
+
+def test_the_makefile_has_the_targets_that_the_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "lint", "bench"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)

@@ -1,0 +1,126 @@
+"""Comparisons: their table, and that they go on where they were."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+from run_files import STEPS_PER_EPOCH, snapshot
+
+from fourbit.errors import UserError
+from fourbit.train import CompareConfig, _compare, compare
+from fourbit.train._result import Result
+
+
+@pytest.fixture
+def small(tmp_path):
+    """`small(**fields)`: a comparison of one-epoch runs."""
+
+    def make(**fields):
+        task = {"model": "digits_cnn", "data": "digits", "epochs": 1, "batch_size": 32, "tensorboard": False}
+        plan = {"recipes": ("fp32", "int4-fwd", "ibm2020"), "seeds": (0, 1), "observe_every": 0, "out": tmp_path / "c"}
+        return CompareConfig(**{**task, **plan, **fields})
+
+    return make
+
+
+def test_the_table_has_means_deviations_and_paired_differences(small, capsys):
+    comparison = compare(small())
+    fp32, int4, ibm = comparison.rows
+    assert [row.recipe for row in comparison.rows] == ["fp32", "int4-fwd", "ibm2020"]
+    assert fp32.difference is None
+    differences = [int4.accuracies[seed] - fp32.accuracies[seed] for seed in (0, 1)]
+    assert int4.difference == pytest.approx(statistics.mean(differences))
+    assert int4.difference_std == pytest.approx(statistics.stdev(differences))
+    assert ibm.std == pytest.approx(statistics.stdev(ibm.accuracies.values()))
+    assert ibm.seconds_per_epoch > 0
+    text = (comparison.folder / "table.md").read_text()
+    assert f"| ibm2020 | {100 * ibm.mean:.2f} | {100 * ibm.std:.2f} | 2 |" in text
+    stored = json.loads((comparison.folder / "table.json").read_text())
+    assert stored[2]["test_accuracy_by_seed"] == {"0": ibm.accuracies[0], "1": ibm.accuracies[1]}
+    assert "ibm2020" in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(small, signal_after, tmp_path):
+    whole = compare(small(out=tmp_path / "whole"))
+    signal_after(2 * STEPS_PER_EPOCH + 2)
+    assert compare(small()).interrupted
+    done = snapshot(tmp_path / "c" / "fp32-seed0")
+    assert not (tmp_path / "c" / "table.md").exists()
+    parts = compare(small())
+    assert snapshot(tmp_path / "c" / "fp32-seed0") == done
+    assert [row.accuracies for row in parts.rows] == [row.accuracies for row in whole.rows]
+
+
+def test_a_finished_comparison_makes_no_run_again(small, monkeypatch):
+    first = compare(small())
+    monkeypatch.setattr(_compare, "run", lambda *_, **__: pytest.fail("a run was started"))
+    assert compare(small()) == first
+
+
+def test_more_seeds_are_added_to_what_is_there(small):
+    compare(small(seeds=(0,), recipes=("fp32",)))
+    rows = compare(small(seeds=(0, 3), recipes=("fp32", "int4-fwd"))).rows
+    assert [sorted(row.accuracies) for row in rows] == [[0, 3], [0, 3]]
+
+
+def test_a_run_that_diverges_is_noted_and_the_others_go_on(small, monkeypatch, capsys):
+    run = _compare.run
+
+    def explode(config, **options):
+        if (config.recipe, config.seed) == ("int4-fwd", 1):
+            config = config.__class__(**{**config.__dict__, "lr": 1e30})
+        return run(config, **options)
+
+    monkeypatch.setattr(_compare, "run", explode)
+    rows = {row.recipe: row for row in compare(small()).rows}
+    assert rows["int4-fwd"].diverged == (1,)
+    assert sorted(rows["int4-fwd"].accuracies) == [0]
+    assert rows["int4-fwd"].std is None
+    assert len(rows["ibm2020"].accuracies) == 2
+    assert "int4-fwd: diverged with seed 1" in capsys.readouterr().out
+
+
+def test_without_fp32_there_is_no_difference(small):
+    (row,) = compare(small(recipes=("int4-fwd",), seeds=(0,))).rows
+    assert row.difference is None
+    assert row.std is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recipes": ("fp32", "ibm202")}, "unknown recipe 'ibm202'"),
+        ({"recipes": ()}, "recipes is empty"),
+        ({"seeds": (1, 1)}, "seeds has 1 twice"),
+        ({"seeds": (0, -1)}, "seed is -1, but must be"),
+        ({"recipes": ("fp32", "ibm2020-1x1fp8")}, "matches no layer of this model"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_rejected_before_the_first_run(small, tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        compare(small(**fields))
+    assert not (tmp_path / "c").exists()
+
+
+def test_runs_with_other_settings_are_not_mixed_in(small, tmp_path):
+    compare(small(recipes=("fp32",), seeds=(0,)))
+    before = snapshot(tmp_path / "c")
+    with pytest.raises(UserError, match=r"made with lr 0\.1, not 0\.2"):
+        compare(small(recipes=("int4-fwd", "fp32"), seeds=(0,), lr=0.2))
+    assert snapshot(tmp_path / "c") == before
+
+
+def test_a_foreign_folder_in_the_way_is_left_alone(small, tmp_path):
+    (tmp_path / "c" / "ibm2020-seed1").mkdir(parents=True)
+    (tmp_path / "c" / "ibm2020-seed1" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="ibm2020-seed1 is not empty"):
+        compare(small())
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["ibm2020-seed1"]
+
+
+def test_a_result_is_finished_unless_it_was_interrupted(tmp_path):
+    ends = ("done", "max_steps", "diverged", "interrupted")
+    results = [Result(tmp_path, stopped, 1, 0, None, None, 0.0) for stopped in ends]
+    assert [r.finished for r in results] == [True, True, True, False]

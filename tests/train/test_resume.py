@@ -1,0 +1,145 @@
+"""A run that was interrupted and resumed equals one that was not: weights, optimizer, generators and metrics, to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+from run_files import STEPS_PER_EPOCH, metrics, snapshot, tensors
+
+from fourbit.errors import UserError
+from fourbit.train import train
+from fourbit.train._loop import Loop
+
+RECIPES = ("fp32", "ibm2020", "luq", "ibm2020-global-scale", "ibm2020-channel-gradscale")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_as_if_it_never_was(make_config, signal_after, recipe):
+    whole, parts = make_config("whole", recipe=recipe), make_config("parts", recipe=recipe)
+    train(whole)
+    signal_after(STEPS_PER_EPOCH + 2)
+    stopped = train(parts)
+    assert (stopped.stopped, stopped.step) == ("interrupted", STEPS_PER_EPOCH + 2)
+    assert metrics(parts.out)[-1]["stopped"] == "interrupted"
+    assert train(parts, resume=True).stopped == "done"
+    assert tensors(parts.out) == tensors(whole.out)
+    assert metrics(parts.out) == metrics(whole.out)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adamw", "schedule": "cosine", "warmup_steps": 3},
+        {"nesterov": True, "gradient_clip": 0.5, "label_smoothing": 0.1},
+        {"grad_accumulation": 2, "batch_size": 16, "log_every": 2},
+        {"channels_last": False, "autocast": "bf16"},
+        {"model": "resnet20", "max_steps": 5, "on_nonfinite": "skip"},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_resuming_is_exact_with_every_option(make_config, signal_after, fields):
+    whole, parts = make_config("whole", **fields), make_config("parts", **fields)
+    train(whole)
+    signal_after(2)
+    assert train(parts).step == 2
+    train(parts, resume=True)
+    assert tensors(parts.out) == tensors(whole.out)
+    assert metrics(parts.out) == metrics(whole.out)
+
+
+def test_resuming_twice_in_one_epoch_is_exact(make_config, signal_after):
+    whole, parts = make_config("whole", log_every=4), make_config("parts", log_every=4)
+    train(whole)
+    signal_after(1)
+    train(parts)
+    signal_after(1)
+    train(parts, resume=True)
+    train(parts, resume=True)
+    assert metrics(parts.out) == metrics(whole.out)
+    assert len(json.loads((parts.out / "env.json").read_text())["resumed"]) == 2
+
+
+def test_a_run_killed_after_a_checkpoint_drops_the_lines_that_came_later(make_config, monkeypatch):
+    whole, parts = make_config("whole"), make_config("parts")
+    train(whole)
+    step = Loop._step
+
+    def killed(self, *args):
+        if self.state.step == STEPS_PER_EPOCH + 2:
+            raise RuntimeError("power cut")
+        step(self, *args)
+
+    monkeypatch.setattr(Loop, "_step", killed)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(parts)
+    assert metrics(parts.out)[-1]["step"] == STEPS_PER_EPOCH + 2  # later than the checkpoint
+    monkeypatch.setattr(Loop, "_step", step)
+    train(parts, resume=True)
+    assert metrics(parts.out) == metrics(whole.out)
+    assert tensors(parts.out) == tensors(whole.out)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config, monkeypatch):
+    config = make_config(epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "save", lambda self: (_ for _ in ()).throw(RuntimeError("power cut")))
+        with pytest.raises(RuntimeError):
+            train(config)
+    train(config, resume=True)
+    train(whole := make_config("whole", epochs=1))
+    assert metrics(config.out) == metrics(whole.out)
+
+
+def test_an_interrupt_during_the_evaluation_saves_the_finished_epoch(make_config, monkeypatch):
+    whole, parts = make_config("whole", epochs=1), make_config("parts", epochs=1)
+    train(whole)
+    evaluate = Loop._evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_evaluate", lambda self: signal.raise_signal(signal.SIGINT) or evaluate(self))
+        assert train(parts).stopped == "interrupted"
+    train(parts, resume=True)
+    assert metrics(parts.out) == metrics(whole.out)
+
+
+def test_a_finished_run_is_left_as_it_is(make_config):
+    config = make_config(epochs=1)
+    first = train(config)
+    before = snapshot(config.out)
+    assert train(config, resume=True) == first
+    assert snapshot(config.out) == before
+
+
+def test_a_constant_schedule_lets_a_finished_run_be_prolonged(make_config):
+    train(make_config("a", epochs=1, schedule="constant"))
+    assert train(make_config("a", epochs=2, schedule="constant"), resume=True).step == 2 * STEPS_PER_EPOCH
+    train(whole := make_config("b", epochs=2, schedule="constant"))
+    assert tensors(whole.out.parent / "a") == tensors(whole.out)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 1), ("lr", 0.2), ("recipe", "luq"), ("model", "resnet20"), ("epochs", 3)]
+)
+def test_resuming_with_other_settings_names_the_field(make_config, signal_after, field, value):
+    config = make_config()
+    signal_after(1)
+    train(config)
+    before = snapshot(config.out)
+    with pytest.raises(UserError, match=f"was made with {field} .*, not {value}"):
+        train(make_config(**{field: value}), resume=True)
+    assert snapshot(config.out) == before
+
+
+def test_what_does_not_touch_the_numbers_may_change_on_resume(make_config, signal_after):
+    signal_after(1)
+    train(make_config())
+    assert train(make_config(log_every=3, observe_every=0, on_nonfinite="ignore"), resume=True).stopped == "done"
+
+
+def test_there_must_be_something_to_resume(make_config):
+    config = make_config()
+    with pytest.raises(UserError, match="no run to go on with"):
+        train(config, resume=True)
+    assert not config.out.exists()

@@ -1,0 +1,56 @@
+"""Learning rates, against torch's own schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
+
+from fourbit.train import Settings
+from fourbit.train._schedule import learning_rate
+
+STEPS = 40
+
+
+def rates(**fields):
+    return [learning_rate(Settings(**fields), 0.1, step, STEPS) for step in range(STEPS)]
+
+
+def torch_rates(make):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler, found = make(optimizer), []
+    for _ in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("milestones", [(0.5, 0.75), (0.1,), (0.3, 0.6, 0.9), ()])
+def test_step_equals_torch(milestones):
+    expected = torch_rates(lambda o: MultiStepLR(o, [round(f * STEPS) for f in milestones], 0.2))
+    assert rates(schedule="step", milestones=milestones, lr_decay=0.2) == pytest.approx(expected)
+
+
+def test_cosine_equals_torch():
+    assert rates(schedule="cosine") == pytest.approx(torch_rates(lambda o: CosineAnnealingLR(o, STEPS)))
+
+
+def test_constant_is_constant():
+    assert rates(schedule="constant") == [0.1] * STEPS
+
+
+def test_warmup_equals_torch():
+    expected = torch_rates(lambda o: LinearLR(o, 1 / 8, 1.0, total_iters=7))
+    assert rates(schedule="constant", warmup_steps=8) == pytest.approx(expected)
+
+
+def test_cosine_begins_after_the_warmup_and_ends_near_zero():
+    found = rates(schedule="cosine", warmup_steps=10)
+    assert found[:11] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)] + [0.1])
+    assert 0 < found[-1] < 0.001
+    assert found[10:] == sorted(found[10:], reverse=True)
+
+
+def test_a_warmup_longer_than_the_run_is_no_error():
+    assert max(rates(schedule="cosine", warmup_steps=100)) < 0.1

@@ -1,0 +1,187 @@
+"""What a run writes, and that it depends on nothing but its configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from run_files import NUM_TEST, STEPS_PER_EPOCH, metrics, snapshot, tensors
+from safetensors.torch import load_file
+
+from fourbit import models, recipes
+from fourbit.errors import UserError
+from fourbit.train import TrainConfig, train
+from fourbit.train._session import open_session
+from fourbit.train._validate import validated
+
+RECIPES = ("fp32", "int4-fwd", "ibm2020", "luq", "ibm2020-radix2-global-scale")
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "ibm2020", "luq"])
+def test_two_runs_with_one_seed_are_identical(make_config, recipe):
+    first, second = make_config("a", recipe=recipe, epochs=1), make_config("b", recipe=recipe, epochs=1)
+    train(first)
+    torch.rand(3)  # what happened before in the process does not matter
+    train(second)
+    assert tensors(first.out) == tensors(second.out)
+    assert metrics(first.out) == metrics(second.out)
+
+
+def test_runs_with_other_seeds_differ(make_config):
+    first, second = make_config("a", epochs=1), make_config("b", epochs=1, seed=1)
+    train(first)
+    train(second)
+    assert tensors(first.out) != tensors(second.out)
+
+
+def test_all_recipes_start_from_the_same_weights_and_see_the_same_batches(make_config):
+    sessions = [open_session(validated(make_config(recipe=name))) for name in RECIPES]
+    reference = dict(sessions[0].bare.named_parameters())
+    batches = [torch.stack([x for x, _ in group]) for group in sessions[0].train_groups(0, 0)]
+    for session in sessions[1:]:
+        own = dict(session.bare.named_parameters())
+        assert all(torch.equal(own[name], value) for name, value in reference.items())
+        others = [torch.stack([x for x, _ in group]) for group in session.train_groups(0, 0)]
+        assert all(torch.equal(a, b) for a, b in zip(batches, others, strict=True))
+
+
+def test_the_metrics_have_one_line_per_event(make_config):
+    config = make_config(recipe="ibm2020")
+    result = train(config)
+    lines = metrics(config.out, clock=True)
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("step") == result.step == 2 * STEPS_PER_EPOCH
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [0, 1]
+    assert [line["step"] for line in lines if line["kind"] == "layers"] == [1, 3, 5]
+    assert [line["step"] for line in lines if line["kind"] == "histograms"] == [1, 3, 5]
+    assert kinds[-1] == "final"
+    final = lines[-1]
+    assert (final["stopped"], final["epoch"], final["step"]) == ("done", 1, 2 * STEPS_PER_EPOCH)
+    assert final["test_accuracy"] == result.test_accuracy == lines[-2]["test_accuracy"]
+    assert 0 <= result.test_accuracy * NUM_TEST == round(result.test_accuracy * NUM_TEST)
+
+
+def test_layer_lines_hold_scales_and_statistics(make_config):
+    config = make_config(recipe="ibm2020", epochs=1)
+    train(config)
+    line = next(line for line in metrics(config.out) if line["kind"] == "layers")
+    layer = line["layers"]["features.4.0"]
+    assert isinstance(layer["g_exponent"], int)
+    assert layer["x_alpha"] > 0
+    assert {"x_fprop", "w_fprop", "g_dgrad", "g_wgrad"} <= set(layer["slots"])
+    assert 0 <= layer["slots"]["g_dgrad"]["underflow"] <= 1
+    histograms = next(line for line in metrics(config.out) if line["kind"] == "histograms")["histograms"]
+    assert histograms["features.4.0"]["g_dgrad"]["grid"] == [4.0**n for n in range(-3, 4)]
+    assert histograms["fc"]["x_fprop"]["grid"] == []  # too fine to be listed
+
+
+def test_observing_does_not_change_the_numbers(make_config):
+    seen, unseen = (
+        make_config("a", recipe="ibm2020", observe_every=1),
+        make_config("b", recipe="ibm2020", observe_every=0),
+    )
+    train(seen)
+    train(unseen)
+    assert tensors(seen.out) == tensors(unseen.out)
+
+
+def test_the_saved_weights_load_into_a_fresh_model(make_config):
+    config = make_config(recipe="ibm2020")
+    result = train(config)
+    model = models.build("digits_cnn", num_classes=10, in_channels=1, image_size=8)
+    recipes.convert(model, "ibm2020")
+    model.load_state_dict(load_file(result.folder / "checkpoint" / "model.safetensors"))
+
+
+def test_config_and_environment_are_written_with_the_defaults_filled_in(make_config):
+    config = make_config(epochs=1)
+    train(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert written["lr"] == 0.1
+    assert written["eval_batch_size"] == 256
+    assert written["alpha_weight_decay"] == 1e-4
+    assert written["out"] == str(config.out)
+    assert set(written) == set(config.as_dict()) | {"fourbit_version"}
+    environment = json.loads((config.out / "env.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["device"]
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch_with_a_test_result(make_config):
+    config = make_config(max_steps=4, schedule="step", milestones=(0.5,))
+    result = train(config)
+    assert (result.stopped, result.step, result.epoch) == ("max_steps", 4, 1)
+    assert result.test_accuracy is not None
+    rates = [line["lr"] for line in metrics(config.out) if line["kind"] == "step"]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])  # the schedule fits the shorter run
+
+
+def test_gradient_accumulation_equals_the_larger_batch_without_batch_statistics(make_config, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda *args, **sizes: torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10)
+    ))  # fmt: skip
+    whole = make_config("whole", epochs=1, channels_last=False)
+    parts = make_config("parts", epochs=1, batch_size=16, grad_accumulation=2, channels_last=False)
+    train(whole)
+    train(parts)
+    pairs = zip(*(load_file(c.out / "checkpoint" / "model.safetensors").values() for c in (whole, parts)), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def test_sigterm_is_as_good_as_ctrl_c(make_config, signal_after):
+    signal_after(2, signal.SIGTERM)
+    assert train(make_config()).stopped == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_stops_at_once(make_config, monkeypatch):
+    from fourbit.train._loop import Loop
+
+    def twice(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Loop, "_step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config())
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(make_config):
+    config = make_config()
+    config.out.mkdir()
+    (config.out / "thesis.txt").write_text("five years of work")
+    before = snapshot(config.out)
+    with pytest.raises(UserError, match="is not empty: choose another --out"):
+        train(config)
+    assert snapshot(config.out) == before
+
+
+def test_tensorboard_gets_the_same_numbers(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(recipe="ibm2020", epochs=1, tensorboard=True)
+    train(config)
+    events = EventAccumulator(str(config.out / "tb"))
+    events.Reload()
+    losses = [line["loss"] for line in metrics(config.out) if line["kind"] == "step"]
+    assert [e.value for e in events.Scalars("loss/train")] == pytest.approx(losses)
+    assert {"accuracy/test", "lr", "grad_scale_exponent/fc"} <= set(events.Tags()["scalars"])
+
+
+def test_the_report_reads_what_a_run_wrote(make_config):
+    from fourbit.report import summarize
+
+    config = make_config(recipe="ibm2020", epochs=1)
+    result = train(config)
+    (summary,) = summarize([config.out])
+    assert result.test_accuracy is not None
+    assert summary.accuracy_mean is not None
+    assert math.isclose(summary.accuracy_mean, result.test_accuracy)
+
+
+def test_the_default_folder_names_the_run():
+    config = validated(TrainConfig(model="digits_cnn", data="digits", seed=4))
+    assert str(config.out) == "runs/digits_cnn-digits-ibm2020-seed4"
