@@ -60,7 +60,7 @@ def parse(entry: object) -> Histogram | None:
 
 
 def gradient_histograms(group: Group, index: int) -> Plot | None:
-    """First, middle and last layer of one recipe, both phases; filled now, outlined at the first observation."""
+    """First, middle and last 4-bit layer of one recipe, both phases; filled now, outlined at the first observation."""
     records = group.shown.histograms
     if not records:
         return None
@@ -68,22 +68,24 @@ def gradient_histograms(group: Group, index: int) -> Plot | None:
     names = [n for n, slots in last.items() if any(parse(slots.get(s)) for s in GRADIENT_SLOTS)]
     if not names:
         return None
+    coarse = [n for n in names if any(_is_coarse(parse(last[n].get(s))) for s in GRADIENT_SLOTS)]
+    names = coarse or names  # layers in 16 bits, such as the first and the last, show nothing of interest
     chosen = list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
     slots = [s for s in GRADIENT_SLOTS if any(parse(last[n].get(s)) for n in chosen)]
     title = f"Gradients on the grid: {short(group.label, 60)}"
     figure = Figure(figsize=(WIDTH, 1.95 * len(chosen) + 1.0), layout="constrained")
     grid = figure.subplots(len(chosen), len(slots), squeeze=False, sharex=True)
     keys: dict[str, Artist] = {}
-    for row, name in zip(grid, chosen, strict=True):
+    for name, row in zip(chosen, grid, strict=True):
         for axis, slot in zip(row, slots, strict=True):
             now = parse(last[name].get(slot))
             before = parse(first.get(name, {}).get(slot)) if records[0] is not records[-1] else None
             axis.set_title(f"{short(name, 28)}: {slot}, {GRADIENT_SLOTS[slot]}", loc="left", fontsize=9)
             if now is None:
-                axis.text(0.5, 0.5, "full precision: no grid", ha="center", transform=axis.transAxes, color="#666666")
+                axis.text(0.5, 0.5, "no numbers of its own here: full precision, or those of the other product", ha="center", transform=axis.transAxes, color="#666666")
                 continue
             keys |= _draw(axis, now, before, SLOT_COLOR[slot], slot)
-            if row is grid[-1]:
+            if name == chosen[-1]:
                 axis.set_xlabel("log2 |g / scale| (grid units)")
         row[0].set_ylabel("share of elements")
     _limit(grid, [parse(last[n].get(s)) for n in chosen for s in slots])
@@ -102,6 +104,10 @@ def gradient_histograms(group: Group, index: int) -> Plot | None:
     )
 
 
+def _is_coarse(histogram: Histogram | None) -> bool:
+    return histogram is not None and 0 < len(histogram.grid) <= LINES_AT_MOST
+
+
 def _draw(axis: Axes, now: Histogram, before: Histogram | None, color: str, slot: str) -> dict[str, Artist]:
     keys: dict[str, Artist] = {}
     axis.stairs(now.shares, now.edges, fill=True, color=color, alpha=0.45)
@@ -109,7 +115,7 @@ def _draw(axis: Axes, now: Histogram, before: Histogram | None, color: str, slot
     if before is not None:
         axis.stairs(before.shares, before.edges, color=color, linewidth=1.1)
         keys[f"{slot}, first"] = Line2D([], [], color=color, linewidth=1.1)
-    if now.grid and len(now.grid) <= LINES_AT_MOST:
+    if _is_coarse(now):
         for value in now.grid:
             axis.axvline(math.log2(value), color=GRID_COLOR, linewidth=0.9)
         keys["number of the grid"] = Line2D([], [], color=GRID_COLOR, linewidth=0.9)
