@@ -70,7 +70,9 @@ def main() -> None:
     print(f"| recipe | median ms | min ms | max ms | ratio to {names[0]} |\n|---|---|---|---|---|")
     for name in names:
         low, high = min(times[name]), max(times[name])
-        print(f"| {name} | {medians[name] * 1e3:.0f} | {low * 1e3:.0f} | {high * 1e3:.0f} | {medians[name] / base:.2f} |")
+        print(
+            f"| {name} | {medians[name] * 1e3:.0f} | {low * 1e3:.0f} | {high * 1e3:.0f} | {medians[name] / base:.2f} |"
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"machine": machine, "seconds": times}, indent=1) + "\n")
     print(f"\nwritten: {arguments.out}")

@@ -1,7 +1,7 @@
 """Four bits in a training loop of one's own: digits, a small network, about ten seconds on a laptop.
 
-    python examples/own_loop.py            # ibm2020
-    python examples/own_loop.py luq
+python examples/own_loop.py            # ibm2020
+python examples/own_loop.py luq
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from fourbit import data, models
 recipe = sys.argv[1] if len(sys.argv) > 1 else "ibm2020"
 digits = data.load("digits")
 torch.manual_seed(0)
-model = models.build("digits_cnn", num_classes=digits.num_classes, in_channels=digits.channels, image_size=digits.image_size)
+model = models.build(
+    "digits_cnn", num_classes=digits.num_classes, in_channels=digits.channels, image_size=digits.image_size
+)
 print(fb.explain(model, recipe, (1, digits.channels, digits.image_size, digits.image_size)))
 
 fb.convert(model, recipe)

@@ -80,7 +80,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--checkpoint-every -1", "checkpoint_every is -1"),
         ("--data-dir .", "digits comes with scikit-learn and reads no folder"),
         ("--data cifar10 --data-dir nowhere", "there is no data folder nowhere"),
-        ("--recipe ibm2020-1x1fp8", "matches no layer of this model"),
+        ("--model vgg16 --recipe ibm2020-1x1fp8", "matches no layer of this model"),
         ("--resume", "there is no run to go on with in run"),
         ("--modle resnet20", "Unknown option: --modle. Did you mean --model"),
         ("surplus", "surplus"),

@@ -20,7 +20,12 @@ COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
 
 def network() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10)
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4096, 10),
     )
 
 
@@ -39,8 +44,13 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
         words = [{"resnet20": "digits_cnn", "cifar10": "digits", "0,1,2": "0"}.get(word, word) for word in words]
         words += ["--max-steps", "1"]
     if words[0] == "report":
-        assert main(["compare", "--model", "digits_cnn", "--data", "digits", "--recipes", "ibm2020", "--seeds", "0"]
-                    + ["--max-steps", "1", "--out", words[1]]) == 0
+        assert (
+            main(
+                ["compare", "--model", "digits_cnn", "--data", "digits", "--recipes", "ibm2020", "--seeds", "0"]
+                + ["--max-steps", "1", "--out", words[1]]
+            )
+            == 0
+        )
     assert main(words) == 0, capsys.readouterr().err
     if "--png" in words:
         assert Path(words[-1]).stat().st_size > 5000

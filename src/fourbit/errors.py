@@ -21,7 +21,14 @@ class NonFiniteError(UserError):
         self.layers = layers
 
 
-def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
+class UnknownNameError(UserError, KeyError):
+    """A name that is not in a catalogue. Also a KeyError, so that catalogues behave as mappings do."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def unknown(kind: str, name: object, valid: Iterable[str]) -> UnknownNameError:
     """The error for a name that is not in a catalogue, with the nearest valid names.
 
     >>> str(unknown("recipe", "ibm202", ["fp32", "ibm2020"]))
@@ -32,4 +39,4 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
     folded = str(name).lower().replace("-", "_")
     near = [by_folded[m] for m in difflib.get_close_matches(folded, by_folded, n=3, cutoff=0.5)]
     hint = f": did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-    return UserError(f"unknown {kind} {str(name)!r}{hint} Valid names: {', '.join(names)}.")
+    return UnknownNameError(f"unknown {kind} {str(name)!r}{hint} Valid names: {', '.join(names)}.")

@@ -145,6 +145,16 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_it():
         fb.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ibm2020")
 
 
+def test_a_rule_for_a_misspelt_layer_names_the_nearest_layers():
+    spec = fb.recipes.get("luq").rules[-1].spec
+    with pytest.raises(UserError, match="nearest layer names: reduce"):
+        fb.convert(Net(), fb.Recipe("mine", (fb.Rule(spec, where=fb.name("^redcue$")), fb.Rule(None))))
+    with pytest.raises(UserError, match="not a regular expression"):
+        fb.name("(")
+    with fb.observe(fb.convert(Net(), "luq")) as stats, pytest.raises(UserError, match="unknown layer"):
+        stats["redcue"]
+
+
 def test_a_failed_conversion_leaves_the_model_as_it_was():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(UserError):
@@ -233,7 +243,7 @@ def test_the_loss_scale_halves_on_overflow_doubles_after_clean_steps_and_leaves_
         scaler.update()
         values.append(scaler.value)
     assert values[0] == 2.0**29 and min(values) < 2.0**20
-    assert any(b == 2 * a for a, b in zip(values, values[1:], strict=False))
+    assert any(b == 2 * a for a, b in itertools.pairwise(values))
     exact = Net()
     exact.load_state_dict(fb.float_state_dict(net))
     F.cross_entropy(exact(x), y).backward()

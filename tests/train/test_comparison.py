@@ -95,7 +95,7 @@ def test_without_fp32_there_is_no_difference(small):
         ({"recipes": ()}, "recipes is empty"),
         ({"seeds": (1, 1)}, "seeds has 1 twice"),
         ({"seeds": (0, -1)}, "seed is -1, but must be"),
-        ({"recipes": ("fp32", "ibm2020-1x1fp8")}, "matches no layer of this model"),
+        ({"model": "vgg16", "recipes": ("fp32", "ibm2020-1x1fp8")}, "matches no layer of this model"),
     ],
 )
 def test_a_plan_that_cannot_work_is_rejected_before_the_first_run(small, tmp_path, fields, message):

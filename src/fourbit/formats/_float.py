@@ -102,6 +102,9 @@ class FloatFormat(Format):
         return sign * self._power(e - self.exponent_bias) * (1 + m * (self.radix - 1) / 2**M)
 
     def _power(self, n: int) -> float:
+        log2_radix = math.log2(self.radix)
+        if log2_radix.is_integer():
+            return math.ldexp(1.0, n * int(log2_radix) + self.log2_shift)
         return float(Fraction(self.radix) ** n * Fraction(2) ** self.log2_shift)
 
 

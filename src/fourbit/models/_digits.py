@@ -1,7 +1,7 @@
 """A convolutional network for 8x8 digits: small enough to train in seconds on one CPU core.
 
-It exists so that the first run of a recipe takes no time. It has five weight layers, so a recipe that keeps the first
-and the last layer in higher precision still leaves three 4-bit ones in between.
+It exists so that the first run of a recipe takes no time, and it has what every recipe asks for: a first and a last layer
+with four 4-bit ones in between, among them 3x3 convolutions and 1x1 convolutions that reduce and that expand.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from fourbit.models._base import conv_bn, initialise, register
 
 
 class DigitsCnn(nn.Module):
-    """conv16 - conv32 - conv32/2 - conv64, each 3x3 with BatchNorm and ReLU, global average pool, linear.
+    """3x3 to 16, 3x3 to 32, a bottleneck (1x1 to 16, 3x3 to 32 with stride 2, 1x1 to 64), average pool, linear.
 
-    33,338 parameters and 0.75M MACs for 8x8 grey images and 10 classes. Not from a paper; full precision reaches about
-    99% on the scikit-learn digits.
+    BatchNorm and ReLU after each convolution. 12,890 parameters and 0.44M MACs for 8x8 grey images and 10 classes. Not
+    from a paper.
     """
 
     def __init__(self, num_classes: int, in_channels: int):
@@ -25,9 +25,11 @@ class DigitsCnn(nn.Module):
             nn.ReLU(),
             conv_bn(16, 32, 3),
             nn.ReLU(),
-            conv_bn(32, 32, 3, stride=2),
+            conv_bn(32, 16, 1),
             nn.ReLU(),
-            conv_bn(32, 64, 3),
+            conv_bn(16, 32, 3, stride=2),
+            nn.ReLU(),
+            conv_bn(32, 64, 1),
             nn.ReLU(),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -41,5 +43,5 @@ class DigitsCnn(nn.Module):
 
 @register("digits_cnn")
 def digits_cnn(num_classes: int, in_channels: int) -> nn.Module:
-    """The five-layer network for the scikit-learn digits."""
+    """The small network for the scikit-learn digits."""
     return DigitsCnn(num_classes, in_channels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,15 +87,8 @@ class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):
             return super().forward(input, output_size)
         require_floating(input, type(self).__name__)
         num_dims = len(self.stride)
-        padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
-            num_dims,
-            self.dilation,  # type: ignore[arg-type]
-        )
+        sizes: Any = (self.stride, self.padding, self.kernel_size, num_dims, self.dilation)
+        padding = self._output_padding(input, output_size, *sizes)
         batched = input.dim() == num_dims + 2
         x = input if batched else input.unsqueeze(0)
         y = _add_bias(self.contract(x, self.weight, self.contraction(tuple(padding))), self.bias, num_dims)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from fourbit.errors import unknown
 from fourbit.nn._base import quantized_layers
 from fourbit.quantizers import QTensor
 
@@ -55,6 +56,8 @@ class Observation(Mapping[str, dict[str, OperandStats]]):
         self._histograms: dict[str, dict[str, dict[str, object]]] = {}
 
     def __getitem__(self, layer: str) -> dict[str, OperandStats]:
+        if layer not in self._stats:
+            raise unknown("layer", layer, self._stats)
         return self._stats[layer]
 
     def __iter__(self) -> Iterator[str]:

@@ -27,13 +27,11 @@ class Contraction(ABC):
 
     def dgrad(self, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
         """dx for output gradient `g`. `x` gives shape and layout only."""
-        _, vjp = torch.func.vjp(lambda t: self.fprop(t, w), x)
-        return vjp(g)[0]
+        return torch.func.vjp(lambda t: self.fprop(t, w), x)[1](g)[0]
 
     def wgrad(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """dw for output gradient `g`. `w` gives shape and layout only."""
-        _, vjp = torch.func.vjp(lambda t: self.fprop(x, t), w)
-        return vjp(g)[0]
+        return torch.func.vjp(lambda t: self.fprop(x, t), w)[1](g)[0]
 
     @abstractmethod
     def channel_axis(self, operand: str) -> int:

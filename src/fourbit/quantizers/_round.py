@@ -21,7 +21,6 @@ from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.errors import UserError
@@ -175,7 +174,7 @@ class _Logarithmic:
         octaves = int(math.log2(self.ratio)) << 23
         lowest = self.smallest / self.ratio  # stands for zero until the last step
         bits = magnitude.view(torch.int32).sub_(_bits(start)).bitwise_and_(-octaves).add_(_bits(self.smallest))
-        return F.threshold_(bits.clamp_(_bits(lowest), _bits(self.largest)).view(torch.float32), lowest, 0.0)
+        return torch.threshold_(bits.clamp_(_bits(lowest), _bits(self.largest)).view(torch.float32), lowest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -258,10 +257,11 @@ class _Table:
         self._levels = torch.tensor(format.grid, dtype=torch.float32)
 
     def nearest(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
         return self._look_up(torch.bucketize(x, self._boundaries.to(x.device), out_int32=True), x)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        levels = self._levels.to(x.device)
+        levels, x = self._levels.to(x.device), x.contiguous()
         low = torch.bucketize(x, levels, out_int32=True, right=True).sub_(1).clamp_(min=0)
         high = torch.bucketize(x, levels, out_int32=True, right=False).clamp_(max=len(levels) - 1)
         return self._look_up(low, x), self._look_up(high, x)

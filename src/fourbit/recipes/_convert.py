@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -63,9 +65,14 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
         if id(rule) not in used and not rule.optional:
             raise UserError(
                 f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
-                "remove the rule, mark it optional=True, or choose another recipe"
+                f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, index)}"
             )
     return result
+
+
+def _nearest(rule: Rule, names: Iterable[str]) -> str:
+    near = {n for p in rule.patterns for n in difflib.get_close_matches(p, list(names), n=3, cutoff=0.3)}
+    return f" (nearest layer names: {', '.join(sorted(near))})" if near else ""
 
 
 def _torch_class(module: nn.Module) -> type[nn.Module] | None:
@@ -116,7 +123,7 @@ def restore(model: M) -> M:
         torch_class = _torch_class(layer)
         if torch_class is not None:
             del layer.quant
-            layer.__class__ = torch_class
+            layer.__class__ = torch_class  # type: ignore[assignment]
     return model
 
 

@@ -45,11 +45,9 @@ class LossScaler:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return True
-        torch._foreach_mul_(grads, 1.0 / self.value)
-        norms = torch.stack(
-            [norm.to(grads[0].device, torch.float32) for norm in torch._foreach_norm(grads, float("inf"))]
-        )
-        self._finite = bool(norms.isfinite().all())
+        for grad in grads:
+            grad.mul_(1.0 / self.value)
+        self._finite = bool(torch.nn.utils.get_total_norm(grads, float("inf")).isfinite())
         return self._finite
 
     def update(self) -> None:

@@ -24,7 +24,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Selector:
-    """A named predicate on layers; combine with `|`, `&` and `~`.
+    """A named predicate on layers; combine with `|`, `&` and `~`. `patterns` are the layer names that it looks for.
 
     >>> str(first(1) | ~kernel_size(1))
     '(first(1) | ~kernel_size(1))'
@@ -32,18 +32,21 @@ class Selector:
 
     label: str
     test: Callable[[LayerInfo], bool]
+    patterns: tuple[str, ...] = ()
 
     def __call__(self, info: LayerInfo) -> bool:
         return self.test(info)
 
     def __or__(self, other: Selector) -> Selector:
-        return Selector(f"({self} | {other})", lambda info: self(info) or other(info))
+        patterns = self.patterns + other.patterns
+        return Selector(f"({self} | {other})", lambda info: self(info) or other(info), patterns)
 
     def __and__(self, other: Selector) -> Selector:
-        return Selector(f"({self} & {other})", lambda info: self(info) and other(info))
+        patterns = self.patterns + other.patterns
+        return Selector(f"({self} & {other})", lambda info: self(info) and other(info), patterns)
 
     def __invert__(self) -> Selector:
-        return Selector(f"~{self}", lambda info: not self(info))
+        return Selector(f"~{self}", lambda info: not self(info), self.patterns)
 
     def __str__(self) -> str:
         return self.label
@@ -61,8 +64,13 @@ def last(n: int = 1) -> Selector:
 
 def name(pattern: str) -> Selector:
     """Layers whose dotted name contains a match of the regular expression."""
-    compiled = re.compile(pattern)
-    return Selector(f"name({pattern!r})", lambda info: compiled.search(info.name) is not None)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"name({pattern!r}) is not a regular expression ({error}): escape special characters"
+        ) from error
+    return Selector(f"name({pattern!r})", lambda info: compiled.search(info.name) is not None, (pattern,))
 
 
 def kernel_size(size: int) -> Selector:
@@ -109,6 +117,11 @@ class Rule:
     when: Selector | None = None
     optional: bool = False
     label: str = ""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The layer names that its selectors look for."""
+        return sum((s.patterns for s in (self.where, self.when) if s is not None), ())
 
     def matches(self, info: LayerInfo, torch_class: type[nn.Module]) -> bool:
         """Whether the rule applies to a layer of this torch class."""

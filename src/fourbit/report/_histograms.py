@@ -82,7 +82,14 @@ def gradient_histograms(group: Group, index: int) -> Plot | None:
             before = parse(first.get(name, {}).get(slot)) if records[0] is not records[-1] else None
             axis.set_title(f"{short(name, 28)}: {slot}, {GRADIENT_SLOTS[slot]}", loc="left", fontsize=9)
             if now is None:
-                axis.text(0.5, 0.5, "no numbers of its own here: full precision, or those of the other product", ha="center", transform=axis.transAxes, color="#666666")
+                axis.text(
+                    0.5,
+                    0.5,
+                    "no numbers of its own here: full precision, or those of the other product",
+                    ha="center",
+                    transform=axis.transAxes,
+                    color="#666666",
+                )
                 continue
             keys |= _draw(axis, now, before, SLOT_COLOR[slot], slot)
             if name == chosen[-1]:

@@ -32,13 +32,17 @@ def draw_number_line(format: Format) -> Figure:
         points = [v for v in format.decision_points if v > 0]
         positive.set_xscale("log", base=2)
         _ticks(positive, magnitudes, points)
-        positive.set_title("magnitudes, logarithmic axis" + (" (0 lies at the far left)" if 0 in format.grid else ""), loc="left")
+        positive.set_title(
+            "magnitudes, logarithmic axis" + (" (0 lies at the far left)" if 0 in format.grid else ""), loc="left"
+        )
         positive.xaxis.set_minor_locator(NullLocator())
         if len(magnitudes) <= MAX_LABELS:
             for value in magnitudes:
                 positive.text(value, 1.04, _text(value), ha="center", va="bottom", fontsize=7, color=NUMBERS)
             for value in points:
-                positive.text(value, -0.06, _text(value), ha="center", va="top", fontsize=6.5, color=DECISIONS, rotation=35)
+                positive.text(
+                    value, -0.06, _text(value), ha="center", va="top", fontsize=6.5, color=DECISIONS, rotation=35
+                )
             positive.set_xticks([])
             positive.set_ylim(-0.75, 1.35)
         positive.set_xlabel("value, in units of the scale")
@@ -49,9 +53,7 @@ def draw_number_line(format: Format) -> Figure:
 
 def _ticks(axis, numbers, points) -> None:
     axis.vlines(numbers, 0, 1, colors=NUMBERS, linewidth=1.6 if len(numbers) < 64 else 0.4, label="numbers")
-    axis.vlines(
-        points, 0, 0.45, colors=DECISIONS, linewidth=1.0 if len(points) < 64 else 0.2, label="decision points"
-    )
+    axis.vlines(points, 0, 0.45, colors=DECISIONS, linewidth=1.0 if len(points) < 64 else 0.2, label="decision points")
     axis.axhline(0, color="#888888", linewidth=0.8)
     axis.set_yticks([])
     axis.grid(False)
