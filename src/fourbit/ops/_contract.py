@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.quantizers import QuantSpec, Sawb, amax_of, round_to_format
+from fourbit.quantizers import TINY, QuantSpec, Sawb, round_to_format
 
 Operand = tuple[Tensor, Tensor | None]
 """Numbers, and a 0-d scale still to be multiplied (None: 1)."""
@@ -73,6 +74,7 @@ class _Contract(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         spec, state, contraction = ctx.spec, ctx.state, ctx.contraction
         x, x_scale, w, w_scale, x_mask, w_mask, x_sign, w_sign = ctx.saved_tensors
@@ -114,10 +116,12 @@ def _forward_operand(
 ) -> tuple[Operand, Tensor | None]:
     """The operand for a product, and the mask (True: the straight-through gradient passes) where clipping needs one."""
     if spec is None:
+        state.count_nonfinite(slot, t)
         return (t.detach().to(dtype), None), None
     quantized, alpha = state.quantize(slot, t, spec, axis)
     mask = None
     if alpha is not None:
+        t, alpha = t.to(torch.float32), alpha.detach().clamp_min(TINY)
         mask = (t < alpha) & (t > -alpha if quantized.format.signed else t >= 0)
     elif isinstance(spec.scaling, Sawb) and spec.scaling.clipped:
         mask = t.abs() <= quantized.scale * quantized.format.max
@@ -131,6 +135,7 @@ def _gradient(
 ) -> tuple[Operand, Tensor | None]:
     """The gradient operand, and the scale to be taken out after the product was rounded."""
     if spec is None:
+        state.count_nonfinite(slot, g)
         return (g, None), None
     quantized, _ = state.quantize(slot, g, spec, axis)
     scale = quantized.scale
@@ -153,7 +158,9 @@ def _product(
     if scale is not None:
         y = y.mul_(scale)
     if output is not None:
-        y = round_to_format(y, output).to(y.dtype)
+        rounded = round_to_format(y, output).to(y.dtype)
+        # NaN in a scale passes through; infinity in an operand in full precision must not be saturated away.
+        y = rounded if a[1] is not None and b[1] is not None else torch.where(y.isfinite(), rounded, y)
     return y if late is None else y.mul_(late)
 
 
@@ -167,12 +174,11 @@ def _signs(
 def _straight_through(d: Tensor, mask: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradient inside the clip range, and d(clip value) = sum over what was clipped of sign(q) * gradient.
 
-    Clipped numbers have the codes +-max or (below an unsigned range) 0, so sign(q) is q / max|q| there.
+    sign(q) is that of the clip value that a number was clipped to, and 0 for numbers below an unsigned range.
     """
     if mask is None:
         return d, None
     inside = d.masked_fill(mask.logical_not(), 0.0)
     if q is None:
         return inside, None
-    clipped = d.sub_(inside).mul_(q)
-    return inside, clipped.sum(dtype=torch.float32) / amax_of(q).clamp_min(1.0)
+    return inside, d.sub_(inside).mul_(q.sign()).sum(dtype=torch.float32)

@@ -115,10 +115,14 @@ class LayerState(nn.Module):
                 stored = stored.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
         channel_axis = axis if spec.granularity == "channel" else None
         result = quantize(x, spec, channel_axis=channel_axis, stored=stored, key=self._key(slot, spec), format=format)
-        self.nonfinite["xwg".index(operand)] += (~result.scale.isfinite()).any()
+        self.nonfinite["xwg".index(operand)] += (~result.scale.isfinite()).any()  # NaN data make a NaN scale
         if self.observer is not None:
             self.observer.record(slot, x.detach(), result)
         return result, stored if spec.scaling.stored_kind == "alpha" else None
+
+    def count_nonfinite(self, slot: str, t: Tensor) -> None:
+        """Count NaN or infinity in an operand that is not quantized."""
+        self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
 
     def see_gradient(self, g: Tensor, axis: int) -> None:
         """Record the largest gradient; set the first exponent from it."""

@@ -3,6 +3,7 @@
 from fourbit.quantizers._round import WORD_BITS as WORD_BITS
 from fourbit.quantizers._round import Rounding as Rounding
 from fourbit.quantizers._round import round_to_format as round_to_format
+from fourbit.quantizers._scaling import TINY as TINY
 from fourbit.quantizers._scaling import UNSET as UNSET
 from fourbit.quantizers._scaling import Amax as Amax
 from fourbit.quantizers._scaling import ClipValue as ClipValue

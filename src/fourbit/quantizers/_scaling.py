@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.formats import INT4_SYM, Format
+from fourbit.quantizers._round import round_to_format
+from fourbit.quantizers._words import random_words, stream_key
 
 TINY = 2.0**-126
 """Smallest normal float32: scales never go below it, so that an all-zero tensor has a finite reciprocal scale."""
@@ -187,25 +189,28 @@ class ClipValue(Scaling):
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
-        scale = (stored.detach().to(torch.float32) / format.max).clamp_min(TINY)
-        return scale + amax_of(x) * 0
+        alpha = stored.detach().to(torch.float32).clamp_min(TINY)
+        return (alpha / format.max).clamp_min(TINY) + amax_of(x) * 0
 
     def __str__(self) -> str:
         return "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
 
 
 def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
-    """The clip value that minimises sum (x - Q(x))^2 on (a regular sample of) `x`, among fractions of max|x|.
+    """The clip value that minimises sum (x - Q(x))^2 on (a random sample of) `x`, among fractions of max|x|.
+
+    The sample is the same for every call with as many elements: positions come from `random_words`. (A regular one would
+    meet the same column of every image.)
 
     Returns 1.0 for an empty, all-zero or non-finite tensor.
     """
-    from fourbit.quantizers._round import round_to_format
-
     x = x.detach().flatten().to(torch.float32)
     amax = float(amax_of(x))
     if not 0 < amax < float("inf"):
         return 1.0
-    x = x[:: max(1, x.numel() // num_samples)]
+    if x.numel() > num_samples:
+        words = random_words(stream_key(num_samples), (num_samples,), x.device).to(torch.int64)
+        x = x[(words & 0xFFFFFFFF) % x.numel()]
     best = (float("inf"), amax)
     for i in range(1, num_candidates + 1):
         alpha = amax * i / num_candidates

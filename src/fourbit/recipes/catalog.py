@@ -129,27 +129,33 @@ def _loss_scaled(spec: LayerSpec) -> LayerSpec:
     """The same formats with one loss scale instead of a scale per layer."""
 
     def unscaled(slot: QuantSpec) -> QuantSpec:
-        return replace(slot, scaling=LossScaled())
+        return replace(slot, scaling=LossScaled(max=limit))
 
-    g_wgrad = spec.g_wgrad if not isinstance(spec.g_wgrad, QuantSpec) else unscaled(spec.g_wgrad)
     assert isinstance(spec.g_dgrad, QuantSpec)
+    limit = spec.g_dgrad.format.max
+    g_wgrad = spec.g_wgrad if not isinstance(spec.g_wgrad, QuantSpec) else unscaled(spec.g_wgrad)
     return replace(spec, g_dgrad=unscaled(spec.g_dgrad), g_wgrad=g_wgrad)
 
 
-IBM2020_GLOBAL = _ibm("ibm2020-global-scale", "one loss scale for all layers instead of GradScale", _loss_scaled(TPR))
+IBM2020_GLOBAL = _ibm(
+    "ibm2020-global-scale",
+    "one loss scale for all layers instead of GradScale",
+    _loss_scaled(TPR),
+    base=_loss_scaled(FP16),
+)
 IBM2020_RADIX2_GLOBAL = _ibm(
     "ibm2020-radix2-global-scale",
     "radix-2 [1,3,0] gradients, one loss scale for all layers",
     _loss_scaled(_one_phase(f.FP4_R2)),
+    base=_loss_scaled(FP16),
 )
 
 
-def _luq(format: Format = f.FP4_R2, samples: int = 1, forward: LayerSpec | None = None) -> LayerSpec:
+def _luq(format: Format = f.FP4_R2, samples: int = 1, around: LayerSpec | None = None) -> LayerSpec:
     """LUQ: logarithmic unbiased quantization of the gradient, one sample for dgrad, `samples` averaged for wgrad."""
     g = QuantSpec(format, Amax(), rounding=Rounding.STOCHASTIC)
     wgrad = REUSE if samples == 1 else replace(g, samples=samples)
-    forward = forward or LayerSpec(x_fprop=SAWB, w_fprop=SAWB)
-    return replace(forward, g_dgrad=g, g_wgrad=wgrad)
+    return replace(around or LayerSpec(x_fprop=SAWB, w_fprop=SAWB), g_dgrad=g, g_wgrad=wgrad)
 
 
 def _luq_recipe(name: str, summary: str, spec: LayerSpec) -> Recipe:
@@ -166,9 +172,7 @@ LUQ = _luq_recipe(
 )
 LUQ_SMP2 = _luq_recipe("luq-smp2", "LUQ, wgrad from the mean of two samples", _luq(samples=2))
 LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed: 5 magnitudes", _luq(f.FP4_R2_5))
-LUQ_PACT = _luq_recipe(
-    "luq-pact", "LUQ's gradients behind PACT activations: the forward pass of ibm2020", _luq(forward=INT4_FORWARD)
-)
+IBM2020_LUQ = _ibm("ibm2020-luq", "ibm2020 with LUQ's gradients: all else equal, to compare the two", _luq(around=TPR))
 
 
 def get(recipe: str) -> Recipe:
