@@ -378,3 +378,70 @@ def test_per_channel_gradscale_gives_each_channel_its_own_exponent():
     assert exponents.shape == (4,) and (exponents != UNSET).all()
     assert ((exponents[1:] - exponents[:-1] - 10).abs() <= 2).all()
     assert layer.weight.grad.abs().amax((1, 2, 3))[3] > 0  # the smallest channel did not underflow
+
+
+def test_a_backward_pass_in_evaluation_mode_leaves_the_state_alone_and_loses_nothing():
+    layer = fb.nn.Linear(8, 4, spec=TPR)
+    x = torch.rand(16, 8)
+    layer(x).sum().backward()
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    for size in (1e6, 1e-6):
+        layer.zero_grad()
+        (layer(x) * size).sum().backward()
+        exact = x.sum(0).expand(4, 8)  # dw of a sum
+        assert 0.4 < layer.weight.grad.norm() / size / exact.norm() < 1.6  # the most that rounding one number can do
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
+def test_a_stochastic_layer_draws_new_words_in_evaluation_mode_too():
+    layer = fb.nn.Linear(6, 4, spec=LUQ).eval()
+    x = torch.randn(20, 6)
+    first, second = step(layer, x), step(layer, x)
+    assert not torch.equal(first[1], second[1])
+
+
+def test_a_channel_without_gradients_does_not_hurt_the_others():
+    spec = fb.recipes.get("ibm2020-channel-gradscale").rules[-1].spec
+    x = torch.rand(32, 6)
+    grads = []
+    for dead in (False, True):
+        torch.manual_seed(0)
+        layer = fb.nn.Linear(6, 4, bias=False, spec=spec)
+        g = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)) * 2.0**-40
+        g[:, 3] *= not dead
+        layer(x).backward(g)
+        grads.append(layer.weight.grad[:3])
+    assert torch.equal(*grads) and grads[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (6,)])
+def test_per_channel_gradscale_takes_empty_and_one_dimensional_inputs(shape):
+    layer = fb.nn.Linear(6, 4, spec=fb.recipes.get("ibm2020-channel-gradscale").rules[-1].spec)
+    layer(torch.rand(shape)).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_matmul_refuses_gradscale_per_channel():
+    with pytest.raises(UserError, match="granularity='tensor'"):
+        fb.nn.MatMul(spec=fb.recipes.get("ibm2020-channel-gradscale").rules[-1].spec)
+
+
+def test_layers_with_different_indices_draw_different_words():
+    grads = []
+    for index in (0, 1):
+        torch.manual_seed(0)
+        layer = fb.nn.Linear(6, 4, spec=LUQ, seed=5, index=index)
+        grads.append(step(layer, torch.ones(9, 6))[1])
+    assert not torch.equal(*grads)
+
+
+def test_observations_nest():
+    net = nn.Sequential(fb.nn.Linear(3, 3, spec=TPR))
+    with fb.observe(net) as outer:
+        with fb.observe(net) as inner:
+            net(torch.rand(2, 3))
+        net(torch.rand(2, 3)).sum().backward()
+    assert set(inner["0"]) == {"x_fprop", "w_fprop"}
+    assert {"g_dgrad", "g_wgrad"} & set(outer["0"])
+    assert net[0].quant.observer is None

@@ -301,3 +301,47 @@ def test_functional_and_module_twins_agree():
     a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
     assert torch.equal(fb.nn.MatMul(spec=spec)(a, b), Q.matmul(a, b, spec))
     assert isinstance(fb.nn.MatMul(spec=spec), nn.Module)
+
+
+def test_the_clip_gradient_of_an_asymmetric_format_is_a_sum_of_signs():
+    spec = LayerSpec(x_fprop=QuantSpec(formats.INT4, ClipValue(init=1.0)))
+    state = LayerState(spec)
+    contract(
+        torch.tensor([[-3.0, 3.0, 0.1]]), torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), spec, state
+    ).sum().backward()
+    assert float(state.x_alpha.grad) == -1.0 + 2.0
+
+
+def test_clipping_is_decided_in_float32_for_half_precision_inputs():
+    spec = LayerSpec(x_fprop=QuantSpec(formats.UINT4, ClipValue(init=1.003)))
+    x = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    contract(x, torch.ones(1, 1), LinearMap(), spec, LayerState(spec)).sum().backward()
+    assert float(x.grad) == 1.0
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    spec = fb.recipes.get("int4-fwd").rules[-1].spec
+    x = torch.rand(3, 5, requires_grad=True)
+    w = torch.randn(2, 5, requires_grad=True)
+    y = contract(x, w, LinearMap(), spec, LayerState(spec)).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+def test_infinity_in_a_full_precision_operand_is_not_saturated_by_the_output_format():
+    layer = fb.nn.Linear(2, 1, bias=False, spec=LayerSpec(output=formats.FP16_169))
+    assert layer(torch.tensor([[float("inf"), 0.0]])).isinf().all()
+    assert layer.quant.nonfinite.tolist() == [1, 0, 0]
+
+
+def test_bad_gradients_are_counted_where_the_gradient_is_not_quantized_too():
+    layer = fb.nn.Linear(2, 1, spec=fb.recipes.get("int4-fwd").rules[-1].spec)
+    layer(torch.rand(3, 2)).backward(torch.full((3, 1), float("nan")))
+    assert layer.quant.nonfinite[2] > 0
+
+
+def test_functional_calls_without_a_state_refuse_stochastic_rounding():
+    spec = fb.recipes.get("luq").rules[-1].spec
+    with pytest.raises(UserError, match="pass state="):
+        Q.linear(torch.rand(2, 3), torch.rand(4, 3), None, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -16,9 +17,16 @@ from fourbit.quantizers import Rounding, round_to_format
 
 ALL = [formats.get(name) for name in formats.names()]
 EXTRA = [
-    formats.FloatFormat("r4_m185", exponent_bits=3, radix=4, subnormals=False, rule=Fraction(185, 100)),
-    formats.FloatFormat("r16", exponent_bits=3, radix=16, subnormals=False, rule=formats.midpoint_rule(16)),
+    formats.FloatFormat("r4_m185", exponent_bits=3, radix=4, subnormals=False, multiplier=Fraction(185, 100)),
+    formats.FloatFormat("r16", exponent_bits=3, radix=16, subnormals=False, multiplier=formats.midpoint_multiplier(16)),
     formats.FloatFormat("r3_m2", exponent_bits=3, mantissa_bits=1, exponent_bias=3, radix=3),
+    formats.FloatFormat("e8m3", exponent_bits=8, mantissa_bits=3, exponent_bias=127, specials="ieee"),
+    formats.FloatFormat(
+        "e4m3_inf", exponent_bits=4, mantissa_bits=3, exponent_bias=7, specials="ieee", overflow="infinity"
+    ),
+    dataclasses.replace(formats.FP4_R4_EVEN, name="r4_inf", overflow="infinity"),
+    dataclasses.replace(formats.BFLOAT16, name="bfloat16_saturating", overflow="saturate"),
+    formats.Codebook("odd codes first", table=(1, 0, 3, 2)),
     formats.FloatFormat("e3m1", exponent_bits=3, mantissa_bits=1, exponent_bias=3),
 ]
 ALL_BFLOAT16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
@@ -30,8 +38,7 @@ def interesting(format: formats.Format) -> torch.Tensor:
     points = torch.tensor(format.decision_points[::step], dtype=torch.float64).float()
     grid = torch.tensor(format.grid[::step], dtype=torch.float64).float()
     inf = torch.tensor(math.inf)
-    stride = 1 if format.bits <= 8 else 3
-    return torch.cat([ALL_BFLOAT16[::stride], points, points.nextafter(inf), points.nextafter(-inf), grid])
+    return torch.cat([ALL_BFLOAT16, points, points.nextafter(inf), points.nextafter(-inf), grid])
 
 
 def assert_same(actual: torch.Tensor, expected: list[float], x: torch.Tensor) -> None:

@@ -154,3 +154,29 @@ def test_misuse_is_refused_in_one_sentence():
         ClipValue(init=0.0)
     with pytest.raises(UserError, match="samples"):
         QuantSpec("int4", samples=2)
+
+
+def test_the_sample_for_the_first_clip_value_sees_the_whole_image():
+    """A regular stride would meet the zero border of every row of a padded image."""
+    x = torch.rand(128, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    x[..., 0] = 0
+    assert best_clip_value(x, formats.UINT4) == pytest.approx(
+        best_clip_value(x, formats.UINT4, 64, x.numel()), rel=0.05
+    )
+    assert best_clip_value(x, formats.UINT4) == best_clip_value(x, formats.UINT4)
+
+
+@pytest.mark.parametrize("format", [formats.FP4_E2M1, formats.FP4_R4_EVEN])
+def test_sawb_refuses_grids_that_are_not_evenly_spaced(format):
+    with pytest.raises(UserError, match="no published coefficients"):
+        quantize(torch.ones(3), QuantSpec(format, Sawb()))
+
+
+def test_a_clip_value_that_was_trained_below_zero_still_gives_finite_numbers():
+    q = quantize(torch.randn(10), QuantSpec("uint4", ClipValue()), stored=torch.tensor(-0.5))
+    assert q.dequantize().isfinite().all()
+
+
+def test_channel_scales_of_empty_and_one_dimensional_tensors_keep_their_shape():
+    assert amax_of(torch.zeros(0, 3, 2), (0, 2)).shape == (1, 3, 1)
+    assert torch.equal(amax_of(torch.tensor([1.0, -2.0]), ()), torch.tensor([1.0, 2.0]))

@@ -9,7 +9,7 @@ from fourbit.formats._base import Codebook as Codebook
 from fourbit.formats._base import Format as Format
 from fourbit.formats._base import IntFormat as IntFormat
 from fourbit.formats._float import FloatFormat as FloatFormat
-from fourbit.formats._float import midpoint_rule as midpoint_rule
+from fourbit.formats._float import midpoint_multiplier as midpoint_multiplier
 from fourbit.formats.catalog import BFLOAT16 as BFLOAT16
 from fourbit.formats.catalog import BINARY16 as BINARY16
 from fourbit.formats.catalog import CATALOG as CATALOG

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -33,11 +33,15 @@ class Format(ABC):
         name: identifier, unique in a catalogue.
         summary: definition in one line.
         source: where the definition comes from.
+        multiplier: m of the multiply-and-truncate rule: magnitude v is chosen from v/m on. None: arithmetic midpoints.
+        overflow: what nearest rounding does beyond the range.
     """
 
     name: str
     summary: str = ""
     source: str = ""
+    multiplier: Fraction | None = field(default=None, kw_only=True)
+    overflow: Literal["saturate", "infinity"] = field(default="saturate", kw_only=True)
 
     @property
     @abstractmethod
@@ -47,16 +51,6 @@ class Format(ABC):
     @abstractmethod
     def decode(self, code: int) -> float:
         """The number that `code` stands for; NaN for NaN and for codes that the format leaves unused."""
-
-    @property
-    def overflow(self) -> Literal["saturate", "infinity"]:
-        """What nearest rounding does beyond the range."""
-        return "saturate"
-
-    @property
-    def multiplier(self) -> Fraction | None:
-        """m of the multiply-and-truncate rule: magnitude v is chosen from v/m on. None: arithmetic midpoints."""
-        return None
 
     def __str__(self) -> str:
         return self.name
@@ -195,7 +189,11 @@ class IntFormat(Format):
 
     def __post_init__(self) -> None:
         levels = self.high - self.low + 1
-        if not (1 <= self.width <= 16) or levels < 2 or levels != int(levels) or levels > 2**self.width:
+        fits = 1 <= self.width <= 16 and 2 <= levels <= 2**self.width and levels == int(levels)
+        if fits and float(self.low).is_integer():
+            half = 2 ** (self.width - 1)
+            fits = self.low >= -half and self.high < (half if self.low < 0 else 2 * half)
+        if not fits:
             raise UserError(
                 f"format {self.name}: {self.low} .. {self.high} does not fit {self.width} bits: "
                 "need 2 to 2^width levels spaced by 1"

@@ -25,15 +25,12 @@ class FloatFormat(Format):
     """A floating-point format in one line.
 
     Args:
-        exponent_bits, mantissa_bits: field widths E and M; one more bit for the sign where `is_signed`.
+        exponent_bits, mantissa_bits: field widths E and M; `sign_bits` (0 or 1) more for the sign.
         exponent_bias: b in radix^(e - b).
         radix: base of the exponent, 2 or more.
-        is_signed: whether there is a sign bit.
         subnormals: gradual underflow at e = 0 (needs mantissa bits).
         specials: "none": every code is a number; "nan": the all-ones pattern is NaN (OCP E4M3FN, DLFloat16);
             "ieee": the top exponent holds infinities and NaN.
-        rule: the multiply-and-truncate constant m (see `Format.decision_points`); only without mantissa bits.
-        on_overflow: what rounding does beyond the range.
         log2_shift: every value is multiplied by 2^log2_shift.
         has_zero: E8M0 has no zero: its e = 0 is an ordinary power.
 
@@ -48,21 +45,21 @@ class FloatFormat(Format):
     mantissa_bits: int = 0
     exponent_bias: int = 4
     radix: int = 2
-    is_signed: bool = True
+    sign_bits: int = 1
     subnormals: bool = True
     specials: Literal["none", "nan", "ieee"] = "none"
-    rule: Fraction | None = None
-    on_overflow: Literal["saturate", "infinity"] = "saturate"
     log2_shift: int = 0
     has_zero: bool = True
 
     def __post_init__(self) -> None:
-        if self.exponent_bits < 1 or self.mantissa_bits < 0 or self.radix < 2 or not (1 < self.bits <= 16):
+        if self.exponent_bits < 1 or self.mantissa_bits < 0 or self.radix < 2 or self.sign_bits not in (0, 1):
             raise UserError(
-                f"format {self.name}: need exponent_bits >= 1, mantissa_bits >= 0, radix >= 2 and 2 to 16 bits in all"
+                f"format {self.name}: need exponent_bits >= 1, mantissa_bits >= 0, radix >= 2, sign_bits 0 or 1"
             )
-        if self.rule is not None and (self.mantissa_bits or not 1 <= self.rule <= self.radix):
-            raise UserError(f"format {self.name}: rule needs mantissa_bits=0 and 1 <= rule <= radix")
+        if not 1 < self.bits <= 16:
+            raise UserError(f"format {self.name} has {self.bits} bits: formats have 2 to 16")
+        if self.multiplier is not None and (self.mantissa_bits or not 1 <= self.multiplier <= self.radix):
+            raise UserError(f"format {self.name}: a multiplier needs mantissa_bits=0 and lies between 1 and the radix")
         extreme = max(abs(e) for e in (-self.exponent_bias, 2**self.exponent_bits - self.exponent_bias))
         if extreme * math.log2(self.radix) > 900:
             raise UserError(f"format {self.name}: its range exceeds that of a double; choose another exponent_bias")
@@ -70,28 +67,18 @@ class FloatFormat(Format):
     @property
     def bits(self) -> int:
         """Width of a code in bits."""
-        return int(self.is_signed) + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def overflow(self) -> Literal["saturate", "infinity"]:
-        """What nearest rounding does beyond the range."""
-        return self.on_overflow
-
-    @property
-    def multiplier(self) -> Fraction | None:
-        """The multiply-and-truncate constant, if any."""
-        return self.rule
+        return self.sign_bits + self.exponent_bits + self.mantissa_bits
 
     @property
     def is_binary(self) -> bool:
         """Radix 2 with mantissa bits, rounded at midpoints, and a sign: plain floating-point arithmetic applies."""
-        return self.radix == 2 and self.mantissa_bits > 0 and self.is_signed and self.log2_shift == 0
+        return self.radix == 2 and self.mantissa_bits > 0 and self.sign_bits == 1 and self.log2_shift == 0
 
     def decode(self, code: int) -> float:
         """The number of a bit pattern: sign, exponent, mantissa from the most significant bit down."""
         M, E = self.mantissa_bits, self.exponent_bits
         m, e = code & ((1 << M) - 1), (code >> M) & ((1 << E) - 1)
-        sign = -1.0 if self.is_signed and code >> (M + E) else 1.0
+        sign = -1.0 if self.sign_bits and code >> (M + E) else 1.0
         top = e == (1 << E) - 1
         if self.specials == "ieee" and top:
             return sign * math.inf if m == 0 else math.nan
@@ -108,7 +95,7 @@ class FloatFormat(Format):
         return float(Fraction(self.radix) ** n * Fraction(2) ** self.log2_shift)
 
 
-def midpoint_rule(radix: int) -> Fraction:
+def midpoint_multiplier(radix: int) -> Fraction:
     """m = 2 radix / (radix + 1): multiplying by m and truncating rounds to the nearer of radix^(n-1) and radix^n.
 
     The decision point (radix^n + radix^(n-1)) / 2 equals radix^n / m. Radix 4 gives the paper's 1.6 (Eq. 1).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fourbit._registry import Registry
 from fourbit.formats._base import Codebook, Format, IntFormat
-from fourbit.formats._float import FloatFormat, midpoint_rule
+from fourbit.formats._float import FloatFormat, midpoint_multiplier
 
 CATALOG: Registry[Format] = Registry("format")
 """Every format of this module, by name."""
@@ -33,7 +33,7 @@ def _logarithmic(name: str, radix: int, bias: int, summary: str, source: str, lo
         bias,
         radix,
         subnormals=False,
-        rule=midpoint_rule(radix),
+        multiplier=midpoint_multiplier(radix),
         log2_shift=log2_shift,
     )
 
@@ -118,7 +118,7 @@ E8M0 = _add(
         8,
         0,
         127,
-        is_signed=False,
+        sign_bits=0,
         subnormals=False,
         specials="nan",
         has_zero=False,
@@ -138,7 +138,7 @@ FP16_169 = _add(
     )
 )
 BINARY16 = _add(
-    FloatFormat("binary16", "IEEE half precision, 1-5-10", _IEEE, 5, 10, 15, specials="ieee", on_overflow="infinity")
+    FloatFormat("binary16", "IEEE half precision, 1-5-10", _IEEE, 5, 10, 15, specials="ieee", overflow="infinity")
 )
 BFLOAT16 = _add(
     FloatFormat(
@@ -149,7 +149,7 @@ BFLOAT16 = _add(
         7,
         127,
         specials="ieee",
-        on_overflow="infinity",
+        overflow="infinity",
     )
 )
 

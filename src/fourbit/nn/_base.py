@@ -33,13 +33,19 @@ def swaps(torch_class: type[nn.Module]) -> Callable[[Q], Q]:
 
 
 class Quantized(nn.Module):
-    """Mixin of every quantized layer. `spec=` is the one argument more than torch's constructor takes."""
+    """Mixin of every quantized layer. The constructors take torch's arguments, and by keyword:
+
+    Args:
+        spec: the six slots; by default nothing is quantized.
+        seed, index: coordinates of the layer's random words; layers of one model need different indices (`convert` numbers
+            them).
+    """
 
     quant: LayerState
 
-    def __init__(self, *args: Any, spec: LayerSpec | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, spec: LayerSpec | None = None, seed: int = 0, index: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.attach(spec or LayerSpec())
+        self.attach(spec or LayerSpec(), seed, index)
 
     @property
     def spec(self) -> LayerSpec:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_floating, swaps
-from fourbit.ops import Contraction, Convolution, LinearMap, Matmul
+from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
@@ -128,8 +129,16 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 class MatMul(Quantized):
     """torch.matmul of two activations with quantized operands (attention scores, for example).
 
-    The slots named w belong to the second argument. The functional twin is `fourbit.nn.functional.matmul`.
+    The slots named w belong to the second argument. The functional twin is `fourbit.nn.functional.matmul`. `convert` gives
+    it a spec only by a rule that names it, `Rule(spec, types=(fourbit.nn.MatMul,))`: the weights' half of a layer spec
+    does not suit an activation.
     """
+
+    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0) -> None:
+        """As for every layer; GradScale per channel is refused, because the number of channels is not fixed."""
+        if spec.g_scaling is not None and spec.g_scaling.granularity == "channel":
+            raise UserError("MatMul has no fixed output channels: use GradScale with granularity='tensor'")
+        super().attach(spec, seed, index)
 
     def contraction(self) -> Contraction:
         """x @ w."""

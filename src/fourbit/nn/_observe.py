@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import unknown
 from fourbit.nn._base import quantized_layers
+from fourbit.ops import Observer
 from fourbit.quantizers import QTensor
 
 LOG2_EDGES = tuple(i / 4 for i in range(-100, 41))
@@ -85,9 +86,12 @@ class Observation(Mapping[str, dict[str, OperandStats]]):
 class _LayerObserver:
     observation: Observation
     layer: str
+    outer: Observer | None
 
     def record(self, slot: str, x: Tensor, quantized: QTensor) -> None:
         self.observation._record(self.layer, slot, x, quantized)
+        if self.outer is not None:
+            self.outer.record(slot, x, quantized)
 
 
 @contextmanager
@@ -103,12 +107,13 @@ def observe(model: nn.Module, histograms: bool = False) -> Iterator[Observation]
     observation = Observation(histograms)
     layers = quantized_layers(model)
     for name, layer in layers.items():
-        layer.quant.observer = _LayerObserver(observation, name)
+        layer.quant.observer = _LayerObserver(observation, name, layer.quant.observer)
     try:
         yield observation
     finally:
         for layer in layers.values():
-            layer.quant.observer = None
+            watching = layer.quant.observer
+            layer.quant.observer = watching.outer if isinstance(watching, _LayerObserver) else None
 
 
 def _stats_of(x: Tensor, quantized: QTensor) -> OperandStats:

@@ -1,18 +1,23 @@
 """Functional twins of the layers: pass operands, a LayerSpec, and (for scalings that remember) a LayerState.
 
 Without a state every call starts afresh: GradScale takes its exponent from the gradient at hand, and PACT's clip value
-from the data.
+from the data. Stochastic rounding needs a state, which counts the steps.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from fourbit.errors import UserError
 from fourbit.ops import Contraction, Convolution, LayerSpec, LayerState, LinearMap, Matmul, contract
 
 
 def _run(x: Tensor, w: Tensor, contraction: Contraction, spec: LayerSpec, state: LayerState | None) -> Tensor:
     if state is None:
+        if spec.stochastic:
+            raise UserError(
+                "stochastic rounding would repeat its random words: pass state=LayerState(spec) and keep it"
+            )
         channels = w.shape[contraction.channel_axis("w")]
         state = LayerState(spec, channels).to(x.device)
     return contract(x, w, contraction, spec, state)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._spec import REUSE, LayerSpec
-from fourbit.ops._state import LayerState
+from fourbit.ops._state import LayerState, along
 from fourbit.quantizers import TINY, QuantSpec, Sawb, round_to_format
 
 Operand = tuple[Tensor, Tensor | None]
@@ -59,7 +59,8 @@ class _Contract(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x_axis, w_axis = _axis(contraction, "x", spec), _axis(contraction, "w", spec)
+        x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
+        w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
         x_fprop, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis, compute)
         w_fprop, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis, compute)
         y = _product(contraction.fprop, x_fprop, w_fprop, spec.output)
@@ -84,9 +85,9 @@ class _Contract(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             g = grads[0].to(ctx.compute)
             axis = contraction.channel_axis("g")
-            state.see_gradient(g, axis)
+            exponent = state.see_gradient(g, axis)
             reuse = spec.g_wgrad is REUSE
-            g_dgrad = _gradient("g_dgrad", g, spec.g_dgrad, state, axis) if need_x or reuse else None
+            g_dgrad = _gradient("g_dgrad", g, spec.g_dgrad, state, axis, exponent) if need_x or reuse else None
             if need_x and g_dgrad is not None:
                 dx = _product(
                     lambda a, b: contraction.dgrad(a, b, x), g_dgrad[0], (w, w_scale), spec.output, g_dgrad[1]
@@ -94,7 +95,10 @@ class _Contract(torch.autograd.Function):
                 dx, dx_alpha = _straight_through(dx, x_mask, x_sign)
                 dx = dx.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
             if need_w:
-                g_wgrad = g_dgrad if reuse else _gradient("g_wgrad", g, spec.g_wgrad, state, axis)
+                g_wgrad = g_dgrad
+                if not reuse:
+                    late = (_axis(contraction, "w", spec, "g_wgrad"), w.dim())
+                    g_wgrad = _gradient("g_wgrad", g, spec.g_wgrad, state, axis, exponent, late)
                 assert g_wgrad is not None
                 dw = _product(
                     lambda a, b: contraction.wgrad(a, b, w), g_wgrad[0], (x, x_scale), spec.output, g_wgrad[1]
@@ -104,11 +108,10 @@ class _Contract(torch.autograd.Function):
         return dx, dw, dx_alpha, dw_alpha, None, None, None, None
 
 
-def _axis(contraction: Contraction, operand: str, spec: LayerSpec) -> int:
-    """The channel axis where it is needed (a grouped transposed convolution has none for w)."""
-    slots = (f"{operand}_fprop", f"{operand}_wgrad" if operand == "x" else f"{operand}_dgrad")
-    specs = [spec.resolved(slot) for slot in slots]
-    return contraction.channel_axis(operand) if any(s and s.granularity == "channel" for s in specs) else 0
+def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:
+    """The channel axis of an operand if any of `slots` has scales per channel (some layers have no such axis), else 0."""
+    channel = any(s and s.granularity == "channel" for s in map(spec.resolved, slots))
+    return contraction.channel_axis(operand) if channel else 0
 
 
 def _forward_operand(
@@ -131,18 +134,32 @@ def _forward_operand(
 
 
 def _gradient(
-    slot: str, g: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
+    slot: str,
+    g: Tensor,
+    spec: QuantSpec | None,
+    state: LayerState,
+    axis: int,
+    exponent: Tensor | None,
+    late: tuple[int, int] | None = None,
 ) -> tuple[Operand, Tensor | None]:
-    """The gradient operand, and the scale to be taken out after the product was rounded."""
+    """The gradient operand, and the scale to be taken out after the product was rounded.
+
+    Scales per channel come out as they are where the product keeps the channels (`late`: their axis in the result, and its
+    number of dimensions). Where it sums over them, what the channels differ by goes in before, and the largest comes out.
+    """
     if spec is None:
         state.count_nonfinite(slot, g)
         return (g, None), None
-    quantized, _ = state.quantize(slot, g, spec, axis)
-    scale = quantized.scale
+    quantized, _ = state.quantize(slot, g, spec, axis, exponent)
+    q, scale = quantized.q, quantized.scale
     if scale.numel() == 1:
-        return (quantized.q.to(g.dtype), None), scale.view(())
-    largest = scale.max()  # one common scale comes out after the product; what channels differ by goes in before it
-    return ((quantized.q * (scale / largest)).to(g.dtype), None), largest
+        scale = scale.view(())
+    elif late is not None:
+        scale = along(scale.flatten(), *late)
+    else:
+        largest = scale.max()
+        q, scale = q * (scale / largest), largest
+    return (q.to(g.dtype), None), scale
 
 
 def _product(

@@ -5,7 +5,8 @@ It is the child named `quant` of each converted layer, so its tensors appear in 
     x_alpha, w_alpha    PACT clip values (Parameters), with x_signed, w_signed: -1 not yet known, 0 unsigned, 1 signed
     g_exponent          log2 of GradScale's multiplier (int32), UNSET before the first gradient
     g_amax              largest scaled gradient since the exponent last moved; -1 where there was none
-    step                [backward passes seen, whether one is pending]: the counter of the random words
+    step                [backward passes seen, whether one is pending]: the counter of the random words; the uses of a
+                        shared layer draw different words for its gradients, the same for its forward operands
 
 One vote per backward pass: backward only records the largest gradient, over all uses of the layer; the exponent moves at
 the next training forward outside a backward pass. So every use of a shared layer sees one scale, and recomputation under
@@ -30,9 +31,15 @@ from fourbit.quantizers import (
     QuantSpec,
     amax_of,
     best_clip_value,
+    exponent_scale,
     quantize,
     stream_key,
 )
+
+
+def along(t: Tensor, axis: int, num_dims: int) -> Tensor:
+    """A tensor with one entry per channel (or 0-d), broadcastable along `axis` of a tensor with `num_dims` axes."""
+    return t.view([-1 if d == axis % num_dims else 1 for d in range(num_dims)]) if t.dim() else t
 
 
 class Observer(Protocol):
@@ -88,13 +95,15 @@ class LayerState(nn.Module):
 
     def begin(self) -> None:
         """Start of a forward pass: apply what the last backward pass voted for."""
-        if not self.training or torch._C._current_graph_task_id() != -1:
-            return  # evaluation, or recomputation inside a backward pass
+        if torch._C._current_graph_task_id() != -1:
+            return  # recomputation inside a backward pass
         self._uses = 0
         with torch.no_grad():
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
+            if not self.training:
+                return
             g_spec = self.spec.g_scaling
             if self.g_amax is not None and self.g_exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
@@ -102,17 +111,17 @@ class LayerState(nn.Module):
             if self.g_amax is not None:
                 self.g_amax.fill_(-1.0)
 
-    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int) -> tuple[QTensor, Tensor | None]:
-        """`x` quantized for `slot`, and PACT's alpha where it applies."""
+    def quantize(
+        self, slot: str, x: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None
+    ) -> tuple[QTensor, Tensor | None]:
+        """`x` quantized for `slot`, and PACT's alpha where it applies. `exponent` is what `see_gradient` returned."""
         format: Format | None = None
         stored: Tensor | None = None
         operand = slot[0]
         if spec.scaling.stored_kind == "alpha":
             format, stored = self._clip(operand, x, spec)
-        elif spec.scaling.stored_kind == "exponent" and self.g_exponent is not None:
-            stored = self.g_exponent
-            if stored.dim():
-                stored = stored.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+        elif spec.scaling.stored_kind == "exponent" and exponent is not None:
+            stored = along(exponent, axis, x.dim())
         channel_axis = axis if spec.granularity == "channel" else None
         result = quantize(x, spec, channel_axis=channel_axis, stored=stored, key=self._key(slot, spec), format=format)
         self.nonfinite["xwg".index(operand)] += (~result.scale.isfinite()).any()  # NaN data make a NaN scale
@@ -124,21 +133,32 @@ class LayerState(nn.Module):
         """Count NaN or infinity in an operand that is not quantized."""
         self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
 
-    def see_gradient(self, g: Tensor, axis: int) -> None:
-        """Record the largest gradient; set the first exponent from it."""
+    def see_gradient(self, g: Tensor, axis: int) -> Tensor | None:
+        """Record the largest gradient, set the first exponent from it, and return the exponent to use (None: no GradScale).
+
+        A backward pass in evaluation mode takes its exponent from the gradient at hand and leaves the layer's alone.
+        """
         self._uses += 1
         if self.step is not None:
             self.step[1] = 1
         g_spec = self.spec.g_scaling
         if g_spec is None or self.g_amax is None:
-            return
+            return None
         dims = tuple(d for d in range(g.dim()) if d != axis % g.dim()) if g_spec.granularity == "channel" else None
         amax = amax_of(g, dims).view(self.g_amax.shape)
-        if self.g_exponent is not None:
+        exponent = self.g_exponent
+        if exponent is not None:
             first = g_spec.scaling.first_exponent(amax)  # type: ignore[attr-defined]
-            self.g_exponent.copy_(torch.where(self.g_exponent == UNSET, first, self.g_exponent))
-            amax = amax * torch.exp2(torch.where(self.g_exponent == UNSET, 0, self.g_exponent).to(torch.float32))
-        self.g_amax.copy_(torch.maximum(self.g_amax, amax))
+            if self.training:
+                exponent.copy_(torch.where(exponent == UNSET, first, exponent))
+                amax = amax * exponent_scale(exponent)
+            else:
+                exponent = first
+            if exponent.dim():  # a channel without gradients yet must not stand out: it takes the smallest scale
+                exponent = torch.where(exponent == UNSET, exponent.max(), exponent)
+        if self.training:
+            self.g_amax.copy_(torch.maximum(self.g_amax, amax))
+        return exponent
 
     def _key(self, slot: str, spec: QuantSpec) -> int | None:
         if not spec.stochastic or self.step is None:

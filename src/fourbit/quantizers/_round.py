@@ -62,7 +62,7 @@ def round_to_format(
     x = x.detach().to(torch.float32)
     grid = _grid_of(format)
     if rounding is Rounding.NEAREST:
-        y = grid.nearest(x)
+        y = nearest_number(x, format)
         return (y if grid.keeps_nan else torch.where(x.isnan(), x, y)).add_(0.0)
     low, high = grid.neighbors(x)
     if rounding is Rounding.TRUNCATE:
@@ -79,7 +79,11 @@ def nearest_number(x: Tensor, format: Format) -> Tensor:
 
     For callers that know from the scale whether there is a NaN, and that multiply: half the passes over memory.
     """
-    return _grid_of(format).nearest(x)
+    grid = _grid_of(format)
+    y = grid.nearest(x)
+    if format.overflow == "infinity" and not isinstance(grid, _Cast):
+        y = torch.where(x.abs() >= format.overflow_point, x.sign() * math.inf, y)
+    return y
 
 
 class _Grid(Protocol):
@@ -96,14 +100,18 @@ class _Grid(Protocol):
 @lru_cache(maxsize=256)
 def _grid_of(format: Format) -> _Grid:
     """The fastest exact arithmetic for a format, found from the shape of its grid."""
-    if all(float(v).is_integer() for v in format.grid) and len(format.grid) == format.max - format.min + 1:
+    consecutive = float(format.min).is_integer() and all(b - a == 1 for a, b in pairwise(format.grid))
+    if consecutive and all(up == (high % 2 == 0) for up, high in zip(format.ties_up, format.grid[1:], strict=True)):
         return _Integers(format.min, format.max)
     logarithmic = _Logarithmic.of(format)
     if logarithmic is not None:
         return logarithmic
     if isinstance(format, FloatFormat) and format.is_binary:
         dtype = _same_dtype(format)
-        return _Cast(format, dtype) if dtype is not None else _Binary(format)
+        if dtype is not None:
+            return _Cast(format, dtype)
+        if format.smallest >= 2.0**-126:  # the quantum is a normal float32
+            return _Binary(format)
     return _Table(format)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,7 +44,10 @@ def _is_dense(x: Tensor) -> bool:
 def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """max|x| in float32 over `dims` (kept, size 1) or as a 0-d tensor; NaN if any element is NaN; 0 if empty."""
     if x.numel() == 0:
-        return x.new_zeros((), dtype=torch.float32)
+        shape = () if dims is None else [1 if d in dims else n for d, n in enumerate(x.shape)]
+        return x.new_zeros(shape, dtype=torch.float32)
+    if dims == ():
+        return x.detach().abs().to(torch.float32)
     if dims is None:
         x = x.detach()
         if not x.is_contiguous() and _is_dense(x):
@@ -135,7 +139,8 @@ class Sawb(Scaling):
         if self.c1 is not None and self.c2 is not None:
             return self.c1, self.c2
         key = (len(format.grid), 0.0 in format.grid)
-        if key not in _SAWB_COEFFICIENTS:
+        evenly_spaced = len({b - a for a, b in pairwise(format.grid)}) == 1
+        if key not in _SAWB_COEFFICIENTS or not evenly_spaced:
             raise UserError(
                 f"SAWB has no published coefficients for format {format.name} ({key[0]} levels "
                 f"{'with' if key[1] else 'without'} zero): pass Sawb(c1=..., c2=...) or choose int4_sym or int4_midrise"
@@ -227,6 +232,11 @@ _EXPONENT_LIMIT = 100
 """Exponents stay in [-100, 100]: 2^100 lifts the smallest normal float32 gradients, and its reciprocal is still normal."""
 
 
+def exponent_scale(exponent: Tensor) -> Tensor:
+    """2^exponent in float32; 1 where UNSET."""
+    return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32))
+
+
 @dataclass(frozen=True)
 class GradScale(Scaling):
     """One power of two per layer: g is multiplied by 2^exponent before both backward GEMMs, their results divided by it.
@@ -254,8 +264,7 @@ class GradScale(Scaling):
         """2^-exponent."""
         if stored is None:
             raise UserError("GradScale needs its exponent: use it in a layer, or pass stored=exponent")
-        exponent = torch.where(stored == UNSET, 0, stored)
-        return torch.exp2(-exponent.to(torch.float32)) + amax_of(x, dims) * 0
+        return exponent_scale(stored).reciprocal() + amax_of(x, dims) * 0
 
     def first_exponent(self, amax: Tensor) -> Tensor:
         """The exponent k with 2^k amax in (max/2, max]; UNSET where amax is 0 or not finite. int32, shape of amax."""

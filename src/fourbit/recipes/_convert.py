@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fourbit.errors import UserError
-from fourbit.nn import SWAPS, Quantized, quantized_layers
+from fourbit.nn import SWAPS, MatMul, Quantized, quantized_layers
+from fourbit.ops import LayerSpec
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,22 +43,23 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     Raises:
         UserError: no convertible layer, or a rule that is not optional matches nothing.
     """
-    found = [(name, m) for name, m in model.named_modules() if _torch_class(m) or isinstance(m, MATRIX_LIKE)]
+    found = [(n, m) for n, m in model.named_modules() if original_class(m) or isinstance(m, (*MATRIX_LIKE, MatMul))]
     inside = tuple(f"{name}." for name, m in found if isinstance(m, nn.MultiheadAttention))
     found = [(name, m) for name, m in found if not (inside and name.startswith(inside))]
-    convertible = [(name, m) for name, m in found if _torch_class(m)]
+    convertible = [(name, m) for name, m in found if original_class(m)]
     if not convertible:
         names = ", ".join(cls.__name__ for cls in SWAPS)
         raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {names}")
     index = {name: i for i, (name, _) in enumerate(convertible)}
     result, used = [], set()
     for name, module in found:
-        torch_class = _torch_class(module)
+        torch_class = MatMul if isinstance(module, MatMul) else original_class(module)
         if torch_class is None:
             reason = f"{type(module).__name__} cannot be converted, stays in full precision"
             result.append(Assignment(name, module, None, reason))
             continue
-        info = LayerInfo(name, module, index[name], len(convertible))
+        position = index.get(name, -1)  # MatMul has no weights and no position: never first, never last
+        info = LayerInfo(name, module, position, len(convertible))
         rule = next((r for r in recipe.rules if r.matches(info, torch_class)), None)
         used.add(id(rule))
         result.append(Assignment(name, module, rule, "" if rule else "no rule matches"))
@@ -75,7 +77,7 @@ def _nearest(rule: Rule, names: Iterable[str]) -> str:
     return f" (nearest layer names: {', '.join(sorted(near))})" if near else ""
 
 
-def _torch_class(module: nn.Module) -> type[nn.Module] | None:
+def original_class(module: nn.Module) -> type[nn.Module] | None:
     """The torch class that has a quantized twin: the module's own class, or the one it was converted from."""
     cls = type(module)
     if cls in SWAPS:
@@ -103,25 +105,47 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0) -> M:
     <class 'fourbit.nn._layers.Linear'>
     """
     recipe = resolve(recipe)
-    if quantized_layers(model):
+    if any(not isinstance(layer, MatMul) for layer in quantized_layers(model).values()):
         raise UserError("the model is already converted: call restore(model) first, or convert a fresh model")
+    if any(t.is_meta for t in model.parameters()):
+        raise UserError(
+            "the model is on the meta device: give it real parameters first (to_empty, then load), then convert"
+        )
     for index, assignment in enumerate(assign(model, recipe)):
         if assignment.rule is None or assignment.rule.spec is None:
             continue
         module = assignment.module
-        torch_class = _torch_class(module)
-        assert torch_class is not None
-        module.__class__ = SWAPS[torch_class]
+        torch_class = original_class(module)
+        if torch_class is not None:
+            module.__class__ = SWAPS[torch_class]
         assert isinstance(module, Quantized)
         module.attach(assignment.rule.spec, seed, index)
+    _keep_off_fast_path(model)
     return model
+
+
+def _keep_off_fast_path(model: nn.Module) -> None:
+    """In evaluation, torch's encoder layer reads the weights of its linear layers and skips their forward; hooks stop it."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in quantized_layers(module).values():
+                if _nothing not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook that does nothing."""
 
 
 def restore(model: M) -> M:
     """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
     for layer in quantized_layers(model).values():
-        torch_class = _torch_class(layer)
-        if torch_class is not None:
+        torch_class = original_class(layer)
+        for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _nothing]:
+            del layer._forward_pre_hooks[key]
+        if torch_class is None:
+            layer.attach(LayerSpec())
+        else:
             del layer.quant
             layer.__class__ = torch_class  # type: ignore[assignment]
     return model

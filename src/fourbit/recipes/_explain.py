@@ -123,7 +123,8 @@ def _count_macs(
     def hook(name: str, contraction: Contraction):
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x, y = inputs[0], output
-            macs = contraction.num_macs(x, module.weight, y)  # type: ignore[arg-type]
+            w = inputs[1] if len(inputs) > 1 else module.weight
+            macs = contraction.num_macs(x, w, y)  # type: ignore[arg-type]
             entry = counts.setdefault(name, dict.fromkeys(GEMMS, 0))
             for gemm in GEMMS:
                 entry[gemm] += macs if gemm != "dgrad" or x.requires_grad else 0
@@ -131,19 +132,24 @@ def _count_macs(
         return count
 
     for a in assignments:
-        contraction = _contraction_of(a.module) if not a.reason or a.rule else None
+        contraction = _contraction_of(a.module)
         if contraction is not None:
             handles.append(a.module.register_forward_hook(hook(a.name, contraction)))
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
-        x = input if isinstance(input, Tensor) else torch.randn(input, device=device)
+        x = (
+            input
+            if isinstance(input, Tensor)
+            else torch.randn(input, generator=torch.Generator().manual_seed(0)).to(device)
+        )
         with torch.enable_grad():
             model(x)
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         for handle in handles:
             handle.remove()
     return counts
@@ -173,6 +179,9 @@ def _lines(explanation: Explanation) -> list[str]:
                 per_gemm = ", ".join(f"{gemm} {_si(n)}" for gemm, n in layer.num_macs.items())
                 macs = f"  {per_gemm} MACs ({total / whole:.1%})"
             lines.append(f"  {layer.name:{width}}  {layer.type}{macs}")
+    uncounted = [layer.name for layer in explanation.layers if whole and layer.num_macs is None]
+    if uncounted:
+        lines += ["", f"MACs not counted, and not part of the shares: {', '.join(uncounted)}"]
     if whole:
         lines += ["", f"MACs of a training step: {_si(whole)}, by operand bits:"]
         lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fourbit.errors import UserError
+from fourbit.nn import MatMul
 from fourbit.ops import LayerSpec
 
 
@@ -104,7 +105,7 @@ class Rule:
 
     Args:
         spec: what matching layers get; None leaves them untouched, in the model's own precision.
-        types: torch classes that match (subclasses do not); None for all convertible ones.
+        types: torch classes that match (subclasses do not); None for all convertible ones but `fourbit.nn.MatMul`.
         where: selector by position or name.
         when: selector by property.
         optional: whether the rule may match nothing; otherwise that is an error.
@@ -126,7 +127,7 @@ class Rule:
     def matches(self, info: LayerInfo, torch_class: type[nn.Module]) -> bool:
         """Whether the rule applies to a layer of this torch class."""
         return (
-            (self.types is None or torch_class in self.types)
+            (torch_class is not MatMul if self.types is None else torch_class in self.types)
             and (self.where is None or self.where(info))
             and (self.when is None or self.when(info))
         )
