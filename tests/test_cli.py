@@ -264,3 +264,10 @@ def test_commands_are_printed_as_a_shell_reads_them():
     assert {"--no-augment", "--nesterov", "--resume", "a b"} <= set(words)
     compared = CompareConfig(seeds=(4, 5), recipes=("fp32",)).command()
     assert compared == "fourbit compare --recipes fp32 --seeds 4,5"
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith(("matplotlib", "fourbit.report"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "this command needs matplotlib" in fails(capsys, "formats", "int4", "--png", "x.png")

@@ -225,6 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = text.rstrip(".") + "; see fourbit --help."
             print(f"fourbit: {text}", file=sys.stderr)
             return EXIT_USER_ERROR
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("", "fourbit"):
+                raise
+            print(f"fourbit: this command needs {error.name}: pip install 'fourbit[train]'", file=sys.stderr)
+            return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("fourbit: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
