@@ -61,7 +61,8 @@ def train(
         _say(f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume')}")
         return EXIT_INTERRUPTED
     accuracy = "unknown" if result.test_accuracy is None else f"{result.test_accuracy:.2%}"
-    _say(f"{result.stopped}: test accuracy {accuracy} after {result.step} steps, {result.seconds:.1f} s")
+    skipped = f", {result.skipped} of them left out" if result.skipped else ""
+    _say(f"{result.stopped}: test accuracy {accuracy} after {result.step} steps{skipped}, {result.seconds:.1f} s")
     _say(f"folder: {result.folder}")
     return 0
 
@@ -81,7 +82,7 @@ def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None)
         _say(f"stopped; the comparison goes on with:\n  {config.command()}")
         return EXIT_INTERRUPTED
     _say(f"folder: {comparison.folder}")
-    return 0
+    return 0 if any(row.accuracies for row in comparison.rows) else EXIT_USER_ERROR
 
 
 @app.command
@@ -90,7 +91,7 @@ def report(*paths: Path, out: Path | None = None) -> None:
 
     Args:
         paths: Run folders, or folders that contain run folders.
-        out: Folder of the page, or its name if it ends in .html. None: the folder report in the first path.
+        out: Folder of index.html and figures/, or X.html for that page and X_figures/. None: report in the first path.
     """
     from fourbit.report import write_report
 
@@ -124,13 +125,15 @@ def formats(name: str | None = None, *, png: Path | None = None) -> None:
         return _say(f"{2**format.bits} codes, {len(format.grid)} numbers from {format.min:g} to {format.max:g}")
     table = _table("code", "bits", "value")
     for code, value in enumerate(format.values):
-        table.add_row(str(code), f"{code:0{format.bits}b}", f"{value:g}")
+        table.add_row(str(code), f"{code:0{format.bits}b}", f"{value:.10g}")
     _show(table)
     table = _table("from", "up to", "becomes")
     edges = [float("-inf"), *format.decision_points, float("inf")]
     for low, high, value in zip(edges, edges[1:], format.grid, strict=False):
-        table.add_row(f"{low:g}", f"{high:g}", f"{value:g}")
-    return _show(table)
+        table.add_row(f"{low:.10g}", f"{high:.10g}", f"{value:.10g}")
+    _show(table)
+    ties = "goes away from zero" if format.multiplier is not None else "goes to the number with the even code"
+    return _say(f"A value exactly on a decision point {ties}.")
 
 
 @app.command
@@ -222,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (UserError, CycloptsError) as error:
             text = " ".join(str(error).split())
             if isinstance(error, CycloptsError):
-                text = text.rstrip(".") + "; see fourbit --help."
+                command = (arguments or sys.argv[1:] or [""])[0]
+                page = f"fourbit {command} --help" if command in app else "fourbit --help"
+                text = f"{text.rstrip('. ')}. See {page}."
             print(f"fourbit: {text}", file=sys.stderr)
             return EXIT_USER_ERROR
         except ModuleNotFoundError as error:

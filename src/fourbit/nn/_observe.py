@@ -67,6 +67,14 @@ class Observation(Mapping[str, dict[str, OperandStats]]):
     def __len__(self) -> int:
         return len(self._stats)
 
+    def __repr__(self) -> str:
+        lines = [f"{'layer':32} {'slot':9} {'underflow':>10} {'saturation':>11} {'SQNR dB':>8} {'bias':>7}"]
+        for layer, slots in self._stats.items():
+            for slot, s in slots.items():
+                shares = f"{s.underflow:10.2%} {s.saturation:11.2%} {s.sqnr_db:8.1f} {s.bias:7.2%}"
+                lines.append(f"{layer:32} {slot:9} {shares}")
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """Plain numbers, for JSON: {layer: {slot: {statistic: number}}}."""
         return {layer: {slot: asdict(s) for slot, s in slots.items()} for layer, slots in self._stats.items()}

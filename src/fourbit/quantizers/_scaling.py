@@ -198,7 +198,8 @@ class ClipValue(Scaling):
         return (alpha / format.max).clamp_min(TINY) + amax_of(x) * 0
 
     def __str__(self) -> str:
-        return "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
+        text = "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
+        return f"{text} ({self.signed_format.name} where inputs go negative)" if self.signed_format else text
 
 
 def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:

@@ -36,26 +36,33 @@ class _Picture:
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
+MARK = "fourbit report"
+"""Every page contains it."""
+
+
 def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Write one page about all runs at or below `paths`, and each figure as PNG in `figures/` beside it.
+    """Write one page about all runs at or below `paths`, and each figure as PNG beside it.
 
     Args:
         paths: run folders, or folders that contain run folders.
-        out: the folder to write into, or the name of the page if it ends in `.html`; default: `report` in the first
-            path.
+        out: the folder to write into (`index.html` and `figures/`), or the name of the page if it ends in `.html` (`X.html`
+            and `X_figures/`); default: `report` in the first path.
 
     Returns:
         The path of the page (`index.html` in the folder, unless named).
 
     Raises:
-        UserError: no run folder at `paths`, a file there that no trainer wrote, or `out` cannot be written.
+        UserError: no run folder at `paths`, a file there that no trainer wrote, `out` cannot be written,
+            or there is a page there that is not a report.
     """
     paths = [Path(p) for p in paths]
     groups = group_runs(load_runs(paths))
     out = Path(out) if out is not None else paths[0] / "report"
     page = out if out.suffix == ".html" else out / "index.html"
     try:
-        folder = page.parent / "figures"
+        folder = page.parent / ("figures" if page is not out else f"{page.stem}_figures")
+        if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{page} exists and is not a report of fourbit: choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         with style():
             chapters = [(s, [_render(p, folder) for p in s.plots]) for s in sections(groups)]

@@ -142,6 +142,8 @@ def slot_lines(groups: Sequence[Group]) -> Plot | None:
     title = "Quantization over time: median over the layers"
     figure = Figure(figsize=(WIDTH, 2.1 * len(shown) + 0.9), layout="constrained")
     grid = figure.subplots(len(shown), len(STATISTICS), squeeze=False, sharey="col")
+    for axis in grid[-1]:
+        axis.set_xlabel("optimizer step")
     slots: dict[str, Line2D] = {}
     for row, group in zip(grid, shown, strict=True):
         trace = group.shown.trace
@@ -200,6 +202,7 @@ def slot_map(groups: Sequence[Group], statistic: Statistic) -> Plot | None:
     bar = figure.colorbar(
         ScalarMappable(norm, statistic.colors), ax=axes, orientation="horizontal", fraction=0.02, aspect=60, pad=0.01
     )
+    bar.ax.locator_params(axis="x", nbins=2)
     bar.set_label(statistic.unit)
     if statistic.is_share:
         bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0))

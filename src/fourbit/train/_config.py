@@ -142,7 +142,7 @@ class TrainConfig(Settings):
     seed: Annotated[int, TASK, WHOLE] = 0
     """Seed of weights, data order, augmentation and stochastic rounding."""
     out: Annotated[Path | None, RECORDS] = None
-    """Folder of the run. None: runs/<model>-<data>-<recipe>-seed<seed>."""
+    """Folder of the run. None: runs/MODEL-DATA-RECIPE-seedSEED."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them, in the order recipe and seed first."""

@@ -22,7 +22,7 @@ from fourbit.errors import NonFiniteError
 from fourbit.nn import nonfinite_layers, quantized_layers
 from fourbit.recipes import LossScaler
 
-MAX_SKIPPED_IN_A_ROW = 100
+MAX_SKIPPED_IN_A_ROW = 20
 """So many faults without a good step between them do not pass by themselves: stop."""
 
 MIN_LOSS_SCALE = 2.0**-16

@@ -72,6 +72,10 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
     """
     path = _checkpoint.find(folder.checkpoint)
     if path is None:
+        if session.config.checkpoint_every and last_record(folder.path, "epoch") is not None:
+            raise UserError(
+                f"{folder.path} has finished epochs but no checkpoint any more: start anew with another --out."
+            )
         return None
     checkpoint = _checkpoint.load(path)
     try:
