@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -91,6 +92,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config, monk
     train(config, resume=True)
     train(whole := make_config("whole", epochs=1))
     assert metrics(config.out) == metrics(whole.out)
+
+
+def test_a_checkpoint_that_has_gone_is_an_error_and_not_a_fresh_start(make_config):
+    config = make_config(epochs=2)
+    train(config)
+    shutil.rmtree(config.out / "checkpoint")
+    with pytest.raises(UserError, match="no checkpoint any more"):
+        train(config, resume=True)
 
 
 def test_an_interrupt_during_the_evaluation_saves_the_finished_epoch(make_config, monkeypatch):

@@ -72,7 +72,8 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
     """
     path = _checkpoint.find(folder.checkpoint)
     if path is None:
-        if session.config.checkpoint_every and last_record(folder.path, "epoch") is not None:
+        line, every = last_record(folder.path, "epoch"), session.config.checkpoint_every
+        if every and line is not None and line["epoch"] >= every:  # epochs count from 0: one was saved before this one
             raise UserError(
                 f"{folder.path} has finished epochs but no checkpoint any more: start anew with another --out."
             )
