@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fourbit as fb
 from fourbit import models
-from fourbit.train import tune_malloc
+from fourbit.train._environment import tune_malloc
 
 
 def make_step(recipe: str, model: str, batch_size: int):
