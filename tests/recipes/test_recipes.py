@@ -142,7 +142,11 @@ def test_the_paper_s_rules_fall_where_they_should():
 def test_a_rule_that_matches_nothing_is_an_error_that_names_it():
     with pytest.raises(UserError, match=r"rule 3, FP8 gradients \[kernel_size\(1\)\], matches no layer"):
         fb.convert(models.build("vgg16", num_classes=10), "ibm2020-1x1fp8")
-    with pytest.raises(UserError, match="matches no layer"):
+
+
+def test_a_rule_whose_layers_are_all_taken_names_the_rules_that_took_them():
+    taken = r"rule 3, 4-bit \[every layer\], is left without a layer: rule 1, first and last .* came first"
+    with pytest.raises(UserError, match=taken):
         fb.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ibm2020")
 
 

@@ -182,6 +182,13 @@ def test_the_title_and_the_sentence_need_no_model_or_data(make_run, tmp_path):
     assert sentence.startswith("4-bit training: 1 run with 1 recipe (luq), seed none.")
 
 
+def test_the_sentence_counts_in_steps_where_steps_were_asked_for(make_run, tmp_path):
+    make_run("run", recipe="luq", epochs=1, max_steps=40)
+    groups = group_runs(load_runs([tmp_path]))
+    sentence = summary_sentences(groups, [summarize_group(g, groups) for g in groups])
+    assert sentence.startswith("resnet20 on cifar10: 1 run of 40 steps with 1 recipe (luq), seed 0.")
+
+
 def test_reading_runs_imports_neither_torch_nor_the_trainer_nor_a_window():
     code = "import sys, fourbit.report; print([m for m in ('torch', 'fourbit.train', 'matplotlib.pyplot') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -41,7 +41,7 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """Which rule each matrix-like layer falls under; changes nothing.
 
     Raises:
-        UserError: no convertible layer, or a rule that is not optional matches nothing.
+        UserError: no convertible layer, or a rule that is not optional matches nothing, or nothing that is left.
     """
     found = [(n, m) for n, m in model.named_modules() if original_class(m) or isinstance(m, (*MATRIX_LIKE, MatMul))]
     inside = tuple(f"{name}." for name, m in found if isinstance(m, nn.MultiheadAttention))
@@ -51,7 +51,7 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
         names = ", ".join(cls.__name__ for cls in SWAPS)
         raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {names}")
     index = {name: i for i, (name, _) in enumerate(convertible)}
-    result, used = [], set()
+    result, used, taken = [], set(), {}
     for name, module in found:
         torch_class = MatMul if isinstance(module, MatMul) else original_class(module)
         if torch_class is None:
@@ -60,15 +60,25 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             continue
         position = index.get(name, -1)  # MatMul has no weights and no position: never first, never last
         info = LayerInfo(name, module, position, len(convertible))
-        rule = next((r for r in recipe.rules if r.matches(info, torch_class)), None)
-        used.add(id(rule))
+        matching = [number for number, r in enumerate(recipe.rules, 1) if r.matches(info, torch_class)]
+        rule = recipe.rules[matching[0] - 1] if matching else None
+        used.update(matching[:1])
+        for later in matching[1:]:
+            taken.setdefault(later, set()).add(matching[0])
         result.append(Assignment(name, module, rule, "" if rule else "no rule matches"))
     for number, rule in enumerate(recipe.rules, 1):
-        if id(rule) not in used and not rule.optional:
+        if number in used or rule.optional:
+            continue
+        if number in taken:
+            earlier = " and ".join(f"rule {n}, {recipe.rules[n - 1]}," for n in sorted(taken[number]))
             raise UserError(
-                f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
-                f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, index)}"
+                f"recipe {recipe.name!r}: rule {number}, {rule}, is left without a layer: {earlier} came first for all that "
+                "it matches; put it before, narrow the earlier one, mark it optional=True, or remove it"
             )
+        raise UserError(
+            f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
+            f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, index)}"
+        )
     return result
 
 

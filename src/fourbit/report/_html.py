@@ -19,7 +19,7 @@ from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._figures import Section, sections
 from fourbit.report._groups import TASK, Group, group_runs, setting
-from fourbit.report._read import load_runs
+from fourbit.report._read import load_runs, text
 from fourbit.report._stats import RecipeSummary, summarize_group
 from fourbit.report._style import DPI, Plot, looks, style
 
@@ -116,12 +116,11 @@ def title(groups: Sequence[Group]) -> str:
 def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:
     """One short paragraph: what was trained, with which recipes and seeds, and what came out."""
     runs = [r for g in groups for r in g.runs]
-    epochs = _values(groups, "epochs")
     seeds = sorted({r.seed for r in runs}, key=lambda s: (len(s), s))
     recipes = list(dict.fromkeys(g.recipe for g in groups))
     parts = [
         f"{title(groups)}: {_count(len(runs), 'run')}"
-        + (f" of {' or '.join(epochs)} epochs" if epochs else "")
+        + _length(groups)
         + f" with {_count(len(recipes), 'recipe')} ({_listing(recipes, 12)}), "
         + f"seed{'s' if len(seeds) != 1 else ''} {_listing(seeds, 10)}."
     ]
@@ -135,6 +134,15 @@ def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary
         if count:
             parts.append(f"{_count(count, 'run')} {words}.")
     return " ".join(parts)
+
+
+def _length(groups: Sequence[Group]) -> str:
+    """How long the runs were to be: steps where --max-steps cut the epochs short."""
+    for name, word in (("max_steps", "step"), ("epochs", "epoch")):
+        counts = list(dict.fromkeys(text(g.config[name]) for g in groups if g.config.get(name) is not None))
+        if counts:
+            return f" of {' or '.join(counts)} {word}{'' if counts == ['1'] else 's'}"
+    return ""
 
 
 def _result(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> list[str]:
