@@ -7,7 +7,9 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-fast lint bench clean
 .DEFAULT_GOAL := test
 
-$(STAMP): pyproject.toml constraints.txt
+KERNELS := $(wildcard src/fourbit/kernels/cpu/csrc/* src/fourbit/kernels/cpu/_build.py hatch_build.py)
+
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'

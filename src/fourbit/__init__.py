@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fourbit._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fourbit import backends as backends
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
@@ -65,7 +66,7 @@ _HOME = {
     **dict.fromkeys(("LossScaler", "Recipe", "Rule", "convert", "depthwise", "explain", "first"), "recipes"),
     **dict.fromkeys(("kernel_size", "last", "loss_scaler", "name", "param_groups", "restore"), "recipes"),
 }
-_PACKAGES = ("formats", "quantizers", "ops", "nn", "recipes", "models", "data", "train", "report")
+_PACKAGES = ("backends", "formats", "quantizers", "ops", "nn", "recipes", "models", "data", "train", "report")
 
 __all__ = ["__version__", *_PACKAGES, *_HOME]
 

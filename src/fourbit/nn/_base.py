@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import UserError
-from fourbit.ops import Contraction, LayerSpec, LayerState, contract
+from fourbit.ops import Contraction, LayerSpec, LayerState, Products, contract
 
 SWAPS: dict[type[nn.Module], type[Quantized]] = {}
 """torch class -> quantized class."""
@@ -39,13 +39,22 @@ class Quantized(nn.Module):
         spec: the six slots; by default nothing is quantized.
         seed, index: coordinates of the layer's random words; layers of one model need different indices (`convert` numbers
             them).
+        products: how backends may multiply, "fast" or "exact" (see `fourbit.ops.Products`).
     """
 
     quant: LayerState
 
-    def __init__(self, *args: Any, spec: LayerSpec | None = None, seed: int = 0, index: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        spec: LayerSpec | None = None,
+        seed: int = 0,
+        index: int = 0,
+        products: Products = "fast",
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.attach(spec or LayerSpec(), seed, index)
+        self.attach(spec or LayerSpec(), seed, index, products)
 
     @property
     def spec(self) -> LayerSpec:
@@ -60,9 +69,9 @@ class Quantized(nn.Module):
                 return getattr(self, name)
         return 1
 
-    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0) -> None:
+    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0, products: Products = "fast") -> None:
         """Give the layer a spec and fresh state."""
-        self.quant = LayerState(spec, self.num_channels, seed, index)
+        self.quant = LayerState(spec, self.num_channels, seed, index, products)
         weight = getattr(self, "weight", None)
         if isinstance(weight, Tensor):
             self.quant.to(weight.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_floating, swaps
-from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul
+from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, Products
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
@@ -134,11 +134,11 @@ class MatMul(Quantized):
     does not suit an activation.
     """
 
-    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0) -> None:
+    def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0, products: Products = "fast") -> None:
         """As for every layer; GradScale per channel is refused, because the number of channels is not fixed."""
         if spec.g_scaling is not None and spec.g_scaling.granularity == "channel":
             raise UserError("MatMul has no fixed output channels: use GradScale with granularity='tensor'")
-        super().attach(spec, seed, index)
+        super().attach(spec, seed, index, products)
 
     def contraction(self) -> Contraction:
         """x @ w."""

@@ -5,6 +5,12 @@ from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
 from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
+from fourbit.ops._product import Finish as Finish
+from fourbit.ops._product import Gemm as Gemm
+from fourbit.ops._product import Layout as Layout
+from fourbit.ops._product import Operand as Operand
+from fourbit.ops._product import Products as Products
+from fourbit.ops._product import Raw as Raw
 from fourbit.ops._spec import REUSE as REUSE
 from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec

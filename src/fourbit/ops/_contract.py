@@ -4,14 +4,14 @@
     backward    dx = out(g_dgrad * w_dgrad) / s     masked, and PACT's alpha gradient taken from what the mask removes
                 dw = out(g_wgrad * x_wgrad) / s
 
-`out` rounds to `spec.output`; s is GradScale's power of two, taken out after that rounding, as the hardware would. The
-operands enter the products as grid values with their scales factored out, so that a product of two 4-bit operands is
-exact, and so is a sum of them while it fits the 24 bits of float32.
+`out` rounds to `spec.output`; s is GradScale's power of two, taken out after that rounding, as the hardware would. What a
+4-bit operand leaves for backward is its packed codes, two to the byte, and one mask bit per element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
+from fourbit.ops._product import Gemm, Layout, Operand, product
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
-from fourbit.quantizers import TINY, QuantSpec, Sawb, round_to_format
-
-Operand = tuple[Tensor, Tensor | None]
-"""Numbers, and a 0-d scale still to be multiplied (None: 1)."""
+from fourbit.quantizers import Packed, Quantized, QuantSpec
 
 
 def contract(x: Tensor, w: Tensor, contraction: Contraction, spec: LayerSpec, state: LayerState) -> Tensor:
@@ -59,53 +57,63 @@ class _Contract(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, w = contraction.prepare(x.detach(), "x"), contraction.prepare(w.detach(), "w")
         x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
         w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
-        x_fprop, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis, compute)
-        w_fprop, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis, compute)
-        y = _product(contraction.fprop, x_fprop, w_fprop, spec.output)
-        x_wgrad, w_dgrad = x_fprop, w_fprop
+        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+        w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
+        gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
+        y, _ = product(gemm, spec.output, dtype)
+        x_codes, w_codes = x_saved, w_saved
         if spec.x_wgrad is not REUSE:
-            x_wgrad, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis, compute)
+            _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
         if spec.w_dgrad is not REUSE:
-            w_dgrad, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis, compute)
-        ctx.save_for_backward(*x_wgrad, *w_dgrad, x_mask, w_mask, *_signs(x_fprop, w_fprop, x_alpha, w_alpha))
+            _, w_saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis)
+        saved = [x_saved, w_saved, x_codes if x_alpha is not None else None, w_codes if w_alpha is not None else None]
+        ctx.save_for_backward(*(t for kept in saved for t in _tensors(kept)), x_mask, w_mask)
+        ctx.kept = [_outline(kept) for kept in saved]
+        ctx.layouts = Layout.of(x), Layout.of(w)
         ctx.contraction, ctx.spec, ctx.state, ctx.compute = contraction, spec, state, compute
         ctx.dtypes = (x.dtype, w.dtype)
-        return y.to(dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         spec, state, contraction = ctx.spec, ctx.state, ctx.contraction
-        x, x_scale, w, w_scale, x_mask, w_mask, x_sign, w_sign = ctx.saved_tensors
+        *data, x_mask, w_mask = ctx.saved_tensors
+        x, w, x_codes, w_codes = (_restore(outline, data[2 * i : 2 * i + 2]) for i, outline in enumerate(ctx.kept))
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         need_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         dx = dw = dx_alpha = dw_alpha = None
-        with torch.autocast(x.device.type, enabled=False):
-            g = grads[0].to(ctx.compute)
-            axis = contraction.channel_axis("g")
-            exponent = state.see_gradient(g, axis)
-            reuse = spec.g_wgrad is REUSE
-            g_dgrad = _gradient("g_dgrad", g, spec.g_dgrad, state, axis, exponent) if need_x or reuse else None
-            if need_x and g_dgrad is not None:
-                dx = _product(
-                    lambda a, b: contraction.dgrad(a, b, x), g_dgrad[0], (w, w_scale), spec.output, g_dgrad[1]
-                )
-                dx, dx_alpha = _straight_through(dx, x_mask, x_sign)
-                dx = dx.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-            if need_w:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            g = contraction.prepare(grads[0], "g")
+            axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
+            g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
+            if spec.g_wgrad is REUSE:
                 g_wgrad = g_dgrad
-                if not reuse:
-                    late = (_axis(contraction, "w", spec, "g_wgrad"), w.dim())
-                    g_wgrad = _gradient("g_wgrad", g, spec.g_wgrad, state, axis, exponent, late)
-                assert g_wgrad is not None
-                dw = _product(
-                    lambda a, b: contraction.wgrad(a, b, w), g_wgrad[0], (x, x_scale), spec.output, g_wgrad[1]
-                )
-                dw, dw_alpha = _straight_through(dw, w_mask, w_sign)
-                dw = dw.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-        return dx, dw, dx_alpha, dw_alpha, None, None, None, None
+            for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
+                if needed and found is None:
+                    state.count_nonfinite(slot, g)
+            if need_x:
+                a, late = _gradient(g, g_dgrad)
+                gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products)
+                dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
+            if need_w:
+                after = (_axis(contraction, "w", spec, "g_wgrad"), len(ctx.layouts[1].shape))
+                a, late = _gradient(g, g_wgrad, after)
+                gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products)
+                dw, dw_alpha = product(gemm, spec.output, ctx.dtypes[1], late, w_mask, _codes(w_codes))
+        needs = ctx.needs_input_grad
+        return dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, None, None, None, None
+
+
+Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
+"""An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
+
+
+def _per_channel(spec: LayerSpec) -> bool:
+    return any(s and s.granularity == "channel" for s in map(spec.resolved, ("g_dgrad", "g_wgrad")))
 
 
 def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:
@@ -115,87 +123,65 @@ def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) 
 
 
 def _forward_operand(
-    slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int, dtype: torch.dtype
-) -> tuple[Operand, Tensor | None]:
-    """The operand for a product, and the mask (True: the straight-through gradient passes) where clipping needs one."""
+    slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
+) -> tuple[Operand, Kept, Tensor | None]:
+    """The operand for a product, what is saved of it, and the mask where clipping needs one."""
     if spec is None:
         state.count_nonfinite(slot, t)
-        return (t.detach().to(dtype), None), None
-    quantized, alpha = state.quantize(slot, t, spec, axis)
-    mask = None
-    if alpha is not None:
-        t, alpha = t.to(torch.float32), alpha.detach().clamp_min(TINY)
-        mask = (t < alpha) & (t > -alpha if quantized.format.signed else t >= 0)
-    elif isinstance(spec.scaling, Sawb) and spec.scaling.clipped:
-        mask = t.abs() <= quantized.scale * quantized.format.max
-    if quantized.scale.numel() > 1:
-        return (quantized.dequantize().to(dtype), None), mask
-    return (quantized.q.to(dtype), quantized.scale.view(())), mask
+        return Operand(t), (t, None, None), None
+    (q, scale, format), _, packed, mask = state.quantize(slot, t, spec, axis, save=True)
+    if scale.numel() > 1:
+        q, packed = q.to(torch.float32) * scale, None
+        operand = Operand(q, None, format)
+    else:
+        operand = Operand(q, scale.view(()), format)
+    return operand, (q if packed is None else packed, operand.scale, format), mask
+
+
+def _tensors(kept: Kept | None) -> tuple[Tensor | None, Tensor | None]:
+    if kept is None:
+        return None, None
+    return (kept[0].data if isinstance(kept[0], Packed) else kept[0]), kept[1]
+
+
+def _outline(kept: Kept | None) -> Any:
+    """What is left of a saved operand without its tensors."""
+    if kept is None:
+        return None
+    packed = kept[0]
+    return (replace(packed, data=_NOTHING) if isinstance(packed, Packed) else None), kept[2]
+
+
+_NOTHING = torch.empty(0)
+
+
+def _restore(outline: Any, tensors: Sequence[Tensor]) -> Kept | None:
+    if outline is None:
+        return None
+    packed, format = outline
+    return (tensors[0] if packed is None else replace(packed, data=tensors[0])), tensors[1], format
+
+
+def _codes(kept: Kept | None) -> Packed | Tensor | None:
+    return None if kept is None else kept[0]
 
 
 def _gradient(
-    slot: str,
-    g: Tensor,
-    spec: QuantSpec | None,
-    state: LayerState,
-    axis: int,
-    exponent: Tensor | None,
-    late: tuple[int, int] | None = None,
+    g: Tensor, quantized: Quantized | None, after: tuple[int, int] | None = None
 ) -> tuple[Operand, Tensor | None]:
     """The gradient operand, and the scale to be taken out after the product was rounded.
 
-    Scales per channel come out as they are where the product keeps the channels (`late`: their axis in the result, and its
+    Scales per channel come out as they are where the product keeps the channels (`after`: their axis in the result, and its
     number of dimensions). Where it sums over them, what the channels differ by goes in before, and the largest comes out.
     """
-    if spec is None:
-        state.count_nonfinite(slot, g)
-        return (g, None), None
-    quantized, _ = state.quantize(slot, g, spec, axis, exponent)
-    q, scale = quantized.q, quantized.scale
+    if quantized is None:
+        return Operand(g), None
+    q, scale, format = quantized.tensor
     if scale.numel() == 1:
         scale = scale.view(())
-    elif late is not None:
-        scale = along(scale.flatten(), *late)
+    elif after is not None:
+        scale = along(scale.flatten(), *after)
     else:
         largest = scale.max()
-        q, scale = q * (scale / largest), largest
-    return (q.to(g.dtype), None), scale
-
-
-def _product(
-    product: Callable[[Tensor, Tensor], Tensor],
-    a: Operand,
-    b: Operand,
-    output: Format | None,
-    late: Tensor | None = None,
-) -> Tensor:
-    """late * out(scale_a scale_b (a * b))."""
-    y = product(a[0], b[0])
-    scale = a[1] if b[1] is None else b[1] if a[1] is None else a[1] * b[1]
-    if scale is not None:
-        y = y.mul_(scale)
-    if output is not None:
-        rounded = round_to_format(y, output).to(y.dtype)
-        # NaN in a scale passes through; infinity in an operand in full precision must not be saturated away.
-        y = rounded if a[1] is not None and b[1] is not None else torch.where(y.isfinite(), rounded, y)
-    return y if late is None else y.mul_(late)
-
-
-def _signs(
-    x: Operand, w: Operand, x_alpha: Tensor | None, w_alpha: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the clip values' gradients need: the sign of each clipped number is the sign of its code."""
-    return (x[0] if x_alpha is not None else None), (w[0] if w_alpha is not None else None)
-
-
-def _straight_through(d: Tensor, mask: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradient inside the clip range, and d(clip value) = sum over what was clipped of sign(q) * gradient.
-
-    sign(q) is that of the clip value that a number was clipped to, and 0 for numbers below an unsigned range.
-    """
-    if mask is None:
-        return d, None
-    inside = d.masked_fill(mask.logical_not(), 0.0)
-    if q is None:
-        return inside, None
-    return inside, d.sub_(inside).mul_(q.sign()).sum(dtype=torch.float32)
+        q, scale = q.to(torch.float32) * (scale / largest), largest
+    return Operand(q, None, format), scale

@@ -15,11 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.errors import UserError
+from fourbit.quantizers import is_dense
 
 
 @dataclass(frozen=True)
 class Contraction(ABC):
     """A bilinear map. All tensors of one call share a floating dtype."""
+
+    def prepare(self, t: Tensor, operand: str) -> Tensor:
+        """Operand "x", "w" or "g" as a dense tensor, in the order of axes that the products are fastest with."""
+        return t if is_dense(t) else t.contiguous()
 
     @abstractmethod
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
@@ -108,6 +113,12 @@ class Convolution(Contraction):
     groups: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = (0,)
+
+    def prepare(self, t: Tensor, operand: str) -> Tensor:
+        """Two-dimensional operands on the CPU in channels_last, which its convolutions are fastest with."""
+        if t.dim() == 4 and t.device.type == "cpu":
+            return t.contiguous(memory_format=torch.channels_last)
+        return super().prepare(t, operand)
 
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
         """torch's convolution without bias."""

@@ -22,17 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.formats import Format
-from fourbit.ops._spec import SLOTS, LayerSpec
+from fourbit.ops._product import Products
+from fourbit.ops._spec import REUSE, SLOTS, LayerSpec
 from fourbit.quantizers import (
     UNSET,
     ClipValue,
     GradScale,
     QTensor,
+    Quantized,
     QuantSpec,
+    Request,
     amax_of,
     best_clip_value,
     exponent_scale,
-    quantize,
+    request_for,
+    run,
+    run_pair,
     stream_key,
 )
 
@@ -57,6 +62,7 @@ class LayerState(nn.Module):
         spec: the layer's six slots.
         num_channels: output channels, for per-channel GradScale.
         seed, index: coordinates of the layer's random words.
+        products: how backends may multiply, "fast" or "exact" (see `fourbit.ops.Products`).
     """
 
     step: Tensor | None
@@ -64,12 +70,20 @@ class LayerState(nn.Module):
     g_amax: Tensor | None
     nonfinite: Tensor
 
-    def __init__(self, spec: LayerSpec, num_channels: int = 1, seed: int = 0, index: int = 0):
+    def __init__(
+        self,
+        spec: LayerSpec,
+        num_channels: int = 1,
+        seed: int = 0,
+        index: int = 0,
+        products: Products = "fast",
+    ):
         super().__init__()
-        self.spec, self.seed, self.index = spec, seed, index
+        self.spec, self.seed, self.index, self.products = spec, seed, index, products
         self.observer: Observer | None = None
         self._signed: dict[str, bool] = {}
         self._uses = 0
+        self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
         for operand in ("x", "w"):
             operand_spec = getattr(spec, f"{operand}_fprop")
             alpha, signed = None, None
@@ -111,36 +125,77 @@ class LayerState(nn.Module):
             if self.g_amax is not None:
                 self.g_amax.fill_(-1.0)
 
-    def quantize(
-        self, slot: str, x: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None
-    ) -> tuple[QTensor, Tensor | None]:
-        """`x` quantized for `slot`, and PACT's alpha where it applies. `exponent` is what `see_gradient` returned."""
+    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
+        """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
         format: Format | None = None
         stored: Tensor | None = None
-        operand = slot[0]
         if spec.scaling.stored_kind == "alpha":
-            format, stored = self._clip(operand, x, spec)
-        elif spec.scaling.stored_kind == "exponent" and exponent is not None:
-            stored = along(exponent, axis, x.dim())
-        channel_axis = axis if spec.granularity == "channel" else None
-        result = quantize(x, spec, channel_axis=channel_axis, stored=stored, key=self._key(slot, spec), format=format)
-        self.nonfinite["xwg".index(operand)] += (~result.scale.isfinite()).any()  # NaN data make a NaN scale
+            format, stored = self._clip(slot[0], x, spec)
+        result = run(request_for(x, spec, axis, stored, self._key(slot, spec), format, save))
+        self._saw(slot, x, result)
+        return result
+
+    def gradients(self, g: Tensor, axis: int, need_x: bool, need_w: bool) -> tuple[Quantized | None, Quantized | None]:
+        """The output gradient, quantized for dgrad and wgrad; None where it is not quantized, not needed, or reused.
+
+        Records the largest gradient, and sets the first exponent from it.
+        """
+        self._uses += 1
+        if self.step is not None:
+            self.step[1] = 1
+        wgrad = self.spec.g_wgrad
+        first = self.spec.g_dgrad if need_x or wgrad is REUSE else None
+        second = wgrad if need_w and isinstance(wgrad, QuantSpec) else None
+        if self._known and first and second and self._one_pass(first, second):
+            assert self.g_exponent is not None and self.g_amax is not None
+            both = run_pair(self._request("g_dgrad", g, first, axis), self._request("g_wgrad", g, second, axis))
+            self._record(both[0].amax * exponent_scale(self.g_exponent))
+        else:
+            exponent = self._see(g, axis)
+            both = tuple(
+                None if spec is None else run(self._request(slot, g, spec, axis, exponent))
+                for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
+            )
+        for slot, result in zip(("g_dgrad", "g_wgrad"), both, strict=True):
+            if result is not None:
+                self._saw(slot, g, result)
+        return both
+
+    def _one_pass(self, first: QuantSpec, second: QuantSpec) -> bool:
+        """Whether one read of the gradient gives both operands and the vote: the exponent is known beforehand."""
+        scaled = self.spec.g_scaling
+        return (
+            self.training
+            and scaled is not None
+            and first.scaling == second.scaling == scaled.scaling
+            and first.granularity == second.granularity == "tensor"
+            and scaled.scaling.stored_kind == "exponent"
+        )
+
+    def _request(self, slot: str, g: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None) -> Request:
+        stored = None
+        if spec.scaling.stored_kind == "exponent":
+            stored = along(exponent if exponent is not None else self._exponent(), axis, g.dim())
+        return request_for(g, spec, axis if spec.granularity == "channel" else None, stored, self._key(slot, spec))
+
+    def _exponent(self) -> Tensor:
+        assert self.g_exponent is not None
+        return self.g_exponent
+
+    def _saw(self, slot: str, x: Tensor, result: Quantized) -> None:
+        self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
         if self.observer is not None:
-            self.observer.record(slot, x.detach(), result)
-        return result, stored if spec.scaling.stored_kind == "alpha" else None
+            self.observer.record(slot, x.detach(), result.tensor)
 
     def count_nonfinite(self, slot: str, t: Tensor) -> None:
         """Count NaN or infinity in an operand that is not quantized."""
         self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
 
-    def see_gradient(self, g: Tensor, axis: int) -> Tensor | None:
+    def _see(self, g: Tensor, axis: int) -> Tensor | None:
         """Record the largest gradient, set the first exponent from it, and return the exponent to use (None: no GradScale).
 
         A backward pass in evaluation mode takes its exponent from the gradient at hand and leaves the layer's alone.
         """
-        self._uses += 1
-        if self.step is not None:
-            self.step[1] = 1
         g_spec = self.spec.g_scaling
         if g_spec is None or self.g_amax is None:
             return None
@@ -152,13 +207,18 @@ class LayerState(nn.Module):
             if self.training:
                 exponent.copy_(torch.where(exponent == UNSET, first, exponent))
                 amax = amax * exponent_scale(exponent)
+                self._known = not bool((exponent == UNSET).any())
             else:
                 exponent = first
             if exponent.dim():  # a channel without gradients yet must not stand out: it takes the smallest scale
                 exponent = torch.where(exponent == UNSET, exponent.max(), exponent)
         if self.training:
-            self.g_amax.copy_(torch.maximum(self.g_amax, amax))
+            self._record(amax)
         return exponent
+
+    def _record(self, amax: Tensor) -> None:
+        assert self.g_amax is not None
+        self.g_amax.copy_(torch.maximum(self.g_amax, amax))
 
     def _key(self, slot: str, spec: QuantSpec) -> int | None:
         if not spec.stochastic or self.step is None:
@@ -191,6 +251,7 @@ class LayerState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
         self._signed.clear()
+        self._known = False
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 

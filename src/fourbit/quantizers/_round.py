@@ -60,7 +60,7 @@ def round_to_format(
     tensor([ 0.2500,  4.0000, 64.0000])
     """
     x = x.detach().to(torch.float32)
-    grid = _grid_of(format)
+    grid = grid_of(format)
     if rounding is Rounding.NEAREST:
         y = nearest_number(x, format)
         return (y if grid.keeps_nan else torch.where(x.isnan(), x, y)).add_(0.0)
@@ -79,14 +79,14 @@ def nearest_number(x: Tensor, format: Format) -> Tensor:
 
     For callers that know from the scale whether there is a NaN, and that multiply: half the passes over memory.
     """
-    grid = _grid_of(format)
+    grid = grid_of(format)
     y = grid.nearest(x)
-    if format.overflow == "infinity" and not isinstance(grid, _Cast):
+    if format.overflow == "infinity" and not isinstance(grid, Cast):
         y = torch.where(x.abs() >= format.overflow_point, x.sign() * math.inf, y)
     return y
 
 
-class _Grid(Protocol):
+class Grid(Protocol):
     """Neighbours and nearest grid value of numbers; the sign of zero is the caller's business, and so is NaN, except
     that `nearest` passes it on where `keeps_nan`."""
 
@@ -98,25 +98,25 @@ class _Grid(Protocol):
 
 
 @lru_cache(maxsize=256)
-def _grid_of(format: Format) -> _Grid:
+def grid_of(format: Format) -> Grid:
     """The fastest exact arithmetic for a format, found from the shape of its grid."""
     consecutive = float(format.min).is_integer() and all(b - a == 1 for a, b in pairwise(format.grid))
     if consecutive and all(up == (high % 2 == 0) for up, high in zip(format.ties_up, format.grid[1:], strict=True)):
-        return _Integers(format.min, format.max)
-    logarithmic = _Logarithmic.of(format)
+        return Integers(format.min, format.max)
+    logarithmic = Logarithmic.of(format)
     if logarithmic is not None:
         return logarithmic
     if isinstance(format, FloatFormat) and format.is_binary:
         dtype = _same_dtype(format)
         if dtype is not None:
-            return _Cast(format, dtype)
+            return Cast(format, dtype)
         if format.smallest >= 2.0**-126:  # the quantum is a normal float32
-            return _Binary(format)
-    return _Table(format)
+            return Binary(format)
+    return Table(format)
 
 
 @dataclass(frozen=True)
-class _Integers:
+class Integers:
     """All integers from low to high; `round` takes ties to the even integer, which has the even code."""
 
     keeps_nan: ClassVar[bool] = True
@@ -130,12 +130,12 @@ class _Integers:
         return x.floor().clamp_(self.low, self.high), x.ceil().clamp_(self.low, self.high)
 
 
-def _bits(value: float) -> int:
+def float_bits(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 @dataclass(frozen=True)
-class _Logarithmic:
+class Logarithmic:
     """0 and +-smallest * 2^(k i), i < num, deciding at threshold * 2^(k i): exponent arithmetic on the bit pattern.
 
     bits(threshold * 2^(k i)) = bits(threshold) + i k 2^23, so a subtraction and a mask find the power (k a power of two):
@@ -149,7 +149,7 @@ class _Logarithmic:
     threshold: float
 
     @staticmethod
-    def of(format: Format) -> _Logarithmic | None:
+    def of(format: Format) -> Logarithmic | None:
         positive = [v for v in format.grid if v > 0]
         ratio = positive[1] / positive[0] if len(positive) > 1 else 0.0
         if (
@@ -164,7 +164,7 @@ class _Logarithmic:
         single = threshold.to(torch.float32)
         if single.double() < threshold:  # x >= t for a float32 x means x >= the next float32
             single = torch.nextafter(single, torch.tensor(math.inf))
-        return _Logarithmic(positive[0], positive[-1], ratio, float(single))
+        return Logarithmic(positive[0], positive[-1], ratio, float(single))
 
     def nearest(self, x: Tensor) -> Tensor:
         return self._power(x.abs(), self.threshold).copysign_(x)
@@ -181,12 +181,16 @@ class _Logarithmic:
         """smallest * ratio^i for magnitudes in [start * ratio^i, start * ratio^(i+1)), 0 below; overwrites its input."""
         octaves = int(math.log2(self.ratio)) << 23
         lowest = self.smallest / self.ratio  # stands for zero until the last step
-        bits = magnitude.view(torch.int32).sub_(_bits(start)).bitwise_and_(-octaves).add_(_bits(self.smallest))
-        return torch.threshold_(bits.clamp_(_bits(lowest), _bits(self.largest)).view(torch.float32), lowest, 0.0)
+        bits = (
+            magnitude.view(torch.int32).sub_(float_bits(start)).bitwise_and_(-octaves).add_(float_bits(self.smallest))
+        )
+        return torch.threshold_(
+            bits.clamp_(float_bits(lowest), float_bits(self.largest)).view(torch.float32), lowest, 0.0
+        )
 
 
 @dataclass(frozen=True)
-class _Binary:
+class Binary:
     """sign, exponent, mantissa in radix 2: x / quantum rounded to an integer, quantum = 2^(exponent - M)."""
 
     keeps_nan: ClassVar[bool] = True
@@ -230,7 +234,7 @@ def _same_dtype(format: FloatFormat) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class _Cast:
+class Cast:
     """A format that torch has as a dtype: a cast there and back."""
 
     keeps_nan: ClassVar[bool] = True
@@ -249,7 +253,7 @@ class _Cast:
         return torch.where(near > x, down, near), torch.where(near < x, up, near)
 
 
-class _Table:
+class Table:
     """Any grid: binary search among the decision points, then a look-up. Ties are folded into the points."""
 
     keeps_nan: ClassVar[bool] = False
@@ -261,21 +265,21 @@ class _Table:
         # boundaries b < x, so b is the largest float32 that still belongs below.
         exact = single.double() == points
         below = torch.where(single.double() > points, _down(single), single)
-        self._boundaries = torch.where(exact & torch.tensor(format.ties_up), _down(single), below)
-        self._levels = torch.tensor(format.grid, dtype=torch.float32)
+        self.boundaries = torch.where(exact & torch.tensor(format.ties_up), _down(single), below)
+        self.levels = torch.tensor(format.grid, dtype=torch.float32)
 
     def nearest(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        return self._look_up(torch.bucketize(x, self._boundaries.to(x.device), out_int32=True), x)
+        return self._look_up(torch.bucketize(x, self.boundaries.to(x.device), out_int32=True), x)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        levels, x = self._levels.to(x.device), x.contiguous()
+        levels, x = self.levels.to(x.device), x.contiguous()
         low = torch.bucketize(x, levels, out_int32=True, right=True).sub_(1).clamp_(min=0)
         high = torch.bucketize(x, levels, out_int32=True, right=False).clamp_(max=len(levels) - 1)
         return self._look_up(low, x), self._look_up(high, x)
 
     def _look_up(self, index: Tensor, x: Tensor) -> Tensor:
-        return self._levels.to(x.device).index_select(0, index.flatten()).view(x.shape)
+        return self.levels.to(x.device).index_select(0, index.flatten()).view(x.shape)
 
 
 def _down(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,38 +25,24 @@ from torch import Tensor
 from fourbit.errors import UserError
 from fourbit.formats import INT4_SYM, Format
 from fourbit.quantizers._round import round_to_format
+from fourbit.quantizers._statistics import Statistics, amax_of
 from fourbit.quantizers._words import random_words, stream_key
 
 TINY = 2.0**-126
 """Smallest normal float32: scales never go below it, so that an all-zero tensor has a finite reciprocal scale."""
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one piece of memory, in whatever order of axes."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+class Bound(NamedTuple):
+    """A clip range: "unsigned" 0 <= x < value, "symmetric" |x| < value, "inclusive" |x| <= value."""
 
+    rule: Literal["unsigned", "symmetric", "inclusive"]
+    value: Tensor
 
-def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """max|x| in float32 over `dims` (kept, size 1) or as a 0-d tensor; NaN if any element is NaN; 0 if empty."""
-    if x.numel() == 0:
-        shape = () if dims is None else [1 if d in dims else n for d, n in enumerate(x.shape)]
-        return x.new_zeros(shape, dtype=torch.float32)
-    if dims == ():
-        return x.detach().abs().to(torch.float32)
-    if dims is None:
-        x = x.detach()
-        if not x.is_contiguous() and _is_dense(x):
-            x = x.as_strided(
-                (x.numel(),), (1,), x.storage_offset()
-            )  # order does not matter; aminmax would copy a channels_last tensor
-        low, high = torch.aminmax(x)
-        return torch.maximum(high, -low).to(torch.float32)
-    return x.detach().abs().amax(dims, keepdim=True).to(torch.float32)
+    def inside(self, x: Tensor) -> Tensor:
+        """True where x lies in the range."""
+        if self.rule == "inclusive":
+            return x.abs() <= self.value
+        return (x < self.value) & (x >= 0 if self.rule == "unsigned" else x > -self.value)
 
 
 @dataclass(frozen=True)
@@ -67,8 +53,20 @@ class Scaling(ABC):
     """What the layer keeps for this scaling: "" nothing, "alpha" a clip value, "exponent" a power of two."""
 
     @abstractmethod
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
+        """The scale for finite data: float32, 0-d, or broadcastable where channels have their own."""
+
     def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
-        """The scale: float32, 0-d, or broadcastable against `x` where `dims` (the axes that share a scale) is given."""
+        """The scale: float32, 0-d, or broadcastable against `x` where `dims` (the axes that share a scale) is given.
+
+        NaN for data with NaN or infinity.
+        """
+        statistics = Statistics(x, dims)
+        return self.of(statistics, format, stored) + statistics.amax * 0
+
+    def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
+        """Inside which range the straight-through gradient passes; None: everywhere."""
+        return None
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -80,9 +78,9 @@ class FixedScale(Scaling):
 
     value: float = 1.0
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """A constant."""
-        return amax_of(x) * 0 + self.value
+        return torch.full((), self.value, device=statistics.x.device)
 
     def __str__(self) -> str:
         return f"fixed {self.value:g}"
@@ -92,9 +90,9 @@ class FixedScale(Scaling):
 class Amax(Scaling):
     """scale = max|x| / format.max, of the tensor or of each channel: nothing saturates."""
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """max|x| / format.max, at least 2^-126."""
-        return (amax_of(x, dims) / format.max).clamp_min(TINY)
+        return (statistics.amax / format.max).clamp_min(TINY)
 
     def __str__(self) -> str:
         return "amax"
@@ -147,19 +145,16 @@ class Sawb(Scaling):
             )
         return _SAWB_COEFFICIENTS[key]
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """alpha / format.max, at least 2^-126."""
         c1, c2 = self.coefficients(format)
-        x = x.detach().to(torch.float32)
-        if x.numel() == 0:
-            return x.new_full((), TINY)
-        keep = dims is not None
-        axes = tuple(range(x.dim())) if dims is None else dims
-        mean_square, mean_abs = x.square().mean(axes, keepdim=keep), x.abs().mean(axes, keepdim=keep)
-        amax = amax_of(x, dims)
-        alpha = c1 * mean_square.sqrt() - c2 * mean_abs
-        alpha = torch.where(alpha > 0, alpha, amax) + amax * 0  # amax * 0 is NaN for a tensor with NaN or infinity
-        return (alpha / format.max).clamp_min(TINY)
+        mean_square, mean_abs, amax = statistics.moments
+        alpha = (c1 * mean_square.sqrt() - c2 * mean_abs).to(torch.float32)
+        return (torch.where(alpha > 0, alpha, amax) / format.max).clamp_min(TINY)
+
+    def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
+        """|x| <= alpha, if `clipped`."""
+        return Bound("inclusive", scale * format.max) if self.clipped else None
 
     def __str__(self) -> str:
         return "SAWB"
@@ -190,16 +185,24 @@ class ClipValue(Scaling):
         if self.init is not None and not self.init > 0:
             raise UserError(f"PACT's initial alpha must be positive, not {self.init}")
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
-        alpha = stored.detach().to(torch.float32).clamp_min(TINY)
-        return (alpha / format.max).clamp_min(TINY) + amax_of(x) * 0
+        return (_clip_value(stored) / format.max).clamp_min(TINY)
+
+    def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
+        """0 <= x < alpha, or |x| < alpha in the signed form."""
+        assert stored is not None
+        return Bound("symmetric" if format.signed else "unsigned", _clip_value(stored))
 
     def __str__(self) -> str:
         text = "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
         return f"{text} ({self.signed_format.name} where inputs go negative)" if self.signed_format else text
+
+
+def _clip_value(stored: Tensor) -> Tensor:
+    return stored.detach().to(torch.float32).clamp_min(TINY)
 
 
 def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
@@ -261,11 +264,11 @@ class GradScale(Scaling):
     max: float = 64.0
     init: int | None = None
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """2^-exponent."""
         if stored is None:
             raise UserError("GradScale needs its exponent: use it in a layer, or pass stored=exponent")
-        return exponent_scale(stored).reciprocal() + amax_of(x, dims) * 0
+        return exponent_scale(stored).reciprocal()
 
     def first_exponent(self, amax: Tensor) -> Tensor:
         """The exponent k with 2^k amax in (max/2, max]; UNSET where amax is 0 or not finite. int32, shape of amax."""
@@ -301,9 +304,9 @@ class LossScaled(Scaling):
     stored_kind = "overflow"
     max: float = 64.0
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """1."""
-        return amax_of(x) * 0 + 1
+        return torch.ones((), device=statistics.x.device)
 
     def __str__(self) -> str:
         return "loss scale"

@@ -4,20 +4,28 @@
 
 The reciprocal of the scale is taken in float32 and multiplied, which is what fast kernels do too; for the power-of-two
 scales of GradScale the difference to a division is nil.
+
+q is kept in a carrier: the smallest of int8, uint8, bfloat16 and float32 that holds every number of the format exactly, so
+that hardware can multiply it fast without changing a number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
+from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
 from fourbit.quantizers._round import Rounding, nearest_number, round_to_format
 from fourbit.quantizers._scaling import FixedScale, Granularity, Scaling
+from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
 from fourbit.quantizers._words import random_words, stream_key
 
 
@@ -67,11 +75,31 @@ class QuantSpec:
         return ", ".join(parts)
 
 
-class QTensor(NamedTuple):
-    """x ~ scale * q: `q` float32 on the grid of `format` (a mean of grid values after SMP), `scale` float32.
+@lru_cache(maxsize=256)
+def carrier_dtype(format: Format) -> torch.dtype:
+    """The smallest dtype that holds every number of a format exactly, and that hardware multiplies.
 
-    Where the scale is NaN, because the data held NaN or infinity, q means nothing.
-    `scale` is 0-d, or has the dimensions of q with size 1 where it is shared.
+    >>> from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM
+    >>> carrier_dtype(INT4_SYM), carrier_dtype(FP4_R4_EVEN), carrier_dtype(FP16_169)
+    (torch.int8, torch.bfloat16, torch.float32)
+    """
+    if format.bits > 8:
+        return torch.float32
+    if all(float(v).is_integer() for v in format.grid):
+        if format.min >= -128 and format.max <= 127:
+            return torch.int8 if format.min < 0 else torch.uint8
+        if format.min >= 0 and format.max <= 255:
+            return torch.uint8
+    exact = torch.tensor(format.grid, dtype=torch.float64)
+    normal = format.smallest >= torch.finfo(torch.bfloat16).smallest_normal
+    return torch.bfloat16 if normal and bool((exact.to(torch.bfloat16).double() == exact).all()) else torch.float32
+
+
+class QTensor(NamedTuple):
+    """x ~ scale * q: `q` on the grid of `format`, in its carrier dtype; `scale` float32.
+
+    Where the scale is NaN, because the data held NaN or infinity, q means nothing. After SMP, q is a mean of grid values in
+    float32. `scale` is 0-d, or has the dimensions of q with size 1 where it is shared.
     """
 
     q: Tensor
@@ -80,7 +108,115 @@ class QTensor(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """scale * q, float32."""
-        return self.q * self.scale
+        return self.q.to(torch.float32) * self.scale
+
+
+@dataclass(frozen=True)
+class Request:
+    """One operand to be rounded, and what is wanted besides its numbers.
+
+    Args:
+        x: dense, any floating dtype.
+        spec, format: `format` replaces that of the spec.
+        dims: the axes that share a scale; None for all.
+        stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
+        key: stream key of the random words.
+        save: also return the mask of the straight-through gradient, and packed codes where the format fits a nibble.
+        carrier: also return q itself.
+    """
+
+    x: Tensor
+    spec: QuantSpec
+    format: Format
+    dims: tuple[int, ...] | None = None
+    stored: Tensor | None = None
+    key: int | None = None
+    save: bool = False
+    carrier: bool = True
+
+
+class Rounded(NamedTuple):
+    """The numbers, max|x| (of those that share a scale), and what is saved for backward.
+
+    `mask` has one bit per element (see `pack_mask`), None where everything passes.
+    """
+
+    q: Tensor | None
+    amax: Tensor
+    packed: Packed | None = None
+    mask: Tensor | None = None
+
+
+class Quantized(NamedTuple):
+    """A quantized operand, with max|x| and what is saved for backward."""
+
+    tensor: QTensor
+    amax: Tensor
+    packed: Packed | None = None
+    mask: Tensor | None = None
+
+
+def prepare(x: Tensor) -> Tensor:
+    """`x` detached and dense."""
+    if not x.is_floating_point():
+        raise UserError(f"cannot quantize a tensor of {x.dtype}: convert it to a floating-point dtype first")
+    x = x.detach()
+    return x if is_dense(x) else x.contiguous()
+
+
+def run(request: Request) -> Quantized:
+    """Quantize one operand."""
+    statistics = Statistics(request.x, request.dims)
+    scale = request.spec.scaling.of(statistics, request.format, request.stored)
+    rounded = backends.dispatch("round", request, scale)
+    return _finish(request, scale, rounded or _round(request, scale, statistics))
+
+
+def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
+    """Quantize one tensor to two formats with the same scale, reading it once where a kernel can."""
+    statistics = Statistics(first.x, first.dims)
+    scale = first.spec.scaling.of(statistics, first.format, first.stored)
+    both: Sequence[Rounded] | None = backends.dispatch("round_pair", first, second, scale)
+    if both is None:
+        both = [backends.dispatch("round", r, scale) or _round(r, scale, statistics) for r in (first, second)]
+    return _finish(first, scale, both[0]), _finish(second, scale, both[1])
+
+
+def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
+    # amax * 0 is NaN for data with NaN or infinity
+    q = rounded.q if rounded.q is not None else request.x.new_empty(0)
+    tensor = QTensor(q, scale + rounded.amax * 0, request.format)
+    return Quantized(tensor, rounded.amax, rounded.packed, rounded.mask)
+
+
+def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
+    """The reference."""
+    x, spec, format = request.x.to(torch.float32), request.spec, request.format
+    scaled = x * scale.reciprocal()
+    if not spec.stochastic:
+        nearest = spec.rounding is Rounding.NEAREST
+        q = nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
+    else:
+        if request.key is None:
+            raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
+        q = _draw(scaled, format, spec, request.key, 0)
+        for i in range(1, spec.samples):
+            q = q.add_(_draw(scaled, format, spec, request.key, i))
+        if spec.samples > 1:
+            return Rounded(q.div_(spec.samples), statistics.amax)
+    q = q.to(carrier_dtype(format))
+    if not request.save:
+        return Rounded(q, statistics.amax)
+    bound = spec.scaling.bound(scale, format, request.stored)
+    mask = None if bound is None else pack_mask(bound.inside(x))
+    return Rounded(q, statistics.amax, pack(q, format) if is_packable(format) else None, mask)
+
+
+def _draw(scaled: Tensor, format: Format, spec: QuantSpec, key: int, sample: int) -> Tensor:
+    """One stochastic rounding; words go to elements in the order in which these lie in memory."""
+    words = torch.empty_like(scaled, dtype=torch.int32)
+    memory_flat(words).copy_(random_words(stream_key(key, sample), (scaled.numel(),), scaled.device))
+    return round_to_format(scaled, format, spec.rounding, words)
 
 
 def quantize(
@@ -111,30 +247,52 @@ def quantize(
     >>> from fourbit.quantizers import Amax
     >>> x = torch.tensor([[-3.0, 0.4, 1.0, 7.0]])
     >>> quantize(x, QuantSpec("int4_sym", Amax())).q
-    tensor([[-3.,  0.,  1.,  7.]])
+    tensor([[-3,  0,  1,  7]], dtype=torch.int8)
     """
-    if not x.is_floating_point():
-        raise UserError(f"cannot quantize a tensor of {x.dtype}: convert it to a floating-point dtype first")
-    format = format or spec.format
+    return run(request_for(x, spec, channel_axis, stored, key, format)).tensor
+
+
+def quantize_pair(
+    x: Tensor, first: QuantSpec, second: QuantSpec, *, stored: Tensor | None = None
+) -> tuple[QTensor, QTensor, Tensor]:
+    """Quantize `x` to two formats with one scale, as two-phase rounding does: one pass over memory.
+
+    Args:
+        x: any shape, any floating dtype.
+        first, second: nearest rounding, the same scaling, one scale per tensor.
+        stored: what the scaling keeps: GradScale's exponent.
+
+    Returns:
+        Both results, and max|x| (0-d float32).
+
+    Raises:
+        UserError: the two differ in scaling or granularity.
+
+    >>> from fourbit.quantizers import GradScale
+    >>> even, odd = QuantSpec("fp4_r4_even", GradScale()), QuantSpec("fp4_r4_odd", GradScale())
+    >>> a, b, amax = quantize_pair(torch.tensor([3.0, -40.0]), even, odd, stored=torch.tensor(0))
+    >>> a.q.tolist(), b.q.tolist(), float(amax)
+    ([4.0, -64.0], [2.0, -32.0], 40.0)
+    """
+    if (first.scaling, first.granularity) != (second.scaling, "tensor"):
+        raise UserError(f"two formats that share a scale need the same scaling, per tensor: got {first} and {second}")
+    a, b = run_pair(request_for(x, first, None, stored), request_for(x, second, None, stored))
+    return a.tensor, b.tensor, a.amax
+
+
+def request_for(
+    x: Tensor,
+    spec: QuantSpec,
+    channel_axis: int | None = None,
+    stored: Tensor | None = None,
+    key: int | None = None,
+    format: Format | None = None,
+    save: bool = False,
+) -> Request:
+    """The request that `quantize` would run."""
     dims = None
     if spec.granularity == "channel":
         if channel_axis is None:
             raise UserError("granularity 'channel' needs channel_axis")
         dims = tuple(d for d in range(x.dim()) if d != channel_axis % x.dim())
-    x = x.detach().to(torch.float32)
-    scale = spec.scaling.scale(x, format, dims, stored)
-    scaled = x * scale.reciprocal()
-    if not spec.stochastic:
-        nearest = spec.rounding is Rounding.NEAREST
-        q = nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
-        return QTensor(q, scale, format)
-    if key is None:
-        raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
-    samples = [
-        round_to_format(scaled, format, spec.rounding, random_words(stream_key(key, i), x.shape, x.device))
-        for i in range(spec.samples)
-    ]
-    q = samples[0]
-    for other in samples[1:]:
-        q = q.add_(other)
-    return QTensor(q.div_(spec.samples) if spec.samples > 1 else q, scale, format)
+    return Request(prepare(x), spec, format or spec.format, dims, stored, key, save)

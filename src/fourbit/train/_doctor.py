@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fourbit import backends
 from fourbit.formats import CATALOG, Format
 from fourbit.quantizers import round_to_format
 from fourbit.train._environment import describe, tune_malloc
@@ -37,6 +38,8 @@ def examine() -> Iterator[tuple[str, bool]]:
         except importlib.metadata.PackageNotFoundError:
             yield f"{package:12} missing: pip install 'fourbit[train]'", False
     yield f"{'malloc':12} {'glibc, can be tuned' if tune_malloc() else 'not glibc, stays as it is'}", True
+    for backend in backends.statuses():
+        yield f"{'kernels':12} {backend.name}: {backend.detail}", backend.available
     for format in CATALOG.values():
         wrong = count_wrong(format, device)
         yield f"{'rounding':12} {format.name}: {f'{wrong} numbers wrong' if wrong else 'ok'}", wrong == 0

@@ -1,0 +1,130 @@
+"""Backends: interchangeable kernels behind definitions that are slow, plain and always there.
+
+Each operation below has a reference in plain PyTorch, which defines the numbers. A backend registers functions that
+compute the same faster, on the tensors for which it can; the first one that takes a call gets it, otherwise the
+reference runs.
+
+    operation   arguments                                      result
+    moments     x                                              means of x^2 and |x|, and max|x|
+    round       quantizers.Request, scale                      quantizers.Rounded
+    round_pair  two Requests of one tensor, scale              two Rounded
+    unpack      quantizers.Packed, dtype                       tensor
+    gemm        ops.Gemm                                       ops.Raw
+    epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
+
+Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fourbit.errors import unknown
+
+OPERATIONS = ("moments", "round", "round_pair", "unpack", "gemm", "epilogue")
+
+_KERNEL_PACKAGES = ("fourbit.kernels",)
+"""Imported at first use; they register what they have."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function of a backend. It returns None for a call that it does not take."""
+
+    operation: str
+    backend: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a backend is on this machine: whether it can run, and in words what it is or why not."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+_kernels: dict[str, list[Kernel]] = {operation: [] for operation in OPERATIONS}
+_statuses: dict[str, Callable[[], Status]] = {}
+_disabled: set[str] = set()
+_active: dict[str, tuple[Callable[..., Any], ...]] = {}
+_loaded = False
+
+
+def register(operation: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function computes `operation` on behalf of `backend`, or returns None."""
+    if operation not in _kernels:
+        raise unknown("operation", operation, OPERATIONS)
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        _kernels[operation].append(Kernel(operation, backend, function))
+        _active.clear()
+        return function
+
+    return enter
+
+
+def register_backend(status: Callable[[], Status], name: str) -> None:
+    """Announce a backend, available or not; `status` is asked when somebody wants to know."""
+    _statuses[name] = status
+
+
+def _load() -> None:
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for package in _KERNEL_PACKAGES:
+            importlib.import_module(package)
+
+
+def kernels() -> list[Kernel]:
+    """Every registered kernel; the parity tests iterate over them."""
+    _load()
+    return [kernel for found in _kernels.values() for kernel in found]
+
+
+def statuses() -> list[Status]:
+    """The backends that announced themselves."""
+    _load()
+    return [status() for status in _statuses.values()]
+
+
+def dispatch(operation: str, *arguments: Any) -> Any:
+    """The result of the first enabled kernel that takes the call; None: use the reference."""
+    functions = _active.get(operation)
+    if functions is None:
+        _load()
+        functions = tuple(k.function for k in _kernels[operation] if k.backend not in _disabled)
+        _active[operation] = functions
+    for function in functions:
+        result = function(*arguments)
+        if result is not None:
+            return result
+    return None
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Do not use these backends while the block runs (process-wide); without names: use the reference only.
+
+    >>> with without("cpu"):
+    ...     pass
+    """
+    _load()
+    unknown_names = [name for name in names if name not in _statuses]
+    if unknown_names:
+        raise unknown("backend", unknown_names[0], _statuses)
+    before = set(_disabled)
+    _disabled.update(names or _statuses)
+    _active.clear()
+    try:
+        yield
+    finally:
+        _disabled.clear()
+        _disabled.update(before)
+        _active.clear()

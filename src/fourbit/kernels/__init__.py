@@ -1,0 +1,3 @@
+"""Faster backends. Importing this package registers what the machine can run; nothing else imports it by name."""
+
+from fourbit.kernels import cpu as cpu

@@ -1,0 +1,193 @@
+"""Loading the C++ library, and the structures that it takes.
+
+The field order and types below are those of csrc/common.h. The library brings no threads of its own: it is handed the
+OpenMP runtime that torch has loaded, found among the dependencies of torch's own library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourbit.backends import Status
+from fourbit.kernels.cpu._build import LIBRARY
+
+ABI = 1
+"""Must equal fourbit_abi() of the library: a build from older sources is not used."""
+
+_RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
+
+
+def _structure(name: str, **fields: Any) -> Any:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+LogGrid = _structure("LogGrid", start=c_int32, smallest=c_int32, largest=c_int32, octaves=c_int32)
+FloatGrid = _structure(
+    "FloatGrid", mantissa_bits=c_int32, lowest=c_int32, smallest=c_float, min=c_float, max=c_float, overflow=c_float
+)
+_tensor: dict[str, Any] = {"x": c_void_p, "dtype": c_int32, "n": c_int64}
+Clip = _structure(
+    "Clip",
+    **_tensor,
+    inv_scale=c_float,
+    low=c_float,
+    high=c_float,
+    mask_rule=c_int32,
+    bound=c_float,
+    codes=c_void_p,
+    packed=c_void_p,
+    mask=c_void_p,
+)
+LogRound = _structure(
+    "LogRound",
+    **_tensor,
+    inv_scale=c_float,
+    num=c_int32,
+    grid=LogGrid * 2,
+    out=c_void_p * 2,
+    key=c_uint64 * 2,
+    stochastic=c_int32,
+)
+FloatRound = _structure("FloatRound", **_tensor, inv_scale=c_float, grid=FloatGrid, out=c_void_p, out_dtype=c_int32)
+TableRound = _structure(
+    "TableRound",
+    **_tensor,
+    inv_scale=c_float,
+    boundaries=c_void_p,
+    levels=c_void_p,
+    num_levels=c_int32,
+    overflow=c_float,
+    out=c_void_p,
+    out_dtype=c_int32,
+    key=c_uint64,
+    stochastic=c_int32,
+)
+Unpack = _structure("Unpack", packed=c_void_p, n=c_int64, is_signed=c_int32, out=c_void_p, out_dtype=c_int32)
+Epilogue = _structure(
+    "Epilogue",
+    **_tensor,
+    high=c_void_p,
+    scale=c_float,
+    rounds=c_int32,
+    keep_infinite=c_int32,
+    grid=FloatGrid,
+    post=c_float,
+    mask=c_void_p,
+    packed=c_void_p,
+    is_signed=c_int32,
+    out=c_void_p,
+    out_dtype=c_int32,
+)
+Split = _structure("Split", x=c_void_p, n=c_int64, unit=c_float, high=c_void_p, low=c_void_p)
+Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
+
+_RESULTS = {
+    "clip": c_float,
+    "log_round": c_float,
+    "float_round": c_float,
+    "table_round": c_float,
+    "unpack": None,
+    "epilogue": c_double,
+    "split": None,
+    "moments": None,
+}
+
+CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.uint8: 3,
+    torch.int32: 4,
+}
+"""Dtypes as the library numbers them."""
+
+
+class Library:
+    """The loaded library; one attribute per kernel, each called with one structure by reference."""
+
+    def __init__(self, path: Path):
+        self._dll = ctypes.CDLL(str(path))
+        if self._dll.fourbit_abi() != ABI:
+            raise OSError("it was built from other sources")
+        self._dll.fourbit_isa.restype = c_char_p
+        self._dll.fourbit_set_threads.restype = None
+        self.threads = self._share_threads()
+        for name, result in _RESULTS.items():
+            function = getattr(self._dll, f"fourbit_{name}")
+            function.restype = result
+            setattr(self, name, function)
+
+    clip: Any
+    log_round: Any
+    float_round: Any
+    table_round: Any
+    unpack: Any
+    epilogue: Any
+    split: Any
+    moments: Any
+
+    def _share_threads(self) -> bool:
+        """Hand over torch's OpenMP runtime; without one, everything runs on the calling thread."""
+        folder = Path(torch.__file__).parent / "lib"
+        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+            if (folder / name).exists():
+                runtime = ctypes.CDLL(str(folder / name))
+                try:
+                    entries = [ctypes.cast(getattr(runtime, symbol), c_void_p) for symbol in _RUNTIME]
+                except AttributeError:
+                    return False
+                self._dll.fourbit_set_threads(*entries)
+                return True
+        return False
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use."""
+        return self._dll.fourbit_isa().decode()
+
+    def use_isa(self, name: str) -> bool:
+        """Use the kernels of another instruction set; False where there are none. For tests."""
+        return bool(self._dll.fourbit_use_isa(name.encode()))
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[Library | None, str]:
+    if os.environ.get("FOURBIT_CPU_KERNELS") == "0":
+        return None, "switched off by FOURBIT_CPU_KERNELS=0"
+    path = Path(os.environ.get("FOURBIT_CPU_LIBRARY") or LIBRARY)
+    if not path.exists():
+        return None, "not built; build them with: python -m fourbit.kernels.cpu._build (needs a C++ compiler)"
+    try:
+        return Library(path), ""
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} could not be used ({error}); build it again: python -m fourbit.kernels.cpu._build"
+
+
+def library() -> Library | None:
+    """The library, loaded once; None, with one warning, where there is none."""
+    loaded, reason = _load()
+    if loaded is None and not reason.startswith("switched off"):
+        _warn(reason)
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _warn(reason: str) -> None:
+    warnings.warn(f"fourbit runs without its CPU kernels, several times slower: {reason}", stacklevel=3)
+
+
+def status() -> Status:
+    """For `fourbit doctor` and `explain`."""
+    loaded, reason = _load()
+    if loaded is None:
+        return Status("cpu", False, reason)
+    threads = "torch's threads" if loaded.threads else "one thread (torch's OpenMP runtime was not found)"
+    return Status("cpu", True, f"{loaded.isa}, {threads}")

@@ -1,0 +1,237 @@
+"""Matrix products on the CPU.
+
+    operands                               Linear, 1x1 convolution        other 2-d convolutions
+    int8 x int8 (forward)                  _int_mm, exact                 oneDNN int8 convolution, exact
+    gradient in one int8 x int8            _int_mm, exact                 bfloat16, rounded to bfloat16
+    gradient in two int8 x int8            two _int_mm, exact             bfloat16, rounded to bfloat16
+    other gradients that bfloat16 holds    bfloat16, rounded to it        bfloat16, rounded to it
+
+A gradient goes in two int8 where every number of its format is 256 high + low in units of the smallest magnitude: radix-4
+FP4 does. What is rounded to bfloat16 is so only where products are "fast"; "exact" leaves it to the reference, which
+multiplies in float32. Everything else (grouped, dilated, transposed, 1-d and 3-d convolutions, wide formats) is the
+reference's anyway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.formats import Format
+from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu._quantize import float_grid, kernels
+from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Operand, Raw
+from fourbit.quantizers import Packed, carrier_dtype
+
+
+@lru_cache(maxsize=1)
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@lru_cache(maxsize=1)
+def _has_int8() -> bool:
+    supported = getattr(torch.cpu, "_is_vnni_supported", getattr(torch.cpu, "_is_avx512_vnni_supported", None))
+    return supported is None or bool(supported())
+
+
+@lru_cache(maxsize=64)
+def _halves(format: Format | None) -> float | None:
+    """1 / unit if every number of the format is unit * (256 high + low) with both in int8; None otherwise."""
+    if format is None or format.bits > 8:
+        return None
+    for value in format.grid:
+        number = value / format.smallest
+        high = int(number / 256)
+        low = number - 256 * high
+        if number != int(number) or not (-128 <= high <= 127 and -128 <= low <= 127):
+            return None
+    return 1.0 / format.smallest
+
+
+@backends.register("gemm", "cpu")
+def gemm(g: Gemm) -> Raw | None:
+    """The product without scale and rounding, or None."""
+    if g.a.device.type != "cpu" or g.a.format is None or g.b.format is None:
+        return None
+    if carrier_dtype(g.b.format).itemsize != 1 or (isinstance(g.b.q, torch.Tensor) and g.b.q.is_floating_point()):
+        return None
+    con = g.contraction
+    if isinstance(con, LinearMap):
+        return _matrices(g)
+    if not isinstance(con, Convolution) or con.transposed or con.groups != 1 or len(con.stride) != 2:
+        return None
+    if g.which == "fprop":
+        return _convolve(g, con)
+    pointwise = con.stride == (1, 1) and con.padding == (0, 0) and g.layout is not None
+    if pointwise and (g.which == "wgrad" or g.layout.shape[2:] == g.a.q.shape[2:]):  # type: ignore[union-attr]
+        kernel = (g.layout if g.which == "wgrad" else g.b.q).shape[2:]  # type: ignore[union-attr]
+        if tuple(kernel) == (1, 1):
+            found = _pointwise(g)
+            if found is not None:
+                return found
+    return _convolve_backward(g, con)
+
+
+def _matrices(g: Gemm) -> Raw | None:
+    a, b = g.a, g.b
+    if g.which == "fprop":
+        return _multiply(a, _int8(b).t(), g, lambda t: t)
+    if g.which == "dgrad":
+        return _multiply(a, _int8(b), g, lambda t: t)
+    return _multiply(a, _rows(_int8(b)), g, lambda t: t.t())
+
+
+def _int8(operand: Operand) -> Tensor:
+    """int8 numbers; unsigned ones are 4-bit here, or refused."""
+    return operand.to(torch.int8)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
+    """turn(rows of a) @ right."""
+    q = a.q
+    assert isinstance(q, Tensor) or g.which == "fprop"
+    left = a.to(torch.int8) if isinstance(q, Packed) else q
+    if left.numel() == 0 or right.numel() == 0 or max(a.format.max, g.b.format.max) > 127:  # type: ignore[union-attr]
+        return None
+    shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
+    rows = _rows(left)
+    depth = rows.shape[0] if g.which == "wgrad" else rows.shape[1]
+    if left.dtype in (torch.int8, torch.uint8):
+        if not _has_int8() or depth * 128 * 128 >= 2**31:
+            return None
+        return Raw(torch._int_mm(turn(rows.view(torch.int8)), right).view(shape))
+    unit = _halves(a.format)
+    if left.dtype == torch.bfloat16 and unit is not None and _has_int8() and depth * 128 * 128 < 2**31:
+        high, low = _split(rows, unit)
+        high, low = torch._int_mm(turn(high), right), torch._int_mm(turn(low), right)
+        return Raw(low.view(shape), high.view(shape), 1.0 / unit)
+    if left.dtype == torch.bfloat16 and g.products == "fast" and _has_bfloat16():
+        return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
+    return None
+
+
+def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    high, low = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x, dtype=torch.int8)
+    kernels().split(ctypes.byref(c.Split(x.data_ptr(), x.numel(), unit, high.data_ptr(), low.data_ptr())))
+    return high, low
+
+
+def _pointwise(g: Gemm) -> Raw | None:
+    """A 1x1 convolution as a product of matrices: channels_last makes its pixels the rows."""
+    a = Operand(_channels_last_rows(g.a.q), g.a.scale, g.a.format)
+    if g.which == "dgrad":
+        w = _int8(g.b).flatten(1)
+        raw = _multiply(a, w, g, lambda t: t)
+        if raw is None:
+            return None
+        n, _, h, width = g.layout.shape  # type: ignore[union-attr]
+        return raw._replace(
+            y=_image(raw.y, n, h, width), high=None if raw.high is None else _image(raw.high, n, h, width)
+        )
+    x = _channels_last_rows(_int8(g.b))
+    raw = _multiply(a, x, g, lambda t: t.t())
+    if raw is None:
+        return None
+    shape = g.layout.shape  # type: ignore[union-attr]
+    return raw._replace(y=raw.y.view(shape), high=None if raw.high is None else raw.high.view(shape))
+
+
+def _channels_last_rows(t: Tensor | Packed) -> Tensor:
+    assert isinstance(t, Tensor)
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+_ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+
+def _convolve(g: Gemm, con: Convolution) -> Raw | None:
+    """oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
+    if not _has_int8() or g.a.format is None or carrier_dtype(g.a.format).itemsize != 1:
+        return None
+    x, w = g.a.q, _int8(g.b)
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
+        return None
+    zero = 0
+    if x.dtype == torch.int8:
+        x, zero = x.view(torch.uint8) ^ 128, 128
+    geometry = (list(con.stride), list(con.padding), list(con.dilation), con.groups)
+    packed = torch.ops.onednn.qconv_prepack(w, _ONE, 1.0, zero, *geometry, list(x.shape))
+    y = torch.ops.onednn.qconv_pointwise(
+        x, 1.0, zero, packed, _ONE, _ZERO, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return Raw(y)
+
+
+def _convolve_backward(g: Gemm, con: Convolution) -> Raw | None:
+    """oneDNN's bfloat16 convolution: products and sums as in float32, the result rounded to bfloat16."""
+    if g.products != "fast" or not _has_bfloat16() or g.a.format is None or g.layout is None:
+        return None
+    if not carrier_dtype(g.a.format).itemsize <= 2 or g.a.q.shape.numel() == 0:
+        return None
+    if isinstance(g.a.q, Tensor) and g.a.q.dtype == torch.float32:
+        return None
+    gradient, other = g.a.to(torch.bfloat16), g.b.to(torch.bfloat16)
+    like = Layout(*g.layout).empty(torch.bfloat16, gradient.device)
+    multiply = con.dgrad if g.which == "dgrad" else con.wgrad
+    return Raw(multiply(gradient, other, like), rounded=True)
+
+
+@backends.register("epilogue", "cpu")
+def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+    """Scale, round, mask, and sum what was clipped: one pass."""
+    y, out_dtype = raw.y, finish.dtype
+    if y.device.type != "cpu" or y.dtype not in c.CODES or out_dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if finish.late is not None and finish.late.numel() != 1:
+        return None
+    if finish.mask is not None and not (finish.codes is None or isinstance(finish.codes, Packed)):
+        return None
+    grid = None
+    if finish.output is not None and not raw.rounded:
+        grid = float_grid(finish.output)
+        if grid is None:
+            return None
+    if finish.layout is not None:
+        y = finish.layout.match(y)
+    high = None if raw.high is None else (raw.high if finish.layout is None else finish.layout.match(raw.high))
+    in_place = y.dtype == out_dtype
+    out = y if in_place else torch.empty_like(y, dtype=out_dtype)
+    scale = raw.unit * (1.0 if finish.scale is None else float(finish.scale))
+    if in_place and grid is None and finish.mask is None and high is None and scale == 1.0 and finish.late is None:
+        return y, None
+    codes = finish.codes if isinstance(finish.codes, Packed) and finish.mask is not None else None
+    clipped = kernels().epilogue(
+        ctypes.byref(
+            c.Epilogue(
+                y.data_ptr(),
+                c.CODES[y.dtype],
+                y.numel(),
+                None if high is None else high.data_ptr(),
+                scale,
+                grid is not None,
+                finish.keep_infinite,
+                grid or c.FloatGrid(),
+                1.0 if finish.late is None else float(finish.late),
+                None if finish.mask is None else finish.mask.data_ptr(),
+                None if codes is None else codes.data.data_ptr(),
+                codes is not None and codes.signed,
+                out.data_ptr(),
+                c.CODES[out_dtype],
+            )
+        )
+    )
+    return out, torch.tensor(clipped, dtype=torch.float32) if codes is not None else None

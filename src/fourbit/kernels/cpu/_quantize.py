@@ -1,0 +1,236 @@
+"""Rounding on the CPU: which kernel rounds to which kind of grid.
+
+Integers with nearest rounding go through `clip` (codes, packed codes and mask in one pass), powers of a radix through
+`log_round` (two grids in one pass), binary floats through `float_round`, every other grid of 8 bits or fewer, and
+stochastic rounding, through `table_round`. What none of them takes is left to the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.formats import Format
+from fourbit.kernels.cpu import _library as c
+from fourbit.quantizers import (
+    BLOCK,
+    Binary,
+    Bound,
+    Integers,
+    Logarithmic,
+    Moments,
+    Packed,
+    Request,
+    Rounded,
+    Rounding,
+    Table,
+    carrier_dtype,
+    float_bits,
+    grid_of,
+    is_packable,
+    stream_key,
+)
+
+_RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels() -> c.Library:
+    """The loaded library."""
+    loaded = c.library()
+    assert loaded is not None
+    return loaded
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` in a dtype that the kernels read: float16 becomes float32, which holds it exactly."""
+    return x.to(torch.float32) if x.dtype == torch.float16 else x
+
+
+@lru_cache(maxsize=64)
+def float_grid(format: Format) -> Any | None:
+    """The parameters of a binary float format for the kernels; None for other formats."""
+    grid = grid_of(format)
+    if not isinstance(grid, Binary) or format.max >= 2.0**126 or format.min >= 0:
+        return None
+    f = grid.format
+    lowest = (1 if f.subnormals else 0) - f.exponent_bias + 127
+    if lowest <= f.mantissa_bits or f.mantissa_bits > 20:
+        return None
+    smallest = 0.0 if f.subnormals else float(f.smallest)
+    overflow = float(f.overflow_point) if f.overflow == "infinity" else math.inf
+    return c.FloatGrid(f.mantissa_bits, lowest, smallest, f.min, f.max, overflow)
+
+
+@lru_cache(maxsize=64)
+def _log_grid(format: Format) -> Any | None:
+    grid = grid_of(format)
+    if not isinstance(grid, Logarithmic):
+        return None
+    octaves = int(math.log2(grid.ratio)) << 23
+    return c.LogGrid(float_bits(grid.threshold), float_bits(grid.smallest), float_bits(grid.largest), octaves)
+
+
+@lru_cache(maxsize=64)
+def _table(format: Format) -> tuple[Tensor, Tensor] | None:
+    if format.bits > 8:
+        return None
+    grid = Table(format)
+    return grid.boundaries.contiguous(), grid.levels.contiguous()
+
+
+def _inverse(scale: Tensor) -> float:
+    return float(scale.reciprocal())
+
+
+def _takes(request: Request, scale: Tensor) -> bool:
+    x = request.x
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and scale.numel() == 1
+        and request.spec.samples == 1
+        and request.spec.rounding is not Rounding.TRUNCATE
+        and (request.key is not None or not request.spec.stochastic)
+    )
+
+
+@backends.register("round", "cpu")
+def round_one(request: Request, scale: Tensor) -> Rounded | None:
+    """One operand, to one format."""
+    if not _takes(request, scale):
+        return None
+    grid, carrier = grid_of(request.format), carrier_dtype(request.format)
+    bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
+    if isinstance(grid, Integers) and not request.spec.stochastic and carrier.itemsize == 1:
+        return _clip(request, scale, grid, bound)
+    if bound is not None or (request.save and is_packable(request.format)):
+        return None
+    if isinstance(grid, Logarithmic) and carrier is torch.bfloat16:
+        return _log(request.x, (request,), scale)[0]
+    parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
+    if parameters is not None:
+        return _float(request, scale, parameters)
+    return None if _table(request.format) is None else _by_table(request, scale)
+
+
+@backends.register("round_pair", "cpu")
+def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
+    """Both phases of two-phase rounding from one read."""
+    both = (first, second)
+    if not all(_takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
+        return None
+    if any(_log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
+        return None
+    return _log(first.x, both, scale)
+
+
+def _amax(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) -> Rounded:
+    x = readable(request.x)
+    q = torch.empty_like(x, dtype=carrier_dtype(request.format)) if request.carrier else None
+    blocks = -(-x.numel() // BLOCK)
+    packed = (
+        x.new_empty(blocks * BLOCK // 2, dtype=torch.uint8) if request.save and is_packable(request.format) else None
+    )
+    mask = None if bound is None else x.new_empty(blocks * 8, dtype=torch.uint8)
+    amax = kernels().clip(
+        ctypes.byref(
+            c.Clip(
+                x.data_ptr(),
+                c.CODES[x.dtype],
+                x.numel(),
+                _inverse(scale),
+                grid.low,
+                grid.high,
+                0 if bound is None else _RULES[bound.rule],
+                0.0 if bound is None else float(bound.value),
+                _pointer(q),
+                _pointer(packed),
+                _pointer(mask),
+            )
+        )
+    )
+    saved = None if packed is None else Packed(packed, x.shape, x.stride(), request.format.min < 0)
+    return Rounded(q, _amax(amax), saved, mask)
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
+    x = readable(x)
+    grids = [_log_grid(r.format) for r in requests]
+    stochastic = requests[0].spec.stochastic
+    outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
+    arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=x.numel(), inv_scale=_inverse(scale))
+    arguments.num, arguments.stochastic = len(requests), int(stochastic)
+    for i, (grid, out, request) in enumerate(zip(grids, outputs, requests, strict=True)):
+        arguments.grid[i] = grid
+        arguments.out[i] = out.data_ptr()
+        arguments.key[i] = stream_key(request.key, 0) if stochastic and request.key is not None else 0
+    amax = _amax(kernels().log_round(ctypes.byref(arguments)))
+    return tuple(Rounded(out, amax) for out in outputs)
+
+
+def _float(request: Request, scale: Tensor, parameters: Any) -> Rounded:
+    x = readable(request.x)
+    out = torch.empty_like(x, dtype=carrier_dtype(request.format))
+    arguments = c.FloatRound(
+        x.data_ptr(), c.CODES[x.dtype], x.numel(), _inverse(scale), parameters, out.data_ptr(), c.CODES[out.dtype]
+    )
+    return Rounded(out, _amax(kernels().float_round(ctypes.byref(arguments))))
+
+
+def _by_table(request: Request, scale: Tensor) -> Rounded:
+    x, format = readable(request.x), request.format
+    boundaries, levels = _table(format)  # type: ignore[misc]
+    out = torch.empty_like(x, dtype=carrier_dtype(format))
+    arguments: Any = c.TableRound(
+        x.data_ptr(),
+        c.CODES[x.dtype],
+        x.numel(),
+        _inverse(scale),
+        boundaries.data_ptr(),
+        levels.data_ptr(),
+        len(levels),
+        float(format.overflow_point) if format.overflow == "infinity" else math.inf,
+        out.data_ptr(),
+        c.CODES[out.dtype],
+        stream_key(request.key, 0) if request.spec.stochastic and request.key is not None else 0,
+        int(request.spec.stochastic),
+    )
+    return Rounded(out, _amax(kernels().table_round(ctypes.byref(arguments))))
+
+
+@backends.register("unpack", "cpu")
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
+    """Packed codes as int8, uint8, bfloat16 or float32."""
+    if packed.data.device.type != "cpu" or dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
+        return None
+    out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
+    arguments = c.Unpack(packed.data.data_ptr(), out.numel(), int(packed.signed), out.data_ptr(), c.CODES[dtype])
+    kernels().unpack(ctypes.byref(arguments))
+    return out
+
+
+@backends.register("moments", "cpu")
+def moments(x: Tensor) -> Moments | None:
+    """Means of x^2 and |x|, and max|x|, from one read."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.numel() == 0:
+        return None
+    x = readable(x)
+    found = c.Moments()
+    kernels().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(x.numel()), ctypes.byref(found))
+    means = torch.tensor([found.sum_square / x.numel(), found.sum_abs / x.numel()], dtype=torch.float64)
+    return Moments(means[0], means[1], _amax(found.amax))

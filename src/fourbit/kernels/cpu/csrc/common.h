@@ -1,0 +1,143 @@
+// What every translation unit shares: element types, the thread team, and the table of kernels of one instruction set.
+//
+// The library has a plain C ABI, depends on no header of torch and links no OpenMP runtime: the caller hands over the entry
+// points of the runtime that torch has loaded (fourbit_set_threads), so that both share one team of threads.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fourbit {
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kUInt8 = 3, kInt32 = 4 };
+
+// Elements per block: codes of elements i and i + 32 of a block share a byte (low and high nibble), and the masks of
+// elements i, i + 8, .. i + 56 share byte i of the block's eight, from the lowest bit up.
+constexpr int64_t kBlock = 64;
+
+// A logarithmic grid: 0 and +-smallest * 2^(octaves i), rounded up from `start` * 2^(octaves i) on; float32 bit patterns.
+struct LogGrid {
+  int32_t start, smallest, largest, octaves;  // octaves << 23
+};
+
+// A binary float format: magnitudes are multiples of a quantum that doubles with the exponent.
+struct FloatGrid {
+  int32_t mantissa_bits;
+  int32_t lowest;     // smallest exponent of a normal number, biased as in float32
+  float smallest;     // smallest magnitude if there are no subnormals, else 0
+  float min, max;
+  float overflow;     // magnitudes from here on become infinite; infinity: never
+};
+
+using Range = void (*)(int64_t begin, int64_t end, int thread, void* task);
+
+// Runs range(begin, end, thread, task) over [0, n) in pieces that start at multiples of `grain`; returns the number of pieces.
+int parallel(int64_t n, int64_t grain, Range range, void* task);
+constexpr int kMaxThreads = 256;
+
+struct Clip {
+  const void* x;
+  int32_t dtype;
+  int64_t n;
+  float inv_scale, low, high;
+  int32_t mask_rule;  // 0: none; 1: 0 <= x < bound; 2: |x| < bound; 3: |x| <= bound
+  float bound;
+  int8_t* codes;      // one byte per element, or null
+  uint8_t* packed;    // 32 bytes per block, or null
+  uint8_t* mask;      // 8 bytes per block, or null where mask_rule is 0
+};
+
+struct LogRound {
+  const void* x;
+  int32_t dtype;
+  int64_t n;
+  float inv_scale;
+  int32_t num;        // grids, 1 or 2
+  LogGrid grid[2];
+  uint16_t* out[2];   // bfloat16
+  uint64_t key[2];    // of the random words
+  int32_t stochastic;
+};
+
+struct FloatRound {
+  const void* x;
+  int32_t dtype;
+  int64_t n;
+  float inv_scale;
+  FloatGrid grid;
+  void* out;
+  int32_t out_dtype;
+};
+
+struct TableRound {
+  const void* x;
+  int32_t dtype;
+  int64_t n;
+  float inv_scale;
+  const float* boundaries;  // a number becomes levels[count of boundaries below it]
+  const float* levels;
+  int32_t num_levels;
+  float overflow;
+  void* out;
+  int32_t out_dtype;
+  uint64_t key;
+  int32_t stochastic;
+};
+
+struct Unpack {
+  const uint8_t* packed;
+  int64_t n;
+  int32_t is_signed;
+  void* out;
+  int32_t out_dtype;
+};
+
+// What follows a matrix product: out = post * round(scale * y), zero where the mask is not set; y is float32, bfloat16,
+// int32, or two int32 (256 * high + y). Returns the sum over masked elements of out (before masking) * sign(code).
+struct Epilogue {
+  const void* x;
+  int32_t dtype;
+  int64_t n;
+  const int32_t* high;    // or null
+  float scale;
+  int32_t rounds;         // whether grid applies
+  int32_t keep_infinite;  // infinities pass, instead of saturating
+  FloatGrid grid;
+  float post;
+  const uint8_t* mask;    // or null
+  const uint8_t* packed;  // of the codes; null where nobody asks for the sum
+  int32_t is_signed;
+  void* out;
+  int32_t out_dtype;
+};
+
+// x * unit = 256 * high + low, integers; x is bfloat16.
+struct Split {
+  const uint16_t* x;
+  int64_t n;
+  float unit;
+  int8_t* high;
+  int8_t* low;
+};
+
+struct Moments {
+  double sum_square, sum_abs;
+  float amax;  // NaN where an element is NaN
+};
+
+struct Table {
+  float (*clip)(const Clip*);            // returns amax, NaN or infinity as in the data
+  float (*log_round)(const LogRound*);
+  float (*float_round)(const FloatRound*);
+  float (*table_round)(const TableRound*);
+  void (*unpack)(const Unpack*);
+  double (*epilogue)(const Epilogue*);
+  void (*split)(const Split*);
+  Moments (*moments)(const void* x, int32_t dtype, int64_t n);
+};
+
+extern const Table portable_table;
+extern const Table avx2_table;
+extern const Table avx512_table;
+
+}  // namespace fourbit

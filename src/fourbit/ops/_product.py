@@ -1,0 +1,179 @@
+"""Matrix products of quantized operands.
+
+    y = late * out(scale_a scale_b (a * b))
+
+The operands are grid values in their carriers, with the scales factored out. The reference multiplies them in float32: a
+product of two 4-bit operands is exact, and so is a sum of them while it fits the 24 bits of float32. A backend may
+multiply the carriers in another way (int8 with int32 sums, bfloat16 with float32 sums). What comes out of the multiplier
+is a `Raw`; scaling it, rounding it to the output format, and masking it for the straight-through gradient is a `Finish`,
+one pass over memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.formats import Format
+from fourbit.ops._contraction import Contraction
+from fourbit.quantizers import Packed, round_to_format, unpack_mask
+
+Products = Literal["fast", "exact"]
+"""How backends may multiply.
+
+    exact   sums are exact or in float32, rounded once to the output format
+    fast    where the library of the platform rounds the results of a product to bfloat16 (convolutions' gradients on a CPU),
+            that is accepted in place of the output format: a relative error of at most 2^-8 per result
+"""
+
+
+class Operand(NamedTuple):
+    """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none)."""
+
+    q: Tensor | Packed
+    scale: Tensor | None = None
+    format: Format | None = None
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in a dtype that holds them."""
+        return self.q.unpack(dtype) if isinstance(self.q, Packed) else self.q.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.q.data.device if isinstance(self.q, Packed) else self.q.device
+
+
+class Layout(NamedTuple):
+    """Shape and order of axes of a tensor that does not exist yet, or no longer."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(t: Tensor) -> Layout:
+        """The layout of a dense tensor."""
+        return Layout(t.shape, t.stride())
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory with nothing in it."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
+
+    def match(self, t: Tensor) -> Tensor:
+        """`t` with its elements in this order."""
+        if t.stride() == self.stride:
+            return t
+        return self.empty(t.dtype, t.device).copy_(t)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One of the three products of a layer: fprop(x, w), dgrad(g, w) or wgrad(g, x); `layout` is that of dx or dw."""
+
+    which: Literal["fprop", "dgrad", "wgrad"]
+    contraction: Contraction
+    a: Operand
+    b: Operand
+    layout: Layout | None
+    dtype: torch.dtype
+    products: Products
+
+
+class Raw(NamedTuple):
+    """What comes out of a multiplier: unit * (y + 256 * high). `rounded`: already as the output format demands."""
+
+    y: Tensor
+    high: Tensor | None = None
+    unit: float = 1.0
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of a Raw.
+
+    Args:
+        scale: multiplied before rounding (None: 1).
+        output: format to round to (None: not).
+        keep_infinite: infinities pass instead of saturating, because an operand was in full precision.
+        late: 0-d, multiplied after rounding.
+        dtype: of the result.
+        layout: of the result.
+        mask, codes: bits of the straight-through gradient, and the operand's codes where the clip value's gradient is wanted.
+    """
+
+    scale: Tensor | None
+    output: Format | None
+    keep_infinite: bool
+    late: Tensor | None
+    dtype: torch.dtype
+    layout: Layout | None = None
+    mask: Tensor | None = None
+    codes: Packed | Tensor | None = None
+
+
+def product(
+    gemm: Gemm,
+    output: Format | None,
+    dtype: torch.dtype,
+    late: Tensor | None = None,
+    mask: Tensor | None = None,
+    codes: Packed | Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The product in `dtype`, and the sum over masked results of sign(code) * result, if `codes` are given.
+
+    Args:
+        late: scale taken out after rounding, 0-d or broadcastable against the result.
+        mask: bits as of `pack_mask`, in the order of `gemm.layout`: results are zero where it is not set.
+    """
+    scales = [s for s in (gemm.a.scale, gemm.b.scale) if s is not None]
+    scale = None if not scales else scales[0] if len(scales) == 1 else scales[0] * scales[1]
+    keep_infinite = gemm.a.format is None or gemm.b.format is None
+    raw = None if gemm.dtype == torch.float64 else backends.dispatch("gemm", gemm)
+    if raw is None:
+        raw = Raw(_multiply(gemm))
+    finish = Finish(scale, output, keep_infinite, late, dtype, gemm.layout, mask, codes)
+    return backends.dispatch("epilogue", raw, finish) or _finish(raw, finish)
+
+
+def _multiply(gemm: Gemm) -> Tensor:
+    a, b = gemm.a.to(gemm.dtype), gemm.b.to(gemm.dtype)
+    if gemm.which == "fprop":
+        return gemm.contraction.fprop(a, b)
+    assert gemm.layout is not None
+    like = gemm.layout.empty(gemm.dtype, a.device)
+    multiply = gemm.contraction.dgrad if gemm.which == "dgrad" else gemm.contraction.wgrad
+    return multiply(a, b, like)
+
+
+def _finish(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None]:
+    y = raw.y
+    if not y.is_floating_point():
+        total = y.double() if raw.high is None else y.double().add_(raw.high, alpha=256)
+        y = total.to(torch.float32)
+    elif y.dtype not in (torch.float32, torch.float64):
+        y = y.to(torch.float32)
+    if raw.unit != 1.0:
+        y = y.mul_(raw.unit)
+    if finish.scale is not None:
+        y = y.mul_(finish.scale)
+    if finish.output is not None and not raw.rounded:
+        rounded = round_to_format(y, finish.output).to(y.dtype)
+        # NaN in a scale passes through; infinity in an operand in full precision must not be saturated away.
+        y = torch.where(y.isfinite(), rounded, y) if finish.keep_infinite else rounded
+    if finish.late is not None:
+        y = y.mul_(finish.late)
+    if finish.mask is None:
+        return y.to(finish.dtype), None
+    assert finish.layout is not None
+    y = finish.layout.match(y)
+    inside = y.masked_fill(unpack_mask(finish.mask, y).logical_not_(), 0.0)
+    clipped = None
+    if finish.codes is not None:
+        q = finish.codes.unpack(torch.float32) if isinstance(finish.codes, Packed) else finish.codes
+        clipped = y.sub_(inside).mul_(q.sign()).sum(dtype=torch.float32)
+    return inside.to(finish.dtype), clipped

@@ -1,0 +1,77 @@
+"""Tensors of 4-bit integers at two codes per byte, and of truth values at eight per byte.
+
+Elements are taken in the order in which they lie in memory, in blocks of 64; the last block is filled with zeros. In a
+block, byte i holds the codes of elements i (low nibble) and i + 32 (high nibble), and bit b of mask byte i is element
+8 b + i: so packing needs no shuffling within a vector register.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.formats import Format, IntFormat
+from fourbit.quantizers._statistics import memory_flat
+
+BLOCK = 64
+"""Elements per block."""
+
+
+@lru_cache(maxsize=256)
+def is_packable(format: Format) -> bool:
+    """Whether the numbers of a format are integers that fit a nibble."""
+    return isinstance(format, IntFormat) and format.bits <= 4 and float(format.min).is_integer() and format.max <= 15
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed codes, and what is needed to get the tensor back."""
+
+    data: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    signed: bool
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The grid values, in the original shape and order of axes."""
+        found = backends.dispatch("unpack", self, dtype)
+        if found is not None:
+            return found
+        pairs = self.data.view(-1, BLOCK // 2)
+        q = torch.cat([pairs & 15, pairs >> 4], 1).view(-1).to(torch.int8)
+        if self.signed:
+            q = (q ^ 8) - 8
+        out = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.data.device)
+        memory_flat(out).copy_(q[: out.numel()])
+        return out
+
+
+def pack(q: Tensor, format: Format) -> Packed:
+    """Pack a dense tensor of the integers of `format`."""
+    flat = _padded(memory_flat(q).to(torch.int8)).view(-1, BLOCK)
+    data = (flat[:, : BLOCK // 2] & 15) | (flat[:, BLOCK // 2 :] << 4)
+    return Packed(data.view(torch.uint8).reshape(-1), q.shape, q.stride(), format.min < 0)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """One bit per element of a dense boolean tensor: uint8, 8 bytes per block."""
+    bits = _padded(memory_flat(mask).to(torch.uint8)).view(-1, 8, 8)
+    weights = torch.tensor([1 << b for b in range(8)], dtype=torch.uint8, device=mask.device)
+    return (bits * weights.view(1, 8, 1)).sum(1, dtype=torch.uint8).reshape(-1)
+
+
+def unpack_mask(data: Tensor, like: Tensor) -> Tensor:
+    """The boolean tensor of the shape and order of axes of the dense tensor `like`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
+    bits = ((data.view(-1, 1, 8) >> shifts.view(1, 8, 1)) & 1).view(-1)
+    out = torch.empty_like(like, dtype=torch.bool)
+    memory_flat(out).copy_(bits[: out.numel()])
+    return out
+
+
+def _padded(flat: Tensor) -> Tensor:
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK))

@@ -1,0 +1,81 @@
+"""What scales are made of: the largest magnitude and the first two moments of a tensor, computed when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in whatever order of axes."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def memory_flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
+def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """max|x| in float32 over `dims` (kept, size 1) or as a 0-d tensor; NaN if any element is NaN; 0 if empty."""
+    if x.numel() == 0:
+        shape = () if dims is None else [1 if d in dims else n for d, n in enumerate(x.shape)]
+        return x.new_zeros(shape, dtype=torch.float32)
+    if dims == ():
+        return x.detach().abs().to(torch.float32)
+    if dims is None:
+        x = x.detach()
+        if is_dense(x):  # order does not matter; aminmax would copy a channels_last tensor
+            x = memory_flat(x)
+        low, high = torch.aminmax(x)
+        return torch.maximum(high, -low).to(torch.float32)
+    return x.detach().abs().amax(dims, keepdim=True).to(torch.float32)
+
+
+class Moments(NamedTuple):
+    """Means of x^2 and |x| (float64) and max|x| (float32); NaN or infinite where the data are."""
+
+    mean_square: Tensor
+    mean_abs: Tensor
+    amax: Tensor
+
+
+class Statistics:
+    """Statistics of `x` over the axes `dims` that share a scale (None: all), each computed once, when first used."""
+
+    def __init__(self, x: Tensor, dims: tuple[int, ...] | None = None):
+        self.x, self.dims = x.detach(), dims
+
+    @cached_property
+    def moments(self) -> Moments:
+        """All three at once. Means are taken in float64, so that they do not depend on the order of summation."""
+        if self.dims is None:
+            found = backends.dispatch("moments", self.x)
+            if found is not None:
+                return found
+        if self.x.numel() == 0:
+            zero = self.x.new_zeros((), dtype=torch.float64)
+            return Moments(zero, zero, zero.to(torch.float32))
+        x = self.x.to(torch.float32).to(torch.float64)
+        keep = self.dims is not None
+        axes = tuple(range(x.dim())) if self.dims is None else self.dims
+        return Moments(
+            x.square().mean(axes, keepdim=keep), x.abs().mean(axes, keepdim=keep), amax_of(self.x, self.dims)
+        )
+
+    @cached_property
+    def amax(self) -> Tensor:
+        """max|x|."""
+        return self.moments.amax if "moments" in self.__dict__ else amax_of(self.x, self.dims)
