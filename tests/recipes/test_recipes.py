@@ -90,7 +90,8 @@ def test_every_recipe_reproduces_its_golden_trace(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_kernels_start_on_the_trace_of_the_reference(name):
     golden = json.loads(GOLDEN.read_text())[name]
-    torch.testing.assert_close(trace(name, steps=4), golden[:4], rtol=3e-3, atol=1e-3)
+    # One update: later losses depend on single roundings that fall the other way, and drift apart.
+    torch.testing.assert_close(trace(name, steps=2), golden[:2], rtol=1e-3, atol=0.0)
 
 
 def test_golden_traces_tell_recipes_apart():

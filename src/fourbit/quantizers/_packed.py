@@ -1,8 +1,8 @@
 """Tensors of 4-bit integers at two codes per byte, and of truth values at eight per byte.
 
 Elements are taken in the order in which they lie in memory, in blocks of 64; the last block is filled with zeros. In a
-block, byte i holds the codes of elements i (low nibble) and i + 32 (high nibble), and bit b of mask byte i is element
-8 b + i: so packing needs no shuffling within a vector register.
+block, byte i holds the codes of elements i (low nibble) and i + 32 (high nibble), so that packing needs no shuffling within
+a vector register. Masks hold element i in bit i mod 8 of byte i / 8.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def pack_mask(mask: Tensor) -> Tensor:
     """One bit per element of a dense boolean tensor: uint8, 8 bytes per block."""
     bits = _padded(memory_flat(mask).to(torch.uint8)).view(-1, 8, 8)
     weights = torch.tensor([1 << b for b in range(8)], dtype=torch.uint8, device=mask.device)
-    return (bits * weights.view(1, 8, 1)).sum(1, dtype=torch.uint8).reshape(-1)
+    return (bits * weights).sum(2, dtype=torch.uint8).reshape(-1)
 
 
 def unpack_mask(data: Tensor, like: Tensor) -> Tensor:
     """The boolean tensor of the shape and order of axes of the dense tensor `like`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
-    bits = ((data.view(-1, 1, 8) >> shifts.view(1, 8, 1)) & 1).view(-1)
+    bits = ((data.view(-1, 1) >> shifts) & 1).view(-1)
     out = torch.empty_like(like, dtype=torch.bool)
     memory_flat(out).copy_(bits[: out.numel()])
     return out

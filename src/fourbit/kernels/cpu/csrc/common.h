@@ -11,8 +11,8 @@ namespace fourbit {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kUInt8 = 3, kInt32 = 4 };
 
-// Elements per block: codes of elements i and i + 32 of a block share a byte (low and high nibble), and the masks of
-// elements i, i + 8, .. i + 56 share byte i of the block's eight, from the lowest bit up.
+// Elements per block: codes of elements i and i + 32 of a block share a byte (low and high nibble). Masks have one bit per
+// element, in order, from the lowest bit of the first byte up.
 constexpr int64_t kBlock = 64;
 
 // A logarithmic grid: 0 and +-smallest * 2^(octaves i), rounded up from `start` * 2^(octaves i) on; float32 bit patterns.

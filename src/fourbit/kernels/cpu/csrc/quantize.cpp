@@ -3,6 +3,10 @@
 #include <cmath>
 #include <limits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "common.h"
 
 #ifndef FOURBIT_ISA
@@ -73,6 +77,33 @@ inline void draw(uint64_t key, int64_t begin, int count, float* u) {
   for (int i = 0; i < count; ++i) u[i] = static_cast<float>(static_cast<int32_t>(words[i] >> 8));
 }
 
+// 64 truth values (0 or 1) to 64 bits and back, as 0 or -1 in 32 bits each.
+inline void pack_bits(const uint8_t* m, uint8_t* out) {
+#if defined(__AVX512BW__)
+  const __mmask64 bits = _mm512_test_epi8_mask(_mm512_loadu_si512(m), _mm512_set1_epi8(1));
+  std::memcpy(out, &bits, 8);
+#else
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, m + 8 * i, 8);
+    out[i] = static_cast<uint8_t>((eight * 0x0102040810204080ull) >> 56);
+  }
+#endif
+}
+
+inline void expand_bits(const uint8_t* bits, int32_t* m) {
+#if defined(__AVX512DQ__)
+  for (int i = 0; i < 4; ++i) {
+    __mmask16 sixteen;
+    std::memcpy(&sixteen, bits + 2 * i, 2);
+    _mm512_storeu_si512(m + 16 * i, _mm512_movm_epi32(sixteen));
+  }
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int b = 0; b < 8; ++b) m[8 * i + b] = -((bits[i] >> b) & 1);
+#endif
+}
+
 // ---- integers, with clipping ----
 
 template <typename T>
@@ -99,12 +130,7 @@ void clip_block(const Clip& c, const T* x, int64_t begin, int count, int32_t& la
       for (int i = 0; i < count; ++i) { const float t = load(x + i); m[i] = (t >= -bound) & (t <= bound); }
     }
     for (int i = count; i < kBlock; ++i) m[i] = 0;
-    uint8_t* out = c.mask + begin / 8;
-    for (int i = 0; i < 8; ++i) {
-      uint8_t bits = 0;
-      for (int b = 0; b < 8; ++b) bits = static_cast<uint8_t>(bits | (m[8 * b + i] << b));
-      out[i] = bits;
-    }
+    pack_bits(m, c.mask + begin / 8);
   }
   if (c.packed) {
     for (int i = count; i < kBlock; ++i) q[i] = 0;
@@ -368,6 +394,55 @@ void unpack(const Unpack* u) {
 
 inline float load(const int32_t* p) { return static_cast<float>(*p); }
 
+// One block; the compiler sees the number of elements, so every loop becomes a few vector instructions.
+template <typename T, typename O>
+float epilogue_block(const Epilogue& e, const T* x, const int32_t* high, int64_t begin, O* out) {
+  const float scale = e.scale, post = e.post;
+  float v[kBlock];
+  if (high) {  // the sum of the two halves is exact in double precision, and rounded to float32 once
+    for (int j = 0; j < kBlock; ++j)
+      v[j] = static_cast<float>(256.0 * high[j] + static_cast<double>(x[j])) * scale;
+  } else {
+    for (int j = 0; j < kBlock; ++j) v[j] = load(x + j) * scale;
+  }
+  if (e.rounds) {
+    const FloatGrid g = e.grid;
+    if (e.keep_infinite) {
+      for (int j = 0; j < kBlock; ++j) {
+        const float y = float_nearest(v[j], g);
+        v[j] = ((as_bits(v[j]) & 0x7FFFFFFF) >= 0x7F800000 ? v[j] : y) * post;
+      }
+    } else {
+      for (int j = 0; j < kBlock; ++j) {
+        const float y = float_nearest(v[j], g);
+        v[j] = (v[j] != v[j] ? v[j] : y) * post;
+      }
+    }
+  } else if (post != 1.0f) {
+    for (int j = 0; j < kBlock; ++j) v[j] *= post;
+  }
+  float sum = 0.0f;
+  if (e.mask) {
+    int32_t m[kBlock];
+    expand_bits(e.mask + begin / 8, m);
+    if (e.packed) {
+      int8_t q[kBlock];
+      float part[16] = {};
+      unpack_block(e.packed + begin / 2, e.is_signed, q);
+      for (int j = 0; j < kBlock; j += 16)
+        for (int k = 0; k < 16; ++k) {
+          const int32_t code = q[j + k];
+          const float clipped = as_float(as_bits(v[j + k]) & ~m[j + k]);
+          part[k] += code > 0 ? clipped : (code < 0 ? -clipped : 0.0f);
+        }
+      for (int j = 0; j < 16; ++j) sum += part[j];
+    }
+    for (int j = 0; j < kBlock; ++j) v[j] = as_float(as_bits(v[j]) & m[j]);
+  }
+  for (int j = 0; j < kBlock; ++j) store(out + j, v[j]);
+  return sum;
+}
+
 template <typename T, typename O>
 double epilogue_typed(const Epilogue* e) {
   struct Task { const Epilogue* e; double sum[kMaxThreads]; } task{e, {}};
@@ -376,55 +451,18 @@ double epilogue_typed(const Epilogue* e) {
     const Epilogue& e = *t.e;
     const T* x = static_cast<const T*>(e.x);
     O* out = static_cast<O*>(e.out);
-    const FloatGrid g = e.grid;
-    const float scale = e.scale, post = e.post;
     double total = 0.0;
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int count = static_cast<int>(end - i < kBlock ? end - i : kBlock);
-      float v[kBlock];
-      if (e.high) {  // the sum of the two halves is exact in double precision, and rounded to float32 once
-        for (int j = 0; j < count; ++j)
-          v[j] = static_cast<float>(256.0 * e.high[i + j] + static_cast<double>(x[i + j])) * scale;
-      } else {
-        for (int j = 0; j < count; ++j) v[j] = load(x + i + j) * scale;
-      }
-      if (e.rounds) {
-        if (e.keep_infinite) {
-          for (int j = 0; j < count; ++j)
-            v[j] = (as_bits(v[j]) & 0x7FFFFFFF) >= 0x7F800000 ? v[j] : float_nearest(v[j], g);
-        } else {
-          for (int j = 0; j < count; ++j) {
-            const float y = float_nearest(v[j], g);
-            v[j] = v[j] != v[j] ? v[j] : y;
-          }
-        }
-      }
-      for (int j = 0; j < count; ++j) v[j] *= post;
-      if (e.mask) {
-        uint8_t m[kBlock];
-        uint64_t bits;
-        std::memcpy(&bits, e.mask + i / 8, 8);
-        for (int b = 0; b < 8; ++b) {
-          const uint64_t one = (bits >> b) & 0x0101010101010101ull;
-          std::memcpy(m + 8 * b, &one, 8);
-        }
-        if (e.packed) {
-          int8_t q[kBlock];
-          float clipped[kBlock] = {}, part[16] = {};
-          unpack_block(e.packed + i / 2, e.is_signed, q);
-          for (int j = 0; j < count; ++j) {
-            const float sign = static_cast<float>((q[j] > 0) - (q[j] < 0));
-            clipped[j] = as_float(as_bits(v[j]) & (m[j] - 1)) * sign;
-          }
-          for (int j = 0; j < kBlock; j += 16)
-            for (int k = 0; k < 16; ++k) part[k] += clipped[j + k];
-          float sum = 0.0f;
-          for (int j = 0; j < 16; ++j) sum += part[j];
-          total += sum;
-        }
-        for (int j = 0; j < count; ++j) v[j] = as_float(as_bits(v[j]) & -static_cast<int32_t>(m[j]));
-      }
-      for (int j = 0; j < count; ++j) store(out + i + j, v[j]);
+    int64_t i = begin;
+    for (; i + kBlock <= end; i += kBlock) total += epilogue_block(e, x + i, e.high ? e.high + i : nullptr, i, out + i);
+    if (i < end) {  // the rest, in a block of its own
+      const size_t count = static_cast<size_t>(end - i);
+      T rest[kBlock] = {};
+      int32_t high[kBlock] = {};
+      O result[kBlock];
+      std::memcpy(rest, x + i, count * sizeof(T));
+      if (e.high) std::memcpy(high, e.high + i, count * sizeof(int32_t));
+      total += epilogue_block(e, rest, e.high ? high : nullptr, i, result);
+      std::memcpy(out + i, result, count * sizeof(O));
     }
     t.sum[thread] = total;
   }, &task);
@@ -449,11 +487,22 @@ void split(const Split* s) {
   parallel(s->n, kBlock, [](int64_t begin, int64_t end, int, void* p) {
     const Split& s = *static_cast<const Split*>(p);
     const float unit = s.unit;
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t v = static_cast<int32_t>(load(s.x + i) * unit);
-      const int32_t high = v / 256;
-      s.high[i] = static_cast<int8_t>(high);
-      s.low[i] = static_cast<int8_t>(v - 256 * high);
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int count = static_cast<int>(end - i < kBlock ? end - i : kBlock);
+      int32_t v[kBlock] = {};
+      if (count == kBlock) {
+        for (int j = 0; j < kBlock; ++j) v[j] = static_cast<int32_t>(load(s.x + i + j) * unit);
+      } else {
+        for (int j = 0; j < count; ++j) v[j] = static_cast<int32_t>(load(s.x + i + j) * unit);
+      }
+      int8_t high[kBlock], low[kBlock];
+      for (int j = 0; j < kBlock; ++j) {
+        const int32_t h = (v[j] + ((v[j] >> 31) & 255)) >> 8;  // v / 256, towards zero
+        high[j] = static_cast<int8_t>(h);
+        low[j] = static_cast<int8_t>(v[j] - 256 * h);
+      }
+      std::memcpy(s.high + i, high, static_cast<size_t>(count));
+      std::memcpy(s.low + i, low, static_cast<size_t>(count));
     }
   }, const_cast<Split*>(s));
 }
