@@ -12,6 +12,12 @@ reference runs.
     gemm        ops.Gemm                                       ops.Raw
     epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
 
+and, without a reference, because the modules themselves are one:
+
+    norm_supported   a tensor                                  True, or None
+    norm_forward     ops.NormForward                           o, its codes, what backward needs
+    norm_backward    ops.NormBackward                          gradients
+
 Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
 """
 
@@ -25,7 +31,17 @@ from typing import Any
 
 from fourbit.errors import unknown
 
-OPERATIONS = ("moments", "round", "round_pair", "unpack", "gemm", "epilogue")
+OPERATIONS = (
+    "moments",
+    "round",
+    "round_pair",
+    "unpack",
+    "gemm",
+    "epilogue",
+    "norm_supported",
+    "norm_forward",
+    "norm_backward",
+)
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)
 """Imported at first use; they register what they have."""

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import UserError
-from fourbit.ops import Contraction, LayerSpec, LayerState, Products, contract
+from fourbit.ops import (
+    Contraction,
+    LayerSpec,
+    LayerState,
+    OperandHandover,
+    Products,
+    ResultHandover,
+    contract,
+)
 
 SWAPS: dict[type[nn.Module], type[Quantized]] = {}
 """torch class -> quantized class."""
@@ -82,9 +90,11 @@ class Quantized(nn.Module):
         layer that is not converted."""
         raise TypeError(f"{type(self).__name__} defines no contraction")
 
-    def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:
+    def contract(
+        self, x: Tensor | OperandHandover, w: Tensor, contraction: Contraction, result: ResultHandover | None = None
+    ) -> Tensor:
         """x * w under this layer's spec."""
-        return contract(x, w, contraction, self.spec, self.quant)
+        return contract(x, w, contraction, self.spec, self.quant, result)
 
     def extra_repr(self) -> str:
         """torch's description plus the operands."""

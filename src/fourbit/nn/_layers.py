@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_floating, swaps
-from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, Products
+from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, OperandHandover
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
@@ -71,6 +71,15 @@ class _Conv(Quantized, nn.modules.conv._ConvNd):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode)
         y = _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, num_dims)
         return y if batched else y.squeeze(0)
+
+    @property
+    def takes_handover(self) -> bool:
+        """Whether the input may come quantized already: nothing happens to it before the product."""
+        return not self.spec.is_identity and _own_padding(self) is not None
+
+    def forward_handover(self, x: OperandHandover) -> Tensor:
+        """`forward` of an input that was quantized by the node before."""
+        return _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, len(self.stride))
 
 
 class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):

@@ -5,6 +5,15 @@ from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
 from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
+from fourbit.ops._handover import OperandHandover as OperandHandover
+from fourbit.ops._handover import ResultHandover as ResultHandover
+from fourbit.ops._norm import Activation as Activation
+from fourbit.ops._norm import Kept as Kept
+from fourbit.ops._norm import Norm as Norm
+from fourbit.ops._norm import NormBackward as NormBackward
+from fourbit.ops._norm import NormForward as NormForward
+from fourbit.ops._norm import can_normalize as can_normalize
+from fourbit.ops._norm import normalize as normalize
 from fourbit.ops._product import Finish as Finish
 from fourbit.ops._product import Gemm as Gemm
 from fourbit.ops._product import Layout as Layout

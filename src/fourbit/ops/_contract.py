@@ -20,27 +20,40 @@ from torch.autograd.function import once_differentiable
 
 from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._product import Gemm, Layout, Operand, product
+from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
 from fourbit.quantizers import Packed, Quantized, QuantSpec
 
 
-def contract(x: Tensor, w: Tensor, contraction: Contraction, spec: LayerSpec, state: LayerState) -> Tensor:
+def contract(
+    x: Tensor | OperandHandover,
+    w: Tensor,
+    contraction: Contraction,
+    spec: LayerSpec,
+    state: LayerState,
+    result: ResultHandover | None = None,
+) -> Tensor:
     """y = x * w under `spec`, differentiable in x, w and the clip values.
 
     Args:
-        x, w: operands of `contraction`, any floating dtypes. The products are computed in float32 (float64 if x is).
+        x, w: operands of `contraction`, any floating dtypes. The products are computed in float32 (float64 if x is). x may
+            have been quantized by the node before it.
         state: the layer's memory; it is updated in training mode.
+        result: takes the product for a node that finishes it.
 
     Returns:
-        y in the dtype of x, or autocast's where autocast is on.
+        y in the dtype of x, or autocast's where autocast is on; with `result`, the token that stands for y.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    over = x if isinstance(x, OperandHandover) else None
+    t = x if isinstance(x, Tensor) else x.token
+    device = w.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
     with torch.autocast(device, enabled=False):
         state.begin()
-        return _Contract.apply(x, w, state.x_alpha, state.w_alpha, contraction, spec, state, dtype)
+        x_alpha = None if over is not None else state.x_alpha
+        return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
 
 
 class _Contract(torch.autograd.Function):
@@ -55,25 +68,36 @@ class _Contract(torch.autograd.Function):
         spec: LayerSpec,
         state: LayerState,
         dtype: torch.dtype,
+        over: OperandHandover | None,
+        result: ResultHandover | None,
     ) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, w = contraction.prepare(x.detach(), "x"), contraction.prepare(w.detach(), "w")
-        x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
+        w = contraction.prepare(w.detach(), "w")
         w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
-        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+        x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
+        if over is None:
+            x = contraction.prepare(x.detach(), "x")
+            x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+        else:  # its mask is the business of the node that made it
+            x_fprop, x_saved, x_mask = *_kept(over.take()), None
         w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
         gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
-        y, _ = product(gemm, spec.output, dtype)
+        if result is None:
+            y, _ = product(gemm, spec.output, dtype)
+        else:
+            result.needs = (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]), ctx.needs_input_grad[1]
+            y = _hand_over(gemm, spec, result)
         x_codes, w_codes = x_saved, w_saved
-        if spec.x_wgrad is not REUSE:
+        if spec.x_wgrad is not REUSE and over is None:
             _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
         if spec.w_dgrad is not REUSE:
             _, w_saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis)
         saved = [x_saved, w_saved, x_codes if x_alpha is not None else None, w_codes if w_alpha is not None else None]
         ctx.save_for_backward(*(t for kept in saved for t in _tensors(kept)), x_mask, w_mask)
         ctx.kept = [_outline(kept) for kept in saved]
-        ctx.layouts = Layout.of(x), Layout.of(w)
+        ctx.layouts = (over.layout if over is not None else Layout.of(x)), Layout.of(w)
         ctx.contraction, ctx.spec, ctx.state, ctx.compute = contraction, spec, state, compute
+        ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
         return y
 
@@ -87,9 +111,15 @@ class _Contract(torch.autograd.Function):
         need_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         dx = dw = dx_alpha = dw_alpha = None
         with torch.autocast(grads[0].device.type, enabled=False):
-            g = contraction.prepare(grads[0], "g")
-            axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
-            g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
+            result: ResultHandover | None = ctx.result
+            g = contraction.prepare(grads[0] if result is None or result.g is None else result.g, "g")
+            if result is not None and result.quantized is not None:
+                g_dgrad, g_wgrad = result.quantized
+            else:
+                axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
+                g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
+            if result is not None:
+                result.g = result.quantized = None
             if spec.g_wgrad is REUSE:
                 g_wgrad = g_dgrad
             for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
@@ -98,14 +128,41 @@ class _Contract(torch.autograd.Function):
             if need_x:
                 a, late = _gradient(g, g_dgrad)
                 gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products)
-                dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
+                if ctx.over is None:
+                    dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
+                else:
+                    dx = _give_back(gemm, spec, late, ctx.over)
             if need_w:
                 after = (_axis(contraction, "w", spec, "g_wgrad"), len(ctx.layouts[1].shape))
                 a, late = _gradient(g, g_wgrad, after)
                 gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products)
                 dw, dw_alpha = product(gemm, spec.output, ctx.dtypes[1], late, w_mask, _codes(w_codes))
         needs = ctx.needs_input_grad
-        return dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, None, None, None, None
+        return (dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, *(None,) * 6)
+
+
+def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
+    """Leave the product to the node behind; what it cannot take is finished here."""
+    raw = multiply(gemm)
+    scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
+    if raw.y.dtype != torch.float32 or raw.high is not None or gemm.keep_infinite:
+        y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
+        raw, scale = Raw(y, rounded=True), 1.0
+    result.raw, result.scale, result.output = raw, scale, spec.output
+    return raw.y.new_zeros(())
+
+
+def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> Tensor:
+    """Leave the gradient of the operand to the node that made it, as it comes out of the multiplier where that will do."""
+    raw = multiply(gemm)
+    assert gemm.layout is not None
+    if raw.rounded and raw.high is None and raw.y.dtype == torch.bfloat16:
+        scale = raw.unit
+        for factor in (gemm.scale, late):
+            scale = scale if factor is None else scale * float(factor)
+        return over.give_back(gemm.layout.match(raw.y), scale)
+    dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
+    return over.give_back(dx, 1.0)
 
 
 Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
@@ -129,13 +186,19 @@ def _forward_operand(
     if spec is None:
         state.count_nonfinite(slot, t)
         return Operand(t), (t, None, None), None
-    (q, scale, format), _, packed, mask = state.quantize(slot, t, spec, axis, save=True)
+    quantized = state.quantize(slot, t, spec, axis, save=True)
+    return *_kept(quantized), quantized.mask
+
+
+def _kept(quantized: Quantized) -> tuple[Operand, Kept]:
+    """The operand for a product, and what is saved of it."""
+    (q, scale, format), _, packed, _ = quantized
     if scale.numel() > 1:
         q, packed = q.to(torch.float32) * scale, None
         operand = Operand(q, None, format)
     else:
         operand = Operand(q, scale.view(()), format)
-    return operand, (q if packed is None else packed, operand.scale, format), mask
+    return operand, (q if packed is None else packed, operand.scale, format)
 
 
 def _tensors(kept: Kept | None) -> tuple[Tensor | None, Tensor | None]:

@@ -82,6 +82,17 @@ class Gemm:
     dtype: torch.dtype
     products: Products
 
+    @property
+    def scale(self) -> Tensor | None:
+        """The product of the operands' scales; None: 1."""
+        scales = [s for s in (self.a.scale, self.b.scale) if s is not None]
+        return None if not scales else scales[0] if len(scales) == 1 else scales[0] * scales[1]
+
+    @property
+    def keep_infinite(self) -> bool:
+        """Whether an operand is in full precision, so that infinities must not saturate."""
+        return self.a.format is None or self.b.format is None
+
 
 class Raw(NamedTuple):
     """What comes out of a multiplier: unit * (y + 256 * high). `rounded`: already as the output format demands."""
@@ -130,14 +141,18 @@ def product(
         late: scale taken out after rounding, 0-d or broadcastable against the result.
         mask: bits as of `pack_mask`, in the order of `gemm.layout`: results are zero where it is not set.
     """
-    scales = [s for s in (gemm.a.scale, gemm.b.scale) if s is not None]
-    scale = None if not scales else scales[0] if len(scales) == 1 else scales[0] * scales[1]
-    keep_infinite = gemm.a.format is None or gemm.b.format is None
+    return finish(multiply(gemm), Finish(gemm.scale, output, gemm.keep_infinite, late, dtype, gemm.layout, mask, codes))
+
+
+def multiply(gemm: Gemm) -> Raw:
+    """The product without scales and rounding."""
     raw = None if gemm.dtype == torch.float64 else backends.dispatch("gemm", gemm)
-    if raw is None:
-        raw = Raw(_multiply(gemm))
-    finish = Finish(scale, output, keep_infinite, late, dtype, gemm.layout, mask, codes)
-    return backends.dispatch("epilogue", raw, finish) or _finish(raw, finish)
+    return Raw(_multiply(gemm)) if raw is None else raw
+
+
+def finish(raw: Raw, what: Finish) -> tuple[Tensor, Tensor | None]:
+    """Scale, round and mask a product; see `product`."""
+    return backends.dispatch("epilogue", raw, what) or _finish(raw, what)
 
 
 def _multiply(gemm: Gemm) -> Tensor:

@@ -15,6 +15,7 @@ gradient checkpointing changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ from fourbit.quantizers import (
     amax_of,
     best_clip_value,
     exponent_scale,
+    is_packable,
     request_for,
     run,
     run_pair,
@@ -121,7 +123,11 @@ class LayerState(nn.Module):
             g_spec = self.spec.g_scaling
             if self.g_amax is not None and self.g_exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
-                self.g_exponent.copy_(scaling.step(self.g_exponent, scaling.vote(self.g_amax)))
+                if self.g_exponent.is_cpu and self.g_exponent.dim() == 0:  # a few scalars: the host is faster
+                    if (vote := scaling.vote(self.g_amax.item())):
+                        self.g_exponent.fill_(scaling.step(self.g_exponent.item(), vote))
+                else:
+                    self.g_exponent.copy_(scaling.step(self.g_exponent, scaling.vote(self.g_amax)))
             if self.g_amax is not None:
                 self.g_amax.fill_(-1.0)
 
@@ -149,7 +155,8 @@ class LayerState(nn.Module):
         if self._known and first and second and self._one_pass(first, second):
             assert self.g_exponent is not None and self.g_amax is not None
             both = run_pair(self._request("g_dgrad", g, first, axis), self._request("g_wgrad", g, second, axis))
-            self._record(both[0].amax * exponent_scale(self.g_exponent))
+            scale = exponent_scale(self.g_exponent)
+            self._record(scale * both[0].amax)
         else:
             exponent = self._see(g, axis)
             both = tuple(
@@ -160,6 +167,45 @@ class LayerState(nn.Module):
             if result is not None:
                 self._saw(slot, g, result)
         return both
+
+    def operand_request(self, x: Tensor) -> Request | None:
+        """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
+
+        None where it cannot: the first batch has not decided PACT's form, the codes are not packed integers with nearest
+        rounding and a clip value, the input is needed in another form, or somebody observes.
+        """
+        spec = self.spec.x_fprop
+        if spec is None or self.observer is not None or not self.training or self.spec.x_wgrad is not REUSE:
+            return None
+        clip = spec.scaling
+        if not isinstance(clip, ClipValue) or spec.stochastic or spec.granularity != "tensor" or "x" not in self._signed:
+            return None
+        format, alpha = self._clip("x", x, spec)
+        return Request(x, spec, format, None, alpha, None, save=True) if is_packable(format) else None
+
+    def gradient_specs(self, need_x: bool, need_w: bool) -> tuple[QuantSpec, ...]:
+        """The quantizations of the output gradient that one read of it gives; () where `gradients` must see it first."""
+        wgrad = self.spec.g_wgrad
+        found = (self.spec.g_dgrad if need_x or wgrad is REUSE else None, wgrad if need_w else None)
+        specs = tuple(s for s in found if isinstance(s, QuantSpec))
+        wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
+        if not self._known or self.observer is not None or len(specs) != wanted:
+            return ()
+        return specs if specs and all(self._one_pass(s, s) and not s.stochastic for s in specs) else ()
+
+    def saw_gradient(self, amax: float) -> None:
+        """A node behind this layer has quantized the gradient as `gradient_specs` says; its largest magnitude was `amax`."""
+        self._uses += 1
+        if self.step is not None:
+            self.step[1] = 1
+        if not math.isfinite(amax):
+            self.nonfinite[2] += 1
+        self._record(exponent_scale(self._exponent()) * amax)
+
+    def saw_operand(self, amax: float) -> None:
+        """A node before this layer has quantized its input; its largest magnitude was `amax`."""
+        if not math.isfinite(amax):
+            self.nonfinite[0] += 1
 
     def _one_pass(self, first: QuantSpec, second: QuantSpec) -> bool:
         """Whether one read of the gradient gives both operands and the vote: the exponent is known beforehand."""
@@ -183,7 +229,10 @@ class LayerState(nn.Module):
         return self.g_exponent
 
     def _saw(self, slot: str, x: Tensor, result: Quantized) -> None:
-        self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
+        if not isinstance(result.amax, float):
+            self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
+        elif not math.isfinite(result.amax):
+            self.nonfinite["xwg".index(slot[0])] += 1
         if self.observer is not None:
             self.observer.record(slot, x.detach(), result.tensor)
 

@@ -14,10 +14,11 @@ the output instead of being saturated away.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -278,16 +279,34 @@ class GradScale(Scaling):
         limited = exponent.clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
         return torch.where(known, limited, UNSET).to(torch.int32)
 
-    def vote(self, amax: Tensor) -> Tensor:
-        """The vote of a scaled amax: int32 in {-1, 0, 1}, shape of amax. NaN, infinity and 0 vote 0."""
-        up = (amax > 0) & (amax <= self.max / 2)
-        down = (amax > self.max) & amax.isfinite()
-        return up.to(torch.int32) - down.to(torch.int32)
+    @overload
+    def vote(self, amax: float) -> int: ...
 
-    def step(self, exponent: Tensor, votes: Tensor) -> Tensor:
+    @overload
+    def vote(self, amax: Tensor) -> Tensor: ...
+
+    def vote(self, amax: Tensor | float) -> Tensor | int:
+        """The vote of a scaled amax: in {-1, 0, 1}, int32 in the shape of amax. NaN, infinity and 0 vote 0."""
+        up = (amax > 0) & (amax <= self.max / 2)
+        down = (amax > self.max) & (amax < math.inf)
+        if isinstance(up, Tensor) and isinstance(down, Tensor):
+            return up.to(torch.int32) - down.to(torch.int32)
+        return int(up) - int(down)
+
+    @overload
+    def step(self, exponent: int, votes: int) -> int: ...
+
+    @overload
+    def step(self, exponent: Tensor, votes: Tensor) -> Tensor: ...
+
+    def step(self, exponent: Tensor | int, votes: Tensor | int) -> Tensor | int:
         """exponent + sign(votes), clamped; UNSET stays. `votes` may be a sum over workers."""
-        moved = (exponent + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
-        return torch.where(exponent == UNSET, exponent, moved).to(torch.int32)
+        if isinstance(exponent, Tensor) and isinstance(votes, Tensor):
+            moved = (exponent + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
+            return torch.where(exponent == UNSET, exponent, moved).to(torch.int32)
+        if exponent == UNSET:
+            return UNSET
+        return int(min(max(exponent + (votes > 0) - (votes < 0), -_EXPONENT_LIMIT), _EXPONENT_LIMIT))
 
     def __str__(self) -> str:
         return f"GradScale {self.max:g}"

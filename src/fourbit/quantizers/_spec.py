@@ -11,6 +11,7 @@ that hardware can multiply it fast without changing a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -138,11 +139,12 @@ class Request:
 class Rounded(NamedTuple):
     """The numbers, max|x| (of those that share a scale), and what is saved for backward.
 
+    `amax` is a float where it is known to the host: no tensor needs to be made and read to see that all is finite.
     `mask` has one bit per element (see `pack_mask`), None where everything passes.
     """
 
     q: Tensor | None
-    amax: Tensor
+    amax: Tensor | float
     packed: Packed | None = None
     mask: Tensor | None = None
 
@@ -151,7 +153,7 @@ class Quantized(NamedTuple):
     """A quantized operand, with max|x| and what is saved for backward."""
 
     tensor: QTensor
-    amax: Tensor
+    amax: Tensor | float
     packed: Packed | None = None
     mask: Tensor | None = None
 
@@ -183,10 +185,10 @@ def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
 
 
 def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
-    # amax * 0 is NaN for data with NaN or infinity
-    q = rounded.q if rounded.q is not None else request.x.new_empty(0)
-    tensor = QTensor(q, scale + rounded.amax * 0, request.format)
-    return Quantized(tensor, rounded.amax, rounded.packed, rounded.mask)
+    amax, q = rounded.amax, rounded.q if rounded.q is not None else request.x.new_empty(0)
+    if not isinstance(amax, float) or not math.isfinite(amax):
+        scale = scale + amax * 0  # NaN for data with NaN or infinity
+    return Quantized(QTensor(q, scale, request.format), amax, rounded.packed, rounded.mask)
 
 
 def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
@@ -277,7 +279,7 @@ def quantize_pair(
     if (first.scaling, first.granularity) != (second.scaling, "tensor"):
         raise UserError(f"two formats that share a scale need the same scaling, per tensor: got {first} and {second}")
     a, b = run_pair(request_for(x, first, None, stored), request_for(x, second, None, stored))
-    return a.tensor, b.tensor, a.amax
+    return a.tensor, b.tensor, torch.as_tensor(a.amax)
 
 
 def request_for(

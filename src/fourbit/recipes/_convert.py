@@ -12,6 +12,8 @@ from torch import nn
 from fourbit.errors import UserError
 from fourbit.nn import SWAPS, MatMul, Quantized, quantized_layers
 from fourbit.ops import LayerSpec, Products
+from fourbit.recipes._fuse import fuse as fuse_chains
+from fourbit.recipes._fuse import unfuse as unfuse_chains
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,7 +97,7 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
     return next((torch_class for torch_class, ours in SWAPS.items() if ours is cls), None)
 
 
-def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products = "fast") -> M:
+def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products = "fast", fuse: bool = True) -> M:
     """Train `model` by `recipe` from now on. In place; returns the model.
 
     Layers become the quantized class of the same name; parameters, their names, hooks and ties stay as they are, and the
@@ -109,6 +111,9 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             gradients of convolutions on a CPU: a relative error of at most 2^-8 per result, where FP16 1-6-9 has 2^-10);
             "exact" rounds every result once, to the recipe's output format. Forward products and all products of linear
             layers and 1x1 convolutions are exact in both.
+
+        fuse: run each chain of convolution, batch normalization, residual, activation and quantization as one, in training,
+            where the model's code can be traced (torch.fx) and a backend has the kernels.
 
     Raises:
         UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, or a model that is already converted.
@@ -137,6 +142,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         assert isinstance(module, Quantized)
         module.attach(assignment.rule.spec, seed, index, products)
     _keep_off_fast_path(model)
+    if fuse:
+        fuse_chains(model)
     return model
 
 
@@ -155,6 +162,7 @@ def _nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def restore(model: M) -> M:
     """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
+    unfuse_chains(model)
     for layer in quantized_layers(model).values():
         torch_class = original_class(layer)
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _nothing]:

@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 1
+ABI = 2
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -89,6 +89,62 @@ Epilogue = _structure(
 Split = _structure("Split", x=c_void_p, n=c_int64, unit=c_float, high=c_void_p, low=c_void_p)
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
 
+NormForward = _structure(
+    "NormForward",
+    y=c_void_p,
+    rows=c_int64,
+    channels=c_int32,
+    scale=c_float,
+    rounds=c_int32,
+    grid=FloatGrid,
+    kept=c_void_p,
+    halves=c_int32,
+    gamma=c_void_p,
+    beta=c_void_p,
+    eps=c_float,
+    running_mean=c_void_p,
+    running_var=c_void_p,
+    momentum=c_float,
+    mean=c_void_p,
+    inv_std=c_void_p,
+    residual=c_void_p,
+    act=c_int32,
+    cap=c_float,
+    out=c_void_p,
+    passes=c_void_p,
+    clip=Clip,
+    clips=c_int32,
+)
+NormBackward = _structure(
+    "NormBackward",
+    token=c_void_p,
+    token_dtype=c_int32,
+    token_scale=c_float,
+    packed=c_void_p,
+    is_signed=c_int32,
+    mask=c_void_p,
+    out_grad=c_void_p,
+    passes=c_void_p,
+    act=c_int32,
+    cap_clips=c_int32,
+    kept=c_void_p,
+    halves=c_int32,
+    grid=FloatGrid,
+    rows=c_int64,
+    channels=c_int32,
+    gamma=c_void_p,
+    mean=c_void_p,
+    inv_std=c_void_p,
+    g=c_void_p,
+    dgamma=c_void_p,
+    dbeta=c_void_p,
+    inv_scale=c_float,
+    num=c_int32,
+    log_grid=LogGrid * 2,
+    out=c_void_p * 2,
+    clipped=c_double,
+)
+
 _RESULTS = {
     "clip": c_float,
     "log_round": c_float,
@@ -98,6 +154,8 @@ _RESULTS = {
     "epilogue": c_double,
     "split": None,
     "moments": None,
+    "norm_forward": c_float,
+    "norm_backward": c_float,
 }
 
 CODES = {
@@ -133,6 +191,8 @@ class Library:
     epilogue: Any
     split: Any
     moments: Any
+    norm_forward: Any
+    norm_backward: Any
 
     def _share_threads(self) -> bool:
         """Hand over torch's OpenMP runtime; without one, everything runs on the calling thread."""

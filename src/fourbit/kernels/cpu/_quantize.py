@@ -37,7 +37,8 @@ from fourbit.quantizers import (
     stream_key,
 )
 
-_RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
+RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
+"""Clip ranges as the library numbers them."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,7 +70,8 @@ def float_grid(format: Format) -> Any | None:
 
 
 @lru_cache(maxsize=64)
-def _log_grid(format: Format) -> Any | None:
+def log_grid(format: Format) -> Any | None:
+    """The parameters of a logarithmic grid for the kernels; None for other formats."""
     grid = grid_of(format)
     if not isinstance(grid, Logarithmic):
         return None
@@ -126,13 +128,9 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     both = (first, second)
     if not all(_takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
         return None
-    if any(_log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
+    if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
         return None
     return _log(first.x, both, scale)
-
-
-def _amax(value: float) -> Tensor:
-    return torch.tensor(value)
 
 
 def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) -> Rounded:
@@ -152,7 +150,7 @@ def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) 
                 _inverse(scale),
                 grid.low,
                 grid.high,
-                0 if bound is None else _RULES[bound.rule],
+                0 if bound is None else RULES[bound.rule],
                 0.0 if bound is None else float(bound.value),
                 _pointer(q),
                 _pointer(packed),
@@ -161,7 +159,7 @@ def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) 
         )
     )
     saved = None if packed is None else Packed(packed, x.shape, x.stride(), request.format.min < 0)
-    return Rounded(q, _amax(amax), saved, mask)
+    return Rounded(q, amax, saved, mask)
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -170,7 +168,7 @@ def _pointer(t: Tensor | None) -> int | None:
 
 def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
-    grids = [_log_grid(r.format) for r in requests]
+    grids = [log_grid(r.format) for r in requests]
     stochastic = requests[0].spec.stochastic
     outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
     arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=x.numel(), inv_scale=_inverse(scale))
@@ -179,7 +177,7 @@ def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Round
         arguments.grid[i] = grid
         arguments.out[i] = out.data_ptr()
         arguments.key[i] = stream_key(request.key, 0) if stochastic and request.key is not None else 0
-    amax = _amax(kernels().log_round(ctypes.byref(arguments)))
+    amax = kernels().log_round(ctypes.byref(arguments))
     return tuple(Rounded(out, amax) for out in outputs)
 
 
@@ -189,7 +187,7 @@ def _float(request: Request, scale: Tensor, parameters: Any) -> Rounded:
     arguments = c.FloatRound(
         x.data_ptr(), c.CODES[x.dtype], x.numel(), _inverse(scale), parameters, out.data_ptr(), c.CODES[out.dtype]
     )
-    return Rounded(out, _amax(kernels().float_round(ctypes.byref(arguments))))
+    return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
 
 def _by_table(request: Request, scale: Tensor) -> Rounded:
@@ -210,7 +208,7 @@ def _by_table(request: Request, scale: Tensor) -> Rounded:
         stream_key(request.key, 0) if request.spec.stochastic and request.key is not None else 0,
         int(request.spec.stochastic),
     )
-    return Rounded(out, _amax(kernels().table_round(ctypes.byref(arguments))))
+    return Rounded(out, kernels().table_round(ctypes.byref(arguments)))
 
 
 @backends.register("unpack", "cpu")
@@ -233,4 +231,4 @@ def moments(x: Tensor) -> Moments | None:
     found = c.Moments()
     kernels().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(x.numel()), ctypes.byref(found))
     means = torch.tensor([found.sum_square / x.numel(), found.sum_abs / x.numel()], dtype=torch.float64)
-    return Moments(means[0], means[1], _amax(found.amax))
+    return Moments(means[0], means[1], torch.tensor(found.amax))

@@ -125,6 +125,67 @@ struct Moments {
   float amax;  // NaN where an element is NaN
 };
 
+// Batch normalization of [rows, channels], residual, activation, and the next layer's operand. Two passes over memory:
+//   v = round(scale y), mean and variance of v per channel; t = a v + b (+ residual), out = act(t), codes of out.
+// act: 0 none, 1 max(t, 0), with t <= cap. `clip` says how out becomes codes; its x, dtype and n do not count.
+struct NormForward {
+  const float* y;
+  int64_t rows;
+  int32_t channels;
+  float scale;
+  int32_t rounds;         // whether grid applies
+  FloatGrid grid;
+  void* kept;             // v: 16-bit codes of grid if `halves`, else float32 (may be y itself)
+  int32_t halves;
+  const float* gamma;
+  const float* beta;
+  float eps;
+  float* running_mean;    // or null
+  float* running_var;
+  float momentum;
+  float* mean;
+  float* inv_std;
+  const float* residual;  // or null
+  int32_t act;
+  float cap;
+  float* out;             // or null
+  uint8_t* pass;          // where the gradient of out passes the activation, or null
+  Clip clip;
+  int32_t clips;          // whether clip applies
+};
+
+// The gradients of NormForward. g = token_scale * token inside the mask, plus out_grad, where the activation lets it pass;
+// sums per channel; then dy = a (g - mean g - (v - mean) / std^2 mean(g (v - mean))), rounded to one or two logarithmic grids,
+// or as it is. `clipped` sums what the mask removed, times the sign of the code.
+struct NormBackward {
+  const void* token;      // gradient of the codes, or null
+  int32_t token_dtype;
+  float token_scale;
+  const uint8_t* packed;
+  int32_t is_signed;
+  const uint8_t* mask;
+  const float* out_grad;  // or null
+  const uint8_t* pass;    // null: everything (act 0), or where mask or code is not 0
+  int32_t act;
+  int32_t cap_clips;      // whether what the activation caps is clipped as well
+  const void* kept;
+  int32_t halves;
+  FloatGrid grid;
+  int64_t rows;
+  int32_t channels;
+  const float* gamma;
+  const float* mean;
+  const float* inv_std;
+  float* g;               // gradient of the residual, or null
+  float* dgamma;
+  float* dbeta;
+  float inv_scale;        // of the grids
+  int32_t num;            // grids; 0: dy as it is
+  LogGrid log_grid[2];
+  void* out[2];           // bfloat16; float32 where num is 0
+  double clipped;
+};
+
 struct Table {
   float (*clip)(const Clip*);            // returns amax, NaN or infinity as in the data
   float (*log_round)(const LogRound*);
@@ -134,6 +195,8 @@ struct Table {
   double (*epilogue)(const Epilogue*);
   void (*split)(const Split*);
   Moments (*moments)(const void* x, int32_t dtype, int64_t n);
+  float (*norm_forward)(const NormForward*);   // returns max|out|
+  float (*norm_backward)(NormBackward*);       // returns max|dy|
 };
 
 extern const Table portable_table;
