@@ -155,8 +155,7 @@ def _chain(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> bool:
     if type(_module(root, norm)) is not nn.BatchNorm2d or not isinstance(norm.args[0], fx.Node):
         return False
     before = norm.args[0]
-    fused_conv = isinstance(_module(root, before), Conv2d) and _only_user(before) is norm
-    conv, x = (before, before.args[0]) if fused_conv else (None, before)
+    conv, x = _convolution(root, before) if _only_user(before) is norm else (None, before)
     last, residual = norm, _residual(_only_user(norm), norm)
     if residual is not None:
         last = next(iter(norm.users))
@@ -169,10 +168,11 @@ def _chain(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> bool:
         return False
     with graph.inserting_before(last):
 
-        def attribute(node: fx.Node | None) -> fx.Node | None:
-            return None if node is None else graph.get_attr(str(node.target))
+        def attribute(target: fx.node.Target | None) -> fx.Node | None:
+            return None if target is None else graph.get_attr(str(target))
 
-        arguments = (attribute(conv), attribute(norm), x, cap, residual, attribute(behind))
+        taker = None if behind is None else behind.target
+        arguments = (attribute(conv), attribute(norm.target), x, cap, residual, attribute(taker))
         want_out = len(last.users) > (behind is not None)
         both = graph.call_function(conv_norm_act, (*arguments, want_out))
         out = graph.call_function(operator.getitem, (both, 0))
@@ -183,10 +183,19 @@ def _chain(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> bool:
             layer = graph.call_function(run_layer, (graph.get_attr(str(behind.target)), operand))
         behind.replace_all_uses_with(layer)
         graph.erase_node(behind)
-    for node in dict.fromkeys((out, operand, last, *_between(last, norm), norm, *((conv,) if conv is not None else ()))):
-        if not node.users:
+    for node in dict.fromkeys((out, operand, last, *_between(last, norm), norm, before)):
+        if not node.users and not (node is before and conv is None):
             graph.erase_node(node)
     return True
+
+
+def _convolution(root: nn.Module, node: fx.Node) -> tuple[fx.node.Target | None, Any]:
+    """Name and input of the convolution that `node` runs; None and the node itself if it runs none."""
+    if isinstance(_module(root, node), Conv2d):
+        return node.target, node.args[0]
+    if node.op == "call_function" and node.target is run_layer:
+        return node.args[0].target, node.args[1]  # type: ignore[union-attr]
+    return None, node
 
 
 def _between(last: fx.Node, norm: fx.Node) -> list[fx.Node]:

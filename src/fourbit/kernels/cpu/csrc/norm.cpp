@@ -11,19 +11,6 @@
 namespace fourbit {
 namespace {
 
-// A 16-bit float without subnormals as sign, and the float32 exponent and mantissa less the lowest exponent: 0 is zero.
-inline uint16_t to_half(float v, const FloatGrid& g) {
-  const int32_t bits = as_bits(v), magnitude = bits & 0x7FFFFFFF;
-  const int32_t code = (magnitude >> (23 - g.mantissa_bits)) - (g.lowest << g.mantissa_bits);
-  return static_cast<uint16_t>((magnitude ? code : 0) | ((bits >> 16) & 0x8000));
-}
-
-inline float from_half(uint16_t half, const FloatGrid& g) {
-  const int32_t code = half & 0x7FFF;
-  const int32_t bits = (code + (g.lowest << g.mantissa_bits)) << (23 - g.mantissa_bits);
-  return as_float((code ? bits : 0) | ((half & 0x8000) << 16));
-}
-
 // Per-channel numbers, repeated for 64 entries more.
 struct Channels {
   std::vector<float> of;
@@ -84,16 +71,6 @@ inline void merge(std::vector<std::unique_ptr<Sums>>& all, int32_t channels, std
 
 // ---- forward ----
 
-// v of one block, rounded; kept as codes or as float32.
-inline void rounded_block(const NormForward& f, const FloatGrid& g, int64_t i, int count, float* v) {
-  const float* y = f.y + i;
-  if (f.rounds) {
-    for (int j = 0; j < count; ++j) v[j] = float_nearest(y[j] * f.scale, g);
-  } else {
-    for (int j = 0; j < count; ++j) v[j] = y[j] * f.scale;
-  }
-}
-
 struct ForwardTask {
   const NormForward* f;
   const Channels *shift, *a, *b;
@@ -101,16 +78,38 @@ struct ForwardTask {
   Largest largest;
 };
 
-inline void statistics_block(const NormForward& f, const FloatGrid& g, const Channels& shift, Sums& sums, int64_t i,
-                             int count, int64_t c) {
+// v of kept codes or float32.
+FOURBIT_INLINE void load_kept(const void* kept, bool halves, const Half& h, int64_t i, int count, float* v) {
+  if (halves) {
+    const uint16_t* p = static_cast<const uint16_t*>(kept) + i;
+    from_halves(p, h, count, v);
+  } else {
+    const float* p = static_cast<const float*>(kept) + i;
+    for (int j = 0; j < count; ++j) v[j] = p[j];
+  }
+}
+
+template <bool full>
+FOURBIT_BLOCK void statistics_block(const NormForward& f, const FloatGrid& g, const Half& h, const Channels& shift, Sums& sums,
+                             int64_t i, int rest, int64_t c) {
+  const int count = full ? kBlock : rest;
   float v[kBlock];
-  rounded_block(f, g, i, count, v);
+  const float* y = f.y + i;
+  const float scale = f.scale;
   if (f.halves) {
     uint16_t* kept = static_cast<uint16_t*>(f.kept) + i;
-    for (int j = 0; j < count; ++j) kept[j] = to_half(v[j], g);
-  } else if (f.kept != f.y || f.rounds || f.scale != 1.0f) {
-    float* kept = static_cast<float*>(f.kept) + i;
-    for (int j = 0; j < count; ++j) kept[j] = v[j];
+    to_halves(y, scale, h, count, kept);
+    from_halves(kept, h, count, v);
+  } else {
+    if (f.rounds) {
+      for (int j = 0; j < count; ++j) v[j] = float_nearest(y[j] * scale, g);
+    } else {
+      for (int j = 0; j < count; ++j) v[j] = y[j] * scale;
+    }
+    if (f.kept != f.y || f.rounds || scale != 1.0f) {
+      float* kept = static_cast<float*>(f.kept) + i;
+      for (int j = 0; j < count; ++j) kept[j] = v[j];
+    }
   }
   const float* s = shift.at(c);
   float *first = sums.first(c), *second = sums.second(c);
@@ -122,70 +121,40 @@ inline void statistics_block(const NormForward& f, const FloatGrid& g, const Cha
   sums.block_done();
 }
 
-inline void load_kept(const void* kept, bool halves, const FloatGrid& g, int64_t i, int count, float* v) {
-  if (halves) {
-    const uint16_t* p = static_cast<const uint16_t*>(kept) + i;
-    for (int j = 0; j < count; ++j) v[j] = from_half(p[j], g);
-  } else {
-    const float* p = static_cast<const float*>(kept) + i;
-    for (int j = 0; j < count; ++j) v[j] = p[j];
-  }
-}
-
-inline void apply_block(const NormForward& f, const FloatGrid& g, const Channels& a, const Channels& b, int64_t i,
-                        int count, int64_t c, int32_t& largest) {
-  float t[kBlock];
-  uint8_t pass[kBlock], inside[kBlock];
-  int8_t q[kBlock];
-  load_kept(f.kept, f.halves, g, i, count, t);
+template <bool full>
+FOURBIT_BLOCK void apply_block(const NormForward& f, const Half& h, const Channels& a, const Channels& b, int64_t i, int rest,
+                        int64_t c, int32_t* top) {
+  const int count = full ? kBlock : rest;
+  float t[kBlock] = {};
+  load_kept(f.kept, f.halves, h, i, count, t);
   const float *as = a.at(c), *bs = b.at(c);
   for (int j = 0; j < count; ++j) t[j] = t[j] * as[j] + bs[j];
-  if (f.residual)
-    for (int j = 0; j < count; ++j) t[j] += f.residual[i + j];
+  if (f.residual) {
+    const float* residual = f.residual + i;
+    for (int j = 0; j < count; ++j) t[j] += residual[j];
+  }
+  uint64_t pass = first_bits(count);
   if (f.act) {
     const float cap = f.cap;
-    for (int j = 0; j < count; ++j) pass[j] = (t[j] > 0.0f) & (t[j] < cap);
-    for (int j = 0; j < count; ++j) {
-      float x = t[j] < 0.0f ? 0.0f : t[j];  // NaN stays
+    pass &= compare<kGreater>(t, 0.0f) & compare<kLess>(t, cap);
+    for (int j = 0; j < kBlock; ++j) {
+      const float x = t[j] < 0.0f ? 0.0f : t[j];  // NaN stays
       t[j] = x > cap ? cap : x;
     }
-  } else {
-    for (int j = 0; j < count; ++j) pass[j] = 1;
   }
-  int32_t top = largest;
-  for (int j = 0; j < count; ++j) top = max_of(top, as_bits(t[j]) & 0x7FFFFFFF);
-  largest = top;
-  if (f.out)
-    for (int j = 0; j < count; ++j) f.out[i + j] = t[j];
-  if (f.pass) {
-    for (int j = count; j < kBlock; ++j) pass[j] = 0;
-    pack_bits(pass, f.pass + i / 8);
+  raise_magnitudes(t, top);
+  if (f.out) {
+    float* out = f.out + i;
+    for (int j = 0; j < count; ++j) out[j] = t[j];
   }
+  if (f.pass) store_bits(f.pass + i / 8, pass);
   if (!f.clips) return;
-  const float inv = f.clip.inv_scale, low = f.clip.low, high = f.clip.high, bound = f.clip.bound;
-  for (int j = 0; j < count; ++j) {
-    float y = t[j] * inv;
-    y = y > low ? y : low;
-    y = y < high ? y : high;
-    q[j] = static_cast<int8_t>(static_cast<int32_t>(round_even(y)));
-  }
-  if (f.clip.mask) {
-    if (f.clip.mask_rule == 1) {
-      for (int j = 0; j < count; ++j) inside[j] = (t[j] >= 0.0f) & (t[j] < bound) & pass[j];
-    } else if (f.clip.mask_rule == 2) {
-      for (int j = 0; j < count; ++j) inside[j] = (t[j] > -bound) & (t[j] < bound) & pass[j];
-    } else {
-      for (int j = 0; j < count; ++j) inside[j] = (t[j] >= -bound) & (t[j] <= bound) & pass[j];
-    }
-    for (int j = count; j < kBlock; ++j) inside[j] = 0;
-    pack_bits(inside, f.clip.mask + i / 8);
-  }
-  if (f.clip.packed) {
-    for (int j = count; j < kBlock; ++j) q[j] = 0;
-    uint8_t* out = f.clip.packed + i / 2;
-    for (int j = 0; j < 32; ++j) out[j] = static_cast<uint8_t>((q[j] & 15) | (q[j + 32] << 4));
-  }
-  if (f.clip.codes) std::memcpy(f.clip.codes + i, q, static_cast<size_t>(count));
+  int8_t q[kBlock];
+  clip_codes(t, f.clip.inv_scale, f.clip.low, f.clip.high, q);
+  store_bits(f.clip.mask + i / 8, inside_range(t, f.clip.mask_rule, f.clip.bound) & pass);
+  for (int j = count; j < kBlock; ++j) q[j] = 0;
+  pack_codes(q, f.clip.packed + i / 2);
+  std::memcpy(f.clip.codes + i, q, static_cast<size_t>(count));
 }
 
 // ---- backward ----
@@ -198,57 +167,48 @@ struct BackwardTask {
   Largest largest;
 };
 
-// g of one block; `sum`, if wanted, gets what the mask removed.
+// g of one block; `part`, if wanted, gets what the mask removed.
 template <typename T>
-inline void gradient_block(const NormBackward& b, int64_t i, int count, float* g, float* sum) {
-  int32_t mask[kBlock], pass[kBlock];
-  int8_t q[kBlock];
-  const bool own_pass = b.pass != nullptr;
-  const int32_t capped = b.cap_clips ? -1 : 0;
-  if (own_pass) expand_bits(b.pass + i / 8, pass);
+FOURBIT_INLINE void gradient_block(const NormBackward& b, int64_t i, int count, float* g, float* part) {
+  uint64_t pass = b.pass ? load_bits(b.pass + i / 8) : ~0ull;
   if (b.token) {
     const T* token = static_cast<const T*>(b.token) + i;
-    for (int j = 0; j < count; ++j) g[j] = load(token + j) * b.token_scale;
-    if (b.mask) {
-      expand_bits(b.mask + i / 8, mask);
-    } else {
-      for (int j = 0; j < kBlock; ++j) mask[j] = -1;
+    const float scale = b.token_scale;
+    for (int j = 0; j < count; ++j) g[j] = load(token + j) * scale;
+    for (int j = count; j < kBlock; ++j) g[j] = 0.0f;
+    const uint64_t mask = load_bits(b.mask + i / 8);
+    if (part || b.out_grad) {
+      int8_t q[kBlock];
+      unpack_block(b.packed + i / 2, b.is_signed, q);
+      const uint64_t up = positive(q), down = negative(q);
+      const uint64_t clipped = ~mask & (b.cap_clips ? ~0ull : pass);
+      if (part) add_where(g, up & clipped, down & clipped, part);
+      if (b.act && !b.pass) pass = mask | up | down;
     }
-    const bool codes = (sum || (b.act && !own_pass)) && b.packed;
-    if (codes) unpack_block(b.packed + i / 2, b.is_signed, q);
-    if (!own_pass)
-      for (int j = 0; j < kBlock; ++j) pass[j] = b.act ? (codes ? mask[j] | -(q[j] != 0) : mask[j]) : -1;
-    if (sum && codes) {
-      float part[16] = {};
-      for (int j = count; j < kBlock; ++j) g[j] = 0.0f;
-      for (int j = 0; j < kBlock; j += 16)
-        for (int k = 0; k < 16; ++k) {
-          const float clipped = as_float(as_bits(g[j + k]) & ~mask[j + k] & (pass[j + k] | capped));
-          part[k] += q[j + k] > 0 ? clipped : (q[j + k] < 0 ? -clipped : 0.0f);
-        }
-      for (int j = 0; j < 16; ++j) *sum += part[j];
-    }
-    for (int j = 0; j < count; ++j) g[j] = as_float(as_bits(g[j]) & mask[j]);
+    keep(g, mask);
   } else {
-    if (!own_pass)
-      for (int j = 0; j < kBlock; ++j) pass[j] = -1;
-    for (int j = 0; j < count; ++j) g[j] = 0.0f;
+    for (int j = 0; j < kBlock; ++j) g[j] = 0.0f;
   }
   if (b.out_grad) {
+    float d[kBlock] = {};
     const float* out_grad = b.out_grad + i;
-    for (int j = 0; j < count; ++j) g[j] += as_float(as_bits(out_grad[j]) & pass[j]);
+    for (int j = 0; j < count; ++j) d[j] = out_grad[j];
+    keep(d, pass);
+    for (int j = 0; j < kBlock; ++j) g[j] += d[j];
   }
 }
 
-template <typename T>
-inline void reduce_block(const NormBackward& b, const FloatGrid& grid, const Channels& mean, Sums& sums, double& clipped,
-                         int64_t i, int count, int64_t c) {
-  float g[kBlock], v[kBlock], sum = 0.0f;
-  gradient_block<T>(b, i, count, g, &sum);
-  clipped += sum;
-  if (b.g)
-    for (int j = 0; j < count; ++j) b.g[i + j] = g[j];
-  load_kept(b.kept, b.halves, grid, i, count, v);
+template <bool full, typename T>
+FOURBIT_BLOCK void reduce_block(const NormBackward& b, const Half& h, const Channels& mean, Sums& sums, float* part,
+                         int64_t i, int rest, int64_t c) {
+  const int count = full ? kBlock : rest;
+  float g[kBlock], v[kBlock];
+  gradient_block<T>(b, i, count, g, part);
+  if (b.g) {
+    float* out = b.g + i;
+    for (int j = 0; j < count; ++j) out[j] = g[j];
+  }
+  load_kept(b.kept, b.halves, h, i, count, v);
   const float* m = mean.at(c);
   float *first = sums.first(c), *second = sums.second(c);
   for (int j = 0; j < count; ++j) {
@@ -258,21 +218,22 @@ inline void reduce_block(const NormBackward& b, const FloatGrid& grid, const Cha
   sums.block_done();
 }
 
-template <typename T>
-inline void differentiate_block(const NormBackward& b, const FloatGrid& grid, const BackwardTask& task, int64_t i,
-                                int count, int64_t c, int32_t& largest) {
+template <bool full, typename T>
+FOURBIT_BLOCK void differentiate_block(const NormBackward& b, const Half& h, const BackwardTask& task, int64_t i,
+                                int rest, int64_t c, int32_t* top) {
+  const int count = full ? kBlock : rest;
   float g[kBlock], v[kBlock];
   if (b.g) {
-    for (int j = 0; j < count; ++j) g[j] = b.g[i + j];
+    const float* stored = b.g + i;
+    for (int j = 0; j < count; ++j) g[j] = stored[j];
   } else {
     gradient_block<T>(b, i, count, g, nullptr);
   }
-  load_kept(b.kept, b.halves, grid, i, count, v);
+  load_kept(b.kept, b.halves, h, i, count, v);
   const float *m = task.mean->at(c), *a = task.a->at(c), *mean_g = task.mean_g->at(c), *slope = task.slope->at(c);
   for (int j = 0; j < count; ++j) v[j] = a[j] * (g[j] - mean_g[j] - (v[j] - m[j]) * slope[j]);
-  int32_t top = largest;
-  for (int j = 0; j < count; ++j) top = max_of(top, as_bits(v[j]) & 0x7FFFFFFF);
-  largest = top;
+  for (int j = count; j < kBlock; ++j) v[j] = 0.0f;
+  raise_magnitudes(v, top);
   if (!b.num) {
     float* out = static_cast<float*>(b.out[0]) + i;
     for (int j = 0; j < count; ++j) out[j] = v[j];
@@ -299,14 +260,18 @@ float backward_typed(NormBackward* b) {
   parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     BackwardTask& t = *static_cast<BackwardTask*>(p);
     const NormBackward& b = *t.b;
-    const FloatGrid grid = b.grid;
+    const Half h(b.grid);
     auto& sums = t.sums[static_cast<size_t>(thread)];
     sums.reset(new Sums(b.channels));
     double clipped = 0.0;
+    float part[16] = {};
     each_block(begin, end, b.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) reduce_block<T>(b, grid, *t.mean, *sums, clipped, i, kBlock, c);
-      else reduce_block<T>(b, grid, *t.mean, *sums, clipped, i, count, c);
+      if (count == kBlock) reduce_block<true, T>(b, h, *t.mean, *sums, part, i, kBlock, c);
+      else reduce_block<false, T>(b, h, *t.mean, *sums, part, i, count, c);
+      if (sums->pending == 0)
+        for (float& p : part) { clipped += p; p = 0.0f; }
     });
+    for (float p : part) clipped += p;
     t.clipped[thread] = clipped;
   }, &task);
   std::vector<double> total;
@@ -327,13 +292,13 @@ float backward_typed(NormBackward* b) {
   const int pieces = parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     BackwardTask& t = *static_cast<BackwardTask*>(p);
     const NormBackward& b = *t.b;
-    const FloatGrid grid = b.grid;
-    int32_t largest = 0;
+    const Half h(b.grid);
+    int32_t top[16] = {};
     each_block(begin, end, b.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) differentiate_block<T>(b, grid, t, i, kBlock, c, largest);
-      else differentiate_block<T>(b, grid, t, i, count, c, largest);
+      if (count == kBlock) differentiate_block<true, T>(b, h, t, i, kBlock, c, top);
+      else differentiate_block<false, T>(b, h, t, i, count, c, top);
     });
-    t.largest.of[thread] = largest;
+    t.largest.of[thread] = largest_of(top);
   }, &task);
   return task.largest.get(pieces);
 }
@@ -359,11 +324,12 @@ float norm_forward(const NormForward* f) {
     ForwardTask& t = *static_cast<ForwardTask*>(p);
     const NormForward& f = *t.f;
     const FloatGrid g = f.grid;
+    const Half h(g);
     auto& sums = t.sums[static_cast<size_t>(thread)];
     sums.reset(new Sums(f.channels));
     each_block(begin, end, f.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) statistics_block(f, g, *t.shift, *sums, i, kBlock, c);
-      else statistics_block(f, g, *t.shift, *sums, i, count, c);
+      if (count == kBlock) statistics_block<true>(f, g, h, *t.shift, *sums, i, kBlock, c);
+      else statistics_block<false>(f, g, h, *t.shift, *sums, i, count, c);
     });
   }, &task);
   std::vector<double> total;
@@ -388,13 +354,13 @@ float norm_forward(const NormForward* f) {
   const int pieces = parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     ForwardTask& t = *static_cast<ForwardTask*>(p);
     const NormForward& f = *t.f;
-    const FloatGrid g = f.grid;
-    int32_t largest = 0;
+    const Half h(f.grid);
+    int32_t top[16] = {};
     each_block(begin, end, f.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) apply_block(f, g, *t.a, *t.b, i, kBlock, c, largest);
-      else apply_block(f, g, *t.a, *t.b, i, count, c, largest);
+      if (count == kBlock) apply_block<true>(f, h, *t.a, *t.b, i, kBlock, c, top);
+      else apply_block<false>(f, h, *t.a, *t.b, i, count, c, top);
     });
-    t.largest.of[thread] = largest;
+    t.largest.of[thread] = largest_of(top);
   }, &task);
   return task.largest.get(pieces);
 }

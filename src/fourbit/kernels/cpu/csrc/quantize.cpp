@@ -7,37 +7,18 @@ namespace {
 
 // ---- integers, with clipping ----
 
-template <typename T>
-void clip_block(const Clip& c, const T* x, int64_t begin, int count, int32_t& largest) {
+template <bool full, typename T>
+FOURBIT_BLOCK void clip_block(const Clip& c, const T* x, int64_t begin, int rest, int32_t* top) {
+  const int count = full ? kBlock : rest;
+  float t[kBlock];
   int8_t q[kBlock];
-  uint8_t m[kBlock];
-  const float inv = c.inv_scale, low = c.low, high = c.high, bound = c.bound;
-  int32_t top = largest;
-  for (int i = 0; i < count; ++i) {
-    const float t = load(x + i);
-    top = max_of(top, as_bits(t) & 0x7FFFFFFF);
-    float y = t * inv;
-    y = y > low ? y : low;  // NaN becomes low
-    y = y < high ? y : high;
-    q[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(y)));
-  }
-  largest = top;
-  if (c.mask) {
-    if (c.mask_rule == 1) {
-      for (int i = 0; i < count; ++i) { const float t = load(x + i); m[i] = (t >= 0.0f) & (t < bound); }
-    } else if (c.mask_rule == 2) {
-      for (int i = 0; i < count; ++i) { const float t = load(x + i); m[i] = (t > -bound) & (t < bound); }
-    } else {
-      for (int i = 0; i < count; ++i) { const float t = load(x + i); m[i] = (t >= -bound) & (t <= bound); }
-    }
-    for (int i = count; i < kBlock; ++i) m[i] = 0;
-    pack_bits(m, c.mask + begin / 8);
-  }
-  if (c.packed) {
-    for (int i = count; i < kBlock; ++i) q[i] = 0;
-    uint8_t* out = c.packed + begin / 2;
-    for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (q[i + 32] << 4));
-  }
+  for (int i = 0; i < count; ++i) t[i] = load(x + i);
+  for (int i = count; i < kBlock; ++i) t[i] = 0.0f;
+  raise_magnitudes(t, top);
+  clip_codes(t, c.inv_scale, c.low, c.high, q);
+  if (c.mask) store_bits(c.mask + begin / 8, inside_range(t, c.mask_rule, c.bound) & first_bits(count));
+  for (int i = count; i < kBlock; ++i) q[i] = 0;
+  if (c.packed) pack_codes(q, c.packed + begin / 2);
   if (c.codes) std::memcpy(c.codes + begin, q, static_cast<size_t>(count));
 }
 
@@ -47,11 +28,11 @@ float clip_typed(const Clip* c) {
   const int pieces = parallel(c->n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     Task& t = *static_cast<Task*>(p);
     const T* x = static_cast<const T*>(t.c->x);
-    int32_t largest = 0;
+    int32_t top[16] = {};
     int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) clip_block(*t.c, x + i, i, kBlock, largest);
-    if (i < end) clip_block(*t.c, x + i, i, static_cast<int>(end - i), largest);
-    t.largest.of[thread] = largest;
+    for (; i + kBlock <= end; i += kBlock) clip_block<true>(*t.c, x + i, i, kBlock, top);
+    if (i < end) clip_block<false>(*t.c, x + i, i, static_cast<int>(end - i), top);
+    t.largest.of[thread] = largest_of(top);
   }, &task);
   return task.largest.get(pieces);
 }
@@ -60,17 +41,16 @@ float clip(const Clip* c) { return c->dtype == kBFloat16 ? clip_typed<uint16_t>(
 
 // ---- powers of a radix ----
 
-template <typename T>
-void log_block(const LogRound& r, const T* x, int64_t begin, int count, int32_t& largest) {
+template <bool full, typename T>
+FOURBIT_BLOCK void log_block(const LogRound& r, const T* x, int64_t begin, int rest, int32_t* top) {
+  const int count = full ? kBlock : rest;
   const float inv = r.inv_scale;
-  int32_t top = largest;
+  float t[kBlock];
   int32_t bits[kBlock];
-  for (int i = 0; i < count; ++i) {
-    const float t = load(x + i);
-    top = max_of(top, as_bits(t) & 0x7FFFFFFF);
-    bits[i] = as_bits(t * inv);
-  }
-  largest = top;
+  for (int i = 0; i < count; ++i) t[i] = load(x + i);
+  for (int i = count; i < kBlock; ++i) t[i] = 0.0f;
+  raise_magnitudes(t, top);
+  for (int i = 0; i < kBlock; ++i) bits[i] = as_bits(t[i] * inv);
   for (int k = 0; k < r.num; ++k) {
     const LogGrid g = r.grid[k];
     uint16_t* out = r.out[k] + begin;
@@ -107,11 +87,11 @@ float log_typed(const LogRound* r) {
   const int pieces = parallel(r->n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     Task& t = *static_cast<Task*>(p);
     const T* x = static_cast<const T*>(t.r->x);
-    int32_t largest = 0;
+    int32_t top[16] = {};
     int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) log_block(*t.r, x + i, i, kBlock, largest);
-    if (i < end) log_block(*t.r, x + i, i, static_cast<int>(end - i), largest);
-    t.largest.of[thread] = largest;
+    for (; i + kBlock <= end; i += kBlock) log_block<true>(*t.r, x + i, i, kBlock, top);
+    if (i < end) log_block<false>(*t.r, x + i, i, static_cast<int>(end - i), top);
+    t.largest.of[thread] = largest_of(top);
   }, &task);
   return task.largest.get(pieces);
 }
@@ -263,7 +243,7 @@ inline float load(const int32_t* p) { return static_cast<float>(*p); }
 
 // One block; the compiler sees the number of elements, so every loop becomes a few vector instructions.
 template <typename T, typename O>
-float epilogue_block(const Epilogue& e, const T* x, const int32_t* high, int64_t begin, O* out) {
+void epilogue_block(const Epilogue& e, const T* x, const int32_t* high, int64_t begin, O* out, float* part) {
   const float scale = e.scale, post = e.post;
   float v[kBlock];
   if (high) {  // the sum of the two halves is exact in double precision, and rounded to float32 once
@@ -288,26 +268,16 @@ float epilogue_block(const Epilogue& e, const T* x, const int32_t* high, int64_t
   } else if (post != 1.0f) {
     for (int j = 0; j < kBlock; ++j) v[j] *= post;
   }
-  float sum = 0.0f;
   if (e.mask) {
-    int32_t m[kBlock];
-    expand_bits(e.mask + begin / 8, m);
+    const uint64_t inside = load_bits(e.mask + begin / 8);
     if (e.packed) {
       int8_t q[kBlock];
-      float part[16] = {};
       unpack_block(e.packed + begin / 2, e.is_signed, q);
-      for (int j = 0; j < kBlock; j += 16)
-        for (int k = 0; k < 16; ++k) {
-          const int32_t code = q[j + k];
-          const float clipped = as_float(as_bits(v[j + k]) & ~m[j + k]);
-          part[k] += code > 0 ? clipped : (code < 0 ? -clipped : 0.0f);
-        }
-      for (int j = 0; j < 16; ++j) sum += part[j];
+      add_where(v, positive(q) & ~inside, negative(q) & ~inside, part);
     }
-    for (int j = 0; j < kBlock; ++j) v[j] = as_float(as_bits(v[j]) & m[j]);
+    keep(v, inside);
   }
   for (int j = 0; j < kBlock; ++j) store(out + j, v[j]);
-  return sum;
 }
 
 template <typename T, typename O>
@@ -320,7 +290,14 @@ double epilogue_typed(const Epilogue* e) {
     O* out = static_cast<O*>(e.out);
     double total = 0.0;
     int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) total += epilogue_block(e, x + i, e.high ? e.high + i : nullptr, i, out + i);
+    float part[16] = {};
+    auto flush = [&] {
+      for (float& p : part) { total += p; p = 0.0f; }
+    };
+    for (int pending = 0; i + kBlock <= end; i += kBlock) {
+      epilogue_block(e, x + i, e.high ? e.high + i : nullptr, i, out + i, part);
+      if (++pending % 64 == 0) flush();
+    }
     if (i < end) {  // the rest, in a block of its own
       const size_t count = static_cast<size_t>(end - i);
       T rest[kBlock] = {};
@@ -328,9 +305,10 @@ double epilogue_typed(const Epilogue* e) {
       O result[kBlock];
       std::memcpy(rest, x + i, count * sizeof(T));
       if (e.high) std::memcpy(high, e.high + i, count * sizeof(int32_t));
-      total += epilogue_block(e, rest, e.high ? high : nullptr, i, result);
+      epilogue_block(e, rest, e.high ? high : nullptr, i, result, part);
       std::memcpy(out + i, result, count * sizeof(O));
     }
+    flush();
     t.sum[thread] = total;
   }, &task);
   double total = 0.0;
