@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, mul
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
 from fourbit.quantizers import Packed, Quantized, QuantSpec
+
+
+Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
+"""An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
 
 
 def contract(
@@ -50,10 +54,29 @@ def contract(
     t = x if isinstance(x, Tensor) else x.token
     device = w.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+    x_alpha = None if over is not None else state.x_alpha
+    if torch.compiler.is_compiling():
+        from fourbit.ops._compiled import compiled_contract
+
+        assert over is None and result is None
+        return compiled_contract(t, w, x_alpha, state.w_alpha, contraction, state, dtype)
     with torch.autocast(device, enabled=False):
-        state.begin()
-        x_alpha = None if over is not None else state.x_alpha
         return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
+
+
+@dataclass
+class Saved:
+    """What a forward pass leaves for backward. `x` and `w` enter wgrad and dgrad; `x_codes` and `w_codes` are those of fprop,
+    where a clip value is learned; the masks are of the straight-through gradients."""
+
+    x: Kept
+    w: Kept
+    x_codes: Kept | None
+    w_codes: Kept | None
+    x_mask: Tensor | None
+    w_mask: Tensor | None
+    x_layout: Layout
+    w_layout: Layout
 
 
 class _Contract(torch.autograd.Function):
@@ -71,32 +94,16 @@ class _Contract(torch.autograd.Function):
         over: OperandHandover | None,
         result: ResultHandover | None,
     ) -> Tensor:
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        w = contraction.prepare(w.detach(), "w")
-        w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
-        x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
-        if over is None:
-            x = contraction.prepare(x.detach(), "x")
-            x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
-        else:  # its mask is the business of the node that made it
-            x_fprop, x_saved, x_mask = *_kept(over.take()), None
-        w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
-        gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
-        if result is None:
-            y, _ = product(gemm, spec.output, dtype)
-        else:
-            result.needs = (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]), ctx.needs_input_grad[1]
-            y = _hand_over(gemm, spec, result)
-        x_codes, w_codes = x_saved, w_saved
-        if spec.x_wgrad is not REUSE and over is None:
-            _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
-        if spec.w_dgrad is not REUSE:
-            _, w_saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis)
-        saved = [x_saved, w_saved, x_codes if x_alpha is not None else None, w_codes if w_alpha is not None else None]
-        ctx.save_for_backward(*(t for kept in saved for t in _tensors(kept)), x_mask, w_mask)
-        ctx.kept = [_outline(kept) for kept in saved]
-        ctx.layouts = (over.layout if over is not None else Layout.of(x)), Layout.of(w)
-        ctx.contraction, ctx.spec, ctx.state, ctx.compute = contraction, spec, state, compute
+        if result is not None:
+            result.needs = needs_of(ctx.needs_input_grad)
+        y, saved = run_forward(
+            x, w, contraction, spec, state, dtype, (x_alpha is not None, w_alpha is not None), over, result
+        )
+        kept = saved.x, saved.w, saved.x_codes, saved.w_codes
+        ctx.save_for_backward(*(t for k in kept for t in _tensors(k)), saved.x_mask, saved.w_mask)
+        ctx.kept = [_outline(k) for k in kept]
+        ctx.layouts = saved.x_layout, saved.w_layout
+        ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
         return y
@@ -104,41 +111,110 @@ class _Contract(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        spec, state, contraction = ctx.spec, ctx.state, ctx.contraction
         *data, x_mask, w_mask = ctx.saved_tensors
         x, w, x_codes, w_codes = (_restore(outline, data[2 * i : 2 * i + 2]) for i, outline in enumerate(ctx.kept))
-        need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        need_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        dx = dw = dx_alpha = dw_alpha = None
+        assert x is not None and w is not None
+        saved = Saved(x, w, x_codes, w_codes, x_mask, w_mask, *ctx.layouts)
         with torch.autocast(grads[0].device.type, enabled=False):
-            result: ResultHandover | None = ctx.result
-            g = contraction.prepare(grads[0] if result is None or result.g is None else result.g, "g")
-            if result is not None and result.quantized is not None:
-                g_dgrad, g_wgrad = result.quantized
-            else:
-                axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
-                g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
-            if result is not None:
-                result.g = result.quantized = None
-            if spec.g_wgrad is REUSE:
-                g_wgrad = g_dgrad
-            for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
-                if needed and found is None:
-                    state.count_nonfinite(slot, g)
-            if need_x:
-                a, late = _gradient(g, g_dgrad)
-                gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products)
-                if ctx.over is None:
-                    dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
-                else:
-                    dx = _give_back(gemm, spec, late, ctx.over)
-            if need_w:
-                after = (_axis(contraction, "w", spec, "g_wgrad"), len(ctx.layouts[1].shape))
-                a, late = _gradient(g, g_wgrad, after)
-                gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products)
-                dw, dw_alpha = product(gemm, spec.output, ctx.dtypes[1], late, w_mask, _codes(w_codes))
+            dx, dw, dx_alpha, dw_alpha = run_backward(
+                grads[0],
+                saved,
+                ctx.contraction,
+                ctx.spec,
+                ctx.state,
+                ctx.dtypes,
+                needs_of(ctx.needs_input_grad),
+                ctx.over,
+                ctx.result,
+            )
         needs = ctx.needs_input_grad
         return (dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, *(None,) * 6)
+
+
+def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether dgrad and wgrad are needed, from which of x, w and the clip values need a gradient."""
+    return needs[0] or needs[2], needs[1] or needs[3]
+
+
+def run_forward(
+    x: Tensor,
+    w: Tensor,
+    contraction: Contraction,
+    spec: LayerSpec,
+    state: LayerState,
+    dtype: torch.dtype,
+    learned: tuple[bool, bool] = (False, False),
+    over: OperandHandover | None = None,
+    result: ResultHandover | None = None,
+) -> tuple[Tensor, Saved]:
+    """y, and what backward needs; `learned`: whether the clip values of x and w are to get gradients."""
+    state.begin()
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    w = contraction.prepare(w.detach(), "w")
+    w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
+    x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
+    if over is None:
+        x = contraction.prepare(x.detach(), "x")
+        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+    else:  # its mask is the business of the node that made it
+        x_fprop, x_saved, x_mask = *_kept(over.take()), None
+    w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
+    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
+    if result is None:
+        y, _ = product(gemm, spec.output, dtype)
+    else:
+        y = _hand_over(gemm, spec, result)
+    x_codes, w_codes = x_saved, w_saved
+    if spec.x_wgrad is not REUSE and over is None:
+        _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
+    if spec.w_dgrad is not REUSE:
+        _, w_saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis)
+    layouts = (over.layout if over is not None else Layout.of(x)), Layout.of(w)
+    codes = x_codes if learned[0] else None, w_codes if learned[1] else None
+    return y, Saved(x_saved, w_saved, *codes, x_mask, w_mask, *layouts)
+
+
+def run_backward(
+    g: Tensor,
+    saved: Saved,
+    contraction: Contraction,
+    spec: LayerSpec,
+    state: LayerState,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    over: OperandHandover | None = None,
+    result: ResultHandover | None = None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dw and the gradients of their clip values."""
+    need_x, need_w = needs
+    compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    dx = dw = dx_alpha = dw_alpha = None
+    g = contraction.prepare(g if result is None or result.g is None else result.g, "g")
+    if result is not None and result.quantized is not None:
+        g_dgrad, g_wgrad = result.quantized
+    else:
+        axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
+        g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
+    if result is not None:
+        result.g = result.quantized = None
+    if spec.g_wgrad is REUSE:
+        g_wgrad = g_dgrad
+    for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
+        if needed and found is None:
+            state.count_nonfinite(slot, g)
+    if need_x:
+        a, late = _gradient(g, g_dgrad)
+        gemm = Gemm("dgrad", contraction, a, Operand(*saved.w), saved.x_layout, compute, state.products)
+        if over is None:
+            dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
+        else:
+            dx = _give_back(gemm, spec, late, over)
+    if need_w:
+        after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
+        a, late = _gradient(g, g_wgrad, after)
+        gemm = Gemm("wgrad", contraction, a, Operand(*saved.x), saved.w_layout, compute, state.products)
+        dw, dw_alpha = product(gemm, spec.output, dtypes[1], late, saved.w_mask, _codes(saved.w_codes))
+    return dx, dw, dx_alpha, dw_alpha
 
 
 def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
@@ -163,10 +239,6 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
         return over.give_back(gemm.layout.match(raw.y), scale)
     dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
     return over.give_back(dx, 1.0)
-
-
-Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
-"""An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
 
 
 def _per_channel(spec: LayerSpec) -> bool:

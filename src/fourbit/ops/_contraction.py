@@ -7,7 +7,7 @@ depend on where it is taken). Overrides are a matter of speed and are tested aga
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,16 @@ class Contraction(ABC):
     def prepare(self, t: Tensor, operand: str) -> Tensor:
         """Operand "x", "w" or "g" as a dense tensor, in the order of axes that the products are fastest with."""
         return t if is_dense(t) else t.contiguous()
+
+    def encode(self) -> tuple[int, ...]:
+        """The map as integers: its kind, then its fields."""
+        raise TypeError(f"{type(self).__name__} has no encoding: it cannot be compiled")
+
+    @staticmethod
+    def decode(code: Sequence[int]) -> Contraction:
+        """The map that `encode` gave."""
+        kind, *fields = code
+        return _KINDS[kind](fields)
 
     @abstractmethod
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
@@ -51,6 +61,10 @@ class Contraction(ABC):
 class LinearMap(Contraction):
     """y[..., n] = sum_k x[..., k] w[n, k]."""
 
+    def encode(self) -> tuple[int, ...]:
+        """Kind 0."""
+        return (0,)
+
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
         """x w^T."""
         return F.linear(x, w)
@@ -75,6 +89,10 @@ class LinearMap(Contraction):
 @dataclass(frozen=True)
 class Matmul(Contraction):
     """y = x @ w with torch.matmul's batching and broadcasting: two activations, as in attention scores."""
+
+    def encode(self) -> tuple[int, ...]:
+        """Kind 1."""
+        return (1,)
 
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
         """torch.matmul."""
@@ -113,6 +131,11 @@ class Convolution(Contraction):
     groups: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = (0,)
+
+    def encode(self) -> tuple[int, ...]:
+        """Kind 2, groups, transposed, number of dimensions, then stride, padding, dilation and output padding."""
+        fields = (*self.stride, *self.padding, *self.dilation, *self.output_padding)
+        return (2, self.groups, int(self.transposed), len(self.stride), *fields)
 
     def prepare(self, t: Tensor, operand: str) -> Tensor:
         """Two-dimensional operands on the CPU in channels_last, which its convolutions are fastest with."""
@@ -156,3 +179,16 @@ class Convolution(Contraction):
     def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
         """Output elements (input elements where transposed) times the weights that each one meets."""
         return (x if self.transposed else y).numel() * w[0].numel()
+
+
+def _decode_convolution(fields: Sequence[int]) -> Convolution:
+    groups, transposed, n, *rest = fields
+    stride, padding, dilation = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
+    return Convolution(stride, padding, dilation, groups, bool(transposed), tuple(rest[3 * n :]))
+
+
+_KINDS: tuple[Callable[[Sequence[int]], Contraction], ...] = (
+    lambda fields: LinearMap(),
+    lambda fields: Matmul(),
+    _decode_convolution,
+)

@@ -15,7 +15,9 @@ gradient checkpointing changes nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -55,6 +57,21 @@ class Observer(Protocol):
     def record(self, slot: str, x: Tensor, quantized: QTensor) -> None:
         """Called after `x` became `quantized` in `slot`."""
         ...
+
+
+_states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+_next_handle = itertools.count()
+
+
+def _enter(state: LayerState) -> int:
+    handle = next(_next_handle)
+    _states[handle] = state
+    return handle
+
+
+def state_of(handle: int) -> LayerState:
+    """The living state with that handle."""
+    return _states[handle]
 
 
 class LayerState(nn.Module):
@@ -108,6 +125,12 @@ class LayerState(nn.Module):
         self.register_buffer("g_amax", amax)
         self.register_buffer("step", torch.zeros(2, dtype=torch.int64) if spec.stochastic else None)
         self.register_buffer("nonfinite", torch.zeros(3, dtype=torch.int64), persistent=False)
+        self.handle = _enter(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles get a handle of their own."""
+        super().__setstate__(state)
+        self.handle = _enter(self)
 
     def begin(self) -> None:
         """Start of a forward pass: apply what the last backward pass voted for."""
@@ -296,6 +319,12 @@ class LayerState(nn.Module):
             signed.fill_(int(negative))
         self._signed[operand] = negative
         return format, alpha
+
+    def format_of(self, operand: str, spec: QuantSpec) -> Format:
+        """The format that an operand ("x" or "w") has in forward: PACT's signed form, or that of `spec`."""
+        clip = spec.scaling
+        signed = isinstance(clip, ClipValue) and self._signed.get(operand) and not spec.format.signed
+        return clip.signed_format or spec.format if isinstance(clip, ClipValue) and signed else spec.format
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""

@@ -53,6 +53,11 @@ class Scaling(ABC):
     stored_kind = ""
     """What the layer keeps for this scaling: "" nothing, "alpha" a clip value, "exponent" a power of two."""
 
+    @property
+    def clips(self) -> bool:
+        """Whether the straight-through gradient passes in a range only (`bound` is not None)."""
+        return False
+
     @abstractmethod
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """The scale for finite data: float32, 0-d, or broadcastable where channels have their own."""
@@ -129,6 +134,11 @@ class Sawb(Scaling):
     c2: float | None = None
     clipped: bool = False
 
+    @property
+    def clips(self) -> bool:
+        """As `clipped`."""
+        return self.clipped
+
     def coefficients(self, format: Format) -> tuple[float, float]:
         """(c1, c2) for a format.
 
@@ -181,6 +191,11 @@ class ClipValue(Scaling):
     init: float | None = None
     signed_format: Format | None = INT4_SYM
     learned: bool = True
+
+    @property
+    def clips(self) -> bool:
+        """Always."""
+        return True
 
     def __post_init__(self) -> None:
         if self.init is not None and not self.init > 0:

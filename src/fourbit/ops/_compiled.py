@@ -1,0 +1,195 @@
+"""The products of a layer as two operators of torch, so that `torch.compile` sees them whole and breaks no graph.
+
+    fourbit::contract            x, w, clip values -> y, and what backward needs
+    fourbit::contract_backward   g, and that -> dx, dw, gradients of the clip values
+
+Both run what the eager path runs. A layer is told by a number, its handle, under which its state is found; its geometry
+is a list of integers (`Contraction.encode`). The fake implementations say shapes and dtypes, from the spec alone. What
+the operators do to the state (votes, first clip values) happens inside and is not part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.ops import _contract as eager
+from fourbit.ops._contraction import Contraction
+from fourbit.ops._product import Layout
+from fourbit.ops._spec import REUSE, LayerSpec
+from fourbit.ops._state import LayerState, state_of
+from fourbit.quantizers import BLOCK, Packed, QuantSpec, carrier_dtype, is_packable
+
+
+def _canonical(t: Tensor, contraction: Contraction, operand: str) -> Tensor:
+    """An operand in the one order of axes that shape and geometry determine."""
+    return contraction.prepare(t.contiguous(), operand)
+
+
+def _blank(t: Tensor, dtype: torch.dtype, contraction: Contraction, operand: str) -> Tensor:
+    return torch.empty_like(_canonical(t.to(dtype), contraction, operand))
+
+
+def _stored_slots(spec: LayerSpec, learned: tuple[bool, bool]) -> list[str]:
+    """The slots whose operands are saved, in the order of the saved tensors."""
+    slots = ["x_wgrad", "w_dgrad"]
+    slots += ["x_fprop"] if learned[0] and spec.x_wgrad is not REUSE else []
+    slots += ["w_fprop"] if learned[1] and spec.w_dgrad is not REUSE else []
+    return [slot for slot in slots if spec.resolved(slot) is not None]
+
+
+def _masks(spec: LayerSpec) -> list[str]:
+    """The operands with a mask of their own."""
+    return [op for op in "xw" if (s := spec.resolved(f"{op}_fprop")) is not None and s.scaling.clips]
+
+
+def _blank_operand(t: Tensor, spec: QuantSpec, contraction: Contraction, operand: str) -> list[Tensor]:
+    """Shapes of an operand as it is saved: data and scale."""
+    if spec.granularity != "tensor":
+        return [_blank(t, torch.float32, contraction, operand)]
+    if is_packable(spec.format) and spec.samples == 1:
+        data = t.new_empty((t.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
+    else:
+        dtype = torch.float32 if spec.samples > 1 else carrier_dtype(spec.format)
+        data = _blank(t, dtype, contraction, operand)
+    return [data, t.new_empty((), dtype=torch.float32)]
+
+
+@torch.library.custom_op("fourbit::contract", mutates_args=())
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    x_alpha: Tensor | None,
+    w_alpha: Tensor | None,
+    layer: int,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    state, contraction = state_of(layer), Contraction.decode(geometry)
+    spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
+    x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
+    y, saved = eager.run_forward(x, w, contraction, spec, state, dtype, learned)
+    kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
+    tensors: list[Tensor] = []
+    for slot in _stored_slots(spec, learned):
+        data, scale, _ = kept[slot]  # type: ignore[misc]
+        tensors.append(data.data if isinstance(data, Packed) else data)
+        if scale is not None:
+            tensors.append(scale.clone())
+    tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
+    return [_canonical(y, contraction, "g"), *tensors]
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    x_alpha: Tensor | None,
+    w_alpha: Tensor | None,
+    layer: int,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    spec, contraction = state_of(layer).spec, Contraction.decode(geometry)
+    of = {"x": x, "w": w}
+    tensors: list[Tensor] = []
+    for slot in _stored_slots(spec, (x_alpha is not None, w_alpha is not None)):
+        resolved = spec.resolved(slot)
+        assert resolved is not None
+        tensors += _blank_operand(of[slot[0]], resolved, contraction, slot[0])
+    for op in _masks(spec):
+        tensors.append(x.new_empty((of[op].numel() + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
+    y = contraction.fprop(x.to(dtype), w.to(dtype))
+    return [_canonical(torch.empty_like(y), contraction, "g"), *tensors]
+
+
+@torch.library.custom_op("fourbit::contract_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    tensors: Sequence[Tensor],
+    layer: int,
+    geometry: Sequence[int],
+    learned: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    state, contraction = state_of(layer), Contraction.decode(geometry)
+    spec, left = state.spec, list(tensors)
+    of = {"x": _canonical(x, contraction, "x"), "w": _canonical(w, contraction, "w")}
+    kept: dict[str, Any] = {}
+    for slot in _stored_slots(spec, (learned[0], learned[1])):
+        operand, resolved = of[slot[0]], spec.resolved(slot)
+        assert resolved is not None
+        data, format = left.pop(0), state.format_of(slot[0], resolved)
+        scale = left.pop(0) if resolved.granularity == "tensor" else None
+        if is_packable(format) and data.dtype == torch.uint8 and data.dim() == 1 and scale is not None:
+            data = Packed(data, operand.shape, operand.stride(), format.min < 0)
+        kept[slot] = (data, scale, format if scale is not None else None)
+    masks = {op: left.pop(0) for op in _masks(spec)}
+    saved = eager.Saved(
+        kept.get("x_wgrad", (of["x"], None, None)),
+        kept.get("w_dgrad", (of["w"], None, None)),
+        kept.get("x_fprop", kept.get("x_wgrad")) if learned[0] else None,
+        kept.get("w_fprop", kept.get("w_dgrad")) if learned[1] else None,
+        masks.get("x"),
+        masks.get("w"),
+        Layout.of(of["x"]),
+        Layout.of(of["w"]),
+    )
+    found = eager.run_backward(g, saved, contraction, spec, state, (x.dtype, w.dtype), (needs[0], needs[1]))
+    return [g.new_empty(0) if t is None else t for t in found]
+
+
+@_backward.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    tensors: Sequence[Tensor],
+    layer: int,
+    geometry: Sequence[int],
+    learned: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    contraction = Contraction.decode(geometry)
+    dx = _blank(x, x.dtype, contraction, "x") if needs[0] else g.new_empty(0)
+    dw = _blank(w, w.dtype, contraction, "w") if needs[1] else g.new_empty(0)
+    alphas = [g.new_empty((), dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)]
+    return [dx, dw, *alphas]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, w, x_alpha, w_alpha, layer, geometry, _ = inputs
+    ctx.save_for_backward(x, w, *output[1:])
+    ctx.layer, ctx.geometry = layer, geometry
+    ctx.learned = [x_alpha is not None, w_alpha is not None]
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, w, *tensors = ctx.saved_tensors
+    g, wanted = grads[0], ctx.needs_input_grad
+    assert g is not None
+    needs = list(eager.needs_of(wanted))
+    found = torch.ops.fourbit.contract_backward(g, x, w, tensors, ctx.layer, ctx.geometry, ctx.learned, needs)
+    return (*(t if need else None for t, need in zip(found, wanted[:4], strict=True)), None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def compiled_contract(
+    x: Tensor,
+    w: Tensor,
+    x_alpha: Tensor | None,
+    w_alpha: Tensor | None,
+    contraction: Contraction,
+    state: LayerState,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`contract` as an operator."""
+    geometry = list(contraction.encode())
+    return torch.ops.fourbit.contract(x, w, x_alpha, w_alpha, state.handle, geometry, dtype)[0]
