@@ -14,7 +14,7 @@ reference runs.
 
 and, without a reference, because the modules themselves are one:
 
-    norm_supported   a tensor                                  True, or None
+    norm_supported   a tensor, format to round to or None      True, or None
     norm_forward     ops.NormForward                           o, its codes, what backward needs
     norm_backward    ops.NormBackward                          gradients
 

@@ -56,7 +56,7 @@ def conv_norm_act(
     Returns:
         (o or None, o as a tensor or a handover).
     """
-    if not _can_fuse(norm, x, residual):
+    if not isinstance(norm, nn.BatchNorm2d) or not _can_fuse(norm, x, residual):
         y = x if conv is None else run_layer(conv, x)
         assert isinstance(y, Tensor)
         return _plainly(norm(y), cap, residual)
@@ -69,7 +69,16 @@ def conv_norm_act(
     taker = None
     if isinstance(behind, Conv2d) and behind.takes_handover and not _is_watched(behind):
         taker = behind.quant
-    out, operand = normalize(y, token, _norm_of(norm), Activation(cap is not None, math.inf if cap is None else cap), residual, before, taker, want_out)
+    out, operand = normalize(
+        y,
+        token,
+        _norm_of(norm),
+        Activation(cap is not None, math.inf if cap is None else cap),
+        residual,
+        before,
+        taker,
+        want_out,
+    )
     if operand is None:
         assert out is not None
         return out, out

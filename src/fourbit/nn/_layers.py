@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_floating, swaps
-from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, OperandHandover
+from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, OperandHandover, Products
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:

@@ -158,7 +158,9 @@ def _(
     contraction = Contraction.decode(geometry)
     dx = _blank(x, x.dtype, contraction, "x") if needs[0] else g.new_empty(0)
     dw = _blank(w, w.dtype, contraction, "w") if needs[1] else g.new_empty(0)
-    alphas = [g.new_empty((), dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)]
+    alphas = [
+        g.new_empty((), dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)
+    ]
     return [dx, dw, *alphas]
 
 

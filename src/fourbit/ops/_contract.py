@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fourbit import backends
 from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
@@ -25,7 +26,6 @@ from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, mul
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
 from fourbit.quantizers import Packed, Quantized, QuantSpec
-
 
 Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
 """An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
@@ -221,7 +221,8 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     """Leave the product to the node behind; what it cannot take is finished here."""
     raw = multiply(gemm)
     scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
-    if raw.y.dtype != torch.float32 or raw.high is not None or gemm.keep_infinite:
+    rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
+    if not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
         y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
         raw, scale = Raw(y, rounded=True), 1.0
     result.raw, result.scale, result.output = raw, scale, spec.output

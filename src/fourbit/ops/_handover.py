@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourbit.formats import Format
 from fourbit.ops._product import Layout, Raw
-from fourbit.quantizers import Packed, Quantized
+from fourbit.quantizers import Quantized
 
 
 @dataclass

@@ -119,7 +119,7 @@ class NormBackward:
 
 def can_normalize(y: Tensor) -> bool:
     """Whether some backend has these kernels for tensors like y."""
-    return y.dim() == 4 and y.dtype == torch.float32 and backends.dispatch("norm_supported", y) is not None
+    return y.dim() == 4 and y.dtype == torch.float32 and backends.dispatch("norm_supported", y, None) is not None
 
 
 def normalize(
@@ -142,9 +142,9 @@ def normalize(
     request = None if behind is None else behind.operand_request(y.raw.y if isinstance(y, ResultHandover) else y)
     call = _Call(result, norm, act, before, behind, request, want_out or request is None)
     alpha = None if behind is None or request is None else behind.x_alpha
-    out, token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
+    out, operand_token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
     if call.operand is not None:
-        call.operand.token = token
+        call.operand.token = operand_token
     return out, call.operand
 
 
@@ -232,7 +232,14 @@ class _Normalize(torch.autograd.Function):
             _return_gradient(call, specs, dv, quantized)
             dv = mean.new_zeros(())
         d_alpha = mean.new_tensor(clipped) if ctx.needs_input_grad[4] and dq is not None else None
-        return dv, dgamma if ctx.needs_input_grad[1] else None, dbeta if ctx.needs_input_grad[2] else None, d_residual, d_alpha, None
+        return (
+            dv,
+            dgamma if ctx.needs_input_grad[1] else None,
+            dbeta if ctx.needs_input_grad[2] else None,
+            d_residual,
+            d_alpha,
+            None,
+        )
 
 
 def _return_gradient(
@@ -250,5 +257,3 @@ def _return_gradient(
     else:
         first = specs[0] is state.spec.g_dgrad
         result.quantized = (quantized[0], None) if first else (None, quantized[0])
-
-

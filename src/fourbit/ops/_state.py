@@ -84,6 +84,9 @@ class LayerState(nn.Module):
         products: how backends may multiply, "fast" or "exact" (see `fourbit.ops.Products`).
     """
 
+    products: Products
+    x_alpha: nn.Parameter | None
+    w_alpha: nn.Parameter | None
     step: Tensor | None
     g_exponent: Tensor | None
     g_amax: Tensor | None
@@ -147,8 +150,8 @@ class LayerState(nn.Module):
             if self.g_amax is not None and self.g_exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
                 if self.g_exponent.is_cpu and self.g_exponent.dim() == 0:  # a few scalars: the host is faster
-                    if (vote := scaling.vote(self.g_amax.item())):
-                        self.g_exponent.fill_(scaling.step(self.g_exponent.item(), vote))
+                    if vote := scaling.vote(self.g_amax.item()):
+                        self.g_exponent.fill_(scaling.step(int(self.g_exponent), vote))
                 else:
                     self.g_exponent.copy_(scaling.step(self.g_exponent, scaling.vote(self.g_amax)))
             if self.g_amax is not None:
@@ -182,9 +185,9 @@ class LayerState(nn.Module):
             self._record(scale * both[0].amax)
         else:
             exponent = self._see(g, axis)
-            both = tuple(
-                None if spec is None else run(self._request(slot, g, spec, axis, exponent))
-                for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
+            both = (
+                None if first is None else run(self._request("g_dgrad", g, first, axis, exponent)),
+                None if second is None else run(self._request("g_wgrad", g, second, axis, exponent)),
             )
         for slot, result in zip(("g_dgrad", "g_wgrad"), both, strict=True):
             if result is not None:
@@ -201,7 +204,12 @@ class LayerState(nn.Module):
         if spec is None or self.observer is not None or not self.training or self.spec.x_wgrad is not REUSE:
             return None
         clip = spec.scaling
-        if not isinstance(clip, ClipValue) or spec.stochastic or spec.granularity != "tensor" or "x" not in self._signed:
+        if (
+            not isinstance(clip, ClipValue)
+            or spec.stochastic
+            or spec.granularity != "tensor"
+            or "x" not in self._signed
+        ):
             return None
         format, alpha = self._clip("x", x, spec)
         return Request(x, spec, format, None, alpha, None, save=True) if is_packable(format) else None

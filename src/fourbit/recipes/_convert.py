@@ -116,7 +116,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             where the model's code can be traced (torch.fx) and a backend has the kernels.
 
     Raises:
-        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, or a model that is already converted.
+        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, or a model that is
+            already converted.
 
     >>> import fourbit as fb
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import Target
 
 from fourbit.nn import Conv2d, Quantized, conv_norm_act, run_layer
 
@@ -60,7 +61,7 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return fused.__new__(fused)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (Fused, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
@@ -76,7 +77,7 @@ def fuse(model: nn.Module) -> list[nn.Module]:
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) or isinstance(model, (Fused, Quantized)):
         return []
     if _rewrite(model)[0] is not None:
-        model.__class__ = _fused_class(type(model))
+        model.__class__ = _fused_class(type(model))  # type: ignore
         return [model]
     return [fused for child in model.children() for fused in fuse(child)]
 
@@ -108,7 +109,7 @@ def _rewrite(module: nn.Module) -> tuple[Callable[..., Any] | None, list[dict[st
         module.training = training
         module.__class__ = cls
     through = [module, *tracer.through]
-    if not any([_chain(graph, module, node) for node in list(graph.nodes)]):
+    if not sum(_chain(graph, module, node) for node in list(graph.nodes)):
         return None, _settings(through), through
     graph.lint()
     code = fx.GraphModule(module, graph)
@@ -129,7 +130,10 @@ def _residual(node: fx.Node | None, branch: fx.Node) -> fx.Node | None:
     """The other operand, if `node` adds two tensors of which one is `branch`."""
     if node is None or node.kwargs or len(node.args) != 2:
         return None
-    if not (node.op == "call_function" and node.target in _ADD or node.op == "call_method" and node.target in ("add", "add_")):
+    if not (
+        (node.op == "call_function" and node.target in _ADD)
+        or (node.op == "call_method" and node.target in ("add", "add_"))
+    ):
         return None
     left, right = node.args
     other = right if left is branch else left
@@ -168,7 +172,7 @@ def _chain(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> bool:
         return False
     with graph.inserting_before(last):
 
-        def attribute(target: fx.node.Target | None) -> fx.Node | None:
+        def attribute(target: Target | None) -> fx.Node | None:
             return None if target is None else graph.get_attr(str(target))
 
         taker = None if behind is None else behind.target
@@ -189,7 +193,7 @@ def _chain(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> bool:
     return True
 
 
-def _convolution(root: nn.Module, node: fx.Node) -> tuple[fx.node.Target | None, Any]:
+def _convolution(root: nn.Module, node: fx.Node) -> tuple[Target | None, Any]:
     """Name and input of the convolution that `node` runs; None and the node itself if it runs none."""
     if isinstance(_module(root, node), Conv2d):
         return node.target, node.args[0]

@@ -18,9 +18,10 @@ from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dty
 
 
 @backends.register("norm_supported", "cpu")
-def supported(y: Tensor) -> bool | None:
-    """Any float32 tensor on the CPU."""
-    return True if y.device.type == "cpu" and y.dtype == torch.float32 else None
+def supported(y: Tensor, output: Format | None = None) -> bool | None:
+    """Any float32 tensor on the CPU, to be rounded to a format with a kernel."""
+    rounds = output is None or float_grid(output) is not None
+    return True if y.device.type == "cpu" and y.dtype == torch.float32 and rounds else None
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -147,7 +148,5 @@ def backward(b: NormBackward) -> Any:
     quantized = ()
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
-        quantized = tuple(
-            Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True)
-        )
+        quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
     return (None if specs else outs[0]), quantized, dgamma, dbeta, residual, arguments.clipped

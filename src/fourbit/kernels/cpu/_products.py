@@ -27,6 +27,8 @@ from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Operand, Raw
 from fourbit.quantizers import Packed, carrier_dtype
 
+_int_mm = torch.ops.aten._int_mm.default
+
 
 @lru_cache(maxsize=1)
 def _has_bfloat16() -> bool:
@@ -108,11 +110,11 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     if left.dtype in (torch.int8, torch.uint8):
         if not _has_int8() or depth * 128 * 128 >= 2**31:
             return None
-        return Raw(torch._int_mm(turn(rows.view(torch.int8)), right).view(shape))
+        return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
     unit = _halves(a.format)
     if left.dtype == torch.bfloat16 and unit is not None and _has_int8() and depth * 128 * 128 < 2**31:
         high, low = _split(rows, unit)
-        high, low = torch._int_mm(turn(high), right), torch._int_mm(turn(low), right)
+        high, low = _int_mm(turn(high), right), _int_mm(turn(low), right)
         return Raw(low.view(shape), high.view(shape), 1.0 / unit)
     if left.dtype == torch.bfloat16 and g.products == "fast" and _has_bfloat16():
         return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
