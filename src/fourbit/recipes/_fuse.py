@@ -77,7 +77,7 @@ def fuse(model: nn.Module) -> list[nn.Module]:
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) or isinstance(model, (Fused, Quantized)):
         return []
     if _rewrite(model)[0] is not None:
-        model.__class__ = _fused_class(type(model))  # type: ignore
+        object.__setattr__(model, "__class__", _fused_class(type(model)))
         return [model]
     return [fused for child in model.children() for fused in fuse(child)]
 
