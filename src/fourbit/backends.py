@@ -9,7 +9,8 @@ reference runs.
     round       quantizers.Request, scale                      quantizers.Rounded
     round_pair  two Requests of one tensor, scale              two Rounded
     unpack      quantizers.Packed, dtype                       tensor
-    gemm        ops.Gemm                                       ops.Raw
+    gemm        ops.Gemm without accumulation                  ops.Raw
+    accumulate  [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
     epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
 
 Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
@@ -25,7 +26,7 @@ from typing import Any
 
 from fourbit.errors import unknown
 
-OPERATIONS = ("moments", "round", "round_pair", "unpack", "gemm", "epilogue")
+OPERATIONS = ("moments", "round", "round_pair", "unpack", "gemm", "accumulate", "epilogue")
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)
 """Imported at first use; they register what they have."""

@@ -1,10 +1,13 @@
 """Quantized products and their gradients: the six slots, the bilinear maps, the layer's state, one autograd.Function."""
 
+from fourbit.ops._accumulation import Accumulation as Accumulation
+from fourbit.ops._accumulation import accumulate as accumulate
 from fourbit.ops._contract import contract as contract
 from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
 from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
+from fourbit.ops._matrices import Matrices as Matrices
 from fourbit.ops._product import Finish as Finish
 from fourbit.ops._product import Gemm as Gemm
 from fourbit.ops._product import Layout as Layout

@@ -62,7 +62,8 @@ class _Contract(torch.autograd.Function):
         w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
         x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
         w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
-        gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
+        sums = (spec.accumulation, state.sum_key("fprop"))
+        gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums)
         y, _ = product(gemm, spec.output, dtype)
         x_codes, w_codes = x_saved, w_saved
         if spec.x_wgrad is not REUSE:
@@ -97,12 +98,14 @@ class _Contract(torch.autograd.Function):
                     state.count_nonfinite(slot, g)
             if need_x:
                 a, late = _gradient(g, g_dgrad)
-                gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products)
+                sums = (spec.accumulation, state.sum_key("dgrad"))
+                gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products, *sums)
                 dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
             if need_w:
                 after = (_axis(contraction, "w", spec, "g_wgrad"), len(ctx.layouts[1].shape))
                 a, late = _gradient(g, g_wgrad, after)
-                gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products)
+                sums = (spec.accumulation, state.sum_key("wgrad"))
+                gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products, *sums)
                 dw, dw_alpha = product(gemm, spec.output, ctx.dtypes[1], late, w_mask, _codes(w_codes))
         needs = ctx.needs_input_grad
         return dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, None, None, None, None

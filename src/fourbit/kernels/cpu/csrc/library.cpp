@@ -65,7 +65,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 1; }
+FOURBIT_API int32_t fourbit_abi() { return 2; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -102,3 +102,4 @@ FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
 FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
 FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
+FOURBIT_API void fourbit_accumulate(const Accumulate* a) { table->accumulate(a); }
