@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fourbit.nn import observe as observe
     from fourbit.nn import quantized_layers as quantized_layers
     from fourbit.ops import REUSE as REUSE
+    from fourbit.ops import Accumulation as Accumulation
     from fourbit.ops import LayerSpec as LayerSpec
     from fourbit.quantizers import Amax as Amax
     from fourbit.quantizers import ClipValue as ClipValue
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
-    **dict.fromkeys(("REUSE", "LayerSpec"), "ops"),
+    **dict.fromkeys(("REUSE", "Accumulation", "LayerSpec"), "ops"),
     **dict.fromkeys(
         ("Amax", "ClipValue", "FixedScale", "GradScale", "LossScaled", "QTensor", "QuantSpec"), "quantizers"
     ),

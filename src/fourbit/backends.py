@@ -9,7 +9,8 @@ reference runs.
     round       quantizers.Request, scale                      quantizers.Rounded
     round_pair  two Requests of one tensor, scale              two Rounded
     unpack      quantizers.Packed, dtype                       tensor
-    gemm        ops.Gemm                                       ops.Raw
+    gemm        ops.Gemm without accumulation                  ops.Raw
+    accumulate  [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
     epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
 
 and, without a reference, because the modules themselves are one:
@@ -37,6 +38,7 @@ OPERATIONS = (
     "round_pair",
     "unpack",
     "gemm",
+    "accumulate",
     "epilogue",
     "norm_supported",
     "norm_forward",

@@ -1,5 +1,7 @@
 """Quantized products and their gradients: the six slots, the bilinear maps, the layer's state, one autograd.Function."""
 
+from fourbit.ops._accumulation import Accumulation as Accumulation
+from fourbit.ops._accumulation import accumulate as accumulate
 from fourbit.ops._contract import contract as contract
 from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
@@ -7,6 +9,7 @@ from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
 from fourbit.ops._handover import OperandHandover as OperandHandover
 from fourbit.ops._handover import ResultHandover as ResultHandover
+from fourbit.ops._matrices import Matrices as Matrices
 from fourbit.ops._norm import Activation as Activation
 from fourbit.ops._norm import Kept as Kept
 from fourbit.ops._norm import Norm as Norm

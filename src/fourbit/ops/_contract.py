@@ -159,7 +159,8 @@ def run_forward(
     else:  # its mask is the business of the node that made it
         x_fprop, x_saved, x_mask = *_kept(over.take()), None
     w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
-    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products)
+    sums = (spec.accumulation, state.sum_key("fprop"))
+    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums)
     if result is None:
         y, _ = product(gemm, spec.output, dtype)
     else:
@@ -204,7 +205,8 @@ def run_backward(
             state.count_nonfinite(slot, g)
     if need_x:
         a, late = _gradient(g, g_dgrad)
-        gemm = Gemm("dgrad", contraction, a, Operand(*saved.w), saved.x_layout, compute, state.products)
+        sums = (spec.accumulation, state.sum_key("dgrad"))
+        gemm = Gemm("dgrad", contraction, a, Operand(*saved.w), saved.x_layout, compute, state.products, *sums)
         if over is None:
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
         else:
@@ -212,7 +214,8 @@ def run_backward(
     if need_w:
         after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
         a, late = _gradient(g, g_wgrad, after)
-        gemm = Gemm("wgrad", contraction, a, Operand(*saved.x), saved.w_layout, compute, state.products)
+        sums = (spec.accumulation, state.sum_key("wgrad"))
+        gemm = Gemm("wgrad", contraction, a, Operand(*saved.x), saved.w_layout, compute, state.products, *sums)
         dw, dw_alpha = product(gemm, spec.output, dtypes[1], late, saved.w_mask, _codes(saved.w_codes))
     return dx, dw, dx_alpha, dw_alpha
 

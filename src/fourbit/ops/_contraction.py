@@ -9,13 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.errors import UserError
+from fourbit.ops import _matrices as matrices
+from fourbit.ops._matrices import Matrices
 from fourbit.quantizers import is_dense
+
+Which = Literal["fprop", "dgrad", "wgrad"]
+"""The three products of a layer: fprop(x, w), dgrad(g, w), wgrad(g, x)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,17 @@ class Contraction(ABC):
         """dw for output gradient `g`. `w` gives shape and layout only."""
         return torch.func.vjp(lambda t: self.fprop(x, t), w)[1](g)[0]
 
+    def matrices(self, which: Which, a: Tensor, b: Tensor, shape: Sequence[int]) -> Matrices:
+        """One of the three products as products of matrices, in the order in which hardware adds the terms.
+
+        Args:
+            a, b: x and w, g and w, or g and x, all of one floating dtype.
+            shape: of the result.
+        """
+        raise UserError(
+            f"the order of additions is not defined for {type(self).__name__}: leave accumulation=None for such layers"
+        )
+
     @abstractmethod
     def channel_axis(self, operand: str) -> int:
         """The axis of "x" (input channel), "w" or "g" (output channel) that per-channel scales belong to."""
@@ -77,6 +94,12 @@ class LinearMap(Contraction):
         """g^T x, summed over all leading axes."""
         return g.reshape(-1, g.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
 
+    def matrices(self, which: Which, a: Tensor, b: Tensor, shape: Sequence[int]) -> Matrices:
+        """Rows times features."""
+        if which == "wgrad":
+            return matrices.linear(matrices.rows(a).t(), matrices.rows(b), shape)
+        return matrices.linear(matrices.rows(a), b if which == "dgrad" else b.t(), shape)
+
     def channel_axis(self, operand: str) -> int:
         """Last axis of x and g, first of w."""
         return 0 if operand == "w" else -1
@@ -97,6 +120,23 @@ class Matmul(Contraction):
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
         """torch.matmul."""
         return torch.matmul(x, w)
+
+    def matrices(self, which: Which, a: Tensor, b: Tensor, shape: Sequence[int]) -> Matrices:
+        """Batches of matrices; a gradient sums over the batches that its operand was broadcast along."""
+        x_dim = a.dim() if which == "fprop" else b.dim() if which == "wgrad" else len(shape)
+        w_dim = len(shape) if which == "wgrad" else b.dim()
+
+        def lift(t: Tensor, row: bool, column: bool) -> Tensor:  # vectors as torch.matmul sees them
+            t = t.unsqueeze(-1) if column else t
+            return t.unsqueeze(-2) if row else t
+
+        if which == "fprop":
+            a, b = lift(a, x_dim == 1, False), lift(b, False, w_dim == 1)
+            return matrices.batched(a, b, torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), shape)
+        g = lift(a, x_dim == 1, w_dim == 1)
+        if which == "dgrad":
+            return matrices.batched(g, lift(b, False, w_dim == 1).mT, shape[:-2], shape)
+        return matrices.batched(lift(b, x_dim == 1, False).mT, g, shape[:-2], shape)
 
     def channel_axis(self, operand: str) -> int:
         """Last axis."""
@@ -165,6 +205,14 @@ class Convolution(Contraction):
         return torch.ops.aten.convolution_backward(
             g, x, w, None, self.stride, self.padding, self.dilation, self.transposed, padding, self.groups, mask
         )
+
+    def matrices(self, which: Which, a: Tensor, b: Tensor, shape: Sequence[int]) -> Matrices:
+        """Patches times kernels."""
+        geometry = matrices.Geometry(self.stride, self.padding, self.dilation, self.groups)
+        if which == "wgrad":
+            return geometry.to_weight(b, a, shape) if self.transposed else geometry.to_weight(a, b, shape)
+        outward = (which == "fprop") != self.transposed
+        return geometry.to_output(a, b) if outward else geometry.to_input(a, b, shape)
 
     def channel_axis(self, operand: str) -> int:
         """Axis 1 of x and g; of w axis 0, or 1 where transposed."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import Format
-from fourbit.ops._contraction import Contraction
+from fourbit.ops._accumulation import Accumulation, accumulate
+from fourbit.ops._contraction import Contraction, Which
 from fourbit.quantizers import Packed, round_to_format, unpack_mask
 
 Products = Literal["fast", "exact"]
@@ -72,15 +73,20 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Gemm:
-    """One of the three products of a layer: fprop(x, w), dgrad(g, w) or wgrad(g, x); `layout` is that of dx or dw."""
+    """One of the three products of a layer: fprop(x, w), dgrad(g, w) or wgrad(g, x); `layout` is that of dx or dw.
 
-    which: Literal["fprop", "dgrad", "wgrad"]
+    With an `accumulation`, whose random words `key` names, it does not go to a backend as a whole: see `accumulate`.
+    """
+
+    which: Which
     contraction: Contraction
     a: Operand
     b: Operand
     layout: Layout | None
     dtype: torch.dtype
     products: Products
+    accumulation: Accumulation | None = None
+    key: int | None = None
 
     @property
     def scale(self) -> Tensor | None:
@@ -146,6 +152,8 @@ def product(
 
 def multiply(gemm: Gemm) -> Raw:
     """The product without scales and rounding."""
+    if gemm.accumulation is not None:
+        return Raw(_accumulate(gemm, gemm.accumulation))
     raw = None if gemm.dtype == torch.float64 else backends.dispatch("gemm", gemm)
     return Raw(_multiply(gemm)) if raw is None else raw
 
@@ -163,6 +171,16 @@ def _multiply(gemm: Gemm) -> Tensor:
     like = gemm.layout.empty(gemm.dtype, a.device)
     multiply = gemm.contraction.dgrad if gemm.which == "dgrad" else gemm.contraction.wgrad
     return multiply(a, b, like)
+
+
+def _accumulate(gemm: Gemm, accumulation: Accumulation) -> Tensor:
+    a, b = gemm.a.to(torch.float32), gemm.b.to(torch.float32)
+    if gemm.layout is None:
+        shape = gemm.contraction.fprop(a.to("meta"), b.to("meta")).shape  # and torch's own errors
+    else:
+        shape = gemm.layout.shape
+    a, b, restore = gemm.contraction.matrices(gemm.which, a, b, shape)
+    return restore(accumulate(a, b, accumulation, gemm.key))
 
 
 def _finish(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from enum import Enum
 
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
+from fourbit.ops._accumulation import Accumulation
 from fourbit.quantizers import QuantSpec
 
 
@@ -43,6 +44,7 @@ class LayerSpec:
         x_fprop, w_fprop, g_dgrad, w_dgrad, g_wgrad, x_wgrad: QuantSpec, None or (the last three) REUSE.
         output: format to which the results of the three GEMMs are rounded, before the scale of g is taken out; None
             leaves them in the float32 in which they are summed.
+        accumulation: how each addition of the three GEMMs is rounded; None sums in float32 or exactly.
 
     Raises:
         UserError: a combination that no hardware could run or that contradicts itself; the message says what to write.
@@ -55,10 +57,13 @@ class LayerSpec:
     g_wgrad: QuantSpec | Reuse | None = None
     x_wgrad: QuantSpec | Reuse | None = REUSE
     output: Format | None = None
+    accumulation: Accumulation | None = None
 
     def __post_init__(self) -> None:
         if self.output is not None:
             object.__setattr__(self, "output", get(self.output))
+        if not (self.accumulation is None or isinstance(self.accumulation, Accumulation)):
+            raise UserError(f"accumulation must be an Accumulation or None, not {self.accumulation!r}")
         for slot in SLOTS:
             value = getattr(self, slot)
             if value is REUSE and slot not in _REUSED_FROM:
@@ -108,10 +113,12 @@ class LayerSpec:
 
     @property
     def stochastic(self) -> bool:
-        """Whether any slot draws random words."""
+        """Whether any slot, or the accumulation, draws random words."""
+        if self.accumulation is not None and self.accumulation.stochastic:
+            return True
         return any(spec.stochastic for spec in map(self.resolved, SLOTS) if spec)
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing is quantized: the layer then runs torch's own code."""
-        return self.output is None and all(self.resolved(slot) is None for slot in SLOTS)
+        return self.output is None and self.accumulation is None and all(self.resolved(slot) is None for slot in SLOTS)

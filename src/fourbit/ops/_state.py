@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.formats import Format
+from fourbit.ops._contraction import Which
 from fourbit.ops._product import Products
 from fourbit.ops._spec import REUSE, SLOTS, LayerSpec
 from fourbit.quantizers import (
@@ -305,6 +306,14 @@ class LayerState(nn.Module):
             return None
         use = self._uses if slot.startswith("g_") else 0
         return stream_key(self.seed, self.index, int(self.step[0]), SLOTS.index(slot), use)
+
+    def sum_key(self, which: Which) -> int | None:
+        """The key of a product's random words, where the accumulation draws some; they differ from those of all slots."""
+        accumulation = self.spec.accumulation
+        if accumulation is None or not accumulation.stochastic or self.step is None:
+            return None
+        stream = len(SLOTS) + ("fprop", "dgrad", "wgrad").index(which)
+        return stream_key(self.seed, self.index, int(self.step[0]), stream, 0 if which == "fprop" else self._uses)
 
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
         """Format and alpha of a PACT operand; the first training batch decides what is still open."""

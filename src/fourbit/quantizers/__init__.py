@@ -8,6 +8,7 @@ from fourbit.quantizers._packed import pack_mask as pack_mask
 from fourbit.quantizers._packed import unpack_mask as unpack_mask
 from fourbit.quantizers._round import WORD_BITS as WORD_BITS
 from fourbit.quantizers._round import Binary as Binary
+from fourbit.quantizers._round import Cast as Cast
 from fourbit.quantizers._round import Integers as Integers
 from fourbit.quantizers._round import Logarithmic as Logarithmic
 from fourbit.quantizers._round import Rounding as Rounding
@@ -45,3 +46,4 @@ from fourbit.quantizers._statistics import memory_flat as memory_flat
 from fourbit.quantizers._words import mix64 as mix64
 from fourbit.quantizers._words import random_words as random_words
 from fourbit.quantizers._words import stream_key as stream_key
+from fourbit.quantizers._words import words_at as words_at

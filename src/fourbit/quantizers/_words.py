@@ -46,9 +46,23 @@ def random_words(key: int, shape: torch.Size | tuple[int, ...], device: torch.de
     num = 1
     for size in shape:
         num *= size
-    z = torch.arange(1, (num + 1) // 2 + 1, dtype=torch.int64, device=device)
-    z.mul_(_signed(_GOLDEN)).add_(_signed(key))
+    pairs = torch.arange((num + 1) // 2, dtype=torch.int64, device=device)
+    return _pairs_at(key, pairs).view(torch.int32)[:num].view(shape)
+
+
+def words_at(key: int, index: Tensor) -> Tensor:
+    """The words of `random_words` at any positions, int64.
+
+    >>> bool((words_at(7, torch.tensor([4, 1])) == random_words(7, (5,))[[4, 1]]).all())
+    True
+    """
+    pairs = _pairs_at(key, index >> 1)
+    return torch.where(index & 1 == 1, pairs >> 32, pairs).to(torch.int32)
+
+
+def _pairs_at(key: int, pair: Tensor) -> Tensor:
+    """Word pairs by index, as int64: the even word in the lower half."""
+    z = (pair + 1).mul_(_signed(_GOLDEN)).add_(_signed(key))
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
-    z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
-    return z.view(torch.int32)[:num].view(shape)
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))

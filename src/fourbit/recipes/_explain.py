@@ -170,6 +170,8 @@ def _lines(explanation: Explanation) -> list[str]:
             lines.append("    full precision")
         else:
             lines += [f"    {slot:8} {layers[0].operand(slot)}" for slot in SLOTS]
+            if spec.accumulation is not None:
+                lines.append(f"    sums     {spec.accumulation}")
             lines.append(f"    output   {spec.output.name if spec.output else 'float32'}")
         width = max(len(layer.name) for layer in layers)
         for layer in layers:

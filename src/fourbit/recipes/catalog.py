@@ -12,7 +12,7 @@ from dataclasses import replace
 from fourbit import formats as f
 from fourbit._registry import Registry
 from fourbit.formats import Format
-from fourbit.ops import REUSE, LayerSpec
+from fourbit.ops import REUSE, Accumulation, LayerSpec
 from fourbit.quantizers import Amax, ClipValue, GradScale, LossScaled, QuantSpec, Rounding, Sawb
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, first, kernel_size, last, widens
 
@@ -20,6 +20,7 @@ CATALOG: Registry[Recipe] = Registry("recipe")
 """Every recipe of this module, by name."""
 
 PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
+CHUNKS_PAPER = "Wang et al., Training Deep Neural Networks with 8-bit Floating Point Numbers, NeurIPS 2018"
 LUQ_PAPER = "Chmiel et al., Accurate Neural Training with 4-bit Matrix Multiplications at Standard Formats, ICLR 2023"
 
 PACT = QuantSpec(f.UINT4, ClipValue())
@@ -50,7 +51,12 @@ FP16 = LayerSpec(
 
 
 def _ibm(
-    name: str, summary: str, spec: LayerSpec = TPR, fp8_where: Selector | None = None, base: LayerSpec = FP16
+    name: str,
+    summary: str,
+    spec: LayerSpec = TPR,
+    fp8_where: Selector | None = None,
+    base: LayerSpec = FP16,
+    source: str = PAPER,
 ) -> Recipe:
     """The paper's layer rules around one 4-bit spec, with FP8 gradients where a selector says so."""
     rules = [
@@ -60,7 +66,7 @@ def _ibm(
     if fp8_where is not None:
         rules.append(Rule(FP8_GRADIENTS, when=fp8_where, label="FP8 gradients"))
     rules.append(Rule(spec, label="4-bit"))
-    return CATALOG.add(name, Recipe(name, tuple(rules), summary, PAPER))
+    return CATALOG.add(name, Recipe(name, tuple(rules), summary, source))
 
 
 def _one_phase(format: Format) -> LayerSpec:
@@ -148,6 +154,24 @@ IBM2020_RADIX2_GLOBAL = _ibm(
     "radix-2 [1,3,0] gradients, one loss scale for all layers",
     _loss_scaled(_one_phase(f.FP4_R2)),
     base=_loss_scaled(FP16),
+)
+
+
+def _accumulated(name: str, summary: str, accumulation: Accumulation) -> Recipe:
+    """The paper's method with rounded sums in its 4-bit and its FP16 layers."""
+    spec, base = replace(TPR, accumulation=accumulation), replace(FP16, accumulation=accumulation)
+    return _ibm(name, summary, spec, base=base, source=f"{PAPER}; {CHUNKS_PAPER}")
+
+
+IBM2020_ACC = _accumulated(
+    "ibm2020-acc",
+    "ibm2020 with sums rounded to FP16 1-6-9 after every addition, in chunks of 64",
+    Accumulation(f.FP16_169, chunk=64),
+)
+IBM2020_ACC_NOCHUNK = _accumulated(
+    "ibm2020-acc-nochunk",
+    "ibm2020 with sums rounded to FP16 1-6-9 after every addition, without chunks: small terms are swamped",
+    Accumulation(f.FP16_169, chunk=None),
 )
 
 

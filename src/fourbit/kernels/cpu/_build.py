@@ -28,7 +28,7 @@ X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 }
-PER_ISA = ("quantize.cpp", "norm.cpp")
+PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp")
 ONCE = ("library.cpp",)
 
 

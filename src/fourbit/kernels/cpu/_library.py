@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 2
+ABI = 3
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -87,6 +87,24 @@ Epilogue = _structure(
     out_dtype=c_int32,
 )
 Split = _structure("Split", x=c_void_p, n=c_int64, unit=c_float, high=c_void_p, low=c_void_p)
+Accumulate = _structure(
+    "Accumulate",
+    rows=c_void_p,
+    columns=c_void_p,
+    out=c_void_p,
+    groups=c_int64,
+    num_rows=c_int64,
+    panels=c_int64,
+    depth=c_int64,
+    chunk=c_int64,
+    width=c_int32,
+    grid=FloatGrid,
+    stochastic=c_int32,
+    key=c_uint64,
+    group_step=c_int64,
+    row_step=c_int64,
+    lane_step=c_int64,
+)
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
 
 NormForward = _structure(
@@ -156,6 +174,7 @@ _RESULTS = {
     "moments": None,
     "norm_forward": c_float,
     "norm_backward": c_float,
+    "accumulate": None,
 }
 
 CODES = {
@@ -193,6 +212,7 @@ class Library:
     moments: Any
     norm_forward: Any
     norm_backward: Any
+    accumulate: Any
 
     def _share_threads(self) -> bool:
         """Hand over torch's OpenMP runtime; without one, everything runs on the calling thread."""

@@ -22,6 +22,7 @@ from fourbit.quantizers import (
     BLOCK,
     Binary,
     Bound,
+    Cast,
     Integers,
     Logarithmic,
     Moments,
@@ -58,9 +59,11 @@ def readable(x: Tensor) -> Tensor:
 def float_grid(format: Format) -> Any | None:
     """The parameters of a binary float format for the kernels; None for other formats."""
     grid = grid_of(format)
-    if not isinstance(grid, Binary) or format.max >= 2.0**126 or format.min >= 0:
+    if not isinstance(grid, (Binary, Cast)) or format.min >= 0:
         return None
     f = grid.format
+    if f.max >= 2.0 ** (103 + f.mantissa_bits):  # 2^23 quanta of twice that must be finite
+        return None
     lowest = (1 if f.subnormals else 0) - f.exponent_bias + 127
     if lowest <= f.mantissa_bits or f.mantissa_bits > 20:
         return None

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#define FOURBIT_JOIN2(a, b) a##b
+#define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
+
 namespace fourbit {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kUInt8 = 3, kInt32 = 4 };
@@ -186,6 +189,21 @@ struct NormBackward {
   double clipped;
 };
 
+// out[group, row, lane] = sum over k of rows[group, row, k] * columns[group, k, lane], rounded after every addition, in chunks
+// whose sums are added likewise. Lanes come in panels of `width`. Addition i of the result element e draws the random word with
+// index i + e * (number of additions, made even); e = group * group_step + row * row_step + lane * lane_step.
+struct Accumulate {
+  const float* rows;     // [groups, num_rows, depth]
+  const float* columns;  // [groups, panels, depth, width]
+  float* out;            // [groups, num_rows, panels, width]
+  int64_t groups, num_rows, panels, depth, chunk;
+  int32_t width;         // 16, 32 or 64
+  FloatGrid grid;
+  int32_t stochastic;
+  uint64_t key;
+  int64_t group_step, row_step, lane_step;
+};
+
 struct Table {
   float (*clip)(const Clip*);            // returns amax, NaN or infinity as in the data
   float (*log_round)(const LogRound*);
@@ -197,7 +215,12 @@ struct Table {
   Moments (*moments)(const void* x, int32_t dtype, int64_t n);
   float (*norm_forward)(const NormForward*);   // returns max|out|
   float (*norm_backward)(NormBackward*);       // returns max|dy|
+  void (*accumulate)(const Accumulate*);
 };
+
+void portable_accumulate(const Accumulate*);
+void avx2_accumulate(const Accumulate*);
+void avx512_accumulate(const Accumulate*);
 
 extern const Table portable_table;
 extern const Table avx2_table;

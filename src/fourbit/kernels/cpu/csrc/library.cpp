@@ -65,7 +65,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 2; }
+FOURBIT_API int32_t fourbit_abi() { return 3; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -104,3 +104,4 @@ FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
 FOURBIT_API float fourbit_norm_forward(const NormForward* f) { return table->norm_forward(f); }
 FOURBIT_API float fourbit_norm_backward(NormBackward* b) { return table->norm_backward(b); }
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
+FOURBIT_API void fourbit_accumulate(const Accumulate* a) { table->accumulate(a); }

@@ -4,17 +4,13 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "common.h"
+#include "rounding.h"
 
-#ifndef FOURBIT_ISA
-#define FOURBIT_ISA portable
-#endif
 #define FOURBIT_JOIN2(a, b) a##b
 #define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
 
@@ -32,18 +28,6 @@ float norm_backward(NormBackward* b);
 
 namespace {
 
-inline float as_float(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-inline int32_t as_bits(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
 inline float load(const float* p) { return *p; }
 inline float load(const uint16_t* p) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(*p) << 16)); }
 
@@ -54,11 +38,6 @@ inline void store(uint16_t* p, float x) {  // round to nearest even; NaN stays N
   *p = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 inline void store(int8_t* p, float x) { *p = static_cast<int8_t>(static_cast<int32_t>(x)); }
-
-inline int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
-inline int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
-// As torch.clamp where x is a number.
-inline float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
 // The largest of several magnitudes' bit patterns, thread by thread: infinity and NaN come out on top.
 struct Largest {
@@ -72,13 +51,6 @@ struct Largest {
 
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, for |x| < 2^22.
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
-
-// SplitMix64's output function, as fourbit.quantizers.random_words: element i takes half of pair i / 2.
-inline uint64_t mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
-}
 
 // The words' upper 24 bits of `count` elements from element `begin` (even) on, as floats.
 inline void draw(uint64_t key, int64_t begin, int count, float* u) {
@@ -193,23 +165,6 @@ inline int32_t log_nearest(int32_t bits, const LogGrid& g) {
   int32_t y = ((magnitude - g.start) & -g.octaves) + g.smallest;
   y = min_of(y, g.largest);
   return magnitude >= g.start ? y : 0;
-}
-
-inline float float_nearest(float s, const FloatGrid& g) {
-  const float most = 2.0f * g.max;  // finite for every format whose largest magnitude is below 2^127
-  const float x = clamp(s, -most, most);
-  const int32_t exponent = max_of(as_bits(x) & 0x7F800000, g.lowest << 23);
-  // x + m - m rounds x to multiples of the quantum 2^(exponent - mantissa_bits): m is 1.5 * 2^23 quanta.
-  const float m = as_float((exponent + ((23 - g.mantissa_bits) << 23)) | 0x400000);
-  float y = (x + m) - m;
-  const float magnitude = as_float(as_bits(x) & 0x7FFFFFFF);
-  // Between 0 and the smallest magnitude there is nothing where the format has no subnormals; a tie goes to 0.
-  const float tiny = magnitude > 0.5f * g.smallest ? (x < 0.0f ? -g.smallest : g.smallest) : 0.0f;
-  y = magnitude < g.smallest ? tiny : y;
-  y = clamp(y, g.min, g.max);
-  const float size = as_float(as_bits(s) & 0x7FFFFFFF);
-  const float infinity = std::numeric_limits<float>::infinity();
-  return size >= g.overflow ? (s < 0.0f ? -infinity : infinity) : y;
 }
 
 // The integers of one block, -8..7 or 0..15.

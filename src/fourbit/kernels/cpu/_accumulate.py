@@ -1,0 +1,65 @@
+"""Matrix products with rounded sums on the CPU: the chains of many results side by side, one to each lane of a vector.
+
+The longer of the two free axes runs over the lanes; a product of two numbers does not depend on their order, so turning the
+whole product over changes nothing. Lanes are padded to panels of 16, 32 or 64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu._quantize import float_grid, kernels
+from fourbit.ops import Accumulation
+from fourbit.quantizers import Rounding
+
+_COSTS = {64: 1.0, 32: 1.3, 16: 2.1}
+"""Measured time per lane: narrow panels leave the processor waiting for one addition after another."""
+
+
+@backends.register("accumulate", "cpu")
+def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None) -> Tensor | None:
+    """[G, M, K] x [G, K, N] with sums in a binary float format, or None."""
+    grid = float_grid(accumulation.format)
+    if a.device.type != "cpu" or grid is None or accumulation.rounding is Rounding.TRUNCATE:
+        return None
+    G, M, K = a.shape
+    N = b.shape[2]
+    if G * M * N == 0 or K == 0:
+        return a.new_zeros(G, M, N)
+    turned = M > N
+    left, right = (b.mT, a.mT) if turned else (a, b)
+    num_rows, num_lanes = left.shape[1], right.shape[2]
+    width = min(_COSTS, key=lambda w: -(-num_lanes // w) * w * _COSTS[w])
+    num_panels = -(-num_lanes // width)
+    rows_GMK = left.contiguous()
+    fill = num_panels * width - num_lanes
+    padded = F.pad(right, (0, fill)) if fill else right
+    columns_GPKW = padded.unflatten(2, (num_panels, width)).transpose(1, 2).contiguous()
+    out = torch.empty(G, num_rows, num_panels * width)
+    arguments: Any = c.Accumulate(
+        rows_GMK.data_ptr(),
+        columns_GPKW.data_ptr(),
+        out.data_ptr(),
+        G,
+        num_rows,
+        num_panels,
+        K,
+        min(accumulation.chunk or K, K),
+        width,
+        grid,
+        int(accumulation.stochastic),
+        key if accumulation.stochastic and key is not None else 0,
+        M * N,
+        1 if turned else N,
+        N if turned else 1,
+    )
+    kernels().accumulate(ctypes.byref(arguments))
+    y = out[:, :, :num_lanes]
+    return (y.mT if turned else y).contiguous()
