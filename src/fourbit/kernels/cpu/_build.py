@@ -30,6 +30,8 @@ X86 = {
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp")
 ONCE = ("library.cpp",)
+DOT_PRODUCT = ("convolve.cpp", (*X86["avx512"], "-mavx512bf16"))
+"""One source, and the flags with which it has its kernels; a compiler that does not know them leaves it empty."""
 
 
 class BuildError(Exception):
@@ -63,6 +65,8 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(source, isa, flags) for source in PER_ISA for isa, flags in isas.items()]
         jobs += [(source, "", ()) for source in ONCE]
+        dot_product, flags = DOT_PRODUCT
+        jobs.append((dot_product, "", flags if x86 and _accepts(command, flags) else ()))
         running, objects = [], []
         for source, isa, flags in jobs:
             output = Path(folder) / f"{source}.{isa}.o"
@@ -83,6 +87,12 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
         shutil.copyfile(linked, staged)
         os.replace(staged, target)
     return target
+
+
+def _accepts(command: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    arguments = [*command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":

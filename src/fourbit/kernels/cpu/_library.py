@@ -107,6 +107,15 @@ Accumulate = _structure(
 )
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
 
+_geometry = dict.fromkeys(
+    (
+        *("num", "height", "width", "in_channels", "out_height", "out_width", "out_channels"),
+        *("kernel_height", "kernel_width", "pad_height", "pad_width"),
+    ),
+    c_int64,
+)
+ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry)
+ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry)
 NormForward = _structure(
     "NormForward",
     y=c_void_p,
@@ -172,6 +181,8 @@ _RESULTS = {
     "epilogue": c_double,
     "split": None,
     "moments": None,
+    "conv_wgrad": c_int32,
+    "conv_dgrad": c_int32,
     "norm_forward": c_float,
     "norm_backward": c_float,
     "accumulate": None,
@@ -210,6 +221,8 @@ class Library:
     epilogue: Any
     split: Any
     moments: Any
+    conv_wgrad: Any
+    conv_dgrad: Any
     norm_forward: Any
     norm_backward: Any
     accumulate: Any

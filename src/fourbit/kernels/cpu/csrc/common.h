@@ -37,6 +37,8 @@ using Range = void (*)(int64_t begin, int64_t end, int thread, void* task);
 // Runs range(begin, end, thread, task) over [0, n) in pieces that start at multiples of `grain`; returns the number of pieces.
 int parallel(int64_t n, int64_t grain, Range range, void* task);
 constexpr int kMaxThreads = 256;
+// The same with a grain of 1, however small n is: for pieces that are large in themselves.
+int parallel_always(int64_t n, Range range, void* task);
 
 struct Clip {
   const void* x;
@@ -203,6 +205,29 @@ struct Accumulate {
   uint64_t key;
   int64_t group_step, row_step, lane_step;
 };
+
+// Gradients of a convolution with stride 1: [num, height, width, in_channels] to [num, out_height, out_width, out_channels],
+// both multiples of 16. x and w are integers of 8 bits, g is bfloat16; sums are float32.
+struct ConvWgrad {
+  const int8_t* x;
+  const uint16_t* g;
+  float* dw;  // [out_channels, kernel_height, kernel_width, in_channels]
+  int64_t num, height, width, in_channels, out_height, out_width, out_channels;
+  int64_t kernel_height, kernel_width, pad_height, pad_width;
+};
+
+struct ConvDgrad {
+  const uint16_t* g;
+  const int8_t* w;  // as dw
+  void* out;        // [num, height, width, in_channels], bfloat16 or float32
+  int32_t out_dtype;
+  int64_t num, height, width, in_channels, out_height, out_width, out_channels;
+  int64_t kernel_height, kernel_width, pad_height, pad_width;
+};
+
+// false: not on this machine.
+bool conv_wgrad(const ConvWgrad*);
+bool conv_dgrad(const ConvDgrad*);
 
 struct Table {
   float (*clip)(const Clip*);            // returns amax, NaN or infinity as in the data

@@ -46,9 +46,10 @@ const Table* table = choose();
 
 }  // namespace
 
-int parallel(int64_t n, int64_t grain, Range range, void* task) {
-  int threads = 1;
-  if (gomp_parallel && n >= kSerialBelow && !in_parallel()) threads = get_max_threads();
+namespace {
+
+int run(int64_t n, int64_t grain, Range range, void* task, bool alone) {
+  int threads = alone || !gomp_parallel || in_parallel() ? 1 : get_max_threads();
   if (threads > kMaxThreads) threads = kMaxThreads;
   if (threads <= 1) {
     if (n > 0) range(0, n, 0, task);
@@ -58,6 +59,20 @@ int parallel(int64_t n, int64_t grain, Range range, void* task) {
   gomp_parallel(piece, &region, static_cast<unsigned>(threads), 0);
   return threads;
 }
+
+bool has_dot_product() {
+#if defined(FOURBIT_X86)
+  return table == &avx512_table && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+int parallel(int64_t n, int64_t grain, Range range, void* task) { return run(n, grain, range, task, n < kSerialBelow); }
+
+int parallel_always(int64_t n, Range range, void* task) { return run(n, 1, range, task, false); }
 
 }  // namespace fourbit
 
@@ -101,6 +116,8 @@ FOURBIT_API float fourbit_table_round(const TableRound* r) { return table->table
 FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
 FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
 FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
+FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }
+FOURBIT_API int32_t fourbit_conv_dgrad(const ConvDgrad* t) { return has_dot_product() && conv_dgrad(t); }
 FOURBIT_API float fourbit_norm_forward(const NormForward* f) { return table->norm_forward(f); }
 FOURBIT_API float fourbit_norm_backward(NormBackward* b) { return table->norm_backward(b); }
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
