@@ -60,7 +60,7 @@ def test_gradients_equal_the_exact_sums(case, products, exact_kernels):
 
 
 def test_what_does_not_fit_is_left_to_others(exact_kernels):
-    con, x, w, g = operands((1, 16, 16, 6, 6, (3, 3), (1, 1)))
+    _, x, w, g = operands((1, 16, 16, 6, 6, (3, 3), (1, 1)))
     gradient = Operand(g.bfloat16(), None, FP4_R4_EVEN)
     for change in (Convolution((1, 1), (2, 2), (2, 2)), Convolution((1, 1), (1, 1), (1, 1), 2)):
         gemm = Gemm(

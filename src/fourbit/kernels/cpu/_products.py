@@ -4,7 +4,7 @@
     int8 x int8 (forward)                  _int_mm, exact                 oneDNN int8 convolution, exact
     gradient in one int8 x int8            _int_mm, exact                 as below
     gradient in two int8 x int8            two _int_mm, exact             as below
-    other gradients that bfloat16 holds    bfloat16, rounded to it        ours, sums in float32, or oneDNN's: rounded to bfloat16
+    other gradients that bfloat16 holds    bfloat16, rounded to it        ours (float32), or oneDNN's, rounded to bfloat16
 
 A gradient goes in two int8 where every number of its format is 256 high + low in units of the smallest magnitude: radix-4
 FP4 does. What is rounded to bfloat16 is so only where products are "fast"; "exact" leaves it to the reference, which
