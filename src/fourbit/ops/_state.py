@@ -182,8 +182,7 @@ class LayerState(nn.Module):
         if self._known and first and second and self._one_pass(first, second):
             assert self.g_exponent is not None and self.g_amax is not None
             both = run_pair(self._request("g_dgrad", g, first, axis), self._request("g_wgrad", g, second, axis))
-            scale = exponent_scale(self.g_exponent)
-            self._record(scale * both[0].amax)
+            self._record(self._scaled(both[0].amax))
         else:
             exponent = self._see(g, axis)
             both = (
@@ -232,7 +231,7 @@ class LayerState(nn.Module):
             self.step[1] = 1
         if not math.isfinite(amax):
             self.nonfinite[2] += 1
-        self._record(exponent_scale(self._exponent()) * amax)
+        self._record(self._scaled(amax))
 
     def saw_operand(self, amax: float) -> None:
         """A node before this layer has quantized its input; its largest magnitude was `amax`."""
@@ -297,8 +296,16 @@ class LayerState(nn.Module):
             self._record(amax)
         return exponent
 
-    def _record(self, amax: Tensor) -> None:
+    def _scaled(self, amax: Tensor | float) -> Tensor | float:
+        scale = exponent_scale(self._exponent())
+        return amax * float(scale) if not isinstance(amax, Tensor) else amax * scale
+
+    def _record(self, amax: Tensor | float) -> None:
         assert self.g_amax is not None
+        if not isinstance(amax, Tensor):
+            if amax > float(self.g_amax) or math.isnan(amax):
+                self.g_amax.fill_(amax)
+            return
         self.g_amax.copy_(torch.maximum(self.g_amax, amax))
 
     def _key(self, slot: str, spec: QuantSpec) -> int | None:

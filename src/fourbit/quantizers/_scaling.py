@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from ctypes import c_float
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, overload
@@ -160,6 +161,10 @@ class Sawb(Scaling):
         """alpha / format.max, at least 2^-126."""
         c1, c2 = self.coefficients(format)
         mean_square, mean_abs, amax = statistics.moments
+        if isinstance(mean_square, float) and isinstance(mean_abs, float) and isinstance(amax, float):
+            number = to_float32(c1 * math.sqrt(mean_square) - c2 * mean_abs)
+            return _at_least_tiny(to_float32((number if number > 0 else amax) / format.max))
+        assert isinstance(mean_square, Tensor)
         alpha = (c1 * mean_square.sqrt() - c2 * mean_abs).to(torch.float32)
         return (torch.where(alpha > 0, alpha, amax) / format.max).clamp_min(TINY)
 
@@ -205,6 +210,8 @@ class ClipValue(Scaling):
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
+        if _is_host_scalar(stored):
+            return _at_least_tiny(max(float(stored), TINY) / format.max)
         return (_clip_value(stored) / format.max).clamp_min(TINY)
 
     def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
@@ -215,6 +222,20 @@ class ClipValue(Scaling):
     def __str__(self) -> str:
         text = "PACT" if self.learned else f"clip {self.init:g}" if self.init else "clip"
         return f"{text} ({self.signed_format.name} where inputs go negative)" if self.signed_format else text
+
+
+def _is_host_scalar(t: Tensor) -> bool:
+    """Whether the host computes faster than torch: one number, without waiting for a device."""
+    return t.is_cpu and t.dim() == 0
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32. A sum, product, quotient or root of float32 numbers comes out as if computed in float32."""
+    return c_float(value).value
+
+
+def _at_least_tiny(scale: float) -> Tensor:
+    return torch.tensor(max(scale, TINY), dtype=torch.float32)
 
 
 def _clip_value(stored: Tensor) -> Tensor:
@@ -254,6 +275,9 @@ _EXPONENT_LIMIT = 100
 
 def exponent_scale(exponent: Tensor) -> Tensor:
     """2^exponent in float32; 1 where UNSET."""
+    if _is_host_scalar(exponent):
+        k = int(exponent)
+        return torch.tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
     return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32))
 
 

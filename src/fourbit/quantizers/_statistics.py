@@ -45,11 +45,11 @@ def amax_of(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Means of x^2 and |x| (float64) and max|x| (float32); NaN or infinite where the data are."""
+    """Means of x^2 and |x| (float64) and max|x| (float32); NaN or infinite where the data are. Floats where the host knows."""
 
-    mean_square: Tensor
-    mean_abs: Tensor
-    amax: Tensor
+    mean_square: Tensor | float
+    mean_abs: Tensor | float
+    amax: Tensor | float
 
 
 class Statistics:
@@ -78,4 +78,4 @@ class Statistics:
     @cached_property
     def amax(self) -> Tensor:
         """max|x|."""
-        return self.moments.amax if "moments" in self.__dict__ else amax_of(self.x, self.dims)
+        return torch.as_tensor(self.moments.amax) if "moments" in self.__dict__ else amax_of(self.x, self.dims)

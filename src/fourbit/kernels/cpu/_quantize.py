@@ -233,5 +233,4 @@ def moments(x: Tensor) -> Moments | None:
     x = readable(x)
     found = c.Moments()
     kernels().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(x.numel()), ctypes.byref(found))
-    means = torch.tensor([found.sum_square / x.numel(), found.sum_abs / x.numel()], dtype=torch.float64)
-    return Moments(means[0], means[1], torch.tensor(found.amax))
+    return Moments(found.sum_square / x.numel(), found.sum_abs / x.numel(), found.amax)
