@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._product import Gemm, Layout, Operand, product
 from fourbit.ops._spec import REUSE, LayerSpec
@@ -83,6 +82,7 @@ class _Contract(torch.autograd.Function):
         spec, state, contraction = ctx.spec, ctx.state, ctx.contraction
         *data, x_mask, w_mask = ctx.saved_tensors
         x, w, x_codes, w_codes = (_restore(outline, data[2 * i : 2 * i + 2]) for i, outline in enumerate(ctx.kept))
+        assert x is not None and w is not None
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         need_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         dx = dw = dx_alpha = dw_alpha = None
@@ -96,20 +96,16 @@ class _Contract(torch.autograd.Function):
                 if needed and found is None:
                     state.count_nonfinite(slot, g)
             if need_x:
-                a, late = _gradient(g, g_dgrad)
-                gemm = Gemm("dgrad", contraction, a, Operand(*w), ctx.layouts[0], ctx.compute, state.products)
+                a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
+                gemm = Gemm("dgrad", contraction, a, w, ctx.layouts[0], ctx.compute, state.products)
                 dx, dx_alpha = product(gemm, spec.output, ctx.dtypes[0], late, x_mask, _codes(x_codes))
             if need_w:
                 after = (_axis(contraction, "w", spec, "g_wgrad"), len(ctx.layouts[1].shape))
-                a, late = _gradient(g, g_wgrad, after)
-                gemm = Gemm("wgrad", contraction, a, Operand(*x), ctx.layouts[1], ctx.compute, state.products)
+                a, late = _gradient(g, g_wgrad, spec.resolved("g_wgrad"), after)
+                gemm = Gemm("wgrad", contraction, a, x, ctx.layouts[1], ctx.compute, state.products)
                 dw, dw_alpha = product(gemm, spec.output, ctx.dtypes[1], late, w_mask, _codes(w_codes))
         needs = ctx.needs_input_grad
         return dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, None, None, None, None
-
-
-Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
-"""An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
 
 
 def _per_channel(spec: LayerSpec) -> bool:
@@ -124,50 +120,49 @@ def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) 
 
 def _forward_operand(
     slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
-) -> tuple[Operand, Kept, Tensor | None]:
-    """The operand for a product, what is saved of it, and the mask where clipping needs one."""
+) -> tuple[Operand, Operand, Tensor | None]:
+    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
     if spec is None:
         state.count_nonfinite(slot, t)
-        return Operand(t), (t, None, None), None
+        return Operand(t), Operand(t), None
     (q, scale, format), _, packed, mask = state.quantize(slot, t, spec, axis, save=True)
     if scale.numel() > 1:
         q, packed = q.to(torch.float32) * scale, None
         operand = Operand(q, None, format)
     else:
-        operand = Operand(q, scale.view(()), format)
-    return operand, (q if packed is None else packed, operand.scale, format), mask
+        operand = Operand(q, scale.view(()), format, spec.samples == 1)
+    return operand, operand if packed is None else operand._replace(q=packed), mask
 
 
-def _tensors(kept: Kept | None) -> tuple[Tensor | None, Tensor | None]:
+def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:
     if kept is None:
         return None, None
-    return (kept[0].data if isinstance(kept[0], Packed) else kept[0]), kept[1]
+    return (kept.q.data if isinstance(kept.q, Packed) else kept.q), kept.scale
 
 
-def _outline(kept: Kept | None) -> Any:
+def _outline(kept: Operand | None) -> Operand | None:
     """What is left of a saved operand without its tensors."""
     if kept is None:
         return None
-    packed = kept[0]
-    return (replace(packed, data=_NOTHING) if isinstance(packed, Packed) else None), kept[2]
+    return kept._replace(q=replace(kept.q, data=_NOTHING) if isinstance(kept.q, Packed) else _NOTHING, scale=None)
 
 
 _NOTHING = torch.empty(0)
 
 
-def _restore(outline: Any, tensors: Sequence[Tensor]) -> Kept | None:
+def _restore(outline: Operand | None, tensors: Sequence[Tensor]) -> Operand | None:
     if outline is None:
         return None
-    packed, format = outline
-    return (tensors[0] if packed is None else replace(packed, data=tensors[0])), tensors[1], format
+    q = replace(outline.q, data=tensors[0]) if isinstance(outline.q, Packed) else tensors[0]
+    return outline._replace(q=q, scale=tensors[1])
 
 
-def _codes(kept: Kept | None) -> Packed | Tensor | None:
-    return None if kept is None else kept[0]
+def _codes(kept: Operand | None) -> Packed | Tensor | None:
+    return None if kept is None else kept.q
 
 
 def _gradient(
-    g: Tensor, quantized: Quantized | None, after: tuple[int, int] | None = None
+    g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
 ) -> tuple[Operand, Tensor | None]:
     """The gradient operand, and the scale to be taken out after the product was rounded.
 
@@ -177,11 +172,12 @@ def _gradient(
     if quantized is None:
         return Operand(g), None
     q, scale, format = quantized.tensor
+    on_grid = spec is not None and spec.samples == 1
     if scale.numel() == 1:
         scale = scale.view(())
     elif after is not None:
         scale = along(scale.flatten(), *after)
     else:
         largest = scale.max()
-        q, scale = q.to(torch.float32) * (scale / largest), largest
-    return Operand(q, None, format), scale
+        q, scale, on_grid = q.to(torch.float32) * (scale / largest), largest, False
+    return Operand(q, None, format, on_grid), scale

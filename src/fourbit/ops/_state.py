@@ -79,11 +79,13 @@ class LayerState(nn.Module):
         products: Products = "fast",
     ):
         super().__init__()
-        self.spec, self.seed, self.index, self.products = spec, seed, index, products
+        self.spec, self.seed, self.index = spec, seed, index
+        self.products: Products = products
         self.observer: Observer | None = None
         self._signed: dict[str, bool] = {}
         self._uses = 0
         self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
+        self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
         for operand in ("x", "w"):
             operand_spec = getattr(spec, f"{operand}_fprop")
             alpha, signed = None, None
@@ -116,6 +118,8 @@ class LayerState(nn.Module):
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
+                if self._count is not None:
+                    self._count = [sum(self._count), 0]
             if not self.training:
                 return
             g_spec = self.spec.g_scaling
@@ -143,33 +147,38 @@ class LayerState(nn.Module):
         self._uses += 1
         if self.step is not None:
             self.step[1] = 1
+            if self._count is not None:
+                self._count[1] = 1
         wgrad = self.spec.g_wgrad
         first = self.spec.g_dgrad if need_x or wgrad is REUSE else None
         second = wgrad if need_w and isinstance(wgrad, QuantSpec) else None
-        if self._known and first and second and self._one_pass(first, second):
-            assert self.g_exponent is not None and self.g_amax is not None
-            both = run_pair(self._request("g_dgrad", g, first, axis), self._request("g_wgrad", g, second, axis))
-            self._record(both[0].amax * exponent_scale(self.g_exponent))
+        one_pass = self._known and self._one_pass(first, second)
+        exponent = None if one_pass else self._see(g, axis)
+        for_dgrad, for_wgrad = (
+            None if spec is None else self._request(slot, g, spec, axis, exponent)
+            for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
+        )
+        if one_pass and for_dgrad and for_wgrad:
+            both = run_pair(for_dgrad, for_wgrad)
         else:
-            exponent = self._see(g, axis)
-            both = tuple(
-                None if spec is None else run(self._request(slot, g, spec, axis, exponent))
-                for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
-            )
+            both = (None if for_dgrad is None else run(for_dgrad), None if for_wgrad is None else run(for_wgrad))
+        seen = both[0] or both[1]
+        if one_pass and seen is not None:
+            self._record(seen.amax * exponent_scale(self._exponent()))
         for slot, result in zip(("g_dgrad", "g_wgrad"), both, strict=True):
             if result is not None:
                 self._saw(slot, g, result)
         return both
 
-    def _one_pass(self, first: QuantSpec, second: QuantSpec) -> bool:
-        """Whether one read of the gradient gives both operands and the vote: the exponent is known beforehand."""
+    def _one_pass(self, *specs: QuantSpec | None) -> bool:
+        """Whether one read of the gradient gives its operands and the vote: the exponent is known beforehand."""
         scaled = self.spec.g_scaling
         return (
             self.training
             and scaled is not None
-            and first.scaling == second.scaling == scaled.scaling
-            and first.granularity == second.granularity == "tensor"
             and scaled.scaling.stored_kind == "exponent"
+            and any(specs)
+            and all(s is None or (s.scaling, s.granularity) == (scaled.scaling, "tensor") for s in specs)
         )
 
     def _request(self, slot: str, g: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None) -> Request:
@@ -207,7 +216,7 @@ class LayerState(nn.Module):
             if self.training:
                 exponent.copy_(torch.where(exponent == UNSET, first, exponent))
                 amax = amax * exponent_scale(exponent)
-                self._known = not bool((exponent == UNSET).any())
+                self._known = self._known or not bool((exponent == UNSET).any())
             else:
                 exponent = first
             if exponent.dim():  # a channel without gradients yet must not stand out: it takes the smallest scale
@@ -223,8 +232,10 @@ class LayerState(nn.Module):
     def _key(self, slot: str, spec: QuantSpec) -> int | None:
         if not spec.stochastic or self.step is None:
             return None
+        if self._count is None:
+            self._count = [int(n) for n in self.step.tolist()]
         use = self._uses if slot.startswith("g_") else 0
-        return stream_key(self.seed, self.index, int(self.step[0]), SLOTS.index(slot), use)
+        return stream_key(self.seed, self.index, self._count[0], SLOTS.index(slot), use)
 
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
         """Format and alpha of a PACT operand; the first training batch decides what is still open."""
@@ -252,6 +263,7 @@ class LayerState(nn.Module):
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
         self._signed.clear()
         self._known = False
+        self._count = None
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
