@@ -60,11 +60,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Status:
-    """What a backend is on this machine: whether it can run, and in words what it is or why not."""
+    """What a backend is on this machine: whether it can run, in words what it is or why not, and whether it should run."""
 
     name: str
     available: bool
     detail: str
+    needed: bool = True
 
 
 _kernels: dict[str, list[Kernel]] = {operation: [] for operation in OPERATIONS}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fourbit.ops import _contract as eager
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._product import Layout
+from fourbit.ops._product import Layout, Operand
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, state_of
 from fourbit.quantizers import BLOCK, Packed, QuantSpec, carrier_dtype, is_packable
@@ -75,7 +75,9 @@ def _forward(
     kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, learned):
-        data, scale, _ = kept[slot]  # type: ignore[misc]
+        operand = kept[slot]
+        assert operand is not None
+        data, scale = operand.q, operand.scale
         tensors.append(data.data if isinstance(data, Packed) else data)
         if scale is not None:
             tensors.append(scale.clone())
@@ -120,7 +122,7 @@ def _backward(
     state, contraction = state_of(layer), Contraction.decode(geometry)
     spec, left = state.spec, list(tensors)
     of = {"x": _canonical(x, contraction, "x"), "w": _canonical(w, contraction, "w")}
-    kept: dict[str, Any] = {}
+    kept: dict[str, Operand] = {}
     for slot in _stored_slots(spec, (learned[0], learned[1])):
         operand, resolved = of[slot[0]], spec.resolved(slot)
         assert resolved is not None
@@ -128,11 +130,11 @@ def _backward(
         scale = left.pop(0) if resolved.granularity == "tensor" else None
         if is_packable(format) and data.dtype == torch.uint8 and data.dim() == 1 and scale is not None:
             data = Packed(data, operand.shape, operand.stride(), format.min < 0)
-        kept[slot] = (data, scale, format if scale is not None else None)
+        kept[slot] = Operand(data, scale, format, scale is not None and resolved.samples == 1)
     masks = {op: left.pop(0) for op in _masks(spec)}
     saved = eager.Saved(
-        kept.get("x_wgrad", (of["x"], None, None)),
-        kept.get("w_dgrad", (of["w"], None, None)),
+        kept.get("x_wgrad", Operand(of["x"])),
+        kept.get("w_dgrad", Operand(of["w"])),
         kept.get("x_fprop", kept.get("x_wgrad")) if learned[0] else None,
         kept.get("w_fprop", kept.get("w_dgrad")) if learned[1] else None,
         masks.get("x"),

@@ -19,16 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourbit import backends
-from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
 from fourbit.quantizers import Packed, Quantized, QuantSpec
-
-Kept = tuple[Packed | Tensor, Tensor | None, Format | None]
-"""An operand as it is saved for backward: packed codes, or the carrier; scale; format."""
 
 
 def contract(
@@ -69,10 +65,10 @@ class Saved:
     """What a forward pass leaves for backward. `x` and `w` enter wgrad and dgrad; `x_codes` and `w_codes` are those of fprop,
     where a clip value is learned; the masks are of the straight-through gradients."""
 
-    x: Kept
-    w: Kept
-    x_codes: Kept | None
-    w_codes: Kept | None
+    x: Operand
+    w: Operand
+    x_codes: Operand | None
+    w_codes: Operand | None
     x_mask: Tensor | None
     w_mask: Tensor | None
     x_layout: Layout
@@ -157,7 +153,7 @@ def run_forward(
         x = contraction.prepare(x.detach(), "x")
         x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
     else:  # its mask is the business of the node that made it
-        x_fprop, x_saved, x_mask = *_kept(over.take()), None
+        x_fprop, x_saved, x_mask = *_kept(over.take(), spec.x_fprop), None
     w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
     sums = (spec.accumulation, state.sum_key("fprop"))
     gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums)
@@ -204,18 +200,18 @@ def run_backward(
         if needed and found is None:
             state.count_nonfinite(slot, g)
     if need_x:
-        a, late = _gradient(g, g_dgrad)
+        a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
         sums = (spec.accumulation, state.sum_key("dgrad"))
-        gemm = Gemm("dgrad", contraction, a, Operand(*saved.w), saved.x_layout, compute, state.products, *sums)
+        gemm = Gemm("dgrad", contraction, a, saved.w, saved.x_layout, compute, state.products, *sums)
         if over is None:
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
         else:
             dx = _give_back(gemm, spec, late, over)
     if need_w:
         after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
-        a, late = _gradient(g, g_wgrad, after)
+        a, late = _gradient(g, g_wgrad, spec.resolved("g_wgrad"), after)
         sums = (spec.accumulation, state.sum_key("wgrad"))
-        gemm = Gemm("wgrad", contraction, a, Operand(*saved.x), saved.w_layout, compute, state.products, *sums)
+        gemm = Gemm("wgrad", contraction, a, saved.x, saved.w_layout, compute, state.products, *sums)
         dw, dw_alpha = product(gemm, spec.output, dtypes[1], late, saved.w_mask, _codes(saved.w_codes))
     return dx, dw, dx_alpha, dw_alpha
 
@@ -257,56 +253,55 @@ def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) 
 
 def _forward_operand(
     slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
-) -> tuple[Operand, Kept, Tensor | None]:
-    """The operand for a product, what is saved of it, and the mask where clipping needs one."""
+) -> tuple[Operand, Operand, Tensor | None]:
+    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
     if spec is None:
         state.count_nonfinite(slot, t)
-        return Operand(t), (t, None, None), None
+        return Operand(t), Operand(t), None
     quantized = state.quantize(slot, t, spec, axis, save=True)
-    return *_kept(quantized), quantized.mask
+    return *_kept(quantized, spec), quantized.mask
 
 
-def _kept(quantized: Quantized) -> tuple[Operand, Kept]:
-    """The operand for a product, and what is saved of it."""
+def _kept(quantized: Quantized, spec: QuantSpec | None) -> tuple[Operand, Operand]:
+    """The operand for a product, and as it is saved for backward."""
     (q, scale, format), _, packed, _ = quantized
     if scale.numel() > 1:
         q, packed = q.to(torch.float32) * scale, None
         operand = Operand(q, None, format)
     else:
-        operand = Operand(q, scale.view(()), format)
-    return operand, (q if packed is None else packed, operand.scale, format)
+        operand = Operand(q, scale.view(()), format, spec is not None and spec.samples == 1)
+    return operand, operand if packed is None else operand._replace(q=packed)
 
 
-def _tensors(kept: Kept | None) -> tuple[Tensor | None, Tensor | None]:
+def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:
     if kept is None:
         return None, None
-    return (kept[0].data if isinstance(kept[0], Packed) else kept[0]), kept[1]
+    return (kept.q.data if isinstance(kept.q, Packed) else kept.q), kept.scale
 
 
-def _outline(kept: Kept | None) -> Any:
+def _outline(kept: Operand | None) -> Operand | None:
     """What is left of a saved operand without its tensors."""
     if kept is None:
         return None
-    packed = kept[0]
-    return (replace(packed, data=_NOTHING) if isinstance(packed, Packed) else None), kept[2]
+    return kept._replace(q=replace(kept.q, data=_NOTHING) if isinstance(kept.q, Packed) else _NOTHING, scale=None)
 
 
 _NOTHING = torch.empty(0)
 
 
-def _restore(outline: Any, tensors: Sequence[Tensor]) -> Kept | None:
+def _restore(outline: Operand | None, tensors: Sequence[Tensor]) -> Operand | None:
     if outline is None:
         return None
-    packed, format = outline
-    return (tensors[0] if packed is None else replace(packed, data=tensors[0])), tensors[1], format
+    q = replace(outline.q, data=tensors[0]) if isinstance(outline.q, Packed) else tensors[0]
+    return outline._replace(q=q, scale=tensors[1])
 
 
-def _codes(kept: Kept | None) -> Packed | Tensor | None:
-    return None if kept is None else kept[0]
+def _codes(kept: Operand | None) -> Packed | Tensor | None:
+    return None if kept is None else kept.q
 
 
 def _gradient(
-    g: Tensor, quantized: Quantized | None, after: tuple[int, int] | None = None
+    g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
 ) -> tuple[Operand, Tensor | None]:
     """The gradient operand, and the scale to be taken out after the product was rounded.
 
@@ -316,11 +311,12 @@ def _gradient(
     if quantized is None:
         return Operand(g), None
     q, scale, format = quantized.tensor
+    on_grid = spec is not None and spec.samples == 1
     if scale.numel() == 1:
         scale = scale.view(())
     elif after is not None:
         scale = along(scale.flatten(), *after)
     else:
         largest = scale.max()
-        q, scale = q.to(torch.float32) * (scale / largest), largest
-    return Operand(q, None, format), scale
+        q, scale, on_grid = q.to(torch.float32) * (scale / largest), largest, False
+    return Operand(q, None, format, on_grid), scale

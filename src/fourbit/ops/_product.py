@@ -27,17 +27,23 @@ Products = Literal["fast", "exact"]
 """How backends may multiply.
 
     exact   sums are exact or in float32, rounded once to the output format
-    fast    where the library of the platform rounds the results of a product to bfloat16 (convolutions' gradients on a CPU),
-            that is accepted in place of the output format: a relative error of at most 2^-8 per result
+    fast    where the library of the platform rounds the results of a product to bfloat16 (convolutions' gradients on a CPU
+            and on a GPU), that is accepted in place of the output format: a relative error of at most 2^-8 per result;
+            on a GPU, also float16 results before the output format (convolutions forward: 2^-12), and the sums of FP8
+            tensor cores (large Linear layers backward: about 2^-13 of the largest partial sum)
 """
 
 
 class Operand(NamedTuple):
-    """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none)."""
+    """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none).
+
+    `on_grid` says that the numbers are the format's own, and not multiplied by a scale per channel or averaged.
+    """
 
     q: Tensor | Packed
     scale: Tensor | None = None
     format: Format | None = None
+    on_grid: bool = False
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""

@@ -102,11 +102,13 @@ class LayerState(nn.Module):
         products: Products = "fast",
     ):
         super().__init__()
-        self.spec, self.seed, self.index, self.products = spec, seed, index, products
+        self.spec, self.seed, self.index = spec, seed, index
+        self.products: Products = products
         self.observer: Observer | None = None
         self._signed: dict[str, bool] = {}
         self._uses = 0
         self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
+        self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
         for operand in ("x", "w"):
             operand_spec = getattr(spec, f"{operand}_fprop")
             alpha, signed = None, None
@@ -145,6 +147,8 @@ class LayerState(nn.Module):
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
+                if self._count is not None:
+                    self._count = [sum(self._count), 0]
             if not self.training:
                 return
             g_spec = self.spec.g_scaling
@@ -173,22 +177,23 @@ class LayerState(nn.Module):
 
         Records the largest gradient, and sets the first exponent from it.
         """
-        self._uses += 1
-        if self.step is not None:
-            self.step[1] = 1
+        self._differentiate()
         wgrad = self.spec.g_wgrad
         first = self.spec.g_dgrad if need_x or wgrad is REUSE else None
         second = wgrad if need_w and isinstance(wgrad, QuantSpec) else None
-        if self._known and first and second and self._one_pass(first, second):
-            assert self.g_exponent is not None and self.g_amax is not None
-            both = run_pair(self._request("g_dgrad", g, first, axis), self._request("g_wgrad", g, second, axis))
-            self._record(self._scaled(both[0].amax))
+        one_pass = self._known and self._one_pass(first, second)
+        exponent = None if one_pass else self._see(g, axis)
+        for_dgrad, for_wgrad = (
+            None if spec is None else self._request(slot, g, spec, axis, exponent)
+            for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
+        )
+        if one_pass and for_dgrad and for_wgrad:
+            both = run_pair(for_dgrad, for_wgrad)
         else:
-            exponent = self._see(g, axis)
-            both = (
-                None if first is None else run(self._request("g_dgrad", g, first, axis, exponent)),
-                None if second is None else run(self._request("g_wgrad", g, second, axis, exponent)),
-            )
+            both = (None if for_dgrad is None else run(for_dgrad), None if for_wgrad is None else run(for_wgrad))
+        seen = both[0] or both[1]
+        if one_pass and seen is not None:
+            self._record(self._scaled(seen.amax))
         for slot, result in zip(("g_dgrad", "g_wgrad"), both, strict=True):
             if result is not None:
                 self._saw(slot, g, result)
@@ -222,31 +227,37 @@ class LayerState(nn.Module):
         wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
         if not self._known or self.observer is not None or len(specs) != wanted:
             return ()
-        return specs if specs and all(self._one_pass(s, s) and not s.stochastic for s in specs) else ()
+        return specs if specs and self._one_pass(*specs) and not any(s.stochastic for s in specs) else ()
 
     def saw_gradient(self, amax: float) -> None:
         """A node behind this layer has quantized the gradient as `gradient_specs` says; its largest magnitude was `amax`."""
-        self._uses += 1
-        if self.step is not None:
-            self.step[1] = 1
+        self._differentiate()
         if not math.isfinite(amax):
             self.nonfinite[2] += 1
         self._record(self._scaled(amax))
+
+    def _differentiate(self) -> None:
+        """One more use in this backward pass."""
+        self._uses += 1
+        if self.step is not None:
+            self.step[1] = 1
+            if self._count is not None:
+                self._count[1] = 1
 
     def saw_operand(self, amax: float) -> None:
         """A node before this layer has quantized its input; its largest magnitude was `amax`."""
         if not math.isfinite(amax):
             self.nonfinite[0] += 1
 
-    def _one_pass(self, first: QuantSpec, second: QuantSpec) -> bool:
-        """Whether one read of the gradient gives both operands and the vote: the exponent is known beforehand."""
+    def _one_pass(self, *specs: QuantSpec | None) -> bool:
+        """Whether one read of the gradient gives its operands and the vote: the exponent is known beforehand."""
         scaled = self.spec.g_scaling
         return (
             self.training
             and scaled is not None
-            and first.scaling == second.scaling == scaled.scaling
-            and first.granularity == second.granularity == "tensor"
             and scaled.scaling.stored_kind == "exponent"
+            and any(specs)
+            and all(s is None or (s.scaling, s.granularity) == (scaled.scaling, "tensor") for s in specs)
         )
 
     def _request(self, slot: str, g: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None) -> Request:
@@ -287,7 +298,7 @@ class LayerState(nn.Module):
             if self.training:
                 exponent.copy_(torch.where(exponent == UNSET, first, exponent))
                 amax = amax * exponent_scale(exponent)
-                self._known = not bool((exponent == UNSET).any())
+                self._known = self._known or not bool((exponent == UNSET).any())
             else:
                 exponent = first
             if exponent.dim():  # a channel without gradients yet must not stand out: it takes the smallest scale
@@ -312,15 +323,23 @@ class LayerState(nn.Module):
         if not spec.stochastic or self.step is None:
             return None
         use = self._uses if slot.startswith("g_") else 0
-        return stream_key(self.seed, self.index, int(self.step[0]), SLOTS.index(slot), use)
+        return stream_key(self.seed, self.index, self._step(), SLOTS.index(slot), use)
+
+    def _step(self) -> int:
+        """Backward passes seen before this step."""
+        if self._count is None:
+            assert self.step is not None
+            self._count = [int(n) for n in self.step.tolist()]
+        return self._count[0]
 
     def sum_key(self, which: Which) -> int | None:
         """The key of a product's random words, where the accumulation draws some; they differ from those of all slots."""
         accumulation = self.spec.accumulation
         if accumulation is None or not accumulation.stochastic or self.step is None:
             return None
+        step = self._step()
         stream = len(SLOTS) + ("fprop", "dgrad", "wgrad").index(which)
-        return stream_key(self.seed, self.index, int(self.step[0]), stream, 0 if which == "fprop" else self._uses)
+        return stream_key(self.seed, self.index, step, stream, 0 if which == "fprop" else self._uses)
 
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
         """Format and alpha of a PACT operand; the first training batch decides what is still open."""
@@ -354,6 +373,7 @@ class LayerState(nn.Module):
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
         self._signed.clear()
         self._known = False
+        self._count = None
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 

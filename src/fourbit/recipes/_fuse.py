@@ -87,7 +87,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fused):
             module.__dict__.pop("_fused", None)
-            module.__class__ = original_module_class(module)
+            object.__setattr__(module, "__class__", original_module_class(module))
 
 
 def _settings(modules: list[nn.Module]) -> list[dict[str, Any]]:

@@ -1,0 +1,236 @@
+"""Products of a layer on a GPU, and what follows them.
+
+    operands                        Linear, 1x1 convolution              other convolutions
+    4-bit integers (forward)        int8, exact                          float16 or bfloat16, "fast" only
+    gradient, large, "fast"         FP8 (see `_multiply`)                bfloat16
+    gradient, else                  bfloat16, sums in float32            bfloat16, "fast" only
+    FP16 1-6-9, and all the rest    TF32: products exact, sums in float32
+
+cuDNN sums a convolution of half-precision operands in float32 and rounds the results to their dtype. In the forward pass that
+is float16 where the largest possible sum fits (weights are multiplied by a power of two): 11 significant bits, and the
+output format is applied afterwards. Elsewhere it is bfloat16, which is accepted in place of the output format. Where "exact"
+is asked for, convolutions run in float32, which torch lets cuDNN multiply in TF32 unless
+`torch.backends.cudnn.allow_tf32` is off. Sizes that int8 does not take go to bfloat16, exact up to sums of 2^24.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.formats import Format
+from fourbit.kernels.cuda._device import capability, kernels, launch, takes
+from fourbit.kernels.cuda._grids import parameters, table_of
+from fourbit.kernels.cuda._multiply import (
+    bfloat16_mm,
+    fits_bfloat16,
+    fits_fp8,
+    fits_int8,
+    fits_tf32,
+    fp8_mm,
+    int8_mm,
+    is_worth_fp8,
+    tf32,
+)
+from fourbit.kernels.cuda._quantize import DTYPES, ROWS
+from fourbit.ops import Convolution, Finish, Gemm, LinearMap, Operand, Raw
+from fourbit.ops._product import _multiply as reference_product
+from fourbit.quantizers import BLOCK, Packed, is_dense
+
+
+@backends.register("gemm", "cuda")
+def gemm(g: Gemm) -> Raw | None:
+    """The product without scale and rounding, or None."""
+    a, b = g.a, g.b
+    if not takes(a.q.data if isinstance(a.q, Packed) else a.q) or not (a.on_grid and b.on_grid):
+        return None
+    if a.q.shape.numel() == 0 or b.q.shape.numel() == 0:
+        return None
+    if isinstance(g.contraction, LinearMap):
+        found = _linear(g)
+    elif isinstance(g.contraction, Convolution):
+        found = _pointwise(g, g.contraction) or _convolve(g, g.contraction)
+    else:
+        found = None
+    return found or _by_tf32(g)
+
+
+def _formats(g: Gemm) -> tuple[Format, Format]:
+    assert g.a.format is not None and g.b.format is not None  # on the grid
+    return g.a.format, g.b.format
+
+
+def _by_tf32(g: Gemm) -> Raw | None:
+    """The reference's product on tensor cores, where these multiply its operands exactly."""
+    if not all(map(fits_tf32, _formats(g))):
+        return None
+    with tf32():
+        return Raw(reference_product(g))
+
+
+def _int8(operand: Operand) -> Tensor:
+    q = operand.q
+    return q.unpack(torch.int8) if isinstance(q, Packed) else q.view(torch.int8)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _linear(g: Gemm) -> Raw | None:
+    """fprop a b^T, dgrad a b, wgrad a^T b, the leading axes of a and of wgrad's b flattened."""
+    a, b, formats = g.a, g.b, _formats(g)
+    width = (b.q.shape[0] if g.which == "fprop" else b.q.shape[-1],)
+    shape = (*(a.q.shape[:-1] if g.which != "wgrad" else a.q.shape[-1:]), *width)
+    y = None
+    if g.which == "fprop" and all(map(fits_int8, formats)):
+        y = int8_mm(_rows(_int8(a)), _int8(b))
+    elif g.which != "fprop" and g.products == "fast":
+        y = _backward_in_fp8(g)
+    if y is None and all(map(fits_bfloat16, formats)):
+        left, right = _rows(a.to(torch.bfloat16)), _rows(b.to(torch.bfloat16))
+        y = bfloat16_mm(left.t() if g.which == "wgrad" else left, right.t() if g.which == "fprop" else right)
+    return None if y is None else Raw(y.view(shape))
+
+
+def _backward_in_fp8(g: Gemm) -> Tensor | None:
+    """g w or g^T x on FP8 tensor cores, which want both operands with the summed axis last in memory."""
+    a, b, e5m2 = g.a, g.b, torch.float8_e5m2
+    kind, other = map(fits_fp8, _formats(g))
+    rows, columns = a.q.shape[:-1].numel(), a.q.shape[-1]
+    if kind is None or other is None or kind is other is e5m2 or capability(a.device) < (8, 9):
+        return None
+    if not is_worth_fp8(rows, columns, b.q.shape[-1]):
+        return None
+    left = _rows(a.to(kind))
+    return fp8_mm((left if g.which == "dgrad" else left.t()).contiguous(), _transposed(b, other))
+
+
+def _transposed(operand: Operand, dtype: torch.dtype) -> Tensor:
+    """The rows of an operand as columns, contiguous; packed codes directly so."""
+    q = operand.q
+    columns = q.shape[-1]
+    if isinstance(q, Packed) and columns % BLOCK == 0 and _is_row_major(q) and kernels() is not None:
+        rows, device = q.shape[:-1].numel(), q.data.device
+        out = torch.empty((columns, rows), dtype=dtype, device=device)
+        programs = -(-rows // 64) * (columns // BLOCK)
+        arguments = (q.data, rows, columns, out)
+        launch(kernels().unpack_transposed_kernel, programs, out, *arguments, SIGNED=q.signed, ROWS=64, num_warps=4)  # type: ignore[union-attr]
+        return out
+    return _rows(operand.to(dtype)).t().contiguous()
+
+
+def _is_row_major(q: Packed) -> bool:
+    return torch.empty_strided(q.shape, q.stride, device="meta").is_contiguous()
+
+
+def _matrix(operand: Operand, order: tuple[int, ...], columns: int) -> Operand:
+    """An operand with four axes as a matrix whose rows run over the axes `order` but the last; a view where memory allows."""
+    q = operand.q
+    if isinstance(q, Packed):
+        outline = torch.empty_strided(q.shape, q.stride, device="meta").permute(order)
+        if outline.is_contiguous():
+            shape = torch.Size((q.shape.numel() // columns, columns))
+            return operand._replace(q=replace(q, shape=shape, stride=(columns, 1)))
+        q = q.unpack(torch.int8 if q.signed else torch.uint8)
+    return operand._replace(q=q.permute(order).reshape(-1, columns))
+
+
+def _pointwise(g: Gemm, con: Convolution) -> Raw | None:
+    """A 1x1 convolution as a product of matrices: in channels_last, its pixels are the rows."""
+    kernel = g.layout.shape[2:] if g.which == "wgrad" and g.layout is not None else g.b.q.shape[2:]
+    if con.transposed or con.groups != 1 or con.stride != (1, 1) or con.padding != (0, 0) or tuple(kernel) != (1, 1):
+        return None
+    order = (0, 2, 3, 1)  # of a weight too: its last two axes have size 1
+    a, b = (_matrix(o, order, o.q.shape[1]) for o in (g.a, g.b))
+    raw = _linear(replace(g, contraction=LinearMap(), a=a, b=b))
+    if raw is None:
+        return None
+    if g.which == "wgrad":
+        assert g.layout is not None
+        return raw._replace(y=raw.y.view(g.layout.shape))
+    n, _, height, width = g.a.q.shape
+    return raw._replace(y=raw.y.view(n, height, width, -1).permute(0, 3, 1, 2))
+
+
+def _float16_shift(g: Gemm, con: Convolution) -> int | None:
+    """s such that no sum of products, times 2^-s, is too large for float16, and 2^-s itself is normal; None: there is none.
+
+    For integers: every other result is then normal, so that it keeps 11 bits.
+    """
+    formats, shape = _formats(g), g.b.q.shape
+    if not all(map(fits_int8, formats)):
+        return None
+    depth = shape.numel() // shape[1 if con.transposed else 0]
+    bound = depth * math.prod(max(f.max, -f.min) for f in formats)
+    shift = max(0, math.ceil(math.log2(bound)) - 15)
+    return shift if shift <= 14 else None
+
+
+def _convolve(g: Gemm, con: Convolution) -> Raw | None:
+    """cuDNN's convolution of half-precision carriers."""
+    if g.products != "fast" or not all(map(fits_bfloat16, _formats(g))) or capability(g.a.device) < (8, 0):
+        return None
+    if g.which == "fprop":
+        shift = _float16_shift(g, con)
+        if shift is not None:
+            x, w = g.a.to(torch.float16), g.b.to(torch.float16)
+            return Raw(con.fprop(x, w * 2.0**-shift if shift else w), unit=2.0**shift)
+        return Raw(con.fprop(g.a.to(torch.bfloat16), g.b.to(torch.bfloat16)), rounded=True)
+    assert g.layout is not None
+    gradient, other = g.a.to(torch.bfloat16), g.b.to(torch.bfloat16)
+    like = g.layout.empty(torch.bfloat16, gradient.device)
+    multiply = con.dgrad if g.which == "dgrad" else con.wgrad
+    return Raw(multiply(gradient, other, like), rounded=True)
+
+
+@backends.register("epilogue", "cuda")
+def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+    """Scale, round, mask, and sum what was clipped: one pass."""
+    y = raw.y
+    if not takes(y) or y.dtype not in (*DTYPES, torch.int32) or finish.dtype not in DTYPES or raw.high is not None:
+        return None
+    codes = finish.codes if finish.mask is not None else None
+    singles = [t for t in (finish.scale, finish.late) if t is not None]
+    if any(t.numel() != 1 or t.dtype != torch.float32 or t.device != y.device for t in singles):
+        return None
+    if (codes is not None and not isinstance(codes, Packed)) or y.numel() == 0 or kernels() is None:
+        return None
+    grid: Any = None
+    if finish.output is not None and not raw.rounded:
+        grid = parameters(finish.output)
+        if grid is None:
+            return None
+    y = finish.layout.match(y) if finish.layout is not None else y if is_dense(y) else y.contiguous()
+    in_place = y.dtype == finish.dtype
+    if in_place and grid is None and finish.mask is None and not singles and raw.unit == 1.0:
+        return y, None
+    out = y if in_place else torch.empty_like(y, dtype=finish.dtype)
+    programs = -(-y.numel() // (BLOCK * ROWS))
+    clipped = torch.empty(programs, dtype=torch.float32, device=y.device) if codes is not None else None
+    launch(
+        kernels().epilogue_kernel,  # type: ignore[union-attr]
+        programs,
+        y,
+        y,
+        y.numel(),
+        raw.unit,
+        finish.scale,
+        finish.late,
+        None if finish.mask is None else finish.mask.view(torch.int32),
+        None if codes is None else codes.data,
+        out,
+        clipped,
+        None if grid is None else table_of(finish.output, grid, y.device),  # type: ignore[arg-type]
+        GRID=grid,
+        KEEP_INFINITE=finish.keep_infinite,
+        SIGNED=codes is not None and codes.signed,
+        ROWS=ROWS,
+        num_warps=8,
+    )
+    return out, None if clipped is None else clipped.sum()
