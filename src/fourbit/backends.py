@@ -66,6 +66,9 @@ class Status:
     available: bool
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}" if self.available else f"{self.name}: not available, {self.detail}"
+
 
 _kernels: dict[str, list[Kernel]] = {operation: [] for operation in OPERATIONS}
 _statuses: dict[str, Callable[[], Status]] = {}
