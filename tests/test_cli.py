@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fourbit import formats
+from fourbit._terminal import program
 from fourbit._version import __version__
 from fourbit.cli import main
 from fourbit.train import CompareConfig, TrainConfig
@@ -45,10 +48,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--model resnt20", "unknown model 'resnt20': did you mean 'resnet20'"),
         ("--data cifar", "unknown data set 'cifar': did you mean 'cifar10'"),
         ("--recipe ibm2021", "unknown recipe 'ibm2021': did you mean 'ibm2020'"),
-        ("--optimizer sdg", 'Did you mean "sgd"'),
+        ("--optimizer sdg", 'Did you mean "sgd"? See '),
         ("--schedule linear", "Choose from"),
         ("--device tpu", "Choose from"),
         ("--autocast fp16", "Choose from"),
+        ("--products quick", "Choose from"),
         ("--on-nonfinite panic", "Choose from"),
         ("--epochs 0", "epochs is 0, but must be at least 1."),
         ("--epochs 1.5", '"1.5" is not a whole number'),
@@ -97,6 +101,7 @@ def test_a_wrong_setting_is_one_line_and_nothing_is_written(capsys, flags, words
     ("command", "words"),
     [
         ("tarin", 'Did you mean "train"'),
+        ("tarin", "explain. See "),
         ("compare --model digits_cnn --data digits --recipes fp32,ibm", "unknown recipe 'ibm'"),
         ("compare --recipes ,", "recipes is empty"),
         ("compare --seeds 0,x", '"0,x" is not a list of whole numbers'),
@@ -105,7 +110,11 @@ def test_a_wrong_setting_is_one_line_and_nothing_is_written(capsys, flags, words
         ("report nowhere", "nowhere is not a folder"),
         ("formats int5", "unknown format 'int5'"),
         ("formats --png x.png", "needs the name of a format"),
-        ("formats int4 --png nowhere/x.png", "could not be written"),
+        (
+            "formats int4 --png nowhere/x.png",
+            "nowhere/x.png could not be written: there is no folder nowhere; create it",
+        ),
+        ("formats int4 --png x.jpg", "x.jpg is not the name of a PNG file: give one that ends in .png."),
         ("recipes ibm", "unknown recipe 'ibm'"),
         ("explain --model lenet", "unknown model 'lenet'"),
         ("explain --recipe none", "unknown recipe 'none'"),
@@ -165,24 +174,77 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(capsys):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    printed = next(line.strip() for line in out.splitlines() if line.strip().startswith("fourbit train"))
+    printed = next(line.strip() for line in out.splitlines() if " train --model" in line)
     assert "--resume" in printed
     assert "'a folder'" in printed
     interrupted = json.loads(metrics.read_text().splitlines()[-1])
     assert interrupted["stopped"] == "interrupted"
     assert 0 < interrupted["step"] < 250
-    assert main(shlex.split(printed)[1:]) == 0
+    words = shlex.split(printed)
+    assert main(words[words.index("train") :]) == 0
     steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if record["kind"] == "step"]
     assert steps == list(range(1, 251))
 
 
-def test_ctrl_c_anywhere_else_exits_with_130(capsys, monkeypatch):
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path, monkeypatch):
+    script = tmp_path / "a bin" / "fourbit"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == shlex.quote(str(script))
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "fourbit"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "fourbit")])
+    assert program() == str(tmp_path / ".venv" / "fourbit")  # another one than the shell finds
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "cli.py")])
+    assert program() == "fourbit"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == f"{shlex.quote(sys.executable)} -m fourbit.cli"
+
+
+@pytest.mark.parametrize("reaction", ["pass", "raise ImportError('cannot load module more than once')"])
+def test_ctrl_c_during_an_import_exits_with_130_whatever_the_module_makes_of_it(tmp_path, reaction):
+    (tmp_path / "torch.py").write_text(
+        f"import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    {reaction}\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from fourbit.cli import main; sys.exit(main(['models']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "fourbit: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EACCES, "there is no permission to write it"),
+        (errno.EIO, os.strerror(errno.EIO)),
+    ],
+)
+def test_a_picture_that_cannot_be_written_leaves_the_one_that_was_there(capsys, monkeypatch, number, words):
+    assert main(["formats", "int4", "--png", "y.png"]) == 0
+    capsys.readouterr()
+    before = Path("y.png").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert words in fails(capsys, "formats", "fp4_r2", "--png", "y.png")
+    assert Path("y.png").read_bytes() == before
+
+
+def test_ctrl_c_anywhere_else_exits_with_130(capfd, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fourbit.formats.get", interrupted)
     assert main(["formats", "int4"]) == 130
-    assert capsys.readouterr().err == "fourbit: interrupted\n"
+    assert capfd.readouterr().err == "fourbit: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_file_that_cannot_be_read_is_one_line(capsys, monkeypatch):
@@ -226,6 +288,21 @@ def test_formats_lists_all_and_shows_one_code_by_code(capsys, tmp_path):
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_wide_format_is_shown_by_its_range_and_binades(capsys):
+    assert main(["formats", "fp16_169", "--png", "grid.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    format = formats.get("fp16_169")
+    shown = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    assert shown["codes"] == "65536, of them 2 NaN and 0 infinite"
+    assert shown["numbers"] == str(len(format.grid))
+    assert shown["smallest"] == f"{format.smallest:.10g}"
+    assert shown["largest"] == f"{format.max:.10g} and its negative"
+    assert shown["threshold of zero"] == f"{format.smallest / 2:.10g}"
+    one = next(line.split() for line in lines if line.split()[:1] == ["1"])
+    assert one == ["1", "1.998046875", "512", "0.001953125", "0011111000000000", "0011111111111111"]
+    assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_recipes_models_and_data_are_listed(capsys):
     from fourbit import data, models, recipes
 
@@ -243,6 +320,8 @@ def test_explain_shows_rules_and_shares(capsys):
     text = capsys.readouterr().out
     assert "features.4.0" in text
     assert "4 x 4" in text
+    assert "kernels: cpu" in text
+    assert "products: fast" in text
 
 
 def test_doctor_finds_every_format_well(capsys):

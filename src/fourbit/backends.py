@@ -67,6 +67,9 @@ class Status:
     detail: str
     needed: bool = True
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}" if self.available else f"{self.name}: not available, {self.detail}"
+
 
 _kernels: dict[str, list[Kernel]] = {operation: [] for operation in OPERATIONS}
 _statuses: dict[str, Callable[[], Status]] = {}

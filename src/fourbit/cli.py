@@ -15,21 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from fourbit._terminal import EXIT_INTERRUPTED, interrupted, interruptible_imports, make_table, program, say, show
 from fourbit._version import __version__
 from fourbit.errors import UserError
 from fourbit.train import CompareConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
-    from fourbit.formats import Format
-
-MAX_LISTED_BITS = 8
-"""Wider formats have too many codes to list."""
-
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 app = App(
     name="fourbit",
@@ -58,12 +52,14 @@ def train(
     config = config or TrainConfig()
     result = run(config, resume=resume)
     if result.stopped == "interrupted":
-        _say(f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume')}")
+        say(
+            f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume', program=program())}"
+        )
         return EXIT_INTERRUPTED
     accuracy = "unknown" if result.test_accuracy is None else f"{result.test_accuracy:.2%}"
     skipped = f", {result.skipped} of them left out" if result.skipped else ""
-    _say(f"{result.stopped}: test accuracy {accuracy} after {result.step} steps{skipped}, {result.seconds:.1f} s")
-    _say(f"folder: {result.folder}")
+    say(f"{result.stopped}: test accuracy {accuracy} after {result.step} steps{skipped}, {result.seconds:.1f} s")
+    say(f"folder: {result.folder}")
     return 0
 
 
@@ -79,9 +75,9 @@ def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None)
     config = config or CompareConfig()
     comparison = run(config)
     if comparison.interrupted:
-        _say(f"stopped; the comparison goes on with:\n  {config.command()}")
+        say(f"stopped; the comparison goes on with:\n  {config.command(program=program())}")
         return EXIT_INTERRUPTED
-    _say(f"folder: {comparison.folder}")
+    say(f"folder: {comparison.folder}")
     return 0 if any(row.accuracies for row in comparison.rows) else EXIT_USER_ERROR
 
 
@@ -97,7 +93,7 @@ def report(*paths: Path, out: Path | None = None) -> None:
 
     if not paths:
         raise UserError("report needs at least one run folder: fourbit report runs/compare.")
-    _say(str(write_report(list(paths), out)))
+    say(str(write_report(list(paths), out)))
 
 
 @app.command
@@ -105,35 +101,17 @@ def formats(name: str | None = None, *, png: Path | None = None) -> None:
     """List the number formats, or show one code by code.
 
     Args:
-        name: Format to show in full: every code with its value, and where rounding decides.
+        name: Format to show in full: every code with its value (of wide formats: every binade), and where rounding decides.
         png: Draw the format to this file.
     """
-    from fourbit.formats import CATALOG, get
+    from fourbit._format_pages import list_formats, show_format
+    from fourbit.formats import get
 
-    if name is None:
-        if png is not None:
-            raise UserError("--png needs the name of a format, as in: fourbit formats fp4_r4_even --png grid.png.")
-        table = _table("format", "bits", "numbers", "smallest", "largest", "definition")
-        for each in CATALOG.values():
-            numbers = (each.bits, len(each.grid), f"{each.smallest:g}", f"{each.max:g}")
-            table.add_row(each.name, *map(str, numbers), each.summary)
-        return _show(table)
-    format = get(name)
-    drawn = "" if png is None else f"\ndrawn: {_draw(format, png)}"
-    _say(f"{format.name}: {format.summary}\nsource: {format.source or '-'}{drawn}")
-    if format.bits > MAX_LISTED_BITS:
-        return _say(f"{2**format.bits} codes, {len(format.grid)} numbers from {format.min:g} to {format.max:g}")
-    table = _table("code", "bits", "value")
-    for code, value in enumerate(format.values):
-        table.add_row(str(code), f"{code:0{format.bits}b}", f"{value:.10g}")
-    _show(table)
-    table = _table("from", "up to", "becomes")
-    edges = [float("-inf"), *format.decision_points, float("inf")]
-    for low, high, value in zip(edges, edges[1:], format.grid, strict=False):
-        table.add_row(f"{low:.10g}", f"{high:.10g}", f"{value:.10g}")
-    _show(table)
-    ties = "goes away from zero" if format.multiplier is not None else "goes to the number with the even code"
-    return _say(f"A value exactly on a decision point {ties}.")
+    if name is not None:
+        return show_format(get(name), png)
+    if png is not None:
+        raise UserError("--png needs the name of a format, as in: fourbit formats fp4_r4_even --png grid.png.")
+    return list_formats()
 
 
 @app.command
@@ -147,21 +125,21 @@ def recipes(name: str | None = None) -> None:
     from fourbit.recipes import CATALOG
 
     if name is None:
-        table = _table("recipe", "what it does", "source")
+        table = make_table("recipe", "what it does", "source")
         for each in CATALOG.values():
             table.add_row(each.name, each.summary, each.source)
-        return _show(table)
+        return show(table)
     recipe = CATALOG[name]
-    _say(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source or '-'}\nthe first rule that matches a layer wins:")
+    say(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source or '-'}\nthe first rule that matches a layer wins:")
     for number, rule in enumerate(recipe.rules, 1):
-        _say(f"\n{number}. {rule}{' (may match nothing)' if rule.optional else ''}")
+        say(f"\n{number}. {rule}{' (may match nothing)' if rule.optional else ''}")
         if rule.spec is None:
-            _say("   full precision")
+            say("   full precision")
             continue
         for slot in SLOTS:
             value = getattr(rule.spec, slot)
-            _say(f"   {slot:8} {'full precision' if value is None else value}")
-        _say(f"   output   {rule.spec.output or 'float32'}")
+            say(f"   {slot:8} {'full precision' if value is None else value}")
+        say(f"   output   {rule.spec.output or 'float32'}")
     return None
 
 
@@ -170,7 +148,7 @@ def models() -> None:
     """List the networks."""
     from fourbit.models._base import MODELS
 
-    _show(_documented("model", MODELS))
+    show(_documented("model", MODELS))
 
 
 @app.command
@@ -178,7 +156,7 @@ def data() -> None:
     """List the data sets."""
     from fourbit.data._base import DATASETS
 
-    _show(_documented("data set", DATASETS))
+    show(_documented("data set", DATASETS))
 
 
 @app.command
@@ -199,7 +177,7 @@ def explain(*, model: str = "resnet20", recipe: str = "ibm2020", input: str = "3
         raise UserError(f"input is {input!r}, but must be channels, height and width of a square image: 3x32x32.")
     channels, size = int(parts[0]), int(parts[1])
     network = build(model, num_classes=classes, in_channels=channels, image_size=size)
-    _say(str(explain_recipe(network, recipe, (1, channels, size, size))))
+    say(str(explain_recipe(network, recipe, (1, channels, size, size))))
 
 
 @app.command
@@ -210,84 +188,50 @@ def doctor() -> int:
     healthy = True
     for line, good in examine():
         healthy &= good
-        _say(line)
+        say(line)
     return 0 if healthy else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of the user are one line on standard error."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruptible_imports():
         warnings.showwarning = _show_warning
         try:
             code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
-        except (UserError, CycloptsError) as error:
-            text = " ".join(str(error).split())
-            if isinstance(error, CycloptsError):
-                command = (arguments or sys.argv[1:] or [""])[0]
-                page = f"fourbit {command} --help" if command in app else "fourbit --help"
-                text = f"{text.rstrip('. ')}. See {page}."
-            print(f"fourbit: {text}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] in ("", "fourbit"):
-                raise
-            print(f"fourbit: this command needs {error.name}: pip install 'fourbit[train]'", file=sys.stderr)
-            return EXIT_USER_ERROR
         except KeyboardInterrupt:
-            print("fourbit: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except OSError as error:
-            print(f"fourbit: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
-            return EXIT_USER_ERROR
+            return interrupted()
+        except Exception as error:
+            return _failed(error, (arguments or sys.argv[1:] or [""])[0])
 
 
-def _console() -> Console:
-    from fourbit.train._display import make_console
-
-    return make_console()
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun), the first one speaks
-        print(text)
-
-
-def _show(table: Table) -> None:
-    _console().print(table)
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0)
-    return table
+def _failed(error: Exception, command: str) -> int:
+    """Say in one line what went wrong, where a user can mend it; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    text = " ".join(str(error).split())
+    if isinstance(error, CycloptsError):
+        page = f"{program()} {command} --help" if command in app else f"{program()} --help"
+        text = text.removesuffix(", ...").rstrip(". ")
+        text = f"{text}{'' if text.endswith('?') else '.'} See {page}."
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("", "fourbit"):
+        text = f"this command needs {error.name}: pip install 'fourbit[train]'"
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'a file'}: {error.strerror or error}."
+    elif not isinstance(error, UserError):
+        raise error
+    print(f"fourbit: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def _documented(kind: str, functions: Mapping[str, object]) -> Table:
     """Names, and the first sentence of the docstring of what is registered under them."""
-    table = _table(kind, "description")
+    table = make_table(kind, "description")
     for name, function in functions.items():
         table.add_row(name, (function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "))
     return table
-
-
-def _draw(format: Format, path: Path) -> Path:
-    """Write the picture of a format."""
-    from fourbit.report import draw_number_line
-
-    try:
-        draw_number_line(format).savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} could not be written ({error}): give a file name that ends in .png.") from error
-    return path
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -296,6 +296,42 @@ def test_explain_counts_macs_and_shares_and_changes_nothing():
         assert part in text
 
 
+def test_explain_shows_what_the_layers_of_a_trained_model_have_learned():
+    net = fb.convert(Net(), "ibm2020", products="exact")
+    x, y = batch()
+    text = str(fb.explain(net, "ibm2020", x))
+    assert "alpha of x not decided yet, g not scaled yet" in text
+    F.cross_entropy(net(x), y).backward()
+    explanation = fb.explain(net, "ibm2020", x)
+    state = {layer.name: layer.state for layer in explanation.layers}
+    quant = net.conv.quant
+    assert state["conv"] == f"alpha of x {quant.x_alpha.item():.4g} (unsigned), g times 2^{int(quant.g_exponent)}"
+    assert state["fc"] == f"g times 2^{int(net.fc.quant.g_exponent)}"
+    assert state["conv"] in str(explanation)
+    assert "products: exact: every result is rounded once" in str(explanation)
+    other = fb.explain(net, "luq")
+    assert not any(layer.state for layer in other.layers)  # the state of another recipe would mislead
+    assert "alpha of x" not in str(fb.explain(Net(), "ibm2020"))
+
+
+def test_explain_shows_the_range_of_scales_where_channels_have_their_own():
+    net = fb.convert(Net(), "ibm2020-channel-gradscale")
+    x, y = batch()
+    F.cross_entropy(net(x), y).backward()
+    net.conv.quant.g_exponent.copy_(torch.tensor([9, 7, 12, 9]))
+    state = next(layer.state for layer in fb.explain(net, "ibm2020-channel-gradscale").layers if layer.name == "conv")
+    assert state.endswith("g times 2^7 to 2^12")
+
+
+def test_explain_names_the_kernels_and_says_what_fast_products_are_and_what_a_loss_scale_needs():
+    text = str(fb.explain(Net(), "ibm2020"))
+    assert all(f"kernels: {status}" in text for status in backends.statuses())
+    assert "products: fast, unless" in text
+    assert "2^-8" in text
+    assert "loss_scaler" not in text
+    assert "a loop of your own needs fourbit.loss_scaler(model)" in str(fb.explain(Net(), "ibm2020-global-scale"))
+
+
 def test_parameter_groups_hold_each_parameter_once_and_alphas_apart():
     net = fb.convert(Net(), "ibm2020")
     groups = {g["name"]: g for g in fb.param_groups(net, 1e-2, alpha_weight_decay=1e-3, no_decay_norm_bias=True)}

@@ -47,6 +47,8 @@ def _histograms(rng: np.random.Generator, names: Iterable[str], mean: float) -> 
                 "zeros": 300,
                 "grid": grid,
                 "decision_points": [v / 1.6 for v in grid],
+                "rounding": "nearest",
+                "reused": False,
             }
     return found
 

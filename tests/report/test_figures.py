@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from conftest import write_run
 
-from fourbit.report._curves import final_accuracy, floor, training_curves
+from fourbit.report._curves import curves_beside_reference, final_accuracy, floor, training_curves
 from fourbit.report._groups import group_runs
 from fourbit.report._histograms import gradient_histograms, parse
-from fourbit.report._layers import STATISTICS, grad_scales, slot_map
+from fourbit.report._layers import STATISTICS, clip_values, grad_scales, slot_map
 from fourbit.report._read import load_runs
 from fourbit.report._style import REFERENCE_COLOR, looks, short
 
@@ -89,6 +90,67 @@ def test_the_grid_of_each_phase_is_drawn_at_its_own_powers_of_two(make_run, tmp_
         dotted = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() != "-"]
         assert solid == pytest.approx(list(grid))
         assert dotted == pytest.approx([g - np.log2(1.6) for g in grid])
+
+
+def histogram_figure(make_run, tmp_path, recipe, **change):
+    """The figure of a run whose gradients of dx serve dw too; fields of the histograms as given (None: absent)."""
+    folder = make_run("run", recipe=recipe, layers=3, epochs=1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for slots in line.get("histograms", {}).values():
+            del slots["g_wgrad"]
+            slots["g_dgrad"] = {k: v for k, v in (slots["g_dgrad"] | change).items() if v is not None}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = group_runs(load_runs([tmp_path]))
+    plot = gradient_histograms(group, 0)
+    assert plot is not None
+    return plot
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [
+        ("mine", {"rounding": "stochastic", "reused": True}),
+        ("luq-smp2", {"rounding": None, "reused": None}),  # a run of the first version
+    ],
+)
+def test_stochastic_rounding_has_no_decision_points_and_no_area_that_becomes_zero(make_run, tmp_path, recipe, change):
+    plot = histogram_figure(make_run, tmp_path, recipe, **change)
+    keys = {t.get_text() for t in plot.figure.legends[0].get_texts()}
+    assert not keys & {"decision point", "rounded to zero"}
+    assert "one of them at random" in plot.caption
+    assert "grey area" not in plot.caption
+    assert all(line.get_linestyle() == "-" for axis in plot.figure.axes for line in axis.lines)
+
+
+@pytest.mark.parametrize(("reused", "purpose"), [(True, "for dx and dw"), (None, "for dx and dw"), (False, "for dx")])
+def test_a_gradient_that_serves_both_products_is_titled_so(make_run, tmp_path, reused, purpose):
+    plot = histogram_figure(make_run, tmp_path, "ibm2020-radix2", reused=reused)
+    assert plot.figure.axes[0].get_title("left").endswith(f"gradient {purpose}")
+
+
+def test_a_run_that_ends_below_the_axis_is_marked_with_its_accuracy(make_run, tmp_path):
+    for recipe, accuracy in (("fp32", 0.9), ("luq", 0.88), ("ibm2020", 0.87), ("lost", 0.2)):
+        make_run(recipe, recipe=recipe, accuracy=accuracy)
+    groups = group_runs(load_runs([tmp_path]))
+    plot = curves_beside_reference(groups)
+    assert plot is not None
+    labels = {axis.get_title("left"): [t.get_text() for t in axis.texts] for axis in plot.figure.axes}
+    end = 100 * next(g for g in groups if g.label == "lost").runs[0].accuracy
+    assert labels == {"ibm2020": [], "lost": [f"{end:.1f}"], "luq": []}
+    assert "end below the axis" in plot.caption
+
+
+def test_clip_values_are_counted_where_there_are_some(make_run, tmp_path):
+    folder = make_run("run", recipe="ibm2020", layers=3, epochs=1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "layers":
+            line["layers"]["layer1.0.conv1"]["x_alpha"] = None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot = clip_values(group_runs(load_runs([tmp_path])))
+    assert plot is not None
+    assert plot.figure.axes[0].get_title("left") == "ibm2020 (2 layers)"
 
 
 def test_a_histogram_is_shares_of_all_elements_zeros_included():

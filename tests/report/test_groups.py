@@ -29,6 +29,18 @@ def test_full_precision_comes_first_and_the_rest_in_the_order_of_labels(groups_o
     assert [g.label for g in groups] == ["fp32", "a", "luq-9", "luq-10"]
 
 
+def test_recipes_come_in_the_order_of_the_comparison_where_its_table_says_one(groups_of, tmp_path):
+    (tmp_path / "table.json").write_text('[{"recipe": "luq"}, {"recipe": "fp32"}, 3]')
+    groups = groups_of(*({"recipe": r} for r in ("fp32", "b", "a", "luq")))
+    assert [g.label for g in groups] == ["luq", "fp32", "a", "b"]
+
+
+@pytest.mark.parametrize("content", ["{", "3", '{"recipe": "luq"}', "[[]]"])
+def test_a_table_that_no_comparison_wrote_orders_nothing(groups_of, tmp_path, content):
+    (tmp_path / "table.json").write_text(content)
+    assert [g.label for g in groups_of({"recipe": "luq"}, {"recipe": "fp32"})] == ["fp32", "luq"]
+
+
 def test_one_and_one_point_zero_are_the_same_setting(groups_of):
     assert len(groups_of({"lr": 1, "seed": 0}, {"lr": 1.0, "seed": 1})) == 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -187,6 +189,27 @@ def test_the_sentence_counts_in_steps_where_steps_were_asked_for(make_run, tmp_p
     groups = group_runs(load_runs([tmp_path]))
     sentence = summary_sentences(groups, [summarize_group(g, groups) for g in groups])
     assert sentence.startswith("resnet20 on cifar10: 1 run of 40 steps with 1 recipe (luq), seed 0.")
+
+
+def test_the_sentence_says_where_runs_differ_in_length(make_run, tmp_path):
+    make_run("a", recipe="fp32", epochs=1)
+    make_run("b", recipe="luq", epochs=1, max_steps=40)
+    groups = group_runs(load_runs([tmp_path]))
+    sentence = summary_sentences(groups, [summarize_group(g, groups) for g in groups])
+    assert sentence.startswith("resnet20 on cifar10: 2 runs of different lengths: 10 epochs or 40 steps with 2 recipes")
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(make_run, monkeypatch):
+    page = write_report([make_run("run", epochs=1)])
+    before = page.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"cannot write the report to .*: the disk is full; free some space"):
+        write_report([page.parent.parent])
+    assert page.read_bytes() == before
 
 
 def test_reading_runs_imports_neither_torch_nor_the_trainer_nor_a_window():

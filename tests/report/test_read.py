@@ -52,6 +52,20 @@ def test_a_run_reads_back_as_it_was_written(make_run):
     assert [h["step"] for h in run.histograms] == [50, 200]
 
 
+def test_scales_come_from_every_logged_step_and_in_older_runs_from_observations(make_run):
+    older = make_run("older", recipe="ibm2020", epochs=1, layers=2)
+    assert load_run(older).scales.steps.tolist() == [50, 100]
+    newer = make_run("newer", recipe="ibm2020", epochs=1, layers=2, stopped=None)
+    layers = {"layer1.0.conv1": {"g_exponent": 7, "x_alpha": 2.5}, "fc": {"g_exponent": None, "x_alpha": None}}
+    append(newer, {"kind": "step", "step": 110, "loss": 1.0, "scales": layers})
+    append(newer, {"kind": "step", "step": 120, "loss": 1.0, "scales": 3})
+    run = load_run(newer)
+    assert run.scales.steps.tolist() == [50, 100, 110]
+    assert run.scales.values("g_exponent")[-1].tolist()[:1] == [7]
+    assert run.scales.last("x_alpha")[0] == 2.5
+    assert run.trace.steps.tolist() == [50, 100]
+
+
 def test_a_last_line_that_was_cut_off_is_skipped_with_a_note(make_run):
     folder = make_run("run", epochs=1, stopped=None)
     intact = load_run(folder)

@@ -97,12 +97,25 @@ def test_a_run_that_meets_a_full_disk_keeps_its_last_checkpoint_and_goes_on_late
             save(*args)
 
     monkeypatch.setattr(_checkpoint, "save", second_fails)
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match=r"the disk is full: .*; the last checkpoint is intact"):
         train(parts)
     assert _checkpoint.load(parts.out / "checkpoint").state["loop"]["epoch"] == 1
     train(parts, resume=True)
     assert tensors(parts.out) == tensors(whole.out)
     assert metrics(parts.out) == metrics(whole.out)
+
+
+def test_a_full_disk_at_the_first_checkpoint_claims_no_earlier_one(make_config, monkeypatch):
+    save = _checkpoint.save
+
+    def fails(*args: object) -> None:
+        monkeypatch.setattr(os, "fsync", full_disk)
+        save(*args)
+
+    monkeypatch.setattr(_checkpoint, "save", fails)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        train(make_config(epochs=1))
+    assert "checkpoint is intact" not in str(caught.value)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

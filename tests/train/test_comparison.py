@@ -9,6 +9,7 @@ import pytest
 from run_files import STEPS_PER_EPOCH, snapshot
 
 from fourbit.errors import UserError
+from fourbit.report import summarize
 from fourbit.train import CompareConfig, _compare, compare
 from fourbit.train._result import Result
 
@@ -115,9 +116,25 @@ def test_runs_with_other_settings_are_not_mixed_in(small, tmp_path):
 def test_a_foreign_folder_in_the_way_is_left_alone(small, tmp_path):
     (tmp_path / "c" / "ibm2020-seed1").mkdir(parents=True)
     (tmp_path / "c" / "ibm2020-seed1" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="ibm2020-seed1 is not empty"):
+    with pytest.raises(UserError, match=r"ibm2020-seed1 is not empty: choose another --out\.$"):
         compare(small())
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["ibm2020-seed1"]
+
+
+def test_the_time_of_an_epoch_is_that_of_the_median_one(small):
+    compare(small(epochs=3, recipes=("fp32",), seeds=(0,)))
+    path = small().out / "fp32-seed0" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, seconds in zip((line for line in lines if line["kind"] == "epoch"), (50.0, 2.0, 3.0), strict=True):
+        line["seconds"] = seconds
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = compare(small(epochs=3, recipes=("fp32",), seeds=(0,))).rows
+    assert row.seconds_per_epoch == 3.0
+
+
+def test_the_report_has_the_recipes_in_the_order_of_the_comparison(small):
+    compare(small(recipes=("ibm2020", "fp32", "int4-fwd"), seeds=(0,)))
+    assert [s.label for s in summarize([small().out])] == ["ibm2020", "fp32", "int4-fwd"]
 
 
 def test_a_result_is_finished_unless_it_was_interrupted(tmp_path):

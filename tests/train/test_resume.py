@@ -141,6 +141,37 @@ def test_resuming_with_other_settings_names_the_field(make_config, signal_after,
     assert snapshot(config.out) == before
 
 
+def without_newer_fields(folder):
+    """As an earlier version would have written config.json."""
+    path = folder / "config.json"
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("products", "fuse")}
+    path.write_text(json.dumps(older | {"observe_every": 100}))
+
+
+def test_a_run_of_a_version_without_the_newer_fields_goes_on(make_config, signal_after):
+    from fourbit.report import summarize
+
+    config = make_config()
+    signal_after(1)
+    train(config)
+    without_newer_fields(config.out)
+    with pytest.raises(UserError, match="was made with products fast, not exact"):
+        train(make_config(products="exact"), resume=True)
+    assert train(config, resume=True).stopped == "done"
+    without_newer_fields(config.out)
+    assert summarize([config.out])[0].n == 1
+
+
+def test_a_config_of_another_program_is_no_run(make_config):
+    config = make_config()
+    config.out.mkdir()
+    (config.out / "config.json").write_text('{"architectures": ["Bert"]}')
+    before = snapshot(config.out)
+    with pytest.raises(UserError, match="is not the configuration of a run"):
+        train(config, resume=True)
+    assert snapshot(config.out) == before
+
+
 def test_what_does_not_touch_the_numbers_may_change_on_resume(make_config, signal_after):
     signal_after(1)
     train(make_config())

@@ -11,8 +11,10 @@ import torch
 from run_files import NUM_TEST, STEPS_PER_EPOCH, metrics, snapshot, tensors
 from safetensors.torch import load_file
 
+import fourbit as fb
 from fourbit import models, recipes
 from fourbit.errors import UserError
+from fourbit.recipes._fuse import Fused
 from fourbit.train import TrainConfig, train
 from fourbit.train._session import open_session
 from fourbit.train._validate import validated
@@ -55,8 +57,8 @@ def test_the_metrics_have_one_line_per_event(make_config):
     kinds = [line["kind"] for line in lines]
     assert kinds.count("step") == result.step == 2 * STEPS_PER_EPOCH
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [0, 1]
-    assert [line["step"] for line in lines if line["kind"] == "layers"] == [1, 3, 5]
-    assert [line["step"] for line in lines if line["kind"] == "histograms"] == [1, 3, 5]
+    assert [line["step"] for line in lines if line["kind"] == "layers"] == [1, 3, 5, 6]
+    assert [line["step"] for line in lines if line["kind"] == "histograms"] == [1, 3, 6]
     assert kinds[-1] == "final"
     final = lines[-1]
     assert (final["stopped"], final["epoch"], final["step"]) == ("done", 1, 2 * STEPS_PER_EPOCH)
@@ -76,6 +78,75 @@ def test_layer_lines_hold_scales_and_statistics(make_config):
     histograms = next(line for line in metrics(config.out) if line["kind"] == "histograms")["histograms"]
     assert histograms["features.4.0"]["g_dgrad"]["grid"] == [4.0**n for n in range(-3, 4)]
     assert histograms["fc"]["x_fprop"]["grid"] == []  # too fine to be listed
+
+
+def test_every_logged_step_has_the_scales_of_all_layers(make_config):
+    config = make_config(recipe="ibm2020", epochs=1, observe_every=0)
+    train(config)
+    lines = [line for line in metrics(config.out) if line["kind"] == "step"]
+    assert len(lines) == STEPS_PER_EPOCH
+    for line in lines:
+        assert line["scales"]["features.4.0"]["x_alpha"] > 0
+        assert all(isinstance(layer["g_exponent"], int) for layer in line["scales"].values())
+    train(full := make_config("full", epochs=1))
+    assert not any("scales" in line for line in metrics(full.out))
+
+
+@pytest.mark.parametrize(
+    ("total", "steps"),
+    [(2, [1, 2]), (6, [1, 2, 3, 4, 5, 6]), (50, [*range(1, 51, 3), 50]), (88, [*range(1, 89, 5), 88])],
+)
+def test_a_run_of_any_length_is_observed_about_twenty_times_and_at_its_end(make_config, monkeypatch, total, steps):
+    from contextlib import contextmanager
+
+    from fourbit.train import _loop
+    from fourbit.train._recorder import Recorder
+
+    seen = []
+    observed = contextmanager(lambda model, histograms: iter([histograms]))  # without the work
+    monkeypatch.setattr(_loop, "observe", observed)
+    monkeypatch.setattr(
+        Recorder, "layers", lambda self, state, model, histograms: seen.append((state.step, histograms))
+    )
+    train(make_config(recipe="int4-fwd", epochs=40, max_steps=total, observe_every=None))
+    assert [step for step, _ in seen] == steps
+    assert seen[-1] == (total, True)
+
+
+def test_a_long_run_is_observed_every_hundred_steps(make_config):
+    session = open_session(validated(make_config(recipe="int4-fwd", epochs=10_000, observe_every=None)))
+    assert session.config.observe_every == 100
+
+
+def test_a_short_run_shows_something_over_time(make_config):
+    from fourbit.report._read import load_run
+
+    config = make_config(recipe="ibm2020", epochs=1, log_every=10, observe_every=None)
+    train(config)
+    run = load_run(config.out)
+    assert len(run.scales.steps) >= 3
+    assert run.scales.has("g_exponent")
+    assert run.scales.has("x_alpha")
+    assert len(run.trace.steps) >= 3
+
+
+def test_histograms_say_how_they_were_rounded_and_what_was_reused(make_config):
+    for recipe, rounding, reused in (("luq", "stochastic", True), ("ibm2020", "nearest", False)):
+        config = make_config(recipe, recipe=recipe, epochs=1)
+        train(config)
+        line = next(line for line in metrics(config.out) if line["kind"] == "histograms")
+        slots = line["histograms"]["features.4.0"]
+        assert (slots["g_dgrad"]["rounding"], slots["g_dgrad"]["reused"]) == (rounding, reused)
+        assert slots["w_fprop"]["rounding"] == "nearest"
+        assert ("g_wgrad" in slots) != reused
+
+
+def test_products_and_fuse_reach_the_layers(make_config):
+    for products, fuse in (("fast", True), ("exact", False)):
+        session = open_session(validated(make_config(recipe="ibm2020", products=products, fuse=fuse)))
+        layers = fb.quantized_layers(session.bare)
+        assert {layer.quant.products for layer in layers.values()} == {products}
+        assert any(isinstance(m, Fused) for m in session.bare.modules()) == fuse
 
 
 def test_observing_does_not_change_the_numbers(make_config):
@@ -108,6 +179,8 @@ def test_config_and_environment_are_written_with_the_defaults_filled_in(make_con
     environment = json.loads((config.out / "env.json").read_text())
     assert environment["torch"] == torch.__version__
     assert environment["device"]
+    assert environment["products"] == written["products"] == "fast"
+    assert all(status.name in environment["kernels"] for status in fb.backends.statuses())
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch_with_a_test_result(make_config):

@@ -3,8 +3,8 @@
 Sandler et al., "MobileNetV2: inverted residuals and linear bottlenecks" (arXiv 1801.04381, table 2). On 32x32 images the
 stem and the second stage keep stride 1, so that three of the five halvings remain (32, 16, 8, 4).
 
-The output of a block is linear (no ReLU), so the expanding 1x1 convolutions see signed activations: a recipe with an
-unsigned activation format clips their negative half.
+The output of a block is linear (no ReLU), so the expanding 1x1 convolutions see activations of both signs. The shipped
+recipes decide the sign layer by layer, from the first training batch: these convolutions get PACT's symmetric form.
 """
 
 from __future__ import annotations

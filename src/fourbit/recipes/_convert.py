@@ -101,17 +101,18 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
     """Train `model` by `recipe` from now on. In place; returns the model.
 
     Layers become the quantized class of the same name; parameters, their names, hooks and ties stay as they are, and the
-    state_dict gains only `<layer>.quant.*`. Float checkpoints load into the result.
+    state_dict gains only `<layer>.quant.*`. Float checkpoints load into the result. Recipes with one loss scale for all layers
+    (`...-global-scale`) need a `loss_scaler` in the training loop.
 
     Args:
         model: any module; layers of the types in `fourbit.nn.SWAPS` are considered.
         recipe: a Recipe, or the name of one in the catalogue.
         seed: seeds the random words of stochastic rounding.
         products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise (the
-            gradients of convolutions on a CPU: a relative error of at most 2^-8 per result, where FP16 1-6-9 has 2^-10);
-            "exact" rounds every result once, to the recipe's output format. On a CPU, forward products and all products of
-            linear layers and 1x1 convolutions are exact in both; for a GPU see `fourbit.ops.Products`.
-
+            gradients of convolutions, and products with FP8 gradients, on a CPU: a relative error of at most 2^-8 per result,
+            where FP16 1-6-9 has 2^-10); "exact" rounds every result once, to the recipe's output format. On a CPU, forward
+            products, and with 4-bit gradients all products of linear layers and 1x1 convolutions, are exact in both; for a
+            GPU see `fourbit.ops.Products`.
         fuse: run each chain of convolution, batch normalization, residual, activation and quantization as one, in training,
             where the model's code can be traced (torch.fx) and a backend has the kernels.
 

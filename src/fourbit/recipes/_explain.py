@@ -1,4 +1,7 @@
-"""`explain`: which rule each layer falls under, its six operands, its MACs, and the share of MACs in each precision."""
+"""`explain`: which rule each layer falls under, its six operands, its MACs, and the share of MACs in each precision.
+
+Of a model that is converted already, also what its layers have learned and decided so far.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fourbit import backends
 from fourbit.nn import SWAPS, Quantized
 from fourbit.ops import SLOTS, Contraction, LayerSpec
-from fourbit.quantizers import QuantSpec
+from fourbit.quantizers import UNSET, ClipValue, LossScaled, QuantSpec
 from fourbit.recipes._convert import Assignment, assign, resolve
 from fourbit.recipes._rule import Recipe
+
+FAST = (
+    "where the platform's library rounds the results of a product to bfloat16 (on a CPU: gradients of convolutions, and all "
+    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result"
+)
+EXACT = "every result is rounded once, to the output format"
 
 GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgrad": ("g_wgrad", "x_wgrad")}
 """The three GEMMs and their operand slots."""
@@ -21,7 +31,10 @@ GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgra
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer: its rule, spec, and multiply-accumulates per GEMM for the given input (None without an input)."""
+    """One layer: its rule, spec, and multiply-accumulates per GEMM for the given input (None without an input).
+
+    `state`: the layer's exponent of GradScale and clip values, in words; empty for a layer that is not converted.
+    """
 
     name: str
     type: str
@@ -29,6 +42,7 @@ class LayerExplanation:
     spec: LayerSpec | None
     note: str
     num_macs: Mapping[str, int] | None
+    state: str = ""
 
     def operand(self, slot: str) -> str:
         """Format and scale of a slot, in words."""
@@ -59,10 +73,14 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a recipe does to a model. `print` it, or read `layers` and `shares`."""
+    """What a recipe does to a model. `print` it, or read `layers` and `shares`.
+
+    `products`: how the backends may multiply, as the model was converted; None for a model that is not.
+    """
 
     recipe: Recipe
     layers: tuple[LayerExplanation, ...]
+    products: str | None = None
 
     @property
     def num_macs(self) -> int:
@@ -87,7 +105,8 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Tensor | tuple[int, .
     """What `convert(model, recipe)` does, without doing it.
 
     Args:
-        model: not yet converted, or converted by the same recipe; it is not changed.
+        model: not yet converted, or converted by the same recipe (then its scales and clip values are shown too); it is not
+            changed.
         input: one batch, or its shape (random numbers then), to count multiply-accumulates with. dgrad of a layer whose
             input needs no gradient (the first one) counts 0, because it is never computed.
 
@@ -97,14 +116,44 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Tensor | tuple[int, .
     recipe = resolve(recipe)
     assignments = assign(model, recipe)
     macs = _count_macs(model, assignments, input) if input is not None else {}
-    return Explanation(recipe, tuple(_explain_layer(a, macs.get(a.name)) for a in assignments))
+    converted = [layer for a in assignments if (layer := _converted(a)) is not None]
+    products = converted[0].quant.products if converted else None
+    return Explanation(recipe, tuple(_explain_layer(a, macs.get(a.name)) for a in assignments), products)
 
 
 def _explain_layer(assignment: Assignment, macs: Mapping[str, int] | None) -> LayerExplanation:
     rule = assignment.rule
     label = (rule.label or str(rule)) if rule else "-"
     spec = rule.spec if rule else None
-    return LayerExplanation(assignment.name, type(assignment.module).__name__, label, spec, assignment.reason, macs)
+    layer = _converted(assignment)
+    state = "" if layer is None else _state_of(layer)
+    type_name = type(assignment.module).__name__
+    return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, macs, state)
+
+
+def _converted(assignment: Assignment) -> Quantized | None:
+    """The layer, if it is quantized as the recipe has it."""
+    rule, module = assignment.rule, assignment.module
+    return module if rule is not None and isinstance(module, Quantized) and module.spec == rule.spec else None
+
+
+def _state_of(layer: Quantized) -> str:
+    """Exponent and clip values as they are now."""
+    quant, parts = layer.quant, []
+    for operand in ("x", "w"):
+        alpha, signed = getattr(quant, f"{operand}_alpha"), getattr(quant, f"{operand}_signed")
+        if alpha is None:
+            continue
+        spec = getattr(layer.spec, f"{operand}_fprop")
+        decided = f"{alpha.item():.4g} ({'signed' if signed else 'unsigned'})" if signed >= 0 else "not decided yet"
+        assert isinstance(spec.scaling, ClipValue)
+        parts.append(f"alpha of {operand} {decided}")
+    if quant.g_exponent is not None:
+        known = quant.g_exponent[quant.g_exponent != UNSET]
+        low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
+        power = f"2^{low}" if low == high else f"2^{low} to 2^{high}"
+        parts.append(f"g times {power}" if known.numel() else "g not scaled yet")
+    return ", ".join(parts)
 
 
 def _contraction_of(module: nn.Module) -> Contraction | None:
@@ -180,7 +229,7 @@ def _lines(explanation: Explanation) -> list[str]:
                 total = sum(layer.num_macs.values())
                 per_gemm = ", ".join(f"{gemm} {_si(n)}" for gemm, n in layer.num_macs.items())
                 macs = f"  {per_gemm} MACs ({total / whole:.1%})"
-            lines.append(f"  {layer.name:{width}}  {layer.type}{macs}")
+            lines.append(f"  {layer.name:{width}}  {layer.type}{macs}{f'  {layer.state}' if layer.state else ''}")
     uncounted = [layer.name for layer in explanation.layers if whole and layer.num_macs is None]
     if uncounted:
         lines += ["", f"MACs not counted, and not part of the shares: {', '.join(uncounted)}"]
@@ -189,6 +238,21 @@ def _lines(explanation: Explanation) -> list[str]:
         lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]
         lines.append("by format:")
         lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
+    return [*lines, "", *_execution(explanation)]
+
+
+def _execution(explanation: Explanation) -> list[str]:
+    """By what and how the products are computed, and what a training loop has to do about it."""
+    lines = [f"kernels: {status}" for status in backends.statuses()] or ["kernels: none"]
+    if explanation.products is None:
+        lines.append(f"products: fast, unless convert(..., products='exact'). fast: {FAST}. exact: {EXACT}.")
+    else:
+        lines.append(f"products: {explanation.products}: {FAST if explanation.products == 'fast' else EXACT}.")
+    specs = [layer.spec for layer in explanation.layers if layer.spec is not None]
+    if any(s.g_scaling is not None and isinstance(s.g_scaling.scaling, LossScaled) for s in specs):
+        lines.append(
+            "one loss scale for all layers: `fourbit train` applies it; a loop of your own needs fourbit.loss_scaler(model)."
+        )
     return lines
 
 

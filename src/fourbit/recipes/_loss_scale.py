@@ -74,7 +74,15 @@ class LossScaler:
 
 
 def loss_scaler(model: nn.Module) -> LossScaler | None:
-    """A LossScaler if the model's recipe needs one, None otherwise."""
+    """A LossScaler if the model's recipe needs one, None otherwise. In a training loop:
+
+    scaler = fb.loss_scaler(model)          # once, after convert
+    ...
+    scaler.scale(loss).backward()           # in place of loss.backward()
+    if scaler.unscale_(optimizer):          # in place of optimizer.step()
+        optimizer.step()
+    scaler.update()
+    """
     for layer in quantized_layers(model).values():
         g_spec = layer.spec.g_scaling
         if g_spec is not None and isinstance(g_spec.scaling, LossScaled):

@@ -108,6 +108,7 @@ def curves_beside_reference(groups: Sequence[Group]) -> Plot | None:
         _dress_accuracy(axis)
     outer_labels(axes)
     _cut_start(axes)
+    below = [_mark_below(axis, group, look[group.label]) for axis, group in zip(axes, others, strict=True)]
     if references:
         legend(figure, {g.label: _handle(look[g.label]) for g in references})
     against = "against full precision (dark grey) " if references else ""
@@ -116,7 +117,8 @@ def curves_beside_reference(groups: Sequence[Group]) -> Plot | None:
         title,
         f"The same curves {against}with one panel per recipe and a common vertical axis that leaves out "
         "the first quarter of training and accuracies far below the others; the band reaches "
-        "from the lowest to the highest seed.",
+        "from the lowest to the highest seed."
+        + (" An arrow stands for runs that end below the axis, at the accuracy beside it." if any(below) else ""),
         figure,
     )
 
@@ -195,6 +197,20 @@ def _cut_start(axes: Sequence[Axes]) -> None:
         low = max(late.min(), floor(late))
         margin = 0.05 * (late.max() - low)
         axes[0].set_ylim(low - margin, late.max() + margin)
+
+
+def _mark_below(axis: Axes, group: Group, look: Look) -> bool:
+    """An arrow at the lower edge for the runs whose last accuracy lies under it; whether there are any."""
+    low, high = axis.get_ylim()
+    ends = [(run.evaluations[-1][1], 100 * run.accuracy) for run in group.runs if 100 * run.accuracy < low]
+    if ends:
+        y = low + 0.05 * (high - low)
+        label = ", ".join(f"{accuracy:.1f}" for _, accuracy in ends[:3]) + (" …" if len(ends) > 3 else "")
+        axis.plot([step for step, _ in ends], [y] * len(ends), "v", color=look.color, markersize=8)
+        axis.annotate(
+            label, (ends[0][0], y), (-8, 0), textcoords="offset points", ha="right", va="center", color=look.color, fontsize=8
+        )  # fmt: skip
+    return bool(ends)
 
 
 def _handle(look: Look) -> Artist:

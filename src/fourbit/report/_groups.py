@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fourbit.report._read import Run, text
+from fourbit.report._read import Run, planned_order, text
 
 NOT_SETTINGS = ("seed", "out")
 """Fields of `config.json` in which the runs of one group may differ."""
@@ -44,8 +44,8 @@ class Group:
 
     @property
     def shown(self) -> Run:
-        """The run whose layers are plotted: the lowest seed among those that recorded the most observations."""
-        return max(self.runs, key=lambda r: (bool(len(r.trace.steps)), bool(r.histograms)))
+        """The run whose layers are plotted: the lowest seed that recorded scales, statistics and histograms."""
+        return max(self.runs, key=lambda r: (bool(len(r.scales.steps)), bool(len(r.trace.steps)), bool(r.histograms)))
 
 
 def setting(config: Mapping[str, Any], name: str) -> str:
@@ -65,7 +65,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group by every setting but seed and out; full precision first, then by label."""
+    """Group by every setting but seed and out; in the order of the comparison, or full precision first, then by label."""
     by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
     for run in runs:  # by the text of the values, so that different groups always have different labels
         fields = settings(run.config)
@@ -75,7 +75,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups = [
         Group(label, config, tuple(g)) for label, config, g in zip(labels(configs), configs, members, strict=True)
     ]
-    return sorted(groups, key=lambda g: (not g.is_reference, _natural(g.label)))
+    order = planned_order(runs)
+    rank = {recipe: i for i, recipe in enumerate(order)}
+    return sorted(groups, key=lambda g: (rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)))
 
 
 def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:

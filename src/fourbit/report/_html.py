@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jinja2
 
+from fourbit._files import problem, replace_file
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._figures import Section, sections
@@ -66,16 +67,16 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with style():
             chapters = [(s, [_render(p, folder) for p in s.plots]) for s in sections(groups)]
-        page.write_text(_page(groups, chapters), encoding="utf-8")
+        replace_file(page, _page(groups, chapters).encode())
     except OSError as error:
-        raise UserError(f"cannot write the report to {out} ({error.strerror}): choose another folder.") from error
+        raise UserError(f"cannot write the report to {out}: {problem(error, page)}.") from error
     return page
 
 
 def _render(plot: Plot, folder: Path) -> _Picture:
     buffer = io.BytesIO()
     plot.figure.savefig(buffer, format="png", dpi=DPI)
-    (folder / f"{plot.name}.png").write_bytes(buffer.getvalue())
+    replace_file(folder / f"{plot.name}.png", buffer.getvalue())
     return _Picture(plot, buffer.getvalue())
 
 
@@ -138,11 +139,14 @@ def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary
 
 def _length(groups: Sequence[Group]) -> str:
     """How long the runs were to be: steps where --max-steps cut the epochs short."""
-    for name, word in (("max_steps", "step"), ("epochs", "epoch")):
-        counts = list(dict.fromkeys(text(g.config[name]) for g in groups if g.config.get(name) is not None))
-        if counts:
-            return f" of {' or '.join(counts)} {word}{'' if counts == ['1'] else 's'}"
-    return ""
+    lengths: dict[str, None] = {}
+    for group in groups:
+        given = [(name, w) for name, w in (("max_steps", "step"), ("epochs", "epoch")) if group.config.get(name)]
+        if given:
+            name, word = given[0]
+            count = text(group.config[name])
+            lengths[f"{count} {word}{'' if count == '1' else 's'}"] = None
+    return f" of {'different lengths: ' if len(lengths) > 1 else ''}{' or '.join(lengths)}" if lengths else ""
 
 
 def _result(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> list[str]:

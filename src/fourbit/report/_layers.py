@@ -74,27 +74,27 @@ STATISTICS = (
 
 def layer_lines(groups: Sequence[Group], key: str, title: str, unit: str, caption: str, name: str) -> Plot | None:
     """One line per layer over the steps, coloured by depth; `key` names a number that each layer has once."""
-    shown = [g for g in groups if g.shown.trace.has(key)]
+    shown = [g for g in groups if g.shown.scales.has(key)]
     if not shown:
         return None
     look = looks(groups)
     figure, axes = panels(len(shown), title, height=3.3 if len(shown) <= 3 else 2.7, extra=0.4)
     for axis, group in zip(axes, shown, strict=True):
-        trace = group.shown.trace
+        trace = group.shown.scales
         values = trace.values(key)
-        for i in range(len(trace.layers)):
-            if np.isfinite(values[:, i]).any():
-                depth = i / max(1, len(trace.layers) - 1)
-                axis.plot(
-                    trace.steps,
-                    values[:, i] + (0.7 * (0.5 - depth) if key == "g_exponent" else 0.0),
-                    color=DEPTH(depth),
-                    linewidth=1.1,
-                    alpha=0.85,
-                    drawstyle="steps-mid" if key == "g_exponent" else "default",
-                    marker="o" if len(trace.steps) == 1 else None,
-                )
-        panel_title(axis, f"{group.label} ({len(trace.layers)} layers)", look[group.label])
+        having = np.flatnonzero(np.isfinite(values).any(axis=0))
+        for i in having:
+            depth = i / max(1, len(trace.layers) - 1)
+            axis.plot(
+                trace.steps,
+                values[:, i] + (0.7 * (0.5 - depth) if key == "g_exponent" else 0.0),
+                color=DEPTH(depth),
+                linewidth=1.1,
+                alpha=0.85,
+                drawstyle="steps-mid" if key == "g_exponent" else "default",
+                marker="o" if len(trace.steps) == 1 else None,
+            )
+        panel_title(axis, f"{group.label} ({len(having)} layer{'s' if len(having) > 1 else ''})", look[group.label])
         axis.set_ylabel(unit)
         axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=key == "g_exponent"))
         step_axis(axis)
@@ -127,8 +127,9 @@ def clip_values(groups: Sequence[Group]) -> Plot | None:
         "x_alpha",
         "Learned clip value (PACT alpha) of every layer",
         "alpha (units of the activation)",
-        "Activations above alpha are clipped to it, and the 4-bit steps divide the range from 0 to alpha. Values "
-        "usually fall from their start and settle; one that nears zero switches its layer off.",
+        "Activations above alpha are clipped to it, and the 4-bit steps divide the range from 0 to alpha (from -alpha "
+        "where inputs go negative). Over a long training they usually fall and settle; one that nears zero switches its "
+        "layer off. Layers without a clip value, such as those in 16 bits, are left out.",
         "alpha",
     )
 

@@ -1,4 +1,7 @@
-"""A number format as a picture: its numbers on a line, and where rounding moves from one to the next."""
+"""A number format as a picture: its numbers on a line, and where rounding moves from one to the next.
+
+Of a format with thousands of numbers a line would be black from end to end; it is drawn by its precision instead.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,52 @@ from fourbit.report._style import DPI, WIDTH, style
 MAX_LABELS = 33
 """Grids with more numbers than this go without a label for each."""
 
+MAX_TICKS = 256
+"""Grids with more numbers than this are drawn by their precision."""
+
 NUMBERS, DECISIONS = "#0072B2", "#D55E00"
+ZERO, CLIPPED = "#888888", "#CC3311"
 
 
 def draw_number_line(format: Format) -> Figure:
-    """Two panels: the numbers to scale, and on a logarithmic axis that starts at the smallest magnitude.
+    """The numbers of a format and its decision points, or, of grids with more than 256 numbers, its precision.
 
-    Numbers are long ticks, decision points short ones; the second panel shows positive numbers only, with the value of
-    each number above it and the value of each decision point below (for grids of up to 33 numbers).
+    Two panels: the numbers to scale, and on a logarithmic axis that starts at the smallest magnitude. Numbers are long
+    ticks, decision points short ones; the second panel shows positive numbers only, with the value of each number above
+    it and the value of each decision point below (for grids of up to 33 numbers). The precision of a fine grid is the
+    largest relative error of nearest rounding over the magnitude, with what becomes zero and what exceeds the range.
     """
+    return _draw_precision(format) if len(format.grid) > MAX_TICKS else _draw_ticks(format)
+
+
+def _draw_precision(format: Format) -> Figure:
+    """Largest relative error of nearest rounding over the magnitude, both logarithmic, with the ends of the range."""
+    magnitudes = [v for v in format.grid if v > 0]
+    points = [p for p in format.decision_points if p > magnitudes[0]]
+    errors = [(high - point) / point for point, high in zip(points, magnitudes[1:], strict=True)]
+    with style():
+        figure = Figure(figsize=(WIDTH, 4.2), dpi=DPI, layout="constrained")
+        axis = figure.subplots()
+        figure.suptitle(f"{format.name}: {format.summary}", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.plot(points, errors, color=NUMBERS, linewidth=1.0, label="largest relative error of nearest rounding")
+        axis.margins(x=0.08)
+        axis.autoscale_view()
+        left, right = axis.get_xlim()
+        threshold = next(p for p in format.decision_points if p > 0)
+        if 0 in format.grid:
+            axis.axvspan(left, threshold, color=ZERO, alpha=0.18, linewidth=0, label="rounded to zero")
+        beyond = "clipped to the largest" if format.overflow == "saturate" else "infinity"
+        axis.axvspan(format.max, right, color=CLIPPED, alpha=0.14, linewidth=0, label=beyond)
+        axis.set_xlim(left, right)
+        axis.set_xlabel(f"magnitude (smallest {format.smallest:.6g}, largest {format.max:.6g}), in units of the scale")
+        axis.set_ylabel("relative error")
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_ticks(format: Format) -> Figure:
     with style():
         figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
         whole, positive = figure.subplots(2, 1)

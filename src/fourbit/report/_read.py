@@ -27,6 +27,9 @@ Record = dict[str, Any]
 SLOTS = ("x_fprop", "w_fprop", "g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad")
 """The six operand slots in the order in which pages and tables list them."""
 
+SCALES = ("g_exponent", "x_alpha")
+"""What is kept of a layer's own numbers: GradScale's exponent and PACT's clip value."""
+
 STATISTICS = ("underflow", "saturation", "sqnr_db")
 """What is kept of the numbers that are observed in each slot."""
 
@@ -40,7 +43,7 @@ def number(value: object) -> float:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What was observed of the quantized layers of one run: arrays of shape [observations T, layers L].
+    """What was written about the quantized layers of one run: arrays of shape [points in time T, layers L].
 
     Keys are `("g_exponent",)`, `("x_alpha",)` and `(slot, statistic)`, as in `("g_dgrad", "underflow")`. Layers are in
     the order of the file, which is the order of the model from input to output.
@@ -73,7 +76,10 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest."""
+    """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest.
+
+    `scales` has the exponents and clip values of every logged step, `trace` the statistics of every observation.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -81,6 +87,7 @@ class Run:
     steps: Sequence[Record] = ()
     epochs: Sequence[Record] = ()
     final: Record | None = None
+    scales: LayerTrace = field(default_factory=LayerTrace)
     trace: LayerTrace = field(default_factory=LayerTrace)
     histograms: Sequence[Record] = ()
     notes: Sequence[str] = ()
@@ -184,6 +191,19 @@ def find_run_folders(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
+def planned_order(runs: Iterable[Run]) -> list[str]:
+    """Recipes in the order in which `fourbit compare` was given them, from the table beside the runs; [] without one."""
+    found: dict[str, None] = {}
+    for folder in dict.fromkeys(run.path.parent for run in runs):
+        try:
+            rows = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(rows, list):
+            found |= dict.fromkeys(text(r["recipe"]) for r in rows if isinstance(r, dict) and "recipe" in r)
+    return list(found)
+
+
 def load_runs(paths: Iterable[Path]) -> list[Run]:
     """Every run at or below `paths`. Raises `UserError` as `find_run_folders` and `load_run` do."""
     return [load_run(folder) for folder in find_run_folders(paths)]
@@ -207,6 +227,7 @@ def load_run(folder: Path) -> Run:
         steps=kinds["step"],
         epochs=kinds["epoch"],
         final=kinds["final"][-1] if kinds["final"] else None,
+        scales=_scales([*kinds["step"], *kinds["layers"]]),
         trace=_trace(kinds["layers"]),
         histograms=kinds["histograms"],
         notes=notes,
@@ -259,25 +280,39 @@ def _records(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
     return kinds, [f"{path.parent.name}/{path.name}: {which} damaged (cut off while being written?) and left out."]
 
 
+def _scales(records: Sequence[Record]) -> LayerTrace:
+    """Exponents and clip values from the lines that have any: "step" (not in older runs) and "layers"."""
+    points: dict[int, dict[str, dict[tuple[str, ...], object]]] = {}
+    for record in sorted(records, key=lambda r: r["step"]):
+        layers = record.get("scales", record.get("layers"))
+        if isinstance(layers, dict):
+            kept = {name: layer for name, layer in layers.items() if isinstance(layer, dict)}
+            point = points.setdefault(record["step"], {})
+            for name, layer in kept.items():
+                point[name] = {(key,): layer.get(key) for key in SCALES}
+    return _laid_out(points)
+
+
 def _trace(records: Sequence[Record]) -> LayerTrace:
-    entries = [r["layers"] if isinstance(r.get("layers"), dict) else {} for r in records]
-    layers = tuple(dict.fromkeys(name for e in entries for name in e))
+    """The statistics of the lines "layers"."""
+    points: dict[int, dict[str, dict[tuple[str, ...], object]]] = {}
+    for record in records:
+        entry = record["layers"] if isinstance(record.get("layers"), dict) else {}
+        point = points.setdefault(record["step"], {})
+        for name, layer in entry.items():
+            slots = layer.get("slots") if isinstance(layer, dict) else None
+            found = {s: v for s, v in slots.items() if isinstance(v, dict)} if isinstance(slots, dict) else {}
+            point[name] = {(slot, key): found[slot].get(key) for slot in found for key in STATISTICS}
+    return _laid_out(points)
+
+
+def _laid_out(points: Mapping[int, Mapping[str, Mapping[tuple[str, ...], object]]]) -> LayerTrace:
+    """{step: {layer: {key: value}}} as arrays."""
+    layers = tuple(dict.fromkeys(name for point in points.values() for name in point))
     column = {name: i for i, name in enumerate(layers)}
     data: dict[tuple[str, ...], np.ndarray] = {}
-
-    def put(row: int, name: str, key: tuple[str, ...], value: object) -> None:
-        if key not in data:
-            data[key] = np.full((len(entries), len(layers)), math.nan)
-        data[key][row, column[name]] = number(value)
-
-    for row, entry in enumerate(entries):
-        for name, layer in entry.items():
-            if not isinstance(layer, dict):
-                continue
-            put(row, name, ("g_exponent",), layer.get("g_exponent"))
-            put(row, name, ("x_alpha",), layer.get("x_alpha"))
-            slots = layer.get("slots")
-            for slot, statistics in slots.items() if isinstance(slots, dict) else ():
-                for statistic in STATISTICS if isinstance(statistics, dict) else ():
-                    put(row, name, (slot, statistic), statistics.get(statistic))
-    return LayerTrace(layers, np.array([r["step"] for r in records], dtype=float), data)
+    for row, point in enumerate(points.values()):
+        for name, values in point.items():
+            for key, value in values.items():
+                data.setdefault(key, np.full((len(points), len(layers)), math.nan))[row, column[name]] = number(value)
+    return LayerTrace(layers, np.array(list(points), dtype=float), data)

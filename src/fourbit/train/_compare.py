@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import NonFiniteError
-from fourbit.train import _checkpoint
 from fourbit.train._config import CompareConfig, TrainConfig
 from fourbit.train._display import make_console
-from fourbit.train._folder import RunFolder, last_record, require_free, require_same, same_length
+from fourbit.train._folder import RunFolder, has_run, last_record, records, require_free, require_same, same_length
 from fourbit.train._result import Result
 from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
@@ -37,7 +36,7 @@ class Row:
         diverged: seeds whose run met NaN or infinity.
         difference, difference_std: to fp32, over the seeds that both finished; None without such seeds.
         train_loss: mean over seeds of the last epoch's training loss.
-        seconds_per_epoch: mean over seeds.
+        seconds_per_epoch: mean over seeds of the median epoch.
     """
 
     recipe: str
@@ -82,7 +81,7 @@ def compare(config: CompareConfig) -> Comparison:
         if known is None or not same_length(each.out, each):
             console.print(title, markup=False)
             try:
-                known = run(each, resume=_begun(each.out), title=title)
+                known = run(each, resume=has_run(each.out), title=title)
             except NonFiniteError as error:
                 console.print(f"diverged: {error}", markup=False, soft_wrap=True)
                 known = finished(RunFolder(each.out))
@@ -98,14 +97,10 @@ def compare(config: CompareConfig) -> Comparison:
 def _check_folder(config: TrainConfig) -> None:
     """Reject a folder that holds something else than this run, before any run starts."""
     assert config.out is not None
-    if _begun(config.out):
+    if has_run(config.out):
         require_same(config.out, config)
-    elif config.out.exists():
+    else:
         require_free(config.out)
-
-
-def _begun(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or _checkpoint.find(folder / "checkpoint") is not None
 
 
 def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) -> tuple[Row, ...]:
@@ -128,7 +123,7 @@ def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) 
                 difference=mean(paired),
                 difference_std=std(paired),
                 train_loss=mean([loss for f in folders if (loss := _train_loss(f)) is not None]),
-                seconds_per_epoch=mean([s for f in folders if (s := _number(f, "epoch", "seconds")) is not None]),
+                seconds_per_epoch=mean([s for f in folders if (s := _epoch_seconds(f)) is not None]),
             )
         )
     return tuple(rows)
@@ -140,9 +135,17 @@ def _train_loss(folder: Path) -> float | None:
     return _number(folder, "step", "loss") if loss is None else loss
 
 
+def _epoch_seconds(folder: Path) -> float | None:
+    """Of the median epoch, which a slow first one (warm-up, compilation) does not move."""
+    seconds = [s for record in records(folder, "epoch") if (s := _finite(record.get("seconds"))) is not None]
+    return statistics.median(seconds) if seconds else None
+
+
 def _number(folder: Path, kind: str, field: str) -> float | None:
-    record: dict[str, Any] = last_record(folder, kind) or {}
-    value = record.get(field)
+    return _finite((last_record(folder, kind) or {}).get(field))
+
+
+def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 

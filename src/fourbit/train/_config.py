@@ -107,18 +107,25 @@ class Settings:
     device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
     """Where to compute. auto: the GPU if there is one."""
     threads: Annotated[int | None, EXECUTION, WHOLE] = None
-    """CPU threads of torch. None: torch's own choice."""
+    """CPU threads of torch. None: torch's own choice, which is too many where other programs keep the cores busy:
+    threads that wait for each other then cost more than they give."""
     autocast: Annotated[Literal["none", "bf16"], EXECUTION] = "none"
     """Arithmetic of what is not quantized: float32, or bfloat16 where torch deems it safe."""
     channels_last: Annotated[bool, EXECUTION] = True
     """Memory layout NHWC, which convolutions like better."""
     tune_malloc: Annotated[bool, EXECUTION] = True
     """Let glibc keep large freed blocks for reuse: shorter steps on the CPU, no effect elsewhere."""
+    products: Annotated[Literal["fast", "exact"], EXECUTION] = "fast"
+    """fast: where the platform's library rounds the results of a product to bfloat16 (many gradients on a CPU), that is
+    accepted. exact: every result is rounded once, to the recipe's output format."""
+    fuse: Annotated[bool, EXECUTION] = True
+    """Run convolution, batch normalization, activation and quantization as one, where there are kernels for it."""
 
     log_every: Annotated[int, RECORDS, WHOLE] = 10
-    """Steps between two lines with loss and accuracy in metrics.jsonl."""
-    observe_every: Annotated[int, RECORDS, WHOLE] = 100
-    """Steps between two observations of the operands of all quantized layers; 0: never."""
+    """Steps between two lines with loss, accuracy and scales in metrics.jsonl."""
+    observe_every: Annotated[int | None, RECORDS, WHOLE] = None
+    """Steps between two observations of the operands of all quantized layers; the last step is observed too. 0: never.
+    None: about 20 of them in a run, and at most 100 steps between two."""
     checkpoint_every: Annotated[int, RECORDS, WHOLE] = 1
     """Epochs between two checkpoints; 0: only at the end or when interrupted."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
@@ -150,9 +157,9 @@ class TrainConfig(Settings):
         values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {name: values[name] for name in (*first, *(n for n in values if n not in first))}
 
-    def command(self, *extra: str) -> str:
+    def command(self, *extra: str, program: str = "fourbit") -> str:
         """The command line that makes this run."""
-        return " ".join(["fourbit train", *_flags(self), *extra])
+        return " ".join([program, "train", *_flags(self), *extra])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +186,9 @@ class CompareConfig(Settings):
         """All of them, one seed after the other, so that an early look shows every recipe."""
         return [self.run(recipe, seed) for seed in self.seeds for recipe in self.recipes]
 
-    def command(self) -> str:
+    def command(self, program: str = "fourbit") -> str:
         """The command line that makes, or goes on with, this comparison."""
-        return " ".join(["fourbit compare", *_flags(self)])
+        return " ".join([program, "compare", *_flags(self)])
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ def examine() -> Iterator[tuple[str, bool]]:
     """Lines of the report, each with whether what it says is as it should be."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, value in describe(device).items():
-        if name != "started":
+        if name not in ("started", "kernels"):
             yield f"{name:12} {'-' if value is None else value}", True
     for package in PACKAGES:
         try:
@@ -39,7 +39,7 @@ def examine() -> Iterator[tuple[str, bool]]:
             yield f"{package:12} missing: pip install 'fourbit[train]'", False
     yield f"{'malloc':12} {'glibc, can be tuned' if tune_malloc() else 'not glibc, stays as it is'}", True
     for backend in backends.statuses():
-        yield f"{'kernels':12} {backend.name}: {backend.detail}", backend.available or not backend.needed
+        yield f"{'kernels':12} {backend}", backend.available or not backend.needed
     for format in CATALOG.values():
         wrong = count_wrong(format, device)
         yield f"{'rounding':12} {format.name}: {f'{wrong} numbers wrong' if wrong else 'ok'}", wrong == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fourbit import __version__
+from fourbit import __version__, backends
 from fourbit.train._config import Settings
 
 # Parameters of glibc's mallopt(3), from malloc.h.
@@ -22,7 +22,7 @@ _M_MMAP_MAX = -4
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge the numbers of a run: versions, processor, device, time, and the commit if any."""
+    """What a reader needs to judge the numbers of a run: versions, processor, device, kernels, time, and any commit."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "fourbit": __version__,
@@ -34,6 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "kernels": "; ".join(map(str, backends.statuses())) or "none",
     }
 
 

@@ -6,7 +6,6 @@ loses at most a line if the machine dies. NaN and infinity, which JSON does not 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fourbit import _files
 from fourbit._version import __version__
 from fourbit.errors import UserError
 from fourbit.train._config import TrainConfig
@@ -40,14 +40,15 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write `path` into one sentence."""
+    """Turns a failure to write `path`, a file or folder in that of a run, into one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _files.FULL:
+            kept = "; the last checkpoint is intact" if (path.parent / "checkpoint").exists() else ""
             raise UserError(
-                f"the disk is full: {path} could not be written; free some space and go on with --resume "
-                "(an earlier checkpoint is intact)."
+                f"the disk is full: {path} could not be written{kept}; free some space and go on "
+                "(train: with --resume, compare: with the same command)."
             ) from error
         raise UserError(
             f"{path} could not be written ({error.strerror or error}): check the folder, or choose another --out."
@@ -57,16 +58,7 @@ def writing(path: Path) -> Iterator[None]:
 def replace_file(path: Path, content: bytes) -> None:
     """Write `path` so that it holds all of `content` or what it held before."""
     with writing(path):
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        _files.replace_file(path, content)
 
 
 class RunFolder:
@@ -132,6 +124,11 @@ class RunFolder:
             file.truncate(size)
 
 
+def has_run(path: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (path / "config.json").is_file()
+
+
 def require_free(path: Path) -> None:
     """Reject a folder with anything in it: nothing is ever overwritten.
 
@@ -139,20 +136,24 @@ def require_free(path: Path) -> None:
         UserError: it exists and is not an empty folder.
     """
     if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty: choose another --out, or add --resume to go on with the run in it.")
+        resume = ", or add --resume to go on with the run in it" if has_run(path) else ""
+        raise UserError(f"{path} is not empty: choose another --out{resume}.")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --out.")
 
 
 def require_same(path: Path, config: TrainConfig) -> None:
-    """Check that the run in `path` was made with `config`.
+    """Check that the run in `path` was made with `config`. Fields that its version did not know had their defaults.
 
     Raises:
         UserError: there is no run, or a field differs that may not.
     """
-    if not (path / "config.json").is_file():
+    if not has_run(path):
         raise UserError(f"there is no run to go on with in {path}: check --out, or leave out --resume to start one.")
-    before, now = _read_json(path / "config.json"), config.as_dict()
+    written, now = _read_json(path / "config.json"), config.as_dict()
+    if "recipe" not in written:
+        raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
+    before = TrainConfig().as_dict() | written
     free = MAY_DIFFER | (LENGTH if before.get("schedule") == config.schedule == "constant" else frozenset())
     for field, value in now.items():
         if field not in free and before.get(field) != value:
@@ -168,21 +169,26 @@ def same_length(path: Path, config: TrainConfig) -> bool:
     return all(before.get(field) == now[field] for field in LENGTH)
 
 
-def last_record(path: Path, kind: str) -> dict[str, Any] | None:
-    """The newest line of a kind in a folder's metrics.jsonl; None if there is none."""
-    found = None
+def records(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind in a folder's metrics.jsonl, oldest first."""
+    found = []
     try:
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return None
+        return []
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict) and record.get("kind") == kind:
-            found = record
+            found.append(record)
     return found
+
+
+def last_record(path: Path, kind: str) -> dict[str, Any] | None:
+    """The newest line of a kind in a folder's metrics.jsonl; None if there is none."""
+    return next(reversed(records(path, kind)), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

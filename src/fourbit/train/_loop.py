@@ -102,9 +102,11 @@ class Loop:
         for param_group in session.optimizer.param_groups:
             param_group["lr"] = lr
         self.guard.before_step()
-        every = config.observe_every
-        observing = self.has_quantized and every > 0 and state.step % every == 0
-        histograms = observing and (state.step == 0 or state.step + every >= end)  # the first, and the last of an epoch
+        every, is_last = config.observe_every, state.step == session.total_steps - 1
+        observing = self.has_quantized and bool(every) and (state.step % every == 0 or is_last)
+        # Histograms: at the first step, at the last observation of an epoch, at the last step.
+        ends_epoch = bool(every) and state.step + every >= end < session.total_steps
+        histograms = observing and (state.step == 0 or ends_epoch or is_last)
         with observe(session.bare, histograms) if observing else nullcontext() as observation:
             (loss_sum, correct, images, norm), in_range = self._forward_backward(group)
         if self.guard.step_allowed(loss_sum, norm, state.step + 1) and in_range:
@@ -115,7 +117,7 @@ class Loop:
             state.skipped += 1
         session.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        self.recorder.step(state, lr)
+        self.recorder.step(state, lr, session.bare)
         if observation is not None:
             self.recorder.layers(state, session.bare, observation)
 

@@ -1,4 +1,4 @@
-"""What the quantized layers report, as the lines "layers" and "histograms" of metrics.jsonl."""
+"""What the quantized layers report: the lines "layers" and "histograms" of metrics.jsonl, and the scales in "step"."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.nn import Observation, quantized_layers
+from fourbit.ops import REUSE
 from fourbit.quantizers import UNSET
 
 MAX_GRID = 256
@@ -17,34 +18,38 @@ MAX_GRID = 256
 def layer_lines(model: nn.Module, observation: Observation) -> dict[str, dict[str, Any]]:
     """{layer: {"g_exponent", "x_alpha", "slots": {slot: statistics}}} of every quantized layer."""
     slots = observation.as_dict()
+    return {name: {**layer, "slots": slots.get(name, {})} for name, layer in scales(model).items()}
+
+
+def histogram_lines(model: nn.Module, observation: Observation) -> dict[str, dict[str, dict[str, Any]]]:
+    """{layer: {slot: histogram}}, with how the slot is rounded and whether the gradient serves the other product too.
+
+    The grid is left empty where it is too fine to be drawn (16-bit formats).
+    """
+    layers = quantized_layers(model)
+
+    def line(layer: str, slot: str, histogram: dict[str, Any]) -> dict[str, Any]:
+        spec = layers[layer].spec
+        used = spec.resolved(slot)
+        fine = {"grid": [], "decision_points": []} if len(histogram["grid"]) > MAX_GRID else {}
+        rounding = {"rounding": used.rounding.value} if used else {}
+        return histogram | fine | rounding | {"reused": slot == "g_dgrad" and spec.g_wgrad is REUSE}
+
     return {
-        name: {
-            "g_exponent": _exponent(layer.quant.g_exponent),
-            "x_alpha": layer.quant.x_alpha.item() if isinstance(layer.quant.x_alpha, Tensor) else None,
-            "slots": slots.get(name, {}),
-        }
-        for name, layer in quantized_layers(model).items()
-    }
-
-
-def histogram_lines(observation: Observation) -> dict[str, dict[str, dict[str, Any]]]:
-    """{layer: {slot: histogram}}; the grid is left empty where it is too fine to be drawn (16-bit formats)."""
-
-    def short(histogram: dict[str, Any]) -> dict[str, Any]:
-        if len(histogram["grid"]) <= MAX_GRID:
-            return histogram
-        return histogram | {"grid": [], "decision_points": []}
-
-    return {
-        layer: {slot: short(histogram) for slot, histogram in slots.items()}
+        layer: {slot: line(layer, slot, histogram) for slot, histogram in slots.items()}
         for layer, slots in observation.histograms().items()
     }
 
 
-def exponents(model: nn.Module) -> dict[str, int]:
-    """GradScale's exponent of every layer that has one and has seen a gradient."""
-    found = {name: _exponent(layer.quant.g_exponent) for name, layer in quantized_layers(model).items()}
-    return {name: value for name, value in found.items() if value is not None}
+def scales(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{layer: {"g_exponent", "x_alpha"}} of every quantized layer: GradScale's exponent and PACT's clip value, or None."""
+    return {
+        name: {
+            "g_exponent": _exponent(layer.quant.g_exponent),
+            "x_alpha": layer.quant.x_alpha.item() if isinstance(layer.quant.x_alpha, Tensor) else None,
+        }
+        for name, layer in quantized_layers(model).items()
+    }
 
 
 def _exponent(stored: Tensor | None) -> int | None:

@@ -14,7 +14,7 @@ from fourbit.nn import Observation
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
 from fourbit.train._folder import RunFolder
-from fourbit.train._observe import exponents, histogram_lines, layer_lines
+from fourbit.train._observe import histogram_lines, layer_lines, scales
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
 from fourbit.train._tensorboard import Board
@@ -31,16 +31,20 @@ class Recorder:
         """Begin to measure images per second."""
         self._window_start = (time.perf_counter(), state.window.images)
 
-    def step(self, state: LoopState, lr: float) -> None:
-        """Move the bar; when it is due, write a "step" line with the means since the last one."""
+    def step(self, state: LoopState, lr: float, model: nn.Module) -> None:
+        """Move the bar; when it is due, write a "step" line with the means since the last one and the layers' scales."""
         start, images = self._window_start
         rate = (state.window.images - images) / max(time.perf_counter() - start, 1e-9)
         loss, accuracy = state.window.loss, state.window.accuracy
         self.display.step(state.step, state.epoch, loss, accuracy, rate)
         if state.step % self.config.log_every:
             return
-        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, images_per_s=rate)
+        layers = scales(model)
+        kept = {"scales": layers} if layers else {}
+        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, images_per_s=rate, **kept)
         self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "images_per_s": rate})
+        exponents = {f"grad_scale_exponent/{name}": layer["g_exponent"] for name, layer in layers.items()}
+        self.board.scalars(state.step, exponents)
         state.window = Tally()
         self.start_window(state)
 
@@ -51,10 +55,8 @@ class Recorder:
     def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
         """The lines "layers" and, where there are histograms, "histograms"."""
         self.folder.record("layers", state.step, layers=layer_lines(model, observation))
-        if histograms := histogram_lines(observation):
+        if histograms := histogram_lines(model, observation):
             self.folder.record("histograms", state.step, histograms=histograms)
-        scalars = {f"grad_scale_exponent/{name}": value for name, value in exponents(model).items()}
-        self.board.scalars(state.step, scalars)
 
     def epoch(self, state: LoopState) -> None:
         """The line of an epoch that was just evaluated."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fourbit.errors import UserError
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
@@ -27,6 +29,8 @@ def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result
     else:
         require_free(config.out)
     session = open_session(config)
+    config = session.config
+    assert config.out is not None
     main = session.accelerator.is_main_process
     folder = RunFolder(config.out, active=main)
     state = _resume(session, folder) if resume else None
@@ -35,9 +39,9 @@ def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result
     if state is None:
         state = LoopState()
         if resume:
-            folder.reopen(config, describe(session.device), metrics_bytes=0)
+            folder.reopen(config, _environment(session), metrics_bytes=0)
         else:
-            folder.create(config, describe(session.device))
+            folder.create(config, _environment(session))
     board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
@@ -93,5 +97,9 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
         raise UserError(f"the checkpoint in {path} does not fit this run: start anew with another --out.") from error
     if state.step >= session.total_steps and finished(folder) is not None:
         return state
-    folder.reopen(session.config, describe(session.device), metrics_bytes)
+    folder.reopen(session.config, _environment(session), metrics_bytes)
     return state
+
+
+def _environment(session: Session) -> dict[str, Any]:
+    return describe(session.device) | {"products": session.config.products}

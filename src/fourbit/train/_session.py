@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,19 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]
 
+OBSERVATIONS = 20
+"""About so many points in time does a run observe, if nothing else is asked for."""
+
+OBSERVE_AT_LEAST_EVERY = 100
+"""Steps."""
+
 
 @dataclass
 class Session:
     """One run in memory.
 
     Args:
-        config: validated.
+        config: validated, and with every None filled in that stands for another value.
         model: as the accelerator returned it; `bare` is the module itself.
         steps_per_epoch, total_steps: optimizer steps.
     """
@@ -107,13 +113,16 @@ def open_session(config: TrainConfig) -> Session:
     model = models.build(
         config.model, num_classes=data.num_classes, in_channels=data.channels, image_size=data.image_size
     )
-    recipes.convert(model, config.recipe, seed=config.seed)
+    recipes.convert(model, config.recipe, seed=config.seed, products=config.products, fuse=config.fuse)
     torch.manual_seed(config.seed)  # whatever building and converting drew
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(accelerator.device)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     total = config.epochs * steps_per_epoch
+    total = total if config.max_steps is None else min(total, config.max_steps)
+    if config.observe_every is None:
+        config = replace(config, observe_every=min(-(-total // OBSERVATIONS), OBSERVE_AT_LEAST_EVERY))
     return Session(
         config=config,
         data=data,
@@ -122,7 +131,7 @@ def open_session(config: TrainConfig) -> Session:
         optimizer=optimizer,
         scaler=recipes.loss_scaler(accelerator.unwrap_model(model)),
         steps_per_epoch=steps_per_epoch,
-        total_steps=total if config.max_steps is None else min(total, config.max_steps),
+        total_steps=total,
     )
 
 

@@ -1,0 +1,54 @@
+"""Files that hold all of what was written or what they held before, and the words for what can go wrong with one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No space, or none for this user."""
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path` so that it holds all of `content` or what it held before.
+
+    The content is written beside it, flushed to the disk, and only then takes its name. Links are followed; what is no
+    ordinary file (a device, a pipe) is written as it is.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def problem(error: OSError, path: Path) -> str:
+    """What is wrong with `path`, and the remedy, to stand after a colon.
+
+    >>> problem(FileNotFoundError(errno.ENOENT, "No such file or directory"), Path("nowhere/x.png"))
+    'there is no folder nowhere; create it, or write elsewhere'
+    """
+    if error.errno in FULL:
+        return "the disk is full; free some space, or write elsewhere"
+    if error.errno == errno.ENOENT:
+        return f"there is no folder {path.parent}; create it, or write elsewhere"
+    if error.errno == errno.ENOTDIR:
+        return f"{path.parent} is not a folder; write elsewhere"
+    if error.errno == errno.EISDIR:
+        return "it is a folder; give the name of a file"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "there is no permission to write it; change that, or write elsewhere"
+    return f"{error.strerror or error}; write elsewhere"
