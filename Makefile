@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint bench gpu-check clean
+.PHONY: demo test test-fast lint bench bench-full bench-peers gpu-check clean
 .DEFAULT_GOAL := test
 
 KERNELS := $(wildcard src/fourbit/kernels/cpu/csrc/* src/fourbit/kernels/cpu/_build.py hatch_build.py)
@@ -33,8 +33,19 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Results lie in benchmarks/results. BENCH_FLAGS="--microxcaling DIR --fp4-trainkit DIR" names clones of libraries to race.
+BENCHMARKS := quantizers step growth cold_start
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short $(BENCH_FLAGS); done
+
+# About an hour, or some more with other libraries; fills in docs/performance.md.
+bench-full: $(STAMP)
+	set -e; for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --compile --out docs/results/performance $(BENCH_FLAGS); done
+	$(BIN)/python -m benchmarks.tables
+
+bench-peers: $(STAMP)
+	$(BIN)/python -m pip install --no-deps -r benchmarks/requirements.txt
 
 # On a machine with an NVIDIA GPU, with the python that has torch: no installation, no network, under eight minutes.
 gpu-check:

@@ -1,0 +1,94 @@
+"""Looking into one training step: which bytes wait for the backward pass, and where the time goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._ways import Training
+from fourbit import backends
+
+
+def saved_bytes(training: Training, layers: Sequence[str]) -> dict[str, int | None]:
+    """Bytes that autograd keeps from the forward to the backward pass: of the whole step, and of `layers` alone.
+
+    A piece of memory counts once, however many nodes keep it. Parameters do not count: they are there anyway. Layers that run
+    as part of a fused chain cannot be told from it: None.
+    """
+    owned = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+    everything: dict[int, int] = {}
+    in_layers: dict[str, dict[int, int]] = {}
+    inside: list[str] = []
+    kept: list[Tensor] = []  # holds the memory, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in owned:
+            kept.append(t)
+            everything[storage.data_ptr()] = storage.nbytes()
+            if inside:
+                in_layers.setdefault(inside[-1], {})[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    handles = []
+    for name in layers:
+        module = training.model.get_submodule(name)  # of the same name in every way
+        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: inside.append(name)))
+        handles.append(module.register_forward_hook(lambda m, a, y: inside.pop() and None))
+    with training.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        training.loss().backward()
+    for handle in handles:
+        handle.remove()
+    training.optimizer.zero_grad()
+    return {
+        "total": sum(everything.values()),
+        "four_bit_layers": sum(size for found in in_layers.values() for size in found.values()) if in_layers else None,
+    }
+
+
+CATEGORIES: dict[str, str] = {
+    "optimizer": r"Optimizer\.|_foreach|aten::_fused",
+    "quantize": r"fourbit::(round|round_pair|moments|unpack)$",
+    "scale, round and mask results": r"fourbit::epilogue$",
+    "fused normalization chain": r"fourbit::norm_",
+    "around products": r"fourbit::(gemm|contract\w*)$",
+    "attention": r"attention",
+    "products": r"\bmm\b|addmm|bmm|_int_mm|matmul|linear|convolution|conv2d|qconv|qlinear",
+    "normalization": r"batch_norm|layer_norm|native_norm",
+    "copies, layouts, dtypes": r"copy_|constant_pad|aten::(to|_to_copy|contiguous|clone|empty|zeros|fill_|zero_|ones|cat|pad|"
+    r"view|reshape|slice|as_strided)",
+    "ReLU, loss, other elementwise": r"aten::",
+    "autograd and Python": r"",
+}
+"""Names of the profiler's events, tried in this order."""
+
+
+def profile(training: Training, steps: int = 3) -> dict[str, float]:
+    """Seconds per step by category (self time of each operation, so that they add up), and "outside operations".
+
+    The calls of this library's kernels are marked while it runs, because they are no operations of torch.
+    """
+    training()
+    dispatch = backends.dispatch
+
+    def marked(operation: str, *arguments: Any) -> Any:
+        with torch.profiler.record_function(f"fourbit::{operation}"):
+            return dispatch(operation, *arguments)
+
+    backends.dispatch = marked
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(steps):
+                with torch.profiler.record_function("step"):
+                    training()
+    finally:
+        backends.dispatch = dispatch
+    found = dict.fromkeys(CATEGORIES, 0.0)
+    for event in profiler.key_averages():
+        category = next(c for c, pattern in CATEGORIES.items() if re.search(pattern, event.key))
+        found[category] += event.self_cpu_time_total * 1e-6 / steps
+    return found

@@ -1,0 +1,139 @@
+"""The ways to train a network that the benchmarks compare, by name; `prepare` makes a training step of one of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fourbit as fb
+from benchmarks import _naive, _peers
+from benchmarks._harness import Entrant, Kind, Skip
+from benchmarks._networks import Network
+from fourbit import backends
+
+
+def _nothing(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    return model
+
+
+def _recipe(name: str, fuse: bool = True) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+    return lambda model, names: fb.convert(model, name, fuse=fuse)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a network is trained.
+
+    Args:
+        change: takes the network and the names of the layers that recipes put in 4 bits.
+        channels_last: whether images and convolutions lie that way; a network without images has no such way.
+        only_images: whether to leave it out where there are no images.
+        kernels: False runs this library's reference.
+    """
+
+    name: str
+    kind: Kind
+    change: Callable[[nn.Module, Sequence[str]], nn.Module] = _nothing
+    channels_last: bool = True
+    only_images: bool = False
+    autocast: bool = False
+    compiled: bool = False
+    kernels: bool = True
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("fp32", "baseline", channels_last=False),
+        Way("fp32 channels_last", "baseline", only_images=True),
+        Way("bf16 autocast", "baseline", autocast=True),
+        Way("ours ibm2020", "ours", _recipe("ibm2020")),
+        Way("ours ibm2020, bf16 autocast", "ours", _recipe("ibm2020"), autocast=True),
+        Way("ours luq", "ours", _recipe("luq")),
+        Way("ours ibm2020, not fused", "ours", _recipe("ibm2020", fuse=False)),
+        Way("ours ibm2020, no kernels", "reference", _recipe("ibm2020"), kernels=False),
+        Way("naive fake-quant", "naive", _naive.convert),
+        Way("fp32 compiled", "compiled", compiled=True),
+        Way("bf16 compiled", "compiled", autocast=True, compiled=True),
+        Way("ours ibm2020 compiled", "compiled", _recipe("ibm2020"), compiled=True),
+        Way("QPyTorch", "peer", _peers.to_qpytorch, channels_last=False),
+        Way("microxcaling MXFP4", "peer", lambda m, n: _peers.to_microxcaling("fp4_e2m1", m, n), channels_last=False),
+        Way("microxcaling INT4", "peer", lambda m, n: _peers.to_microxcaling("int4", m, n), channels_last=False),
+        Way("fp4-trainkit", "peer", _peers.to_fp4_trainkit, channels_last=False),
+    )
+}
+
+MAIN = ("fp32", "fp32 channels_last", "bf16 autocast", "ours ibm2020", "naive fake-quant")
+"""The ones that growth and memory are measured of where time is short."""
+
+
+def base_of(network: Network) -> str:
+    """The way that ratios are taken to."""
+    return "fp32 channels_last" if network.images else "fp32"
+
+
+def four_bit_names(network: Network) -> list[str]:
+    """The layers that the recipes put in 4 bits: what LUQ quantizes at all."""
+    return list(fb.quantized_layers(fb.convert(network.build(), "luq")))
+
+
+class Training:
+    """A network in training: calling it makes one step of SGD on the same batch."""
+
+    def __init__(self, way: Way, network: Network, batch: int):
+        if way.only_images and not network.images:
+            raise Skip("not a network of images")
+        if way.compiled:
+            _peers.require_compiler()
+        torch.manual_seed(0)
+        self.way, self.four_bit = way, four_bit_names(network)
+        torch.manual_seed(0)
+        self.model = way.change(network.build(), self.four_bit)
+        self.x, self.y = network.data(batch)
+        if network.images and way.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.x = self.x.to(memory_format=torch.channels_last)
+        self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if way.compiled else self.model
+        self.optimizer = torch.optim.SGD(fb.param_groups(self.model, 1e-4), lr=0.01, momentum=0.9)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What surrounds a step."""
+        return contextlib.nullcontext() if self.way.kernels else backends.without()
+
+    def loss(self) -> Tensor:
+        """Mean cross entropy."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.way.autocast):
+            logits = self.run(self.x)
+        return F.cross_entropy(logits.flatten(0, -2).float(), self.y.flatten())
+
+    def __call__(self) -> None:
+        with self.context():
+            self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def prepare(way: str, network: Network, batch: int) -> Training:
+    """A network ready to be trained in that way.
+
+    Raises:
+        Skip: the way does not exist for this network, or a library is missing.
+    """
+    return Training(WAYS[way], network, batch)
+
+
+def entrants(network: Network, batch: int, ways: Sequence[str]) -> list[Entrant]:
+    """Those of `ways` that exist for the network."""
+    found = [WAYS[name] for name in ways if network.images or not WAYS[name].only_images]
+    return [Entrant(w.name, w.kind, lambda w=w: Training(w, network, batch)) for w in found]
+
+
+def names(compiled: bool) -> list[str]:
+    """All ways, with or without those that compile."""
+    return [w.name for w in WAYS.values() if compiled or not w.compiled]

@@ -1,0 +1,82 @@
+"""Rewrites the tables of docs/performance.md, and draws the plots again, from the JSON files of the benchmarks.
+
+    python -m benchmarks.tables --results docs/results/performance
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Names: targets; machine; parity (the file parity.md of the
+results folder, if there is one); commands; and those of the tables and figures of each benchmark. What has no results stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cold_start, growth, quantizers, step
+from benchmarks._harness import ROOT, described, markdown, write
+from benchmarks._targets import TARGETS
+
+BENCHMARKS = {"quantizers": quantizers, "step": step, "growth": growth, "cold_start": cold_start}
+_BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """The results by benchmark, as far as there are any."""
+    paths = {name: results / f"{name}.json" for name in BENCHMARKS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def blocks(found: dict[str, dict[str, Any]], results: Path, relative: str) -> dict[str, str]:
+    """Everything that the document can show, by name; figures as links from where the document lies."""
+    shown: dict[str, str] = {}
+    if found:
+        rows = [target.row(found.get(target.source)) for target in TARGETS]
+        shown["targets"] = markdown(["what", "to reach", "reached", ""], rows, 4)
+        lines = [f"- `{name}`: {described(data['machine'])}{_load(data)}" for name, data in found.items()]
+        peers = {peer: version for data in found.values() for peer, version in data["peers"].items()}
+        shown["machine"] = "\n".join(lines)
+        if peers:
+            shown["machine"] += "\n- other libraries: " + ", ".join(f"{name} {v}" for name, v in peers.items())
+        shown["commands"] = "\n".join(f"    {data['command']}" for data in found.values())
+    for name, data in found.items():
+        module = BENCHMARKS[name]
+        shown |= {key: text for key, text in module.tables(data).items() if key != "machine"}
+        for figure in module.figures(data):
+            shown[f"figure-{figure}"] = f"![{figure}]({relative}/{figure}.png)"
+    parity = results / "parity.md"
+    if parity.exists():
+        shown["parity"] = parity.read_text().strip()
+    return shown
+
+
+def _load(data: dict[str, Any]) -> str:
+    load = data["settings"]["load_before"]
+    return "" if load is None else f"; load average {load:.1f} at the start"
+
+
+def fill(text: str, shown: dict[str, str]) -> str:
+    """The document with those of its blocks replaced that there is something for."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{shown[m[2]]}\n{m[3]}" if m[2] in shown else m[0], text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "performance")
+    options.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
+    arguments = options.parse_args(argv)
+    found = load(arguments.results)
+    for name, data in found.items():
+        write(arguments.results, data, BENCHMARKS[name].tables(data), BENCHMARKS[name].figures(data))
+    relative = os.path.relpath(arguments.results, arguments.document.parent)
+    document = fill(arguments.document.read_text(), blocks(found, arguments.results, relative))
+    arguments.document.write_text(document)
+    print(f"{arguments.document.name}: tables of {', '.join(found) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()
