@@ -109,8 +109,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         seed: seeds the random words of stochastic rounding.
         products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise (the
             gradients of convolutions on a CPU: a relative error of at most 2^-8 per result, where FP16 1-6-9 has 2^-10);
-            "exact" rounds every result once, to the recipe's output format. Forward products and all products of linear
-            layers and 1x1 convolutions are exact in both.
+            "exact" rounds every result once, to the recipe's output format. Forward products are exact in both, and so are
+            the products of 4-bit gradients in linear layers and 1x1 convolutions.
 
         fuse: run each chain of convolution, batch normalization, residual, activation and quantization as one, in training,
             where the model's code can be traced (torch.fx) and a backend has the kernels.
