@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fourbit.recipes import kernel_size as kernel_size
     from fourbit.recipes import last as last
     from fourbit.recipes import loss_scaler as loss_scaler
+    from fourbit.recipes import memory_report as memory_report
     from fourbit.recipes import name as name
     from fourbit.recipes import param_groups as param_groups
     from fourbit.recipes import restore as restore
@@ -65,7 +66,9 @@ _HOME = {
     ),
     **dict.fromkeys(("Rounding", "Sawb", "quantize", "round_to_format"), "quantizers"),
     **dict.fromkeys(("LossScaler", "Recipe", "Rule", "convert", "depthwise", "explain", "first"), "recipes"),
-    **dict.fromkeys(("kernel_size", "last", "loss_scaler", "name", "param_groups", "restore"), "recipes"),
+    **dict.fromkeys(
+        ("kernel_size", "last", "loss_scaler", "memory_report", "name", "param_groups", "restore"), "recipes"
+    ),
 }
 _PACKAGES = ("backends", "formats", "quantizers", "ops", "nn", "recipes", "models", "data", "train", "report")
 

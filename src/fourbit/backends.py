@@ -25,6 +25,7 @@ Kernels are found at the first use of an operation, never at import. `fourbit do
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ _statuses: dict[str, Callable[[], Status]] = {}
 _disabled: set[str] = set()
 _active: dict[str, tuple[Callable[..., Any], ...]] = {}
 _loaded = False
+_loading = threading.RLock()
 
 
 def register(operation: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -98,10 +100,11 @@ def register_backend(status: Callable[[], Status], name: str) -> None:
 
 def _load() -> None:
     global _loaded
-    if not _loaded:
-        _loaded = True
-        for package in _KERNEL_PACKAGES:
-            importlib.import_module(package)
+    with _loading:  # another thread must not see half of the kernels
+        if not _loaded:
+            for package in _KERNEL_PACKAGES:
+                importlib.import_module(package)
+            _loaded = True
 
 
 def kernels() -> list[Kernel]:

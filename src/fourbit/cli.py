@@ -22,6 +22,7 @@ from fourbit.train import CompareConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch.nn import Module
 
 EXIT_USER_ERROR = 2
 
@@ -169,15 +170,39 @@ def explain(*, model: str = "resnet20", recipe: str = "ibm2020", input: str = "3
         input: Channels, height and width of an image.
         classes: Number of classes.
     """
-    from fourbit.models import build
     from fourbit.recipes import explain as explain_recipe
 
-    parts = input.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[1] != parts[2]:
-        raise UserError(f"input is {input!r}, but must be channels, height and width of a square image: 3x32x32.")
-    channels, size = int(parts[0]), int(parts[1])
-    network = build(model, num_classes=classes, in_channels=channels, image_size=size)
-    say(str(explain_recipe(network, recipe, (1, channels, size, size))))
+    network, shape = _network(model, input, classes)
+    say(str(explain_recipe(network, recipe, (1, *shape))))
+
+
+@app.command
+def memory(
+    *,
+    model: str = "resnet20",
+    recipe: str = "ibm2020",
+    input: str = "3x32x32",
+    batch_size: int = 128,
+    classes: int = 10,
+) -> None:
+    """Show what each layer of a network keeps for its backward pass, against FP32 and bf16.
+
+    Args:
+        model: Network; `fourbit models` lists them.
+        recipe: Recipe; `fourbit recipes` lists them.
+        input: Channels, height and width of an image.
+        batch_size: Images per step.
+        classes: Number of classes.
+    """
+    from fourbit.recipes import convert, memory_report
+    from fourbit.recipes._memory import format_bytes
+
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
+    network, shape = _network(model, input, classes)
+    before = memory_report(network, (batch_size, *shape)).total
+    report = memory_report(convert(network, recipe), (batch_size, *shape))
+    say(f"{report}\nby the same network in FP32: {format_bytes(before)}; now {report.total / before:.3f}x of it")
 
 
 @app.command
@@ -224,6 +249,17 @@ def _failed(error: Exception, command: str) -> int:
         raise error
     print(f"fourbit: {text}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def _network(model: str, input: str, classes: int) -> tuple[Module, tuple[int, int, int]]:
+    """The network for images of that size, and the size."""
+    from fourbit.models import build
+
+    parts = input.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[1] != parts[2]:
+        raise UserError(f"input is {input!r}, but must be channels, height and width of a square image: 3x32x32.")
+    channels, size = int(parts[0]), int(parts[1])
+    return build(model, num_classes=classes, in_channels=channels, image_size=size), (channels, size, size)
 
 
 def _documented(kind: str, functions: Mapping[str, object]) -> Table:

@@ -313,6 +313,14 @@ def test_the_clip_gradient_of_an_asymmetric_format_is_a_sum_of_signs():
     assert float(state.x_alpha.grad) == -1.0 + 2.0
 
 
+def test_a_clipped_operand_that_is_a_mean_of_samples_has_its_mask_and_clip_gradient():
+    spec = LayerSpec(x_fprop=QuantSpec("uint4", ClipValue(1.0, None), rounding=fb.Rounding.STOCHASTIC, samples=2))
+    state = LayerState(spec)
+    x = torch.tensor([[-3.0, 3.0, 0.5]], requires_grad=True)
+    contract(x, torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), spec, state).sum().backward()
+    assert x.grad.tolist() == [[0.0, 0.0, 4.0]] and float(state.x_alpha.grad) == 2.0
+
+
 def test_clipping_is_decided_in_float32_for_half_precision_inputs():
     spec = LayerSpec(x_fprop=QuantSpec(formats.UINT4, ClipValue(init=1.003)))
     x = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)

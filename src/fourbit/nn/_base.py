@@ -23,6 +23,7 @@ from fourbit.ops import (
     ResultHandover,
     contract,
 )
+from fourbit.quantizers import require_numbers
 
 SWAPS: dict[type[nn.Module], type[Quantized]] = {}
 """torch class -> quantized class."""
@@ -129,7 +130,12 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in model.state_dict().items() if not (added and key.startswith(added))}
 
 
-def require_floating(x: Tensor, layer: str) -> None:
-    """Reject integer inputs with a sentence that says what to do."""
-    if not x.is_floating_point():
-        raise UserError(f"{layer} got a tensor of {x.dtype}: convert it to a floating-point dtype first")
+def require_input(x: Tensor, layer: nn.Module, axis: int, size: int, num_dims: tuple[int, ...] = ()) -> None:
+    """Reject an input that the layer cannot multiply, in a sentence that says what it takes."""
+    name = type(layer).__name__
+    require_numbers(x, name)
+    if (num_dims and x.dim() not in num_dims) or x.dim() < -axis or x.shape[axis] != size:
+        axes = f" and {' or '.join(map(str, num_dims))} axes" if num_dims else ""
+        raise UserError(
+            f"{name} got an input of shape {tuple(x.shape)}, but needs {size} elements on axis {axis}{axes}"
+        )

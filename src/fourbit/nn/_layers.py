@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourbit.errors import UserError
-from fourbit.nn._base import Quantized, require_floating, swaps
+from fourbit.nn._base import Quantized, require_input, swaps
 from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, OperandHandover, Products
+from fourbit.quantizers import require_numbers
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
@@ -35,7 +36,7 @@ class Linear(Quantized, nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         if self.spec.is_identity:
             return super().forward(input)
-        require_floating(input, "Linear")
+        require_input(input, self, -1, self.in_features)
         return _add_bias(self.contract(input, self.weight, self.contraction()), self.bias, 0)
 
 
@@ -62,8 +63,8 @@ class _Conv(Quantized, nn.modules.conv._ConvNd):
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
         if self.spec.is_identity:
             return super().forward(input)
-        require_floating(input, type(self).__name__)
         num_dims = len(self.stride)
+        require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
         batched = input.dim() == num_dims + 2
         x = input if batched else input.unsqueeze(0)
         if _own_padding(self) is None:
@@ -95,8 +96,8 @@ class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
         if self.spec.is_identity:
             return super().forward(input, output_size)
-        require_floating(input, type(self).__name__)
         num_dims = len(self.stride)
+        require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
         sizes: Any = (self.stride, self.padding, self.kernel_size, num_dims, self.dilation)
         padding = self._output_padding(input, output_size, *sizes)
         batched = input.dim() == num_dims + 2
@@ -157,5 +158,6 @@ class MatMul(Quantized):
         """[..., M, K], [..., K, N] -> [..., M, N], batch axes broadcast."""
         if self.spec.is_identity:
             return torch.matmul(input, other)
-        require_floating(input, "MatMul")
+        require_numbers(input, "MatMul")
+        require_numbers(other, "MatMul")
         return self.contract(input, other, self.contraction())

@@ -21,7 +21,7 @@ from fourbit.ops._contraction import Contraction
 from fourbit.ops._product import Layout, Operand
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, state_of
-from fourbit.quantizers import BLOCK, Packed, QuantSpec, carrier_dtype, is_packable
+from fourbit.quantizers import BLOCK, Packed, QuantSpec, as_packed, carrier_dtype, is_packable
 
 
 def _canonical(t: Tensor, contraction: Contraction, operand: str) -> Tensor:
@@ -48,14 +48,14 @@ def _masks(spec: LayerSpec) -> list[str]:
 
 def _blank_operand(t: Tensor, spec: QuantSpec, contraction: Contraction, operand: str) -> list[Tensor]:
     """Shapes of an operand as it is saved: data and scale."""
-    if spec.granularity != "tensor":
-        return [_blank(t, torch.float32, contraction, operand)]
     if is_packable(spec.format) and spec.samples == 1:
         data = t.new_empty((t.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
     else:
         dtype = torch.float32 if spec.samples > 1 else carrier_dtype(spec.format)
         data = _blank(t, dtype, contraction, operand)
-    return [data, t.new_empty((), dtype=torch.float32)]
+    axis = contraction.channel_axis(operand) % t.dim() if spec.granularity == "channel" else None
+    shape = [] if axis is None or t.shape[axis] == 1 else [t.shape[axis] if d == axis else 1 for d in range(t.dim())]
+    return [data, t.new_empty(shape, dtype=torch.float32)]
 
 
 @torch.library.custom_op("fourbit::contract", mutates_args=())
@@ -78,9 +78,8 @@ def _forward(
         operand = kept[slot]
         assert operand is not None
         data, scale = operand.q, operand.scale
-        tensors.append(data.data if isinstance(data, Packed) else data)
-        if scale is not None:
-            tensors.append(scale.clone())
+        assert scale is not None
+        tensors += [data.data if isinstance(data, Packed) else data, scale.clone()]
     tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
     return [_canonical(y, contraction, "g"), *tensors]
 
@@ -126,11 +125,10 @@ def _backward(
     for slot in _stored_slots(spec, (learned[0], learned[1])):
         operand, resolved = of[slot[0]], spec.resolved(slot)
         assert resolved is not None
-        data, format = left.pop(0), state.format_of(slot[0], resolved)
-        scale = left.pop(0) if resolved.granularity == "tensor" else None
-        if is_packable(format) and data.dtype == torch.uint8 and data.dim() == 1 and scale is not None:
-            data = Packed(data, operand.shape, operand.stride(), format.min < 0)
-        kept[slot] = Operand(data, scale, format, scale is not None and resolved.samples == 1)
+        data, scale, format = left.pop(0), left.pop(0), state.format_of(slot[0], resolved)
+        if is_packable(format) and resolved.samples == 1:
+            data = as_packed(data, operand.shape, operand.stride(), format)
+        kept[slot] = Operand(data, scale, format, resolved.samples == 1)
     masks = {op: left.pop(0) for op in _masks(spec)}
     saved = eager.Saved(
         kept.get("x_wgrad", Operand(of["x"])),

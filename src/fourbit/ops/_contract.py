@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourbit import backends
+from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
@@ -45,9 +46,14 @@ def contract(
 
     Returns:
         y in the dtype of x, or autocast's where autocast is on; with `result`, the token that stands for y.
+
+    Raises:
+        UserError: a tensor on the meta device.
     """
     over = x if isinstance(x, OperandHandover) else None
     t = x if isinstance(x, Tensor) else x.token
+    if t.is_meta or w.is_meta:
+        raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
     device = w.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
     x_alpha = None if over is not None else state.x_alpha
@@ -202,7 +208,7 @@ def run_backward(
     if need_x:
         a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
         sums = (spec.accumulation, state.sum_key("dgrad"))
-        gemm = Gemm("dgrad", contraction, a, saved.w, saved.x_layout, compute, state.products, *sums)
+        gemm = Gemm("dgrad", contraction, a, _operand(saved.w), saved.x_layout, compute, state.products, *sums)
         if over is None:
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
         else:
@@ -211,7 +217,7 @@ def run_backward(
         after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
         a, late = _gradient(g, g_wgrad, spec.resolved("g_wgrad"), after)
         sums = (spec.accumulation, state.sum_key("wgrad"))
-        gemm = Gemm("wgrad", contraction, a, saved.x, saved.w_layout, compute, state.products, *sums)
+        gemm = Gemm("wgrad", contraction, a, _operand(saved.x), saved.w_layout, compute, state.products, *sums)
         dw, dw_alpha = product(gemm, spec.output, dtypes[1], late, saved.w_mask, _codes(saved.w_codes))
     return dx, dw, dx_alpha, dw_alpha
 
@@ -265,12 +271,16 @@ def _forward_operand(
 def _kept(quantized: Quantized, spec: QuantSpec | None) -> tuple[Operand, Operand]:
     """The operand for a product, and as it is saved for backward."""
     (q, scale, format), _, packed, _ = quantized
-    if scale.numel() > 1:
-        q, packed = q.to(torch.float32) * scale, None
-        operand = Operand(q, None, format)
-    else:
-        operand = Operand(q, scale.view(()), format, spec is not None and spec.samples == 1)
-    return operand, operand if packed is None else operand._replace(q=packed)
+    scale = scale.view(()) if scale.numel() == 1 else scale
+    operand = Operand(q, scale, format, spec is not None and spec.samples == 1)
+    return _operand(operand), operand if packed is None else operand._replace(q=packed)
+
+
+def _operand(kept: Operand) -> Operand:
+    """For a product; scales per channel are multiplied into the numbers."""
+    if kept.scale is None or not kept.scale.dim():
+        return kept
+    return Operand(kept.to(torch.float32) * kept.scale, None, kept.format)
 
 
 def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:

@@ -92,7 +92,8 @@ class LinearMap(Contraction):
 
     def wgrad(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """g^T x, summed over all leading axes."""
-        return g.reshape(-1, g.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+        rows = g.shape[:-1].numel()
+        return g.reshape(rows, g.shape[-1]).t().matmul(x.reshape(rows, x.shape[-1]))
 
     def matrices(self, which: Which, a: Tensor, b: Tensor, shape: Sequence[int]) -> Matrices:
         """Rows times features."""

@@ -18,6 +18,20 @@ from fourbit.quantizers import Quantized
 
 
 @dataclass
+class GradientReturn:
+    """The way back of an operand's gradient: scale * grad, not yet masked. Both nodes hold it; it refers to neither."""
+
+    grad: Tensor | None = None
+    scale: float = 1.0
+
+    def take(self) -> tuple[Tensor, float]:
+        """The gradient that was left."""
+        assert self.grad is not None, "the layer behind a fused normalization was not differentiated"
+        grad, self.grad = self.grad, None
+        return grad, self.scale
+
+
+@dataclass
 class OperandHandover:
     """The operand of a layer, quantized by the node before it.
 
@@ -25,14 +39,14 @@ class OperandHandover:
         token: stands for the operand in autograd.
         layout: of the operand.
         quantized: codes, scale, packed codes and mask, as `LayerState.quantize` would have made them; until they are taken.
-        grad, grad_scale: the way back: grad_scale * grad is the gradient of the operand, not yet masked.
+        back: the way back. The node that made the operand keeps this alone: if it held the token, which leads to the node
+            itself, nothing of the graph would ever be freed.
     """
 
     token: Tensor
     layout: Layout
     quantized: Quantized | None
-    grad: Tensor | None = None
-    grad_scale: float = 1.0
+    back: GradientReturn
 
     def take(self) -> Quantized:
         """The operand, for the one layer that it is for."""
@@ -42,14 +56,8 @@ class OperandHandover:
 
     def give_back(self, grad: Tensor, scale: float) -> Tensor:
         """Leave the gradient; returns what stands for it in autograd."""
-        self.grad, self.grad_scale = grad, scale
+        self.back.grad, self.back.scale = grad, scale
         return torch.zeros_like(self.token)
-
-    def take_back(self) -> tuple[Tensor, float]:
-        """The gradient that was left."""
-        assert self.grad is not None, "the layer behind a fused normalization was not differentiated"
-        grad, self.grad = self.grad, None
-        return grad, self.grad_scale
 
 
 @dataclass

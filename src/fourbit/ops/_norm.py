@@ -17,7 +17,7 @@ modules themselves run, one after the other, and they are what the kernels are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fourbit import backends
 from fourbit.formats import Format
-from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._handover import GradientReturn, OperandHandover, ResultHandover
 from fourbit.ops._product import Layout
 from fourbit.ops._state import LayerState
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request
@@ -143,14 +143,15 @@ def normalize(
     call = _Call(result, norm, act, before, behind, request, want_out or request is None)
     alpha = None if behind is None or request is None else behind.x_alpha
     out, operand_token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
-    if call.operand is not None:
-        call.operand.token = operand_token
-    return out, call.operand
+    quantized, call.quantized = call.quantized, None
+    if quantized is None:
+        return out, None
+    return out, OperandHandover(operand_token, call.layout, quantized, call.back)
 
 
 @dataclass
 class _Call:
-    """What travels beside the tensors."""
+    """What travels beside the tensors, and lives as long as the graph: it must hold no tensor of the graph."""
 
     result: ResultHandover | None
     norm: Norm
@@ -159,7 +160,9 @@ class _Call:
     behind: LayerState | None
     request: Request | None
     want_out: bool
-    operand: OperandHandover | None = None
+    back: GradientReturn = field(default_factory=GradientReturn)
+    layout: Layout = Layout(torch.Size(), ())
+    quantized: Quantized | None = None
 
 
 class _Normalize(torch.autograd.Function):
@@ -181,13 +184,14 @@ class _Normalize(torch.autograd.Function):
             y, scale, output, own = y.detach(), 1.0, None, False
         y = y.contiguous(memory_format=torch.channels_last)
         residual = None if residual is None else residual.detach().contiguous(memory_format=torch.channels_last)
-        forward = NormForward(y, scale, output, call.norm, call.act, residual, call.request, call.want_out, own)
+        request, call.request = call.request, None  # it holds y
+        forward = NormForward(y, scale, output, call.norm, call.act, residual, request, call.want_out, own)
         out, quantized, kept = backends.dispatch("norm_forward", forward)
         token = None
         if quantized is not None and call.behind is not None:
             call.behind.saw_operand(quantized.amax)
             token = y.new_zeros(())
-            call.operand = OperandHandover(token, Layout.of(y), quantized)
+            call.quantized, call.layout = quantized, Layout.of(y)
         packed = None if quantized is None else quantized.packed
         ctx.save_for_backward(
             kept.v,
@@ -209,7 +213,7 @@ class _Normalize(torch.autograd.Function):
         call: _Call = ctx.call
         v, mean, inv_std, passes, data, mask, gamma = ctx.saved_tensors
         do, d_token = grads
-        dq, dq_scale = (None, 1.0) if d_token is None or call.operand is None else call.operand.take_back()
+        dq, dq_scale = (None, 1.0) if d_token is None else call.back.take()
         specs: tuple[QuantSpec, ...] = ()
         if call.result is not None and call.before is not None:
             specs = call.before.gradient_specs(*call.result.needs)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ from fourbit.quantizers import (
     amax_of,
     best_clip_value,
     exponent_scale,
-    is_packable,
+    has_integer_codes,
     request_for,
     run,
     run_pair,
@@ -162,6 +163,19 @@ class LayerState(nn.Module):
             if self.g_amax is not None:
                 self.g_amax.fill_(-1.0)
 
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Whatever the layer does in the block, its state is afterwards what it was."""
+        tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
+        signed, uses, known = dict(self._signed), self._uses, self._known
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in tensors:
+                    tensor.copy_(before)
+            self._signed, self._uses, self._known = signed, uses, known
+
     def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
         format: Format | None = None
@@ -217,7 +231,7 @@ class LayerState(nn.Module):
         ):
             return None
         format, alpha = self._clip("x", x, spec)
-        return Request(x, spec, format, None, alpha, None, save=True) if is_packable(format) else None
+        return Request(x, spec, format, None, alpha, None, save=True) if has_integer_codes(format) else None
 
     def gradient_specs(self, need_x: bool, need_w: bool) -> tuple[QuantSpec, ...]:
         """The quantizations of the output gradient that one read of it gives; () where `gradients` must see it first."""

@@ -2,6 +2,8 @@
 
 from fourbit.quantizers._packed import BLOCK as BLOCK
 from fourbit.quantizers._packed import Packed as Packed
+from fourbit.quantizers._packed import as_packed as as_packed
+from fourbit.quantizers._packed import has_integer_codes as has_integer_codes
 from fourbit.quantizers._packed import is_packable as is_packable
 from fourbit.quantizers._packed import pack as pack
 from fourbit.quantizers._packed import pack_mask as pack_mask
@@ -37,6 +39,7 @@ from fourbit.quantizers._spec import carrier_dtype as carrier_dtype
 from fourbit.quantizers._spec import quantize as quantize
 from fourbit.quantizers._spec import quantize_pair as quantize_pair
 from fourbit.quantizers._spec import request_for as request_for
+from fourbit.quantizers._spec import require_numbers as require_numbers
 from fourbit.quantizers._spec import run as run
 from fourbit.quantizers._spec import run_pair as run_pair
 from fourbit.quantizers._statistics import Moments as Moments

@@ -1,8 +1,9 @@
-"""Tensors of 4-bit integers at two codes per byte, and of truth values at eight per byte.
+"""Tensors of 4-bit numbers at two codes per byte, and of truth values at eight per byte.
 
 Elements are taken in the order in which they lie in memory, in blocks of 64; the last block is filled with zeros. In a
 block, byte i holds the codes of elements i (low nibble) and i + 32 (high nibble), so that packing needs no shuffling within
-a vector register. Masks hold element i in bit i mod 8 of byte i / 8.
+a vector register. The code of an integer is its lower four bits; that of a number on another grid is its position there.
+Masks hold element i in bit i mod 8 of byte i / 8.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.formats import Format, IntFormat
+from fourbit.formats import Format
 from fourbit.quantizers._statistics import memory_flat
 
 BLOCK = 64
@@ -23,18 +24,25 @@ BLOCK = 64
 
 @lru_cache(maxsize=256)
 def is_packable(format: Format) -> bool:
-    """Whether the numbers of a format are integers that fit a nibble."""
-    return isinstance(format, IntFormat) and format.bits <= 4 and float(format.min).is_integer() and format.max <= 15
+    """Whether a nibble can tell the numbers of a format apart."""
+    return len(format.grid) <= 16
+
+
+@lru_cache(maxsize=256)
+def has_integer_codes(format: Format) -> bool:
+    """Whether all numbers are integers of four bits, -8 .. 7 or 0 .. 15."""
+    return all(v.is_integer() for v in format.grid) and format.min >= -8 and format.max <= (7 if format.min < 0 else 15)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed codes, and what is needed to get the tensor back."""
+    """Packed codes, and what is needed to get the tensor back: `grid`, or None for integers, `signed` or not."""
 
     data: Tensor
     shape: torch.Size
     stride: tuple[int, ...]
     signed: bool
+    grid: tuple[float, ...] | None = None
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The grid values, in the original shape and order of axes."""
@@ -42,19 +50,30 @@ class Packed:
         if found is not None:
             return found
         pairs = self.data.view(-1, BLOCK // 2)
-        q = torch.cat([pairs & 15, pairs >> 4], 1).view(-1).to(torch.int8)
-        if self.signed:
-            q = (q ^ 8) - 8
+        q = torch.cat([pairs & 15, pairs >> 4], 1).view(-1)
+        if self.grid is not None:
+            q = torch.tensor(self.grid, device=q.device)[q.to(torch.int32)]
+        elif self.signed:
+            q = (q.to(torch.int8) ^ 8) - 8
         out = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.data.device)
         memory_flat(out).copy_(q[: out.numel()])
         return out
 
 
 def pack(q: Tensor, format: Format) -> Packed:
-    """Pack a dense tensor of the integers of `format`."""
-    flat = _padded(memory_flat(q).to(torch.int8)).view(-1, BLOCK)
+    """Pack a dense tensor of numbers of `format`."""
+    flat = memory_flat(q)
+    if not has_integer_codes(format):
+        flat = torch.bucketize(flat.to(torch.float32), torch.tensor(format.grid, device=q.device), out_int32=True)
+    flat = _padded(flat.to(torch.int8)).view(-1, BLOCK)
     data = (flat[:, : BLOCK // 2] & 15) | (flat[:, BLOCK // 2 :] << 4)
-    return Packed(data.view(torch.uint8).reshape(-1), q.shape, q.stride(), format.min < 0)
+    return as_packed(data.view(torch.uint8).reshape(-1), q.shape, q.stride(), format)
+
+
+def as_packed(data: Tensor, shape: torch.Size, stride: tuple[int, ...], format: Format) -> Packed:
+    """Packed codes of `format` that are there already."""
+    integers = has_integer_codes(format)
+    return Packed(data, shape, stride, integers and format.min < 0, None if integers else format.grid)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

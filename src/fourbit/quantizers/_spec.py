@@ -122,7 +122,7 @@ class Request:
         dims: the axes that share a scale; None for all.
         stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
         key: stream key of the random words.
-        save: also return the mask of the straight-through gradient, and packed codes where the format fits a nibble.
+        save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
         carrier: also return q itself.
     """
 
@@ -140,7 +140,8 @@ class Rounded(NamedTuple):
     """The numbers, max|x| (of those that share a scale), and what is saved for backward.
 
     `amax` is a float where it is known to the host: no tensor needs to be made and read to see that all is finite.
-    `mask` has one bit per element (see `pack_mask`), None where everything passes.
+    `packed` may be None: who asked for it packs then. `mask` has one bit per element (see `pack_mask`), None where everything
+    passes.
     """
 
     q: Tensor | None
@@ -158,10 +159,23 @@ class Quantized(NamedTuple):
     mask: Tensor | None = None
 
 
+def require_numbers(x: Tensor, who: str) -> None:
+    """Reject what has no arithmetic: integers, 8-bit floats, sparse tensors.
+
+    Raises:
+        UserError: with `who` met it, and what to do.
+    """
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise UserError(
+            f"{who} got a tensor of {x.dtype}: convert it to a floating-point dtype of 16 bits or more first"
+        )
+    if x.layout is not torch.strided:
+        raise UserError(f"{who} got a tensor of layout {x.layout}: make it dense first, with x.to_dense()")
+
+
 def prepare(x: Tensor) -> Tensor:
     """`x` detached and dense."""
-    if not x.is_floating_point():
-        raise UserError(f"cannot quantize a tensor of {x.dtype}: convert it to a floating-point dtype first")
+    require_numbers(x, "quantize")
     x = x.detach()
     return x if is_dense(x) else x.contiguous()
 
@@ -188,7 +202,10 @@ def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
     amax, q = rounded.amax, rounded.q if rounded.q is not None else request.x.new_empty(0)
     if not isinstance(amax, float) or not math.isfinite(amax):
         scale = scale + amax * 0  # NaN for data with NaN or infinity
-    return Quantized(QTensor(q, scale, request.format), amax, rounded.packed, rounded.mask)
+    packed = rounded.packed
+    if packed is None and request.save and request.spec.samples == 1 and is_packable(request.format):
+        packed = pack(q, request.format)
+    return Quantized(QTensor(q, scale, request.format), amax, packed, rounded.mask)
 
 
 def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
@@ -204,14 +221,9 @@ def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
         q = _draw(scaled, format, spec, request.key, 0)
         for i in range(1, spec.samples):
             q = q.add_(_draw(scaled, format, spec, request.key, i))
-        if spec.samples > 1:
-            return Rounded(q.div_(spec.samples), statistics.amax)
-    q = q.to(carrier_dtype(format))
-    if not request.save:
-        return Rounded(q, statistics.amax)
-    bound = spec.scaling.bound(scale, format, request.stored)
-    mask = None if bound is None else pack_mask(bound.inside(x))
-    return Rounded(q, statistics.amax, pack(q, format) if is_packable(format) else None, mask)
+    q = q.to(carrier_dtype(format)) if spec.samples == 1 else q.div_(spec.samples)
+    bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
+    return Rounded(q, statistics.amax, mask=None if bound is None else pack_mask(bound.inside(x)))
 
 
 def _draw(scaled: Tensor, format: Format, spec: QuantSpec, key: int, sample: int) -> Tensor:
@@ -296,5 +308,7 @@ def request_for(
     if spec.granularity == "channel":
         if channel_axis is None:
             raise UserError("granularity 'channel' needs channel_axis")
+        if x.dim() and not -x.dim() <= channel_axis < x.dim():
+            raise UserError(f"channel_axis is {channel_axis}, but the tensor has {x.dim()} axes")
         dims = tuple(d for d in range(x.dim()) if d != channel_axis % x.dim())
     return Request(prepare(x), spec, format or spec.format, dims, stored, key, save)

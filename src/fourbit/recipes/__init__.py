@@ -8,6 +8,9 @@ from fourbit.recipes._explain import explain as explain
 from fourbit.recipes._groups import param_groups as param_groups
 from fourbit.recipes._loss_scale import LossScaler as LossScaler
 from fourbit.recipes._loss_scale import loss_scaler as loss_scaler
+from fourbit.recipes._memory import LayerMemory as LayerMemory
+from fourbit.recipes._memory import MemoryReport as MemoryReport
+from fourbit.recipes._memory import memory_report as memory_report
 from fourbit.recipes._rule import Recipe as Recipe
 from fourbit.recipes._rule import Rule as Rule
 from fourbit.recipes._rule import Selector as Selector

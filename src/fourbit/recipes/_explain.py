@@ -163,6 +163,15 @@ def _contraction_of(module: nn.Module) -> Contraction | None:
     return quantized_class.contraction(module) if quantized_class else None  # type: ignore[arg-type]
 
 
+def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
+    """The batch itself, or random numbers of that shape, where the model is."""
+    if isinstance(input, Tensor):
+        return input
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    return torch.randn(input, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def _count_macs(
     model: nn.Module, assignments: list[Assignment], input: Tensor | tuple[int, ...]
 ) -> dict[str, dict[str, int]]:
@@ -187,13 +196,7 @@ def _count_macs(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        parameter = next(model.parameters(), None)
-        device = parameter.device if parameter is not None else torch.device("cpu")
-        x = (
-            input
-            if isinstance(input, Tensor)
-            else torch.randn(input, generator=torch.Generator().manual_seed(0)).to(device)
-        )
+        x = batch_for(model, input)
         with torch.enable_grad():
             model(x)
     finally:

@@ -25,9 +25,7 @@ from fourbit.formats import Format
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Operand, Raw
-from fourbit.quantizers import Packed, carrier_dtype
-
-_int_mm = torch.ops.aten._int_mm.default
+from fourbit.quantizers import Packed, carrier_dtype, is_dense
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +92,7 @@ def _int8(operand: Operand) -> Tensor:
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
@@ -102,13 +100,13 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     q = a.q
     assert isinstance(q, Tensor) or g.which == "fprop"
     left = a.to(torch.int8) if isinstance(q, Packed) else q
-    if left.numel() == 0 or right.numel() == 0 or max(a.format.max, g.b.format.max) > 127:  # type: ignore[union-attr]
+    if left.numel() == 0 or right.numel() == 0 or g.b.format.max > 127:  # type: ignore[union-attr]
         return None
     shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
     rows = _rows(left)
     depth = rows.shape[0] if g.which == "wgrad" else rows.shape[1]
     if left.dtype in (torch.int8, torch.uint8):
-        if not _has_int8() or depth * 128 * 128 >= 2**31:
+        if not _has_int8() or depth * 128 * 128 >= 2**31 or a.format.max > 127:  # type: ignore[union-attr]
             return None
         return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
     unit = _halves(a.format)
@@ -119,6 +117,12 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     if left.dtype == torch.bfloat16 and g.products == "fast" and _has_bfloat16():
         return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
     return None
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """torch._int_mm. It reads wrong memory where the stride of an axis of length 1 is odd (a column, transposed)."""
+    a, b = (t.reshape(-1).view(t.shape) if 1 in t.shape else t for t in (a, b))
+    return torch.ops.aten._int_mm.default(a, b)
 
 
 def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
@@ -164,9 +168,12 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
     """oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
     if not _has_int8() or g.a.format is None or carrier_dtype(g.a.format).itemsize != 1:
         return None
-    x, w = g.a.q, _int8(g.b)
+    x, w = g.a.q, g.b.q
     if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
         return None
+    if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
+        return None
+    w = _int8(g.b)
     zero = 0
     if x.dtype == torch.int8:
         x, zero = x.view(torch.uint8) ^ 128, 128
@@ -239,7 +246,8 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         return None
     if finish.late is not None and finish.late.numel() != 1:
         return None
-    if finish.mask is not None and not (finish.codes is None or isinstance(finish.codes, Packed)):
+    integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
+    if finish.mask is not None and finish.codes is not None and not integers:
         return None
     grid = None
     if finish.output is not None and not raw.rounded:
@@ -248,6 +256,8 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
             return None
     if finish.layout is not None:
         y = finish.layout.match(y)
+    elif not is_dense(y):
+        y = y.contiguous()
     high = None if raw.high is None else (raw.high if finish.layout is None else finish.layout.match(raw.high))
     in_place = y.dtype == out_dtype
     out = y if in_place else torch.empty_like(y, dtype=out_dtype)

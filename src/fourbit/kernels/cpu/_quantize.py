@@ -34,7 +34,8 @@ from fourbit.quantizers import (
     carrier_dtype,
     float_bits,
     grid_of,
-    is_packable,
+    has_integer_codes,
+    is_dense,
     stream_key,
 )
 
@@ -68,15 +69,19 @@ def float_grid(format: Format) -> Any | None:
     if lowest <= f.mantissa_bits or f.mantissa_bits > 20:
         return None
     smallest = 0.0 if f.subnormals else float(f.smallest)
-    overflow = float(f.overflow_point) if f.overflow == "infinity" else math.inf
-    return c.FloatGrid(f.mantissa_bits, lowest, smallest, f.min, f.max, overflow)
+    return c.FloatGrid(f.mantissa_bits, lowest, smallest, f.min, f.max, _overflow(f))
+
+
+def _overflow(format: Format) -> float:
+    """The magnitude from which numbers become infinite; NaN, which no number reaches, where they saturate."""
+    return float(format.overflow_point) if format.overflow == "infinity" else math.nan
 
 
 @lru_cache(maxsize=64)
 def log_grid(format: Format) -> Any | None:
     """The parameters of a logarithmic grid for the kernels; None for other formats."""
     grid = grid_of(format)
-    if not isinstance(grid, Logarithmic):
+    if not isinstance(grid, Logarithmic) or format.overflow == "infinity":
         return None
     octaves = int(math.log2(grid.ratio)) << 23
     return c.LogGrid(float_bits(grid.threshold), float_bits(grid.smallest), float_bits(grid.largest), octaves)
@@ -99,6 +104,7 @@ def _takes(request: Request, scale: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
+        and request.dims is None
         and scale.numel() == 1
         and request.spec.samples == 1
         and request.spec.rounding is not Rounding.TRUNCATE
@@ -115,9 +121,9 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
     bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
     if isinstance(grid, Integers) and not request.spec.stochastic and carrier.itemsize == 1:
         return _clip(request, scale, grid, bound)
-    if bound is not None or (request.save and is_packable(request.format)):
+    if bound is not None:
         return None
-    if isinstance(grid, Logarithmic) and carrier is torch.bfloat16:
+    if log_grid(request.format) is not None and carrier is torch.bfloat16:
         return _log(request.x, (request,), scale)[0]
     parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
     if parameters is not None:
@@ -140,9 +146,8 @@ def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) 
     x = readable(request.x)
     q = torch.empty_like(x, dtype=carrier_dtype(request.format)) if request.carrier else None
     blocks = -(-x.numel() // BLOCK)
-    packed = (
-        x.new_empty(blocks * BLOCK // 2, dtype=torch.uint8) if request.save and is_packable(request.format) else None
-    )
+    packs = request.save and has_integer_codes(request.format)
+    packed = x.new_empty(blocks * BLOCK // 2, dtype=torch.uint8) if packs else None
     mask = None if bound is None else x.new_empty(blocks * 8, dtype=torch.uint8)
     amax = kernels().clip(
         ctypes.byref(
@@ -205,7 +210,7 @@ def _by_table(request: Request, scale: Tensor) -> Rounded:
         boundaries.data_ptr(),
         levels.data_ptr(),
         len(levels),
-        float(format.overflow_point) if format.overflow == "infinity" else math.inf,
+        _overflow(format),
         out.data_ptr(),
         c.CODES[out.dtype],
         stream_key(request.key, 0) if request.spec.stochastic and request.key is not None else 0,
@@ -216,8 +221,10 @@ def _by_table(request: Request, scale: Tensor) -> Rounded:
 
 @backends.register("unpack", "cpu")
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
-    """Packed codes as int8, uint8, bfloat16 or float32."""
-    if packed.data.device.type != "cpu" or dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
+    """Packed integers as int8, uint8, bfloat16 or float32."""
+    if dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
+        return None
+    if packed.data.device.type != "cpu" or packed.grid is not None:
         return None
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     arguments = c.Unpack(packed.data.data_ptr(), out.numel(), int(packed.signed), out.data_ptr(), c.CODES[dtype])
@@ -228,7 +235,7 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
 @backends.register("moments", "cpu")
 def moments(x: Tensor) -> Moments | None:
     """Means of x^2 and |x|, and max|x|, from one read."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.numel() == 0:
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.numel() == 0 or not is_dense(x):
         return None
     x = readable(x)
     found = c.Moments()

@@ -115,7 +115,7 @@ def _transposed(operand: Operand, dtype: torch.dtype) -> Tensor:
     """The rows of an operand as columns, contiguous; packed codes directly so."""
     q = operand.q
     columns = q.shape[-1]
-    if isinstance(q, Packed) and columns % BLOCK == 0 and _is_row_major(q) and kernels() is not None:
+    if isinstance(q, Packed) and q.grid is None and columns % BLOCK == 0 and _is_row_major(q) and kernels() is not None:
         rows, device = q.shape[:-1].numel(), q.data.device
         out = torch.empty((columns, rows), dtype=dtype, device=device)
         programs = -(-rows // 64) * (columns // BLOCK)
@@ -199,7 +199,9 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     singles = [t for t in (finish.scale, finish.late) if t is not None]
     if any(t.numel() != 1 or t.dtype != torch.float32 or t.device != y.device for t in singles):
         return None
-    if (codes is not None and not isinstance(codes, Packed)) or y.numel() == 0 or kernels() is None:
+    if codes is not None and not (isinstance(codes, Packed) and codes.grid is None):
+        return None
+    if y.numel() == 0 or kernels() is None:
         return None
     grid: Any = None
     if finish.output is not None and not raw.rounded:

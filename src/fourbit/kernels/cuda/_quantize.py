@@ -27,8 +27,8 @@ from fourbit.quantizers import (
     Rounded,
     Rounding,
     carrier_dtype,
+    has_integer_codes,
     is_dense,
-    is_packable,
     stream_key,
 )
 
@@ -86,7 +86,7 @@ def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
     blocks = -(-x.numel() // BLOCK)
     bound = one.spec.scaling.bound(scale, one.format, one.stored) if one.save else None
     packed = mask = None
-    if one.save and is_packable(one.format):
+    if one.save and has_integer_codes(one.format):
         packed = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8, device=x.device)
     if bound is not None:
         mask = torch.empty(blocks * BLOCK // 32, dtype=torch.int32, device=x.device)
@@ -160,7 +160,7 @@ def _round_transposed(
 @backends.register("unpack", "cuda")
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """Packed codes as numbers of any dtype that holds them."""
-    if not takes(packed.data) or packed.shape.numel() == 0 or kernels() is None:
+    if not takes(packed.data) or packed.grid is not None or packed.shape.numel() == 0 or kernels() is None:
         return None
     wanted = (torch.int8, torch.uint8, *DTYPES)
     if dtype not in wanted and not (dtype is torch.float8_e4m3fn and capability(packed.data.device) >= (8, 9)):

@@ -29,7 +29,7 @@ struct FloatGrid {
   int32_t lowest;     // smallest exponent of a normal number, biased as in float32
   float smallest;     // smallest magnitude if there are no subnormals, else 0
   float min, max;
-  float overflow;     // magnitudes from here on become infinite; infinity: never
+  float overflow;     // magnitudes from here on become infinite; NaN: never
 };
 
 using Range = void (*)(int64_t begin, int64_t end, int thread, void* task);
@@ -82,7 +82,7 @@ struct TableRound {
   const float* boundaries;  // a number becomes levels[count of boundaries below it]
   const float* levels;
   int32_t num_levels;
-  float overflow;
+  float overflow;           // as in FloatGrid
   void* out;
   int32_t out_dtype;
   uint64_t key;

@@ -37,7 +37,7 @@ inline void store(uint16_t* p, float x) {  // round to nearest even; NaN stays N
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   *p = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
-inline void store(int8_t* p, float x) { *p = static_cast<int8_t>(static_cast<int32_t>(x)); }
+inline void store(int8_t* p, float x) { *p = static_cast<int8_t>(static_cast<int32_t>(x == x ? x : 0.0f)); }
 
 // The largest of several magnitudes' bit patterns, thread by thread: infinity and NaN come out on top.
 struct Largest {
@@ -156,14 +156,13 @@ FOURBIT_INLINE void clip_codes(const float* t, float inv, float low, float high,
 }
 
 inline void pack_codes(const int8_t* q, uint8_t* out) {
-  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (q[i + 32] << 4));
+  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (static_cast<uint8_t>(q[i + 32]) << 4));
 }
 
 // The bits of the nearest power's magnitude, 0 below the first decision point.
 inline int32_t log_nearest(int32_t bits, const LogGrid& g) {
   const int32_t magnitude = bits & 0x7FFFFFFF;
-  int32_t y = ((magnitude - g.start) & -g.octaves) + g.smallest;
-  y = min_of(y, g.largest);
+  const int32_t y = min_of(wrapping_sum((magnitude - g.start) & -g.octaves, g.smallest), g.largest);
   return magnitude >= g.start ? y : 0;
 }
 

@@ -65,7 +65,7 @@ FOURBIT_BLOCK void log_block(const LogRound& r, const T* x, int64_t begin, int r
     for (int i = 0; i < count; ++i) {
       const float s = as_float(bits[i]);
       const int32_t magnitude = bits[i] & 0x7FFFFFFF;
-      int32_t y = min_of(((magnitude - g.smallest) & -g.octaves) + g.smallest, g.largest);
+      int32_t y = min_of(wrapping_sum((magnitude - g.smallest) & -g.octaves, g.smallest), g.largest);
       const float near = magnitude >= g.smallest ? as_float(y) : 0.0f;
       float far = near > 0.0f ? near * ratio : smallest;
       far = far < most ? far : most;
@@ -328,6 +328,12 @@ double epilogue(const Epilogue* e) {
 
 // ---- two int8 halves ----
 
+// The nearest integer (x * unit may fall short of it by one rounding), saturated; NaN becomes the lowest.
+inline int32_t to_int16(float x) {
+  x = x > -32768.0f ? x : -32768.0f;
+  return static_cast<int32_t>(round_even(x < 32767.0f ? x : 32767.0f));
+}
+
 void split(const Split* s) {
   parallel(s->n, kBlock, [](int64_t begin, int64_t end, int, void* p) {
     const Split& s = *static_cast<const Split*>(p);
@@ -336,9 +342,9 @@ void split(const Split* s) {
       const int count = static_cast<int>(end - i < kBlock ? end - i : kBlock);
       int32_t v[kBlock] = {};
       if (count == kBlock) {
-        for (int j = 0; j < kBlock; ++j) v[j] = static_cast<int32_t>(load(s.x + i + j) * unit);
+        for (int j = 0; j < kBlock; ++j) v[j] = to_int16(load(s.x + i + j) * unit);
       } else {
-        for (int j = 0; j < count; ++j) v[j] = static_cast<int32_t>(load(s.x + i + j) * unit);
+        for (int j = 0; j < count; ++j) v[j] = to_int16(load(s.x + i + j) * unit);
       }
       int8_t high[kBlock], low[kBlock];
       for (int j = 0; j < kBlock; ++j) {

@@ -25,6 +25,11 @@ inline int32_t as_bits(float x) {
   return bits;
 }
 
+// Sums that leave int32 where x is NaN, whose result nobody uses: they wrap.
+inline int32_t wrapping_sum(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
 inline int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 inline int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 // As torch.clamp where x is a number.

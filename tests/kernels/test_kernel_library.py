@@ -1,0 +1,179 @@
+"""Without the library, or with a wrong one, everything works through the reference; with it, from any thread or process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import needs_library, numbers
+from torch.utils.data import DataLoader, Dataset
+
+import fourbit as fb
+from fourbit import backends
+from fourbit.kernels.cpu._build import BuildError, build, compiler
+from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, quantize_pair
+
+TRAIN = """
+import torch, fourbit as fb
+from torch import nn
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+fb.convert(net, "ibm2020")
+for _ in range(3):
+    net(torch.randn(4, 3, 6, 6)).square().mean().backward()
+assert all(p.grad.isfinite().all() for p in net.parameters())
+"""
+
+
+def run(code: str, **environment: str) -> tuple[str, list[str]]:
+    """What a process prints, and its warnings about kernels."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return ran.stdout, [line for line in ran.stderr.splitlines() if "UserWarning: fourbit" in line]
+
+
+def test_a_missing_library_is_one_warning_and_everything_works(tmp_path: Path):
+    code = TRAIN + "fb.explain(net, 'ibm2020'); print([s.detail for s in fb.backends.statuses()])"
+    printed, warned = run(code, FOURBIT_CPU_LIBRARY=str(tmp_path / "nowhere.so"))
+    assert len(warned) == 1 and "python -m fourbit.kernels.cpu._build" in warned[0]
+    assert "not built" in printed
+
+
+def test_switching_the_kernels_off_is_no_reason_to_warn():
+    printed, warned = run(
+        TRAIN + "print(len(fb.backends.kernels()), fb.backends.statuses()[0].detail)", FOURBIT_CPU_KERNELS="0"
+    )
+    assert not warned and "FOURBIT_CPU_KERNELS=0" in printed
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF\x02\x01\x01" + bytes(200)])
+def test_a_file_that_is_no_library_is_one_warning_and_everything_works(tmp_path: Path, content):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(content)
+    _, warned = run(TRAIN, FOURBIT_CPU_LIBRARY=str(broken))
+    assert len(warned) == 1 and "broken.so could not be used" in warned[0] and "build it again" in warned[0]
+
+
+@pytest.mark.parametrize(
+    "source", ['extern "C" int fourbit_abi() { return 0; }', 'extern "C" int other() { return 1; }']
+)
+def test_a_library_of_other_sources_is_one_warning_and_everything_works(tmp_path: Path, source):
+    (tmp_path / "old.cpp").write_text(source)
+    stale = tmp_path / "old.so"
+    try:
+        command = [*compiler().split(), "-shared", "-fPIC", str(tmp_path / "old.cpp"), "-o", str(stale)]
+    except BuildError as error:
+        pytest.skip(str(error))
+    subprocess.run(command, check=True)
+    _, warned = run(TRAIN, FOURBIT_CPU_LIBRARY=str(stale))
+    assert len(warned) == 1 and "old.so could not be used" in warned[0]
+
+
+def test_doctor_and_explain_say_what_the_kernels_are(tmp_path: Path):
+    code = (
+        "from fourbit.cli import main\nmain(['doctor']); main(['explain', '--model', 'digits_cnn', '--input', '1x8x8'])"
+    )
+    printed, _ = run(code, FOURBIT_CPU_LIBRARY=str(tmp_path / "nowhere.so"))
+    lines = [line for line in printed.splitlines() if "kernels" in line]
+    assert len([line for line in lines if "cpu: not built" in line]) == 2
+    printed, _ = run(code)
+    lines = [line for line in printed.splitlines() if "kernels" in line]
+    assert len([line for line in lines if backends.statuses()[0].detail in line]) == 2
+
+
+def test_without_a_compiler_the_build_says_so_and_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    target = tmp_path / "kept.so"
+    target.write_text("old")
+    with pytest.raises(BuildError, match="set CXX"):
+        build(target)
+    monkeypatch.setenv("CXX", f"{sys.executable} -c raise(SystemExit(1))")
+    with pytest.raises(BuildError):
+        build(target)
+    assert target.read_text() == "old"
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import sys, fourbit as fb; fb.convert; print('fourbit.kernels' in sys.modules)"
+    assert run(code, FOURBIT_CPU_LIBRARY="nowhere.so") == ("False\n", [])
+
+
+def work(x: torch.Tensor) -> list[torch.Tensor]:
+    """A bit of everything that has a kernel."""
+    even, odd = QuantSpec("fp4_r4_even", Amax()), QuantSpec("fp4_r4_odd", Amax())
+    luq = QuantSpec("fp4_r2", Amax(), rounding=Rounding.STOCHASTIC)
+    sawb = QuantSpec("int4_sym", fb.Sawb())
+    int4 = fb.LayerSpec(x_fprop=sawb, w_fprop=sawb, g_dgrad=even, g_wgrad=odd)
+    w = x[: 16 * 64].view(16, 64).clone().requires_grad_()
+    y = fb.nn.functional.linear(x[: x.numel() // 64 * 64].view(-1, 64), w, None, int4)
+    y.backward(y.detach())
+    assert w.grad is not None
+    pair = quantize_pair(x, even, odd)
+    return [quantize(x, luq, key=3).q, pair[0].q, pair[1].q, pair[2], y.detach(), w.grad]
+
+
+@needs_library
+def test_several_python_threads_get_the_numbers_of_one():
+    inputs = [numbers(50000, torch.float32, seed).clamp(-100, 100) for seed in range(6)]
+    expected = [work(x) for x in inputs]
+    wrong: list[int] = []
+
+    def repeat(i: int) -> None:
+        for _ in range(10):
+            if not all(map(torch.equal, work(inputs[i]), expected[i])):
+                wrong.append(i)
+
+    team = [threading.Thread(target=repeat, args=(i,)) for i in range(len(inputs))]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+    assert not wrong
+
+
+@needs_library
+def test_threads_that_are_first_to_need_a_kernel_find_all_of_them():
+    code = """
+import threading, torch, fourbit as fb
+found, start = [], threading.Barrier(8)
+def look():
+    start.wait()
+    found.append(len(fb.backends.kernels()))
+team = [threading.Thread(target=look) for _ in range(8)]
+[t.start() for t in team]; [t.join() for t in team]
+print(*found)
+"""
+    assert set(run(code)[0].split()) == {str(len(backends.kernels()))}
+
+
+class Samples(Dataset[list[torch.Tensor]]):
+    """Samples that are quantized where they are loaded."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return work(numbers(50000, torch.float32, index).clamp(-100, 100))
+
+
+@needs_library
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_get_the_same_numbers(method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    torch.set_num_threads(2)
+    data = Samples()
+    expected = [data[i] for i in range(len(data))]  # the parent's team of threads exists before the fork
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method)
+    for got, wanted in zip(loader, expected, strict=True):
+        assert all(map(torch.equal, got, wanted))

@@ -1,0 +1,309 @@
+"""Every registered product and epilogue against a float64 computation, and what products must leave to the reference.
+
+A Raw that does not say `rounded` is a sum of integers, and exact, or a sum in float32. One that says so is rounded to
+bfloat16 after a sum in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import assert_same, each_implementation, numbers, threads
+from torch import Tensor
+
+from fourbit import backends, formats
+from fourbit.formats import Codebook, Format
+from fourbit.ops import Contraction, Convolution, Finish, Gemm, Layout, LinearMap, Matmul, Operand, Raw
+from fourbit.ops._product import _finish
+from fourbit.quantizers import Packed, carrier_dtype, is_packable, pack, pack_mask
+
+f = formats
+X = (f.UINT4, f.INT4_SYM, f.INT8, f.UINT8, f.FP4_E2M1, f.INT4_MIDRISE)
+W = (f.INT4_SYM, f.INT4, f.INT2_SYM, f.INT8, f.UINT4, f.UINT8)
+THIRDS = Codebook("multiples of 1.3046875", table=tuple(1.3046875 * i for i in (0, 1, 2, 4, 5, -1, -2, -4)))
+G = (f.FP4_R4_EVEN, f.FP4_R4_ODD, f.FP4_R2, f.FP4_R8, f.FP4_E2M1, f.FP4_121, f.INT4_SYM, f.INT8, f.FP8_152, THIRDS)
+
+SHAPES: dict[str, tuple[Contraction, tuple[int, ...], tuple[int, ...]]] = {
+    # contraction, x, w
+    "linear": (LinearMap(), (5, 8), (4, 8)),
+    "linear, three axes": (LinearMap(), (2, 3, 7), (17, 7)),
+    "linear, one row": (LinearMap(), (1, 7), (3, 7)),
+    "linear, one column": (LinearMap(), (6, 7), (1, 7)),
+    "linear, one term": (LinearMap(), (6, 1), (5, 1)),
+    "linear, one of all": (LinearMap(), (1, 1), (1, 1)),
+    "linear, a vector": (LinearMap(), (9,), (4, 9)),
+    "linear, long": (LinearMap(), (33, 1001), (64, 1001)),
+    "1x1": (Convolution((1, 1), (0, 0), (1, 1)), (2, 3, 7, 7), (5, 3, 1, 1)),
+    "1x1, one image, odd channels": (Convolution((1, 1), (0, 0), (1, 1)), (1, 17, 5, 4), (3, 17, 1, 1)),
+    "1x1, strided": (Convolution((2, 2), (0, 0), (1, 1)), (3, 4, 7, 6), (8, 4, 1, 1)),
+    "1x1, padded": (Convolution((1, 1), (1, 1), (1, 1)), (2, 5, 6, 6), (3, 5, 1, 1)),
+    "1x1, one of all": (Convolution((1, 1), (0, 0), (1, 1)), (1, 1, 1, 1), (1, 1, 1, 1)),
+    "1x1, one channel": (Convolution((1, 1), (0, 0), (1, 1)), (2, 1, 3, 5), (1, 1, 1, 1)),
+    "3x3": (Convolution((1, 1), (1, 1), (1, 1)), (2, 16, 8, 8), (16, 16, 3, 3)),
+    "3x3, odd channels": (Convolution((1, 1), (1, 1), (1, 1)), (2, 3, 7, 5), (5, 3, 3, 3)),
+    "3x3, strided, one image": (Convolution((2, 2), (1, 1), (1, 1)), (1, 5, 6, 6), (17, 5, 3, 3)),
+    "3x3, strided, left over": (Convolution((2, 2), (0, 0), (1, 1)), (2, 17, 8, 8), (3, 17, 3, 3)),
+    "2x3, uneven": (Convolution((1, 2), (0, 1), (1, 1)), (2, 17, 6, 7), (1, 17, 2, 3)),
+    "3x3, dilated": (Convolution((1, 1), (2, 2), (2, 2)), (2, 3, 7, 7), (4, 3, 3, 3)),
+    "7x7": (Convolution((2, 2), (3, 3), (1, 1)), (2, 3, 15, 15), (8, 3, 7, 7)),
+}
+every_shape = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
+LEFT_ALONE: dict[str, tuple[Contraction, tuple[int, ...], tuple[int, ...]]] = {
+    "grouped": (Convolution((1, 1), (1, 1), (1, 1), 2), (2, 4, 7, 7), (6, 2, 3, 3)),
+    "depthwise": (Convolution((1, 1), (1, 1), (1, 1), 4), (2, 4, 5, 5), (4, 1, 3, 3)),
+    "transposed": (Convolution((2, 2), (1, 1), (1, 1), 1, True, (0, 0)), (2, 3, 5, 5), (3, 4, 3, 3)),
+    "one dimension": (Convolution((1,), (1,), (1,)), (2, 3, 9), (4, 3, 3)),
+    "three dimensions": (Convolution((1, 1, 1), (1, 1, 1), (1, 1, 1)), (2, 2, 4, 5, 4), (3, 2, 3, 3, 3)),
+    "batched matmul": (Matmul(), (2, 4, 5), (2, 5, 6)),
+}
+
+
+def draw(format: Format, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Random numbers of a format, in its carrier, images in channels_last as layers have them."""
+    grid = torch.tensor(format.grid)
+    q = grid[torch.randint(len(grid), shape, generator=torch.Generator().manual_seed(seed))].to(carrier_dtype(format))
+    return q.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else q
+
+
+def gemms(case, a: Format, b: Format, which: str, products: str = "exact") -> list[tuple[Gemm, Tensor, Tensor]]:
+    """The product, the right result, and the sum of magnitudes: with the second operand as it is, and packed."""
+    contraction, x_shape, w_shape = case
+    x, w = draw(a if which == "fprop" else b, x_shape, 1), draw(b, w_shape, 2)
+    if which == "fprop":
+        layout, left, right, multiply = None, x, w, contraction.fprop
+    else:
+        g = draw(a, tuple(contraction.fprop(x.float(), w.float()).shape), 3)
+        layout, right = (Layout.of(x), w) if which == "dgrad" else (Layout.of(w), x)
+        left, derivative = g, contraction.dgrad if which == "dgrad" else contraction.wgrad
+        like = layout.empty(torch.float64, x.device)
+        multiply = lambda p, q: derivative(p, q, like)  # noqa: E731
+    exact = multiply(left.double(), right.double())
+    size = multiply(left.double().abs(), right.double().abs())
+    forms = [right, pack(right, b)] if is_packable(b) else [right]
+    gemm = Gemm(which, contraction, Operand(left, None, a), Operand(right, None, b), layout, torch.float32, products)  # type: ignore[arg-type]
+    return [(replace(gemm, b=Operand(form, None, b)), exact, size) for form in forms]
+
+
+def value(raw: Raw) -> Tensor:
+    """The numbers that a Raw stands for."""
+    y = raw.y.double() if raw.high is None else raw.y.double() + 256 * raw.high.double()
+    return y * raw.unit
+
+
+def check(raw: Raw, exact: Tensor, size: Tensor, products: str) -> None:
+    assert raw.y.shape == exact.shape
+    if not raw.rounded and raw.y.dtype == torch.float32:
+        assert ((value(raw) - exact).abs() <= 2.0**-22 * size).all()
+        return
+    if not raw.rounded:
+        assert torch.equal(value(raw).float(), exact.float())
+        return
+    assert products == "fast"
+    error = (value(raw) - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + 2.0**-20 * size).all()  # bfloat16, after a sum in float32
+
+
+@each_implementation("gemm")
+@every_shape
+@pytest.mark.parametrize("products", ["exact", "fast"])
+def test_products_are_exact_or_rounded_once_to_bfloat16(implementation, case, products):
+    for which, left in (("fprop", X), ("dgrad", G), ("wgrad", G)):
+        for a, b in itertools.product(left, W):
+            for gemm, exact, size in gemms(case, a, b, which, products):
+                raw = implementation(gemm)
+                if raw is not None:
+                    check(raw, exact, size, products)
+
+
+@each_implementation("gemm")
+@every_shape
+def test_the_products_of_four_bit_layers_have_a_kernel(implementation, case):
+    """Where the processor multiplies int8 and bfloat16 fast."""
+    if implementation.kernel.backend != "cpu" or not (
+        torch.cpu._is_vnni_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        pytest.skip("not this backend's, or not on this processor")
+    for which, pairs in (
+        ("fprop", [(f.UINT4, f.INT4_SYM), (f.INT4_SYM, f.INT4_SYM)]),
+        ("dgrad", [(f.FP4_R4_EVEN, f.INT4_SYM), (f.FP4_R2, f.INT4_SYM), (f.FP8_152, f.INT4_SYM)]),
+        ("wgrad", [(f.FP4_R4_ODD, f.UINT4), (f.FP4_R2, f.INT4_SYM), (f.FP8_152, f.UINT4)]),
+    ):
+        for a, b in pairs:
+            for gemm, *_ in gemms(case, a, b, which, "fast"):
+                assert implementation(gemm) is not None, (which, a, b)
+
+
+@each_implementation("gemm")
+@pytest.mark.parametrize("case", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())
+def test_geometries_without_a_kernel_are_declined(implementation, case):
+    for which, a in (("fprop", f.UINT4), ("dgrad", f.FP4_R4_EVEN), ("wgrad", f.FP4_R4_ODD)):
+        for gemm, exact, size in gemms(case, a, f.INT4_SYM, which, "fast"):
+            raw = implementation(gemm)
+            if implementation.kernel.backend == "cpu":
+                assert raw is None
+            elif raw is not None:
+                check(raw, exact, size, "fast")
+
+
+@each_implementation("gemm")
+def test_operands_without_a_small_carrier_are_declined(implementation):
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    packed = pack(draw(f.INT4_SYM, (5, 6), 0), f.INT4_SYM)
+    for a, b in (
+        (Operand(x), Operand(w)),
+        (Operand(x), Operand(packed, None, f.INT4_SYM)),
+        (Operand(x, None, f.FP16_169), Operand(w, None, f.FP16_169)),
+        (Operand(draw(f.INT4_SYM, (4, 6), 0), None, f.INT4_SYM), Operand(w)),
+        # scales per channel are multiplied into the numbers, which are then of no format's grid
+        (Operand(draw(f.INT4_SYM, (4, 6), 0), None, f.INT4_SYM), Operand(w, None, f.INT4_SYM)),
+        (Operand(x, None, f.INT4_SYM), Operand(packed, None, f.INT4_SYM)),
+    ):
+        assert implementation(Gemm("fprop", LinearMap(), a, b, None, torch.float32, "fast")) is None
+
+
+@each_implementation("gemm")
+@pytest.mark.parametrize("x_shape", [(0, 6), (2, 0, 6), (4, 0)])
+def test_empty_operands_are_declined_or_right(implementation, x_shape):
+    case = (LinearMap(), x_shape, (5, x_shape[-1]))
+    for which in ("fprop", "dgrad", "wgrad"):
+        for gemm, exact, size in gemms(case, f.INT4_SYM, f.INT4_SYM, which):
+            raw = implementation(gemm)
+            if raw is not None:
+                check(raw, exact, size, "exact")
+
+
+@each_implementation("gemm")
+def test_sums_beyond_two_to_the_24_are_rounded_once(implementation):
+    """127 * 127 * 4096 and more: exact in int32, not in float32."""
+    for contraction, x_shape, w_shape in (
+        (LinearMap(), (3, 4101), (5, 4101)),
+        (Convolution((1, 1), (0, 0), (1, 1)), (1, 460, 3, 3), (2, 460, 3, 3)),
+    ):
+        x = torch.full(x_shape, 127, dtype=torch.int8)
+        x.view(-1)[::7] = 126
+        w = torch.full(w_shape, -127, dtype=torch.int8)
+        x, w = (t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in (x, w))
+        gemm = Gemm(
+            "fprop", contraction, Operand(x, None, f.INT8), Operand(w, None, f.INT8), None, torch.float32, "exact"
+        )
+        raw = implementation(gemm)
+        if raw is not None:
+            check(raw, contraction.fprop(x.double(), w.double()), torch.zeros(()), "exact")
+
+
+def test_backward_gradients_of_a_layer_with_one_output_are_right():
+    """A matrix of one row is easily misread: its stride along the rows means nothing."""
+    for which in ("dgrad", "wgrad"):
+        for gemm, exact, _ in gemms((LinearMap(), (40, 31), (1, 31)), f.FP4_R4_EVEN, f.INT4_SYM, which):
+            raw = backends.dispatch("gemm", gemm)
+            if raw is not None:
+                assert torch.equal(value(raw), exact)
+
+
+RAWS = {
+    "float32": lambda n: Raw(numbers(n, torch.float32)),
+    "bfloat16, rounded": lambda n: Raw(numbers(n, torch.bfloat16), rounded=True),
+    "int32": lambda n: Raw(_integers(n, 1)),
+    "two int32": lambda n: Raw(_integers(n, 1), _integers(n, 2), 2.0**-6),
+    "float32, with NaN and infinity": lambda n: Raw(_bad(n)),
+    "float64": lambda n: Raw(numbers(n, torch.float32).double()),
+}
+
+
+def _integers(n: int, seed: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (n,), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+
+
+def _bad(n: int) -> Tensor:
+    x = numbers(n, torch.float32)
+    x[::11], x[3::19], x[5::23] = float("nan"), float("inf"), float("-inf")
+    return x
+
+
+def finishes(n: int) -> list[Finish]:
+    """Combinations of everything that an epilogue does."""
+    inside = numbers(n, torch.float32, 5) > 0
+    mask = pack_mask(inside)
+    codes = [None]
+    for format in (f.INT4_SYM, f.UINT4):
+        codes.append(pack(draw(format, (n,), 6), format))
+    layout = Layout(torch.Size((n,)), (1,))
+    found = []
+    for scale, late, output, dtype in itertools.product(
+        (None, torch.tensor(0.37)),
+        (None, torch.tensor(2.0**-9)),
+        (None, f.FP16_169, f.FP8_152, f.FP8_143, f.BINARY16),
+        (torch.float32, torch.bfloat16, torch.float16),
+    ):
+        plain = Finish(scale, output, False, late, dtype, layout)
+        masked = [replace(plain, mask=mask, codes=c) for c in codes]
+        found += [plain, replace(plain, keep_infinite=True), *masked]
+    return found
+
+
+@each_implementation("epilogue")
+@pytest.mark.parametrize("make", RAWS.values(), ids=RAWS.keys())
+def test_epilogues_equal_the_reference_to_the_bit(implementation, make):
+    taken = 0
+    for n, num_threads in ((1, 1), (64, 1), (333, 1), (2**14 + 77, 3)):
+        for finish in finishes(n):
+            raw = make(n)
+            y, clipped = _finish(Raw(raw.y.clone(), raw.high, raw.unit, raw.rounded), finish)
+            with threads(num_threads):
+                found = implementation(Raw(raw.y.clone(), raw.high, raw.unit, raw.rounded), finish)
+            if found is None:
+                continue
+            taken += 1
+            assert_same(found[0], y)
+            assert (found[1] is None) == (clipped is None)
+            if clipped is not None:
+                assert found[1].dtype == clipped.dtype and found[1].shape == clipped.shape
+                size = float(raw.y.double().abs().sum())
+                assert not size < 1e30 or abs(float(found[1]) - float(clipped)) <= 1e-5 * size
+    assert taken or raw.y.dtype == torch.float64 or implementation.kernel.backend != "cpu"
+
+
+@each_implementation("epilogue")
+def test_the_gradient_of_the_clip_value_is_the_signed_sum_of_what_the_mask_removes(implementation):
+    n = 50000
+    y, q = torch.randn(n), draw(f.INT4_SYM, (n,), 1)
+    inside = torch.arange(n) % 3 != 1
+    finish = Finish(
+        None, None, False, None, torch.float32, Layout(y.shape, (1,)), pack_mask(inside), pack(q, f.INT4_SYM)
+    )
+    with threads(3):
+        masked, clipped = implementation(Raw(y.clone()), finish)
+    assert torch.equal(masked, y.where(inside, torch.zeros(())))
+    assert float(clipped) == pytest.approx(float((y.double() * q.sign())[~inside].sum()), rel=1e-5)
+
+
+@each_implementation("epilogue")
+def test_results_come_in_the_order_of_axes_that_is_asked_for(implementation):
+    like = torch.empty(2, 3, 5, 4).to(memory_format=torch.channels_last)
+    for raw in (
+        Raw(torch.randn(2, 3, 5, 4)),
+        Raw(torch.randn(2, 4, 5, 3).transpose(1, 3)),
+        Raw(torch.randn(2, 3, 5, 8)[..., ::2]),
+    ):
+        for layout, output in itertools.product((Layout.of(like), None), (None, f.FP16_169)):
+            finish = Finish(torch.tensor(0.5), output, False, None, torch.float32, layout)
+            y, _ = _finish(raw._replace(y=raw.y.clone()), finish)
+            found, _ = implementation(raw, finish)
+            assert_same(found, y)
+            assert layout is None or found.stride() == layout.stride
+
+
+@each_implementation("epilogue")
+def test_epilogues_decline_scales_per_channel_and_masks_with_unpacked_codes(implementation):
+    y, mask = torch.randn(8, 64), pack_mask(torch.ones(8, 64, dtype=torch.bool))
+    plain = Finish(None, None, False, torch.rand(1, 64), torch.float32, Layout.of(y))
+    codes = torch.ones(8, 64, dtype=torch.int8)
+    for finish in (plain, replace(plain, late=None, mask=mask, codes=codes)):
+        found = implementation(Raw(y.clone()), finish)
+        if found is not None:
+            assert_same(found[0], _finish(Raw(y.clone()), finish)[0])
+        else:
+            assert not isinstance(finish.codes, Packed)

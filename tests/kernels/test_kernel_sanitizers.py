@@ -1,0 +1,64 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: the bounds tests and part of the parity tests again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fourbit.kernels.cpu._build import BuildError, build, compiler
+
+HERE = Path(__file__).parent
+FLAGS = (
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-g1",
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables for a process with sanitized kernels."""
+    try:
+        command = compiler().split()
+        printed = subprocess.run(
+            [*command, "-print-file-name=libasan.so"], capture_output=True, text=True
+        ).stdout.strip()
+        if sys.platform != "linux" or not Path(printed).is_absolute():  # the name alone: not found
+            pytest.skip(f"{command[0]} has no libasan.so")
+        built = build(tmp_path_factory.mktemp("kernels") / "sanitized.so", FLAGS)
+    except BuildError as error:
+        pytest.skip(f"no sanitized build: {error}")
+    return {
+        **os.environ,
+        "FOURBIT_CPU_LIBRARY": str(built),
+        "LD_PRELOAD": printed,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+@pytest.mark.slow
+def test_the_kernels_run_clean_under_the_sanitizers(environment):
+    tests = [str(HERE / f"test_kernel_{name}.py") for name in ("bounds", "rounding", "products")]
+    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", *tests]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
+    found = [line for line in ran.stderr.splitlines() if "ERROR" in line or "runtime error" in line or "    #" in line]
+    assert ran.returncode == 0, (found[:8], ran.stdout[-2000:])
+
+
+@pytest.mark.slow
+def test_the_sanitizer_would_find_an_output_that_is_too_short(environment):
+    """Otherwise the test above would prove nothing."""
+    code = (
+        "import ctypes, torch\n"
+        "from fourbit.kernels.cpu import _library as c, library\n"
+        "x, out = torch.ones(128), torch.empty(127, dtype=torch.int8)\n"
+        "library().clip(ctypes.byref(c.Clip(x=x.data_ptr(), n=128, inv_scale=1, low=-7, high=7, codes=out.data_ptr())))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode != 0 and "AddressSanitizer" in ran.stderr
