@@ -38,7 +38,7 @@ BENCHMARKS := quantizers step growth cold_start
 bench: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short $(BENCH_FLAGS); done
 
-# About an hour, or some more with other libraries; fills in docs/performance.md.
+# Takes long, more so with other libraries; fills in docs/performance.md.
 bench-full: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name --compile --out docs/results/performance $(BENCH_FLAGS); done

@@ -171,6 +171,7 @@ def start(arguments: argparse.Namespace) -> None:
     arguments.tuned_malloc = tune_malloc()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that are started
     if arguments.rounds is None:
         arguments.rounds = 5 if arguments.short else arguments.default_rounds
     for variable in ("MICROXCALING", "FP4_TRAINKIT"):

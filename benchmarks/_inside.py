@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,16 @@ def saved_bytes(training: Training, layers: Sequence[str]) -> dict[str, int | No
                 in_layers.setdefault(inside[-1], {})[storage.data_ptr()] = storage.nbytes()
         return t
 
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: inside.append(name)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
     handles = []
     for name in layers:
         module = training.model.get_submodule(name)  # of the same name in every way
-        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: inside.append(name)))
-        handles.append(module.register_forward_hook(lambda m, a, y: inside.pop() and None))
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     with training.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         training.loss().backward()
     for handle in handles:

@@ -19,7 +19,19 @@ COLORS = {
     "naive": "#E69F00",
     "peer": "#D55E00",
 }
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555", "#bbbbbb")
+SERIES = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#882255",
+    "#999933",
+    "#555555",
+    "#bbbbbb",
+    "#332288",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 10.5
 _STYLE: dict[Any, Any] = {
@@ -120,7 +132,7 @@ def stacks(panels: Mapping[str, Mapping[str, Mapping[str, float]]], parts: Seque
         for axis, (label, panel) in zip(axes, panels.items(), strict=True):
             for i, seconds in enumerate(panel.values()):
                 left = 0.0
-                for part, color in zip(parts, SERIES, strict=False):
+                for part, color in zip(parts, SERIES[: len(parts)], strict=True):
                     width = seconds.get(part, 0.0) * 1e3
                     bar = axis.barh(i, width, left=left, color=color)
                     left += width

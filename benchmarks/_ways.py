@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,23 @@ from benchmarks._harness import Entrant, Kind, Skip
 from benchmarks._networks import Network
 from fourbit import backends
 
+Change = Callable[[nn.Module, Network], nn.Module]
 
-def _nothing(model: nn.Module, names: Sequence[str]) -> nn.Module:
+
+def _nothing(model: nn.Module, network: Network) -> nn.Module:
     return model
 
 
-def _recipe(name: str, fuse: bool = True) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
-    return lambda model, names: fb.convert(model, name, fuse=fuse)
+def _recipe(name: str, fuse: bool = True) -> Change:
+    return lambda model, network: fb.convert(model, name, fuse=fuse)
+
+
+def _four_bit_layers(change: Callable[[nn.Module, Sequence[str]], nn.Module]) -> Change:
+    return lambda model, network: change(model, four_bit_names(network))
+
+
+def _microxcaling(elements: str) -> Change:
+    return _four_bit_layers(partial(_peers.to_microxcaling, elements))
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Way:
     """How a network is trained.
 
     Args:
-        change: takes the network and the names of the layers that recipes put in 4 bits.
+        change: makes of a network in full precision what is trained.
         channels_last: whether images and convolutions lie that way; a network without images has no such way.
         only_images: whether to leave it out where there are no images.
         kernels: False runs this library's reference.
@@ -39,7 +50,7 @@ class Way:
 
     name: str
     kind: Kind
-    change: Callable[[nn.Module, Sequence[str]], nn.Module] = _nothing
+    change: Change = _nothing
     channels_last: bool = True
     only_images: bool = False
     autocast: bool = False
@@ -58,14 +69,14 @@ WAYS = {
         Way("ours luq", "ours", _recipe("luq")),
         Way("ours ibm2020, not fused", "ours", _recipe("ibm2020", fuse=False)),
         Way("ours ibm2020, no kernels", "reference", _recipe("ibm2020"), kernels=False),
-        Way("naive fake-quant", "naive", _naive.convert),
+        Way("naive fake-quant", "naive", _four_bit_layers(_naive.convert)),
         Way("fp32 compiled", "compiled", compiled=True),
         Way("bf16 compiled", "compiled", autocast=True, compiled=True),
         Way("ours ibm2020 compiled", "compiled", _recipe("ibm2020"), compiled=True),
-        Way("QPyTorch", "peer", _peers.to_qpytorch, channels_last=False),
-        Way("microxcaling MXFP4", "peer", lambda m, n: _peers.to_microxcaling("fp4_e2m1", m, n), channels_last=False),
-        Way("microxcaling INT4", "peer", lambda m, n: _peers.to_microxcaling("int4", m, n), channels_last=False),
-        Way("fp4-trainkit", "peer", _peers.to_fp4_trainkit, channels_last=False),
+        Way("QPyTorch", "peer", _four_bit_layers(_peers.to_qpytorch), channels_last=False),
+        Way("microxcaling MXFP4", "peer", _microxcaling("fp4_e2m1"), channels_last=False),
+        Way("microxcaling INT4", "peer", _microxcaling("int4"), channels_last=False),
+        Way("fp4-trainkit", "peer", _four_bit_layers(_peers.to_fp4_trainkit), channels_last=False),
     )
 }
 
@@ -92,9 +103,8 @@ class Training:
         if way.compiled:
             _peers.require_compiler()
         torch.manual_seed(0)
-        self.way, self.four_bit = way, four_bit_names(network)
-        torch.manual_seed(0)
-        self.model = way.change(network.build(), self.four_bit)
+        self.way = way
+        self.model = way.change(network.build(), network)
         self.x, self.y = network.data(batch)
         if network.images and way.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
