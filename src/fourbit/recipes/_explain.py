@@ -21,7 +21,7 @@ from fourbit.recipes._rule import Recipe
 
 FAST = (
     "where the platform's library rounds the results of a product to bfloat16 (some gradients of convolutions, on a CPU also "
-    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU, also float16 (2^-12)"
+    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU also float16 (2^-12)"
 )
 EXACT = "every result is rounded once, to the output format"
 
