@@ -108,11 +108,11 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         model: any module; layers of the types in `fourbit.nn.SWAPS` are considered.
         recipe: a Recipe, or the name of one in the catalogue.
         seed: seeds the random words of stochastic rounding.
-        products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise (the
-            gradients of convolutions, and products with FP8 gradients, on a CPU: a relative error of at most 2^-8 per result,
-            where FP16 1-6-9 has 2^-10); "exact" rounds every result once, to the recipe's output format. On a CPU, forward
-            products, and with 4-bit gradients all products of linear layers and 1x1 convolutions, are exact in both; for a
-            GPU see `fourbit.ops.Products`.
+        products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise
+            (some gradients of convolutions, and products with FP8 gradients, on a CPU: a relative error of at most 2^-8 per
+            result, where FP16 1-6-9 has 2^-10; docs/method.md has the table); "exact" rounds every result once, to the
+            recipe's output format. On a CPU, forward products, and with 4-bit gradients all products of linear layers and 1x1
+            convolutions, are exact in both; for a GPU see `fourbit.ops.Products`.
         fuse: run each chain of convolution, batch normalization, residual, activation and quantization as one, in training,
             where the model's code can be traced (torch.fx) and a backend has the kernels.
 

@@ -20,8 +20,8 @@ from fourbit.recipes._convert import Assignment, assign, resolve
 from fourbit.recipes._rule import Recipe
 
 FAST = (
-    "where the platform's library rounds the results of a product to bfloat16 (on a CPU: gradients of convolutions, and all "
-    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result"
+    "where the platform's library rounds the results of a product to bfloat16 (some gradients of convolutions, on a CPU also "
+    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU also float16 (2^-12)"
 )
 EXACT = "every result is rounded once, to the output format"
 

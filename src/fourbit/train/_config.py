@@ -116,7 +116,7 @@ class Settings:
     tune_malloc: Annotated[bool, EXECUTION] = True
     """Let glibc keep large freed blocks for reuse: shorter steps on the CPU, no effect elsewhere."""
     products: Annotated[Literal["fast", "exact"], EXECUTION] = "fast"
-    """fast: where the platform's library rounds the results of a product to bfloat16 (many gradients on a CPU), that is
+    """fast: where the platform's library rounds the results of a product to bfloat16 (some gradients), that is
     accepted. exact: every result is rounded once, to the recipe's output format."""
     fuse: Annotated[bool, EXECUTION] = True
     """Run convolution, batch normalization, activation and quantization as one, where there are kernels for it."""
