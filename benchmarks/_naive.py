@@ -26,10 +26,9 @@ _FP16_MIN = (1 + 2**-9) * 2.0**-31  # the code below is zero
 
 def fp16_169(x: Tensor) -> Tensor:
     """Nearest number with 6 exponent and 9 fraction bits, without subnormals."""
-    fraction, exponent = torch.frexp(x)
-    y = torch.ldexp(torch.round(fraction * 1024) / 1024, exponent)
-    y = torch.where(y.abs() < _FP16_MIN, torch.where(x.abs() > _FP16_MIN / 2, x.sign() * _FP16_MIN, 0.0), y)
-    return y.clamp(-_FP16_MAX, _FP16_MAX)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent
+    quantum = torch.where(x.abs() < _FP16_MIN, _FP16_MIN, power * 2.0**-9)
+    return (torch.round(x / quantum) * quantum).clamp(-_FP16_MAX, _FP16_MAX)
 
 
 def radix4(x: Tensor, shift: float = 1.0) -> Tensor:

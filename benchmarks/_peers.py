@@ -168,9 +168,8 @@ def to_fp4_trainkit(model: nn.Module, names: Sequence[str]) -> nn.Module:
     kit = fp4_trainkit()
     if not all(isinstance(model.get_submodule(name), nn.Linear) for name in names):
         raise Skip("fp4-trainkit has no convolutions")
-    with _quietly():
-        kit.FP4LinearConverter().apply(model=model, recipe=kit.FP4_RECIPES["tetrajet"], keywords=list(names))
-    return model
+    make = _import("fp4tk.linear", "").FP4Linear.from_linear
+    return swap(model, names, lambda layer: make(layer, kit.FP4_RECIPES["tetrajet"]))
 
 
 def require_compiler() -> None:
