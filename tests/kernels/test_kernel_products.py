@@ -95,8 +95,10 @@ def value(raw: Raw) -> Tensor:
 
 def check(raw: Raw, exact: Tensor, size: Tensor, products: str) -> None:
     assert raw.y.shape == exact.shape
-    if not raw.rounded and raw.y.dtype == torch.float32:
-        assert ((value(raw) - exact).abs() <= 2.0**-22 * size).all()
+    multiples = bool((exact * 128 == (exact * 128).round()).all())  # of 2^-7: all four-bit formats but radix 8
+    fits = raw.y.dtype != torch.float32 or (multiples and float(size.max() if size.numel() else 0) < 2.0**17)
+    if not raw.rounded and not fits:
+        assert ((value(raw) - exact).abs() <= 2.0**-20 * size).all()
         return
     if not raw.rounded:
         assert torch.equal(value(raw).float(), exact.float())
@@ -262,7 +264,8 @@ def test_epilogues_equal_the_reference_to_the_bit(implementation, make):
             if clipped is not None:
                 assert found[1].dtype == clipped.dtype and found[1].shape == clipped.shape
                 size = float(raw.y.double().abs().sum())
-                assert not size < 1e30 or abs(float(found[1]) - float(clipped)) <= 1e-5 * size
+                if size < 1e30 and clipped.isfinite():
+                    assert abs(float(found[1]) - float(clipped)) <= 1e-5 * size
     assert taken or raw.y.dtype == torch.float64 or implementation.kernel.backend != "cpu"
 
 

@@ -238,3 +238,70 @@ def test_resnet20_reaches_the_target():
     assert len(chosen) == 18 and all(layer.ratio <= 0.17 for layer in chosen) and report.ratio(4) <= 0.17
     assert all(layer.float_bytes == 2 * SCALE for layer in chosen)
     assert str(report).count("0.1") >= 18
+
+
+def _fused_network() -> nn.Module:
+    torch.manual_seed(0)
+    net = fb.convert(fb.models.build("resnet20", num_classes=10), "ibm2020")
+    net(torch.randn(4, 3, 16, 16)).sum().backward()  # from now on all scales are known
+    return net
+
+
+def test_fused_chains_keep_no_float_tensor_between_their_layers():
+    net = _fused_network()
+    if not any("fused" in who for who in fb.memory_report(net, (4, 3, 16, 16)).others):
+        pytest.skip("no kernels for fused chains here")
+    plain = fb.memory_report(fb.models.build("resnet20", num_classes=10), (64, 3, 16, 16))
+    fused, unfused = (
+        fb.memory_report(fb.convert(fb.models.build("resnet20", num_classes=10), "ibm2020", fuse=flag), (64, 3, 16, 16))
+        for flag in (True, False)
+    )
+    assert fused.total < 0.4 * plain.total and plain.total < unfused.total < 1.2 * plain.total
+    assert fused.ratio(4) <= unfused.ratio(4) <= 0.17
+
+
+def _bytes_alive() -> int:
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_steps_of_a_fused_network_leave_nothing_behind(backward):
+    net, x = _fused_network(), torch.randn(4, 3, 16, 16)
+    alive = []
+    for _ in range(3):
+        loss = net(x).sum()
+        if backward:
+            loss.backward()
+        del loss
+        net.zero_grad(set_to_none=True)
+        alive.append(_bytes_alive())
+    assert alive[0] == alive[1] == alive[2]
+
+
+def test_between_forward_and_backward_a_fused_network_holds_what_it_has_saved_and_no_more():
+    net, x = _fused_network(), torch.randn(4, 3, 16, 16)
+    before = _bytes_alive()
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(x)
+    parameters = sum(p.numel() * 4 for p in net.parameters())
+    assert _bytes_alive() - before <= sum(saved.values()) + parameters and y.requires_grad
+
+
+def test_compiled_layers_keep_codes_too():
+    layer = fb.nn.Linear(128, 32, bias=False, spec=TPR)
+    x = torch.randn(64, 128, requires_grad=True)
+    layer(x).sum().backward()
+    kept: list[Tensor] = []
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda t: t):
+        compiled(x)
+    floats = [t for t in kept if t.is_floating_point() and t.untyped_storage().nbytes() > 4]
+    assert all(t.data_ptr() == layer.weight.data_ptr() for t in floats)  # by reference

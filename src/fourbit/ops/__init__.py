@@ -29,3 +29,5 @@ from fourbit.ops._spec import LayerSpec as LayerSpec
 from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._state import Observer as Observer
+from fourbit.ops._watch import Watcher as Watcher
+from fourbit.ops._watch import watch as watch

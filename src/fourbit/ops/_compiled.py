@@ -120,7 +120,7 @@ def _backward(
 ) -> list[Tensor]:
     state, contraction = state_of(layer), Contraction.decode(geometry)
     spec, left = state.spec, list(tensors)
-    of = {"x": _canonical(x, contraction, "x"), "w": _canonical(w, contraction, "w")}
+    of = {op: _canonical(_full(t), contraction, op) for op, t in (("x", x), ("w", w))}
     kept: dict[str, Operand] = {}
     for slot in _stored_slots(spec, (learned[0], learned[1])):
         operand, resolved = of[slot[0]], spec.resolved(slot)
@@ -164,8 +164,21 @@ def _(
     return [dx, dw, *alphas]
 
 
+def _stand_in(t: Tensor) -> Tensor:
+    """A tensor that keeps the shape of an operand, and one element of memory: the codes are saved already."""
+    return t.new_empty(()).expand(t.shape)
+
+
+def _full(t: Tensor) -> Tensor:
+    """The operand, or memory with nothing in it in place of a stand-in."""
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device) if t.dim() and not any(t.stride()) else t
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, w, x_alpha, w_alpha, layer, geometry, _ = inputs
+    spec = state_of(layer).spec
+    x = x if spec.resolved("x_wgrad") is None else _stand_in(x)
+    w = w if spec.resolved("w_dgrad") is None else _stand_in(w)
     ctx.save_for_backward(x, w, *output[1:])
     ctx.layer, ctx.geometry = layer, geometry
     ctx.learned = [x_alpha is not None, w_alpha is not None]

@@ -25,6 +25,7 @@ from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
+from fourbit.ops._watch import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec
 
 
@@ -62,7 +63,8 @@ def contract(
 
         assert over is None and result is None
         return compiled_contract(t, w, x_alpha, state.w_alpha, contraction, state, dtype)
-    with torch.autocast(device, enabled=False):
+    num_elements = t.numel() if over is None else over.layout.shape.numel()
+    with torch.autocast(device, enabled=False), computing(state, num_elements):
         return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
 
 

@@ -29,6 +29,7 @@ from fourbit.formats import Format
 from fourbit.ops._handover import GradientReturn, OperandHandover, ResultHandover
 from fourbit.ops._product import Layout
 from fourbit.ops._state import LayerState
+from fourbit.ops._watch import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request
 
 
@@ -142,7 +143,8 @@ def normalize(
     request = None if behind is None else behind.operand_request(y.raw.y if isinstance(y, ResultHandover) else y)
     call = _Call(result, norm, act, before, behind, request, want_out or request is None)
     alpha = None if behind is None or request is None else behind.x_alpha
-    out, operand_token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
+    with computing("normalization, fused", start.numel()):
+        out, operand_token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
     quantized, call.quantized = call.quantized, None
     if quantized is None:
         return out, None

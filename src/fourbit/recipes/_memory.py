@@ -5,7 +5,7 @@ element of either. A 4-bit layer keeps the codes, half a byte each, and one bit 
 
     PACT: 4 + 1 bits of 32, 0.156        SAWB: 4 bits of 32, 0.125
 
-The report runs one forward pass, and sees through `torch.autograd.graph.saved_tensors_hooks` what autograd is given to keep.
+The report runs a forward pass, and sees through `torch.autograd.graph.saved_tensors_hooks` what autograd is given to keep.
 Each piece of memory counts once, and a view counts as the whole that it keeps alive. Weights count on both sides, although
 in FP32 they are the parameters themselves, kept by reference.
 """
@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fourbit.nn import Quantized, quantized_layers
+from fourbit.ops import LayerState, watch
 from fourbit.recipes._explain import batch_for
 
 
@@ -85,7 +87,7 @@ def memory_report(model: nn.Module, input: Tensor | tuple[int, ...]) -> MemoryRe
     """What `model` keeps for backward in one training step.
 
     Args:
-        model: converted or not. It runs forward once, in training mode if it is in evaluation; its parameters, buffers,
+        model: converted or not. It runs forward twice, in training mode if it is in evaluation; its parameters, buffers,
             scales, gradients and modes, and torch's random numbers, are afterwards what they were. What is recomputed in
             backward (gradient checkpointing) is not kept, and does not count.
         input: one batch, or its shape (random numbers then). Bytes grow in proportion to the batch, up to the weights.
@@ -100,44 +102,76 @@ def memory_report(model: nn.Module, input: Tensor | tuple[int, ...]) -> MemoryRe
     ([16, 4, 16], True)
     """
     layers = quantized_layers(model)
-    names = {layer: name for name, layer in layers.items()}
-    stack: list[nn.Module] = []
-    kept: list[tuple[nn.Module | None, Tensor]] = []
-    inputs: dict[Quantized, int] = defaultdict(int)
-
-    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        stack.append(module)
-        if isinstance(module, Quantized):
-            inputs[module] += sum(t.numel() for t in arguments if isinstance(t, Tensor))
-
-    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        stack.pop()
-
-    def keep(t: Tensor) -> None:
-        inside = [module for module in stack if module in names]
-        kept.append((inside[-1] if inside else stack[-1] if stack else None, t.detach()))
-
-    with ExitStack() as cleanup, _unchanged(model):
-        for module in set(model.modules()):
-            cleanup.callback(module.register_forward_pre_hook(enter).remove)
-            cleanup.callback(module.register_forward_hook(leave).remove)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
-            model(batch_for(model, input))
-    found: dict[nn.Module | None, list[Tensor]] = defaultdict(list)
-    seen: set[int] = set()
-    for owner, tensor in sorted(
-        kept, key=lambda item: item[0] not in names
-    ):  # what a layer shares with others is its own
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            found[owner].append(tensor)
-    others: dict[str, int] = defaultdict(int)
-    for owner, tensors in found.items():
-        if owner not in names:
-            others[type(owner).__name__ if owner is not None else "the model"] += sum(map(_num_bytes, tensors))
-    reports = [_layer(name, layer, found[layer], inputs[layer]) for name, layer in layers.items() if inputs[layer]]
+    watcher = _Watcher(model, layers)
+    with _unchanged(model):
+        batch = batch_for(model, input)
+        with torch.no_grad():
+            model(batch)  # the first batch decides what PACT and fused chains will do with the next
+        with watch(watcher), watcher.modules(), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(watcher.keep, _unpack):
+                model(batch)
+    found = watcher.found()
+    others = {who: sum(map(_num_bytes, tensors)) for who, tensors in found.items() if isinstance(who, str)}
+    reports = [
+        _layer(name, layer, found.get(layer.quant, []), watcher.inputs[layer.quant])
+        for name, layer in layers.items()
+        if layer.quant in watcher.inputs
+    ]
     return MemoryReport(tuple(reports), dict(sorted(others.items(), key=lambda item: -item[1])))
+
+
+class _Watcher:
+    """Notes what autograd is given to keep, and by whom: a layer, a fused chain, or a module of another class."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Quantized]):
+        self.inputs: dict[LayerState, int] = {}
+        self._known = set(model.modules())
+        self._states = {layer.quant for layer in layers.values()}
+        self._stack: list[LayerState | str] = ["the model"]
+        self._kept: list[tuple[LayerState | str, Tensor]] = []
+
+    @contextmanager
+    def computing(self, who: LayerState | str, num_elements: int) -> Iterator[None]:
+        """`who` computes; layers are never inside one another."""
+        if isinstance(who, LayerState) and who in self._states:
+            self.inputs[who] = self.inputs.get(who, 0) + num_elements
+        self._stack.append(who if isinstance(who, str) or who in self._states else "other products")
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Follow the calls of modules, by hooks that are not the modules' own: those would keep chains from being fused."""
+
+        def enter(module: nn.Module, arguments: Any) -> None:
+            if module in self._known:
+                self._stack.append(type(module).__name__)
+
+        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+            if module in self._known:
+                self._stack.pop()
+
+        with ExitStack() as handles:
+            handles.callback(register_module_forward_pre_hook(enter).remove)
+            handles.callback(register_module_forward_hook(leave).remove)
+            yield
+
+    def keep(self, t: Tensor) -> None:
+        """The hook of autograd."""
+        self._kept.append((self._stack[-1], t.detach()))
+
+    def found(self) -> dict[LayerState | str, list[Tensor]]:
+        """One tensor for each piece of memory; what a layer shares with others is the layer's."""
+        found: dict[LayerState | str, list[Tensor]] = defaultdict(list)
+        seen: set[int] = set()
+        for who, tensor in sorted(self._kept, key=lambda item: isinstance(item[0], str)):
+            address = tensor.untyped_storage().data_ptr()
+            if address not in seen:
+                seen.add(address)
+                found[who].append(tensor)
+        return found
 
 
 def _unpack(_: None) -> Tensor:

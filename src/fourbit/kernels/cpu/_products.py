@@ -210,6 +210,8 @@ def _own_backward(g: Gemm, con: Convolution) -> Raw | None:
     """Stride 1 and channels in sixteens: exact wherever it is asked for, and where it costs no time."""
     if con.stride != (1, 1) or con.dilation != (1, 1) or g.layout is None or not isinstance(g.a.q, Tensor):
         return None
+    if g.b.format is None or g.b.format.max > 127:
+        return None
     fast = g.products == "fast" and _has_bfloat16()
     if g.a.q.dtype != torch.bfloat16 or g.a.q.numel() == 0 or (fast and g.which == "dgrad"):
         return None
