@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -118,7 +119,7 @@ def test_the_operand_is_handed_over_without_a_float_tensor():
     assert isinstance(operand, OperandHandover)
 
 
-@pytest.mark.parametrize("watch", ["observer", "forward hook", "evaluation", "autocast", "no kernels"])
+@pytest.mark.parametrize("watch", ["forward hook", "evaluation", "autocast", "no kernels"])
 def test_what_watches_a_chain_takes_it_apart(watch):
     layers = pair(catalog.TPR, 16)
     x = torch.randn(4, 8, 9, 7).relu()
@@ -138,6 +139,29 @@ def test_what_watches_a_chain_takes_it_apart(watch):
     assert isinstance(out, torch.Tensor)
     assert set(stats["2"]) >= {"x_fprop", "w_fprop", "g_dgrad", "g_wgrad"}
     assert watch != "forward hook" or seen == [(4, 16, 9, 7)]
+
+
+def test_an_observed_chain_computes_the_same_numbers_and_shows_every_operand():
+    losses, grads = [], []
+    for watch in (False, True):
+        layers = pair(catalog.TPR, 16)
+        x = torch.randn(4, 8, 9, 7, generator=torch.Generator().manual_seed(3)).relu()
+        fused(layers, x, float("inf"), None)[1].sum().backward()
+        layers.zero_grad()
+        with fb.observe(layers) if watch else contextlib.nullcontext({}) as stats:
+            out, y = fused(layers, x, float("inf"), None, want_out=False)
+            y.square().sum().backward()
+        assert out is None
+        losses.append(y.detach())
+        grads.append({name: p.grad for name, p in layers.named_parameters()})
+        if watch:
+            assert set(stats["0"]) == {"x_fprop", "w_fprop", "g_wgrad"}  # nobody needs the gradient of the images
+            assert set(stats["2"]) == {"x_fprop", "w_fprop", "g_dgrad", "g_wgrad"}
+            assert 0 < stats["2"]["x_fprop"].sqnr_db < 60
+            assert 0 < stats["0"]["g_wgrad"].sqnr_db < 60
+    assert torch.equal(*losses)
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
 
 
 class Block(nn.Module):

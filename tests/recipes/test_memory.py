@@ -262,7 +262,9 @@ def test_fused_chains_keep_no_float_tensor_between_their_layers():
 
 def _bytes_alive() -> int:
     gc.collect()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor
+    }
     return sum(storages.values())
 
 

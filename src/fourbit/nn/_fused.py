@@ -2,7 +2,7 @@
 
 `conv_norm_act` is what `convert` puts in place of the modules of such a chain. It decides at every call, from what the
 modules are just then, how much of the chain can run as one; the rest is done by the modules themselves. So hooks,
-observers, evaluation, autocast, other devices and machines without kernels see the network as it was written.
+evaluation, autocast, other devices and machines without kernels see the network as it was written; observers see every operand.
 """
 
 from __future__ import annotations

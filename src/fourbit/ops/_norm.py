@@ -17,7 +17,7 @@ modules themselves run, one after the other, and they are what the kernels are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -143,6 +143,7 @@ def normalize(
     request = None if behind is None else behind.operand_request(y.raw.y if isinstance(y, ResultHandover) else y)
     call = _Call(result, norm, act, before, behind, request, want_out or request is None)
     alpha = None if behind is None or request is None else behind.x_alpha
+    assert start is not None
     with computing("normalization, fused", start.numel()):
         out, operand_token = _Normalize.apply(start, norm.gamma, norm.beta, residual, alpha, call)
     quantized, call.quantized = call.quantized, None
@@ -187,11 +188,13 @@ class _Normalize(torch.autograd.Function):
         y = y.contiguous(memory_format=torch.channels_last)
         residual = None if residual is None else residual.detach().contiguous(memory_format=torch.channels_last)
         request, call.request = call.request, None  # it holds y
-        forward = NormForward(y, scale, output, call.norm, call.act, residual, request, call.want_out, own)
+        observed = call.behind is not None and call.behind.observer is not None
+        want_out = call.want_out or observed
+        forward = NormForward(y, scale, output, call.norm, call.act, residual, request, want_out, own)
         out, quantized, kept = backends.dispatch("norm_forward", forward)
         token = None
         if quantized is not None and call.behind is not None:
-            call.behind.saw_operand(quantized.amax)
+            call.behind.saw_operand(quantized.amax, out, quantized.tensor)
             token = y.new_zeros(())
             call.quantized, call.layout = quantized, Layout.of(y)
         packed = None if quantized is None else quantized.packed
@@ -207,7 +210,7 @@ class _Normalize(torch.autograd.Function):
         ctx.call, ctx.format, ctx.cap_clips, ctx.layout = call, kept.format, kept.cap_clips, Layout.of(y)
         ctx.packed = None if packed is None else (packed.shape, packed.stride, packed.signed)
         ctx.set_materialize_grads(False)
-        return out, token
+        return out if call.want_out else None, token
 
     @staticmethod
     @once_differentiable
@@ -235,6 +238,8 @@ class _Normalize(torch.autograd.Function):
         )
         dv, quantized, dgamma, dbeta, d_residual, clipped = backends.dispatch("norm_backward", backward)
         if call.result is not None:
+            if quantized and call.before is not None and call.before.observer is not None:
+                dv = backends.dispatch("norm_backward", replace(backward, specs=()))[0]
             _return_gradient(call, specs, dv, quantized)
             dv = mean.new_zeros(())
         d_alpha = mean.new_tensor(clipped) if ctx.needs_input_grad[4] and dq is not None else None
@@ -257,9 +262,10 @@ def _return_gradient(
     if not quantized:
         result.g = dv
         return
-    state.saw_gradient(quantized[0].amax)  # type: ignore[arg-type]
-    if len(quantized) == 2:
-        result.quantized = quantized[0], quantized[1]
-    else:
-        first = specs[0] is state.spec.g_dgrad
-        result.quantized = (quantized[0], None) if first else (None, quantized[0])
+    first = specs[0] is state.spec.g_dgrad
+    slots = ("g_dgrad", "g_wgrad") if len(quantized) == 2 else ("g_dgrad",) if first else ("g_wgrad",)
+    by_slot = dict(zip(slots, quantized, strict=True))
+    amax = quantized[0].amax
+    assert not isinstance(amax, Tensor)
+    state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
+    result.quantized = by_slot.get("g_dgrad"), by_slot.get("g_wgrad")

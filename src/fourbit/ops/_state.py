@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -217,10 +217,10 @@ class LayerState(nn.Module):
         """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
 
         None where it cannot: the first batch has not decided PACT's form, the codes are not packed integers with nearest
-        rounding and a clip value, the input is needed in another form, or somebody observes.
+        rounding and a clip value, or the input is needed in another form.
         """
         spec = self.spec.x_fprop
-        if spec is None or self.observer is not None or not self.training or self.spec.x_wgrad is not REUSE:
+        if spec is None or not self.training or self.spec.x_wgrad is not REUSE:
             return None
         clip = spec.scaling
         if (
@@ -239,13 +239,19 @@ class LayerState(nn.Module):
         found = (self.spec.g_dgrad if need_x or wgrad is REUSE else None, wgrad if need_w else None)
         specs = tuple(s for s in found if isinstance(s, QuantSpec))
         wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
-        if not self._known or self.observer is not None or len(specs) != wanted:
+        if not self._known or len(specs) != wanted:
             return ()
         return specs if specs and self._one_pass(*specs) and not any(s.stochastic for s in specs) else ()
 
-    def saw_gradient(self, amax: float) -> None:
-        """A node behind this layer has quantized the gradient as `gradient_specs` says; its largest magnitude was `amax`."""
+    def saw_gradient(self, amax: float, g: Tensor | None, quantized: Sequence[tuple[str, QTensor]]) -> None:
+        """A node behind this layer has quantized the gradient as `gradient_specs` says; its largest magnitude was `amax`.
+
+        Where somebody observes, `g` is the gradient itself; `quantized` has the results by slot.
+        """
         self._differentiate()
+        if self.observer is not None and g is not None:
+            for slot, result in quantized:
+                self.observer.record(slot, g, result)
         if not math.isfinite(amax):
             self.nonfinite[2] += 1
         self._record(self._scaled(amax))
@@ -258,8 +264,10 @@ class LayerState(nn.Module):
             if self._count is not None:
                 self._count[1] = 1
 
-    def saw_operand(self, amax: float) -> None:
-        """A node before this layer has quantized its input; its largest magnitude was `amax`."""
+    def saw_operand(self, amax: float, x: Tensor | None, quantized: QTensor) -> None:
+        """A node before this layer has quantized its input `x` (given where somebody observes)."""
+        if self.observer is not None and x is not None:
+            self.observer.record("x_fprop", x, quantized)
         if not math.isfinite(amax):
             self.nonfinite[0] += 1
 
