@@ -85,7 +85,7 @@ def test_doctor_and_explain_say_what_the_kernels_are(tmp_path: Path):
     )
     printed, _ = run(code, FOURBIT_CPU_LIBRARY=str(tmp_path / "nowhere.so"))
     lines = [line for line in printed.splitlines() if "kernels" in line]
-    assert len([line for line in lines if "cpu: not built" in line]) == 2
+    assert len([line for line in lines if "cpu: not available, not built" in line]) == 2
     printed, _ = run(code)
     lines = [line for line in printed.splitlines() if "kernels" in line]
     assert len([line for line in lines if backends.statuses()[0].detail in line]) == 2
@@ -153,7 +153,8 @@ team = [threading.Thread(target=look) for _ in range(8)]
 [t.start() for t in team]; [t.join() for t in team]
 print(*found)
 """
-    assert set(run(code)[0].split()) == {str(len(backends.kernels()))}
+    alone = "import fourbit as fb; print(len(fb.backends.kernels()))"  # other tests may have registered more in this process
+    assert set(run(code)[0].split()) == set(run(alone)[0].split())
 
 
 class Samples(Dataset[list[torch.Tensor]]):

@@ -107,9 +107,9 @@ def memory_report(model: nn.Module, input: Tensor | tuple[int, ...]) -> MemoryRe
         batch = batch_for(model, input)
         with torch.no_grad():
             model(batch)  # the first batch decides what PACT and fused chains will do with the next
-        with watch(watcher), watcher.modules(), torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(watcher.keep, _unpack):
-                model(batch)
+        hooks = torch.autograd.graph.saved_tensors_hooks(watcher.keep, _unpack)
+        with watch(watcher), watcher.modules(), torch.enable_grad(), hooks:
+            model(batch)
     found = watcher.found()
     others = {who: sum(map(_num_bytes, tensors)) for who, tensors in found.items() if isinstance(who, str)}
     reports = [
