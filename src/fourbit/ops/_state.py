@@ -227,7 +227,7 @@ class LayerState(nn.Module):
             not isinstance(clip, ClipValue)
             or spec.stochastic
             or spec.granularity != "tensor"
-            or "x" not in self._signed
+            or not self._form_known("x")
         ):
             return None
         format, alpha = self._clip("x", x, spec)
@@ -239,7 +239,7 @@ class LayerState(nn.Module):
         found = (self.spec.g_dgrad if need_x or wgrad is REUSE else None, wgrad if need_w else None)
         specs = tuple(s for s in found if isinstance(s, QuantSpec))
         wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
-        if not self._known or len(specs) != wanted:
+        if not self._exponents_known() or len(specs) != wanted:
             return ()
         return specs if specs and self._one_pass(*specs) and not any(s.stochastic for s in specs) else ()
 
@@ -363,14 +363,25 @@ class LayerState(nn.Module):
         stream = len(SLOTS) + ("fprop", "dgrad", "wgrad").index(which)
         return stream_key(self.seed, self.index, step, stream, 0 if which == "fprop" else self._uses)
 
+    def _form_known(self, operand: str) -> bool:
+        """Whether a batch has decided between PACT's two forms; read from the buffer once, as after a resume."""
+        signed: Tensor = getattr(self, f"{operand}_signed")
+        if operand not in self._signed and int(signed) >= 0:
+            self._signed[operand] = bool(signed)
+        return operand in self._signed
+
+    def _exponents_known(self) -> bool:
+        """Whether every exponent is set, likewise."""
+        if not self._known and self.g_exponent is not None:
+            self._known = not bool((self.g_exponent == UNSET).any())
+        return self._known
+
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
         """Format and alpha of a PACT operand; the first training batch decides what is still open."""
         clip: ClipValue = spec.scaling  # type: ignore[assignment]
         alpha: nn.Parameter = getattr(self, f"{operand}_alpha")
         signed: Tensor = getattr(self, f"{operand}_signed")
-        if operand not in self._signed and int(signed) >= 0:
-            self._signed[operand] = bool(signed)
-        if operand in self._signed:
+        if self._form_known(operand):
             other = clip.signed_format
             return (other if self._signed[operand] and other and not spec.format.signed else spec.format), alpha
         negative = spec.format.signed or (clip.signed_format is not None and x.numel() > 0 and bool((x < 0).any()))
