@@ -1,14 +1,17 @@
-"""Our own gradients of convolutions, against sums in float64."""
+"""Our own convolutions, against sums in float64."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fourbit import backends
-from fourbit.formats import FP4_R4_EVEN, INT4_SYM, UINT4
+from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM, UINT4
 from fourbit.kernels.cpu import library
 from fourbit.ops import Convolution, Gemm, Layout, Operand
+from fourbit.quantizers import round_to_format
 
 CASES = [  # num, in, out, height, width, kernel, padding
     (2, 16, 16, 5, 7, (3, 3), (1, 1)),
@@ -18,6 +21,18 @@ CASES = [  # num, in, out, height, width, kernel, padding
     (2, 48, 16, 8, 20, (2, 4), (1, 3)),
     (1, 16, 32, 3, 3, (1, 3), (0, 1)),
     (5, 16, 16, 1, 1, (3, 3), (1, 1)),
+]
+
+
+FORWARD = [  # num, in, out, height, width, kernel, padding, stride
+    *((*case, (1, 1)) for case in CASES),
+    (2, 16, 32, 9, 8, (3, 3), (1, 1), (2, 2)),
+    (2, 32, 16, 8, 9, (1, 1), (0, 0), (2, 2)),
+    (3, 4, 16, 7, 6, (3, 2), (2, 0), (1, 3)),
+    (2, 20, 48, 5, 33, (3, 3), (1, 1), (1, 1)),
+    (1, 128, 80, 4, 4, (3, 3), (1, 1), (1, 1)),
+    (2, 64, 16, 6, 18, (3, 3), (1, 1), (1, 1)),
+    (2, 16, 16, 6, 5, (2, 2), (0, 0), (3, 3)),  # the last rows and columns meet no kernel
 ]
 
 
@@ -31,9 +46,9 @@ def exact_kernels():
 
 
 def operands(case):
-    num, in_channels, out_channels, height, width, kernel, padding = case
+    num, in_channels, out_channels, height, width, kernel, padding, *stride = case
     generator = torch.Generator().manual_seed(0)
-    con = Convolution((1, 1), padding, (1, 1))
+    con = Convolution(*(stride or [(1, 1)]), padding, (1, 1))
     last = {"memory_format": torch.channels_last}
     x = torch.randint(0, 16, (num, in_channels, height, width), generator=generator).contiguous(**last)
     w = torch.randint(-7, 8, (out_channels, in_channels, *kernel), generator=generator).contiguous(**last)
@@ -57,6 +72,33 @@ def test_gradients_equal_the_exact_sums(case, products, exact_kernels):
             torch.testing.assert_close(value, exact, rtol=2.0**-8, atol=1e-6)
         else:
             torch.testing.assert_close(value, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", FORWARD)
+def test_forward_equals_the_exact_sums_rounded_at_once(case, exact_kernels):
+    con, x, w, _ = operands(case)
+    a = Operand(x.to(torch.uint8), torch.tensor(0.1), UINT4)
+    gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), torch.tensor(0.03), INT4_SYM), None, torch.float32, "exact")
+    exact = con.fprop(x.double(), w.double())
+    raw = backends.dispatch("gemm", gemm)
+    assert not raw.rounded and torch.equal(raw.y.double(), exact)
+    codes = backends.dispatch("gemm", replace(gemm, output=FP16_169))
+    assert codes.rounded and codes.y.dtype == torch.int16
+    grid = torch.tensor([float(v) for v in FP16_169.grid if v >= 0])
+    bits = codes.y.int()
+    values = grid[(bits & 0x7FFF).long()] * torch.where(bits < 0, -1.0, 1.0)
+    assert torch.equal(values, round_to_format(exact.float() * gemm.scale, FP16_169))
+
+
+def test_signed_activations_and_scales_that_are_not_finite_are_not_rounded_at_once(exact_kernels):
+    con, x, w, _ = operands(CASES[0])
+    weights = Operand(w.to(torch.int8), None, INT4_SYM)
+    for a in (
+        Operand(x.sub(8).to(torch.int8), None, INT4_SYM),
+        Operand(x.to(torch.uint8), torch.tensor(torch.nan), UINT4),
+    ):
+        raw = backends.dispatch("gemm", Gemm("fprop", con, a, weights, None, torch.float32, "exact", output=FP16_169))
+        assert not raw.rounded and torch.equal(raw.y.double(), con.fprop(a.q.double(), w.double()))
 
 
 def test_what_does_not_fit_is_left_to_others(exact_kernels):

@@ -226,14 +226,16 @@ def run_backward(
 
 def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     """Leave the product to the node behind; what it cannot take is finished here."""
-    raw = multiply(gemm)
+    raw = multiply(gemm if gemm.keep_infinite else replace(gemm, output=spec.output))
     scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
     rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
-    if not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
+    if raw.y.dtype == torch.int16:
+        scale = 1.0
+    elif not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
         y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
         raw, scale = Raw(y, rounded=True), 1.0
     result.raw, result.scale, result.output = raw, scale, spec.output
-    return raw.y.new_zeros(())
+    return raw.y.new_zeros((), dtype=torch.float32)
 
 
 def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> Tensor:

@@ -58,7 +58,7 @@ class NormForward:
     """One forward call.
 
     Args:
-        y: [N, C, H, W] float32, channels_last; overwritten where `own`.
+        y: [N, C, H, W] float32, channels_last; overwritten where `own`. Or v itself in the backend's 16-bit codes of `output`.
         scale, output: v = round(scale y) to `output` (None: not rounded).
         residual: added before the activation, like y.
         request: how the layer behind takes o; None: not at all.
@@ -181,7 +181,9 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         result = call.result
         if result is not None:
-            y, scale, output, own = result.raw.y, result.scale, None if result.raw.rounded else result.output, True
+            y, scale, output, own = result.raw.y, result.scale, result.output, True
+            if result.raw.rounded and y.dtype != torch.int16:
+                output = None
             result.raw = result.raw._replace(y=y.new_empty(0))
         else:
             y, scale, output, own = y.detach(), 1.0, None, False
@@ -195,7 +197,7 @@ class _Normalize(torch.autograd.Function):
         token = None
         if quantized is not None and call.behind is not None:
             call.behind.saw_operand(quantized.amax, out, quantized.tensor)
-            token = y.new_zeros(())
+            token = y.new_zeros((), dtype=torch.float32)
             call.quantized, call.layout = quantized, Layout.of(y)
         packed = None if quantized is None else quantized.packed
         ctx.save_for_backward(

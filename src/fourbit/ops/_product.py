@@ -82,6 +82,8 @@ class Gemm:
     """One of the three products of a layer: fprop(x, w), dgrad(g, w) or wgrad(g, x); `layout` is that of dx or dw.
 
     With an `accumulation`, whose random words `key` names, it does not go to a backend as a whole: see `accumulate`.
+    With `output`, whoever takes the result knows the backend's 16-bit codes: it may return them instead of numbers, scaled
+    and rounded to that format.
     """
 
     which: Which
@@ -93,6 +95,7 @@ class Gemm:
     products: Products
     accumulation: Accumulation | None = None
     key: int | None = None
+    output: Format | None = None
 
     @property
     def scale(self) -> Tensor | None:
@@ -107,7 +110,8 @@ class Gemm:
 
 
 class Raw(NamedTuple):
-    """What comes out of a multiplier: unit * (y + 256 * high). `rounded`: already as the output format demands."""
+    """What comes out of a multiplier: unit * (y + 256 * high). `rounded`: already as the output format demands; y may then
+    be int16, the backend's codes, if the Gemm asked for an `output`."""
 
     y: Tensor
     high: Tensor | None = None

@@ -30,7 +30,7 @@ X86 = {
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp")
 ONCE = ("library.cpp",)
-DOT_PRODUCT = ("convolve.cpp", (*X86["avx512"], "-mavx512bf16"))
+DOT_PRODUCT = ("convolve.cpp", (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product"))
 """One source, and the flags with which it has its kernels; a compiler that does not know them leaves it empty."""
 
 

@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 3
+ABI = 4
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -114,6 +114,18 @@ _geometry = dict.fromkeys(
     ),
     c_int64,
 )
+ConvFprop = _structure(
+    "ConvFprop",
+    x=c_void_p,
+    w=c_void_p,
+    out=c_void_p,
+    halves=c_int32,
+    scale=c_float,
+    grid=FloatGrid,
+    **_geometry,
+    stride_height=c_int64,
+    stride_width=c_int64,
+)
 ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry)
 ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry)
 NormForward = _structure(
@@ -181,6 +193,7 @@ _RESULTS = {
     "epilogue": c_double,
     "split": None,
     "moments": None,
+    "conv_fprop": c_int32,
     "conv_wgrad": c_int32,
     "conv_dgrad": c_int32,
     "norm_forward": c_float,
@@ -221,6 +234,7 @@ class Library:
     epilogue: Any
     split: Any
     moments: Any
+    conv_fprop: Any
     conv_wgrad: Any
     conv_dgrad: Any
     norm_forward: Any

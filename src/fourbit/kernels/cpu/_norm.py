@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.formats import FloatFormat, Format
+from fourbit.formats import Format
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._quantize import BLOCK, RULES, float_grid, kernels, log_grid
+from fourbit.kernels.cpu._quantize import BLOCK, RULES, float_grid, is_half, kernels, log_grid
 from fourbit.ops import Kept, NormBackward, NormForward
 from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dtype, exponent_scale, grid_of
 
@@ -28,25 +28,23 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _is_half(format: Format | None) -> bool:
-    """Whether 16 bits hold a number of the format by its exponent and mantissa alone."""
-    return isinstance(format, FloatFormat) and format.bits == 16 and not format.subnormals and format.is_binary
-
-
 @backends.register("norm_forward", "cpu")
 def forward(f: NormForward) -> tuple[Tensor | None, Quantized | None, Kept] | None:
     """o, its codes, and what backward needs."""
     y, norm, request = f.y, f.norm, f.request
     channels = y.shape[1]
     grid = None if f.output is None else float_grid(f.output)
-    halves = grid is not None and _is_half(f.output) and math.isfinite(f.scale)
-    if halves:
+    rounded = y.dtype == torch.int16
+    halves = rounded or (is_half(f.output) and math.isfinite(f.scale))
+    if rounded:
+        v = y
+    elif halves:
         v = torch.empty_like(y, dtype=torch.int16)
     else:
         v = y if f.own or f.scale == 1.0 else torch.empty_like(y)
-    mean, inv_std = y.new_empty(channels), y.new_empty(channels)
+    mean, inv_std = y.new_empty(2, channels, dtype=torch.float32)
     blocks = -(-y.numel() // BLOCK)
-    out = torch.empty_like(y) if f.want_out else None
+    out = torch.empty_like(y, dtype=torch.float32) if f.want_out else None
     needs_pass = f.act.clips and (request is None or math.isfinite(f.act.cap))
     passes = y.new_empty(blocks * 8, dtype=torch.uint8) if needs_pass else None
     clip, quantized, scale = c.Clip(), None, None
@@ -63,7 +61,7 @@ def forward(f: NormForward) -> tuple[Tensor | None, Quantized | None, Kept] | No
     amax = kernels().norm_forward(
         ctypes.byref(
             c.NormForward(
-                y.data_ptr(),
+                None if rounded else y.data_ptr(),
                 y.numel() // channels,
                 channels,
                 f.scale,

@@ -1,7 +1,7 @@
 """Matrix products on the CPU.
 
     operands                               Linear, 1x1 convolution        other 2-d convolutions
-    int8 x int8 (forward)                  _int_mm, exact                 oneDNN int8 convolution, exact
+    int8 x int8 (forward)                  _int_mm, exact                 ours, or oneDNN's int8 convolution, exact
     gradient in one int8 x int8            _int_mm, exact                 as below
     gradient in two int8 x int8            two _int_mm, exact             as below
     other gradients that bfloat16 holds    bfloat16, rounded to it        ours (float32), or oneDNN's, rounded to bfloat16
@@ -15,6 +15,7 @@ reference's anyway.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.formats import Format
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._quantize import float_grid, kernels
+from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
 from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Operand, Raw
 from fourbit.quantizers import Packed, carrier_dtype, is_dense
 
@@ -165,7 +166,7 @@ _ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int64)
 
 
 def _convolve(g: Gemm, con: Convolution) -> Raw | None:
-    """oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
+    """Ours, or oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
     if not _has_int8() or g.a.format is None or carrier_dtype(g.a.format).itemsize != 1:
         return None
     x, w = g.a.q, g.b.q
@@ -174,6 +175,9 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
     if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
         return None
     w = _int8(g.b)
+    found = _own_forward(g, con, x, w)
+    if found is not None:
+        return found
     zero = 0
     if x.dtype == torch.int8:
         x, zero = x.view(torch.uint8) ^ 128, 128
@@ -183,6 +187,34 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
         x, 1.0, zero, packed, _ONE, _ZERO, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
     )
     return Raw(y)
+
+
+def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor) -> Raw | None:
+    """Unsigned activations; scaled, rounded and in 16-bit codes where the taker knows them."""
+    num, in_channels, height, width = x.shape
+    out_channels, _, *kernel = w.shape
+    if x.dtype != torch.uint8 or con.dilation != (1, 1) or in_channels % 4 or out_channels % 16:
+        return None
+    if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
+        return None
+    scale = 1.0 if g.scale is None else float(g.scale)
+    halves = is_half(g.output) and math.isfinite(scale)
+    size = [
+        (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), con.padding, kernel, con.stride, strict=True)
+    ]
+    dtype = torch.int16 if halves else torch.float32
+    y = torch.empty((num, out_channels, *size), dtype=dtype, memory_format=torch.channels_last)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    arguments = c.ConvFprop(
+        x.data_ptr(),
+        w.data_ptr(),
+        y.data_ptr(),
+        halves,
+        scale if halves else 1.0,
+        float_grid(g.output) if halves else c.FloatGrid(),
+        *(num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride),
+    )
+    return Raw(y, rounded=halves) if kernels().conv_fprop(ctypes.byref(arguments)) else None
 
 
 FEW_CHANNELS = 64

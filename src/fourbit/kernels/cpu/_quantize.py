@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.formats import Format
+from fourbit.formats import FloatFormat, Format
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
     BLOCK,
@@ -75,6 +75,18 @@ def float_grid(format: Format) -> Any | None:
 def _overflow(format: Format) -> float:
     """The magnitude from which numbers become infinite; NaN, which no number reaches, where they saturate."""
     return float(format.overflow_point) if format.overflow == "infinity" else math.nan
+
+
+@lru_cache(maxsize=64)
+def is_half(format: Format | None) -> bool:
+    """Whether 16 bits hold a number of the format by its exponent and mantissa alone, and the kernels know it."""
+    return (
+        isinstance(format, FloatFormat)
+        and format.bits == 16
+        and not format.subnormals
+        and format.is_binary
+        and float_grid(format) is not None
+    )
 
 
 @lru_cache(maxsize=64)

@@ -134,7 +134,7 @@ struct Moments {
 //   v = round(scale y), mean and variance of v per channel; t = a v + b (+ residual), out = act(t), codes of out.
 // act: 0 none, 1 max(t, 0), with t <= cap. `clip` says how out becomes codes; its x, dtype and n do not count.
 struct NormForward {
-  const float* y;
+  const float* y;         // or null: v is in `kept` already, in 16-bit codes
   int64_t rows;
   int32_t channels;
   float scale;
@@ -206,6 +206,19 @@ struct Accumulate {
   int64_t group_step, row_step, lane_step;
 };
 
+// A convolution of unsigned integers of 8 bits: [num, height, width, in_channels], in fours, to [num, out_height, out_width,
+// out_channels], in sixteens; sums are exact. The result is scale * sum, as 16-bit codes of grid (see Half) or in float32.
+struct ConvFprop {
+  const uint8_t* x;
+  const int8_t* w;  // [out_channels, kernel_height, kernel_width, in_channels]
+  void* out;
+  int32_t halves;
+  float scale;
+  FloatGrid grid;
+  int64_t num, height, width, in_channels, out_height, out_width, out_channels;
+  int64_t kernel_height, kernel_width, pad_height, pad_width, stride_height, stride_width;
+};
+
 // Gradients of a convolution with stride 1: [num, height, width, in_channels] to [num, out_height, out_width, out_channels],
 // both multiples of 16. x and w are integers of 8 bits, g is bfloat16; sums are float32.
 struct ConvWgrad {
@@ -226,6 +239,7 @@ struct ConvDgrad {
 };
 
 // false: not on this machine.
+bool conv_fprop(const ConvFprop*);
 bool conv_wgrad(const ConvWgrad*);
 bool conv_dgrad(const ConvDgrad*);
 

@@ -98,7 +98,7 @@ FOURBIT_BLOCK void statistics_block(const NormForward& f, const FloatGrid& g, co
   const float scale = f.scale;
   if (f.halves) {
     uint16_t* kept = static_cast<uint16_t*>(f.kept) + i;
-    to_halves(y, scale, h, count, kept);
+    if (f.y) to_halves(y, scale, h, count, kept);
     from_halves(kept, h, count, v);
   } else {
     if (f.rounds) {
@@ -311,11 +311,11 @@ float norm_forward(const NormForward* f) {
   const int64_t n = f->rows * f->channels;
   const int32_t channels = f->channels;
   Channels shift(channels), a(channels), b(channels);
-  std::vector<float> first(static_cast<size_t>(channels));
-  for (int32_t c = 0; c < channels; ++c) {  // variances are taken about the first row: nothing cancels
-    float v = f->y[c] * f->scale;
-    if (f->rounds) v = float_nearest(v, f->grid);
-    first[static_cast<size_t>(c)] = v;
+  std::vector<float> first(static_cast<size_t>(channels));  // variances are taken about the first row: nothing cancels
+  if (!f->y) from_halves(static_cast<const uint16_t*>(f->kept), Half(f->grid), channels, first.data());
+  for (int32_t c = 0; f->y && c < channels; ++c) {
+    const float v = f->y[c] * f->scale;
+    first[static_cast<size_t>(c)] = f->rounds ? float_nearest(v, f->grid) : v;
   }
   shift.fill(channels, [&](int32_t c) { return first[static_cast<size_t>(c)]; });
   ForwardTask task{f, &shift, &a, &b, {}, {}};
