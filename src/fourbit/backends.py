@@ -12,6 +12,7 @@ reference runs.
     gemm        ops.Gemm without accumulation                  ops.Raw
     accumulate  [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
     epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
+    product     ops.Gemm, ops.Finish                           both at once, where that is faster
 
 and, without a reference, because the modules themselves are one:
 
@@ -41,6 +42,7 @@ OPERATIONS = (
     "gemm",
     "accumulate",
     "epilogue",
+    "product",
     "norm_supported",
     "norm_forward",
     "norm_backward",

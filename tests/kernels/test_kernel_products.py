@@ -205,6 +205,35 @@ def test_backward_gradients_of_a_layer_with_one_output_are_right():
                 assert torch.equal(value(raw), exact)
 
 
+@each_implementation("product")
+@pytest.mark.parametrize("case", [k for k in SHAPES if k.startswith("linear")])
+def test_a_product_finished_at_once_is_the_product_finished_afterwards(implementation, case):
+    late, scale = torch.tensor(0.37), torch.tensor(0.011)
+    taken = 0
+    for a, output in itertools.product((f.FP4_R4_EVEN, f.FP4_R2, f.FP8_152), (f.FP16_169, f.BFLOAT16, None)):
+        for gemm, exact, size in gemms(SHAPES[case], a, f.UINT4, "wgrad"):
+            what = Finish(scale, output, False, late, torch.float32, gemm.layout)
+            done = implementation(gemm, what)
+            if done is None:
+                continue
+            taken += 1
+            expected, _ = _finish(Raw(exact.float()), what)
+            assert done[1] is None and done[0].stride() == gemm.layout.stride
+            assert a == f.FP8_152 or float(size.max()) >= 2.0**17 or torch.equal(done[0], expected)
+            torch.testing.assert_close(done[0], expected, rtol=2.0**-7, atol=2.0**-18 * float(size.max()))
+    assert taken or implementation.isa != "avx512" or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@each_implementation("product")
+def test_what_is_masked_or_in_full_precision_is_not_finished_at_once(implementation):
+    for gemm, *_ in gemms(SHAPES["linear"], f.FP4_R4_EVEN, f.UINT4, "wgrad"):
+        what = Finish(None, f.FP16_169, False, None, torch.float32, gemm.layout)
+        mask = pack_mask(torch.ones(gemm.layout.shape, dtype=torch.bool))
+        for change in ({"mask": mask}, {"keep_infinite": True}, {"late": torch.ones(4, 1)}, {"dtype": torch.bfloat16}):
+            assert implementation(gemm, replace(what, **change)) is None
+        assert implementation(replace(gemm, a=Operand(torch.randn(5, 4))), what) is None
+
+
 RAWS = {
     "float32": lambda n: Raw(numbers(n, torch.float32)),
     "bfloat16, rounded": lambda n: Raw(numbers(n, torch.bfloat16), rounded=True),

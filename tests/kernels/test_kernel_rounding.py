@@ -102,7 +102,7 @@ def compare(request: Request) -> dict[str, bool]:
 
 
 def test_every_kernel_belongs_to_an_operation_that_is_tested_here():
-    tested = {"moments", "round", "round_pair", "unpack", "gemm", "epilogue"}
+    tested = {"moments", "round", "round_pair", "unpack", "gemm", "epilogue", "product"}
     tested |= {
         "accumulate",
         "norm_supported",

@@ -157,7 +157,12 @@ def product(
         late: scale taken out after rounding, 0-d or broadcastable against the result.
         mask: bits as of `pack_mask`, in the order of `gemm.layout`: results are zero where it is not set.
     """
-    return finish(multiply(gemm), Finish(gemm.scale, output, gemm.keep_infinite, late, dtype, gemm.layout, mask, codes))
+    what = Finish(gemm.scale, output, gemm.keep_infinite, late, dtype, gemm.layout, mask, codes)
+    if gemm.accumulation is None and gemm.dtype != torch.float64:
+        done = backends.dispatch("product", gemm, what)
+        if done is not None:
+            return done
+    return finish(multiply(gemm), what)
 
 
 def multiply(gemm: Gemm) -> Raw:

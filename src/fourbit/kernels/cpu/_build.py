@@ -30,8 +30,9 @@ X86 = {
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp")
 ONCE = ("library.cpp",)
-DOT_PRODUCT = ("convolve.cpp", (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product"))
-"""One source, and the flags with which it has its kernels; a compiler that does not know them leaves it empty."""
+DOT_PRODUCT = ("convolve.cpp", "multiply.cpp")
+DOT_PRODUCT_FLAGS = (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product")
+"""Sources, and the flags with which they have their kernels; a compiler that does not know them leaves them empty."""
 
 
 class BuildError(Exception):
@@ -65,8 +66,8 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(source, isa, flags) for source in PER_ISA for isa, flags in isas.items()]
         jobs += [(source, "", ()) for source in ONCE]
-        dot_product, flags = DOT_PRODUCT
-        jobs.append((dot_product, "", flags if x86 and _accepts(command, flags) else ()))
+        flags = DOT_PRODUCT_FLAGS if x86 and _accepts(command, DOT_PRODUCT_FLAGS) else ()
+        jobs += [(source, "", flags) for source in DOT_PRODUCT]
         running, objects = [], []
         for source, isa, flags in jobs:
             output = Path(folder) / f"{source}.{isa}.o"

@@ -106,6 +106,20 @@ Accumulate = _structure(
     lane_step=c_int64,
 )
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
+MatMul = _structure(
+    "MatMul",
+    a=c_void_p,
+    turned=c_int32,
+    b=c_void_p,
+    out=c_void_p,
+    rows=c_int64,
+    columns=c_int64,
+    depth=c_int64,
+    scale=c_float,
+    rounds=c_int32,
+    grid=FloatGrid,
+    post=c_float,
+)
 
 _geometry = dict.fromkeys(
     (
@@ -193,6 +207,7 @@ _RESULTS = {
     "epilogue": c_double,
     "split": None,
     "moments": None,
+    "multiply": c_int32,
     "conv_fprop": c_int32,
     "conv_wgrad": c_int32,
     "conv_dgrad": c_int32,
@@ -234,6 +249,7 @@ class Library:
     epilogue: Any
     split: Any
     moments: Any
+    multiply: Any
     conv_fprop: Any
     conv_wgrad: Any
     conv_dgrad: Any

@@ -3,13 +3,15 @@
     operands                               Linear, 1x1 convolution        other 2-d convolutions
     int8 x int8 (forward)                  _int_mm, exact                 ours, or oneDNN's int8 convolution, exact
     gradient in one int8 x int8            _int_mm, exact                 as below
-    gradient in two int8 x int8            two _int_mm, exact             as below
-    other gradients that bfloat16 holds    bfloat16, rounded to it        ours (float32), or oneDNN's, rounded to bfloat16
+    gradient in bfloat16                   ours (float32)                 ours (float32), or oneDNN's, rounded to bfloat16
+    where ours does not run:
+    gradient in two int8 x int8            two _int_mm, exact             oneDNN's, rounded to bfloat16
+    other gradients that bfloat16 holds    bfloat16, rounded to it        oneDNN's, rounded to bfloat16
 
-A gradient goes in two int8 where every number of its format is 256 high + low in units of the smallest magnitude: radix-4
-FP4 does. What is rounded to bfloat16 is so only where products are "fast"; "exact" leaves it to the reference, which
-multiplies in float32. Everything else (grouped, dilated, transposed, 1-d and 3-d convolutions, wide formats) is the
-reference's anyway.
+Ours needs AVX512-BF16; its sums are float32. A gradient goes in two int8 where every number of its format is 256 high + low
+in units of the smallest magnitude: radix-4 FP4 does. What is rounded to bfloat16 is so only where products are "fast";
+"exact" leaves it to the reference, which multiplies in float32. Everything else (grouped, dilated, transposed, 1-d and 3-d
+convolutions, wide formats) is the reference's anyway.
 """
 
 from __future__ import annotations
@@ -110,6 +112,10 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
         if not _has_int8() or depth * 128 * 128 >= 2**31 or a.format.max > 127:  # type: ignore[union-attr]
             return None
         return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
+    if left.dtype == torch.bfloat16:
+        y = _own_multiply(rows, right, g.which == "wgrad")
+        if y is not None:
+            return Raw(y.view(shape))
     unit = _halves(a.format)
     if left.dtype == torch.bfloat16 and unit is not None and _has_int8() and depth * 128 * 128 < 2**31:
         high, low = _split(rows, unit)
@@ -118,6 +124,45 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     if left.dtype == torch.bfloat16 and g.products == "fast" and _has_bfloat16():
         return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
     return None
+
+
+def _own_multiply(
+    left: Tensor, right: Tensor, turned: bool, scale: float = 1.0, output: Format | None = None, late: float = 1.0
+) -> Tensor | None:
+    """late * output(scale * product), in float32; `turned`: of the transposed `left`."""
+    left, right = left.contiguous(), right.contiguous()
+    depth, columns = right.shape
+    num_rows = left.shape[1] if turned else left.shape[0]
+    y = torch.empty(num_rows, columns)
+    grid = None if output is None else float_grid(output)
+    pointers = left.data_ptr(), turned, right.data_ptr(), y.data_ptr()
+    rounding = scale, grid is not None, grid or c.FloatGrid(), late
+    return y if kernels().multiply(ctypes.byref(c.MatMul(*pointers, num_rows, columns, depth, *rounding))) else None
+
+
+@backends.register("product", "cpu")
+def product(g: Gemm, finish: Finish) -> tuple[Tensor, None] | None:
+    """A weight gradient of Linear, rounded before it is written: it is large, and little work went into each element."""
+    a, b = g.a, g.b
+    if not (isinstance(g.contraction, LinearMap) and g.which == "wgrad" and finish.mask is None):
+        return None
+    if not isinstance(a.q, Tensor) or a.q.device.type != "cpu" or a.q.dtype != torch.bfloat16 or a.q.numel() == 0:
+        return None
+    late = finish.late
+    if a.format is None or b.format is None or b.format.max > 127 or carrier_dtype(b.format).itemsize != 1:
+        return None
+    if finish.dtype != torch.float32 or finish.keep_infinite or (late is not None and late.numel() != 1):
+        return None
+    if finish.output is not None and float_grid(finish.output) is None:
+        return None
+    right = _rows(_int8(b))
+    if right.numel() == 0:
+        return None
+    scale = 1.0 if finish.scale is None else float(finish.scale)
+    y = _own_multiply(_rows(a.q), right, True, scale, finish.output, 1.0 if late is None else float(late))
+    if y is None or finish.layout is None:
+        return None
+    return finish.layout.match(y.view(finish.layout.shape)), None
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -294,7 +339,7 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         y = y.contiguous()
     high = None if raw.high is None else (raw.high if finish.layout is None else finish.layout.match(raw.high))
     in_place = y.dtype == out_dtype
-    out = y if in_place else torch.empty_like(y, dtype=out_dtype)
+    out = y.view(out_dtype) if y.element_size() == out_dtype.itemsize else torch.empty_like(y, dtype=out_dtype)
     scale = raw.unit * (1.0 if finish.scale is None else float(finish.scale))
     if in_place and grid is None and finish.mask is None and high is None and scale == 1.0 and finish.late is None:
         return y, None

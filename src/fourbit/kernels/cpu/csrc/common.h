@@ -238,7 +238,22 @@ struct ConvDgrad {
   int64_t kernel_height, kernel_width, pad_height, pad_width;
 };
 
+// out = post * round(scale * a b), in float32: a is bfloat16 [rows, depth], or [depth, rows] if `turned`; b is [depth, columns],
+// integers of 8 bits.
+struct MatMul {
+  const uint16_t* a;
+  int32_t turned;
+  const int8_t* b;
+  float* out;
+  int64_t rows, columns, depth;
+  float scale;
+  int32_t rounds;  // whether grid applies
+  FloatGrid grid;
+  float post;
+};
+
 // false: not on this machine.
+bool multiply(const MatMul*);
 bool conv_fprop(const ConvFprop*);
 bool conv_wgrad(const ConvWgrad*);
 bool conv_dgrad(const ConvDgrad*);

@@ -1,0 +1,151 @@
+// Products of a matrix in bfloat16 and one of small integers, with float32 sums: what two products of int8 halves cost, without
+// their results of twice the size. Needs the dot-product instruction of AVX512-BF16; without it there is nothing here.
+//
+// A panel is kRows rows of the left matrix, or kColumns columns of the right one, as pairs of neighbours along the sum: two
+// bfloat16 numbers in 32 bits. What is missing to a whole panel or pair is zero.
+#include "common.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+#include <vector>
+
+#include "numbers.h"
+
+namespace fourbit {
+namespace {
+
+constexpr int kLanes = 16, kRows = 12, kVectors = 2, kColumns = kVectors * kLanes;
+constexpr int64_t kCache = 1 << 18;  // bytes of the right matrix's panels that are worked on together
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline __m512bh bits(__m512i x) { return reinterpret_cast<__m512bh&>(x); }
+
+// Up to sixteen integers as bfloat16, one per 32 bits: exact.
+inline __m512i widen(const int8_t* p, __mmask16 which) {
+  const __m512i n = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(which, p));
+  return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(n)), 16);
+}
+
+inline __m512i widen(const uint16_t* p, __mmask16 which) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, p));
+}
+
+inline __mmask16 first(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xFFFF : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// `count` columns of rows 2 i and 2 i + 1 of x [depth, stride], with `width` of them per pair of rows in `out`.
+template <typename T>
+void pack_columns(const T* x, int64_t depth, int64_t stride, int64_t count, int64_t width, uint32_t* out) {
+  for (int64_t k = 0; k < depth; k += 2, x += 2 * stride, out += width)
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const __mmask16 which = first(count - c), into = first(width - c);
+      const __m512i low = widen(x + c, which);
+      const __m512i high = k + 1 < depth ? widen(x + stride + c, which) : _mm512_setzero_si512();
+      _mm512_mask_storeu_epi32(out + c, into, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+// `count` rows of x [.., depth].
+void pack_rows(const uint16_t* x, int64_t depth, int64_t count, uint32_t* out) {
+  for (int64_t row = 0; row < kRows; ++row) {
+    const uint16_t* from = x + row * depth;
+    uint32_t* to = out + row;
+    if (row >= count) {
+      for (int64_t k = 0; k < depth; k += 2, to += kRows) *to = 0;
+      continue;
+    }
+    int64_t k = 0;
+    for (; k + 1 < depth; k += 2, to += kRows) std::memcpy(to, from + k, 4);
+    if (k < depth) *to = from[k];
+  }
+}
+
+void tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t row, int64_t column) {
+  __m512 acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kColumns) {
+    __m512bh right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = bits(_mm512_loadu_si512(b + v * kLanes));
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh left = bits(_mm512_set1_epi32(static_cast<int32_t>(a[r])));
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left);
+    }
+  }
+  float sums[kRows][kColumns];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums[r] + v * kLanes, acc[r][v]);
+  const float scale = t.scale, post = t.post;
+  const FloatGrid g = t.grid;
+  const __mmask16 low = first(t.columns - column), high = first(t.columns - column - kLanes);
+  for (int64_t r = 0; r < kRows && row + r < t.rows; ++r) {
+    float* y = sums[r];
+    if (t.rounds) {
+      for (int j = 0; j < kColumns; ++j) {
+        const float s = y[j] * scale, nearest = float_nearest(s, g);
+        y[j] = (s != s ? s : nearest) * post;
+      }
+    } else {
+      for (int j = 0; j < kColumns; ++j) y[j] = y[j] * scale * post;
+    }
+    float* out = t.out + (row + r) * t.columns + column;
+    _mm512_mask_storeu_ps(out, low, _mm512_loadu_ps(y));
+    if (high) _mm512_mask_storeu_ps(out + kLanes, high, _mm512_loadu_ps(y + kLanes));
+  }
+}
+
+struct Task {
+  const MatMul* t;
+  uint32_t* a;
+};
+
+}  // namespace
+
+bool multiply(const MatMul* t) {
+  const int64_t pairs = ceil_div(t->depth, 2), panels = ceil_div(t->rows, kRows);
+  std::vector<uint32_t> a(static_cast<size_t>(panels * pairs * kRows));
+  Task task{t, a.data()};
+  parallel_always(panels, [](int64_t begin, int64_t end, int, void* p) {
+    const Task& task = *static_cast<Task*>(p);
+    const MatMul& t = *task.t;
+    const int64_t pairs = ceil_div(t.depth, 2);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i * kRows, count = t.rows - row < kRows ? t.rows - row : kRows;
+      uint32_t* out = task.a + i * pairs * kRows;
+      if (t.turned) pack_columns(t.a + row, t.depth, t.rows, count, kRows, out);
+      else pack_rows(t.a + row * t.depth, t.depth, count, out);
+    }
+  }, &task);
+  parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int, void* p) {
+    const Task& task = *static_cast<Task*>(p);
+    const MatMul& t = *task.t;
+    const int64_t pairs = ceil_div(t.depth, 2), panels = ceil_div(t.rows, kRows), size = pairs * kColumns;
+    const int64_t fitting = kCache / (size * 4), together = fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
+    std::vector<uint32_t> b(static_cast<size_t>(together * size));
+    for (int64_t j = begin; j < end; j += together) {
+      const int64_t num = end - j < together ? end - j : together;
+      for (int64_t i = 0; i < num; ++i) {
+        const int64_t column = (j + i) * kColumns;
+        pack_columns(t.b + column, t.depth, t.columns, t.columns - column, kColumns, b.data() + i * size);
+      }
+      for (int64_t r = 0; r < panels; ++r)
+        for (int64_t i = 0; i < num; ++i)
+          tile(t, task.a + r * pairs * kRows, b.data() + i * size, pairs, r * kRows, (j + i) * kColumns);
+    }
+  }, &task);
+  return true;
+}
+
+}  // namespace fourbit
+
+#else
+
+namespace fourbit {
+bool multiply(const MatMul*) { return false; }
+}  // namespace fourbit
+
+#endif
