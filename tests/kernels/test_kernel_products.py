@@ -205,33 +205,56 @@ def test_backward_gradients_of_a_layer_with_one_output_are_right():
                 assert torch.equal(value(raw), exact)
 
 
+FINISHED = [k for k in SHAPES if k.startswith("linear")] + ["linear, sixteens", "linear, three axes of sixteens"]
+SIXTEENS = {
+    "linear, sixteens": (LinearMap(), (7, 48), (20, 48)),
+    "linear, three axes of sixteens": (LinearMap(), (2, 13, 112), (70, 112)),
+}
+
+
 @each_implementation("product")
-@pytest.mark.parametrize("case", [k for k in SHAPES if k.startswith("linear")])
-def test_a_product_finished_at_once_is_the_product_finished_afterwards(implementation, case):
+@pytest.mark.parametrize("name", FINISHED)
+@pytest.mark.parametrize("which", ["dgrad", "wgrad"])
+def test_a_product_finished_at_once_is_the_product_finished_afterwards(implementation, which, name):
+    case, taken = (SHAPES | SIXTEENS)[name], 0
+    for a, output, b in itertools.product(
+        (f.FP4_R4_EVEN, f.FP4_R4_ODD, f.FP8_152), (f.FP16_169, f.BINARY16, None), (f.UINT4, f.INT4_SYM)
+    ):
+        for gemm, exact, size in gemms(case, a, b, which):
+            for what in _finishes(output, gemm.layout, b):
+                done = implementation(gemm, what)
+                if done is None:
+                    continue
+                taken += 1
+                expected, clipped = _finish(Raw(exact.float()), what)
+                assert done[0].stride() == gemm.layout.stride
+                assert a == f.FP8_152 or float(size.max()) >= 2.0**17 or torch.equal(done[0], expected)
+                torch.testing.assert_close(done[0], expected, rtol=2.0**-7, atol=2.0**-18 * float(size.max()))
+                assert (done[1] is None) == (clipped is None)
+                if clipped is not None:
+                    torch.testing.assert_close(done[1], clipped, rtol=1e-4, atol=1e-4 * float(size.max()))
+    if implementation.isa == "avx512" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert taken == 3 * 3 * 2 * 2 * (4 if name in SIXTEENS else 1)
+
+
+def _finishes(output: Format | None, layout: Layout, codes: Format) -> list[Finish]:
+    """Without a mask, with one that keeps all, with one of random bits, and with the sum of what it removes."""
     late, scale = torch.tensor(0.37), torch.tensor(0.011)
-    taken = 0
-    for a, output in itertools.product((f.FP4_R4_EVEN, f.FP4_R2, f.FP8_152), (f.FP16_169, f.BFLOAT16, None)):
-        for gemm, exact, size in gemms(SHAPES[case], a, f.UINT4, "wgrad"):
-            what = Finish(scale, output, False, late, torch.float32, gemm.layout)
-            done = implementation(gemm, what)
-            if done is None:
-                continue
-            taken += 1
-            expected, _ = _finish(Raw(exact.float()), what)
-            assert done[1] is None and done[0].stride() == gemm.layout.stride
-            assert a == f.FP8_152 or float(size.max()) >= 2.0**17 or torch.equal(done[0], expected)
-            torch.testing.assert_close(done[0], expected, rtol=2.0**-7, atol=2.0**-18 * float(size.max()))
-    assert taken or implementation.isa != "avx512" or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    plain = Finish(scale, output, False, late, torch.float32, layout)
+    random = torch.rand(layout.shape, generator=torch.Generator().manual_seed(5)) < 0.7
+    packed = pack(draw(codes, tuple(layout.shape), 7), codes)
+    some = replace(plain, mask=pack_mask(random))
+    return [plain, replace(plain, mask=pack_mask(torch.ones_like(random))), some, replace(some, codes=packed)]
 
 
 @each_implementation("product")
-def test_what_is_masked_or_in_full_precision_is_not_finished_at_once(implementation):
-    for gemm, *_ in gemms(SHAPES["linear"], f.FP4_R4_EVEN, f.UINT4, "wgrad"):
+def test_what_needs_more_than_that_is_not_finished_at_once(implementation):
+    for gemm, *_ in gemms(SIXTEENS["linear, sixteens"], f.FP4_R4_EVEN, f.UINT4, "wgrad"):
         what = Finish(None, f.FP16_169, False, None, torch.float32, gemm.layout)
-        mask = pack_mask(torch.ones(gemm.layout.shape, dtype=torch.bool))
-        for change in ({"mask": mask}, {"keep_infinite": True}, {"late": torch.ones(4, 1)}, {"dtype": torch.bfloat16}):
+        for change in ({"keep_infinite": True}, {"late": torch.ones(20, 1)}, {"dtype": torch.bfloat16}):
             assert implementation(gemm, replace(what, **change)) is None
-        assert implementation(replace(gemm, a=Operand(torch.randn(5, 4))), what) is None
+        assert implementation(gemm, replace(what, layout=Layout(gemm.layout.shape, (1, 20)))) is None
+        assert implementation(replace(gemm, a=Operand(torch.randn(7, 20))), what) is None
 
 
 RAWS = {

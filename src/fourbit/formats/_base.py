@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from fourbit.errors import UserError
 
@@ -51,6 +51,13 @@ class Format(ABC):
     @abstractmethod
     def decode(self, code: int) -> float:
         """The number that `code` stands for; NaN for NaN and for codes that the format leaves unused."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__hash__ = Format.__hash__  # type: ignore[method-assign]  # before `dataclass` makes one of every field
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # formats are looked up at every operation
 
     def __str__(self) -> str:
         return self.name

@@ -19,11 +19,11 @@ from fourbit.ops import Activation, Norm, OperandHandover, ResultHandover, can_n
 Operand = Tensor | OperandHandover
 """The input of a convolution: as a tensor, or quantized by the node before."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def _is_watched(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+    m = module.__dict__
+    hooks = m["_forward_hooks"] or m["_forward_pre_hooks"] or m["_backward_hooks"] or m["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in m
 
 
 def run_layer(conv: nn.Module, x: Operand) -> Tensor:

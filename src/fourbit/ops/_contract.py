@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,8 +65,13 @@ def contract(
         assert over is None and result is None
         return compiled_contract(t, w, x_alpha, state.w_alpha, contraction, state, dtype)
     num_elements = t.numel() if over is None else over.layout.shape.numel()
-    with torch.autocast(device, enabled=False), computing(state, num_elements):
+    with full_precision(device), computing(state, num_elements):
         return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Without autocast; where there is none, nothing costs nothing."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @dataclass
@@ -119,7 +125,7 @@ class _Contract(torch.autograd.Function):
         x, w, x_codes, w_codes = (_restore(outline, data[2 * i : 2 * i + 2]) for i, outline in enumerate(ctx.kept))
         assert x is not None and w is not None
         saved = Saved(x, w, x_codes, w_codes, x_mask, w_mask, *ctx.layouts)
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with full_precision(grads[0].device.type):
             dx, dw, dx_alpha, dw_alpha = run_backward(
                 grads[0],
                 saved,
@@ -164,7 +170,9 @@ def run_forward(
         x_fprop, x_saved, x_mask = *_kept(over.take(), spec.x_fprop), None
     w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
     sums = (spec.accumulation, state.sum_key("fprop"))
-    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums)
+    takes_codes = result is not None and x_fprop.format is not None and w_fprop.format is not None
+    output = spec.output if takes_codes else None
+    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums, output)
     if result is None:
         y, _ = product(gemm, spec.output, dtype)
     else:
@@ -198,7 +206,8 @@ def run_backward(
     if result is not None and result.quantized is not None:
         g_dgrad, g_wgrad = result.quantized
     else:
-        axis = contraction.channel_axis("g") if spec.g_scaling or _per_channel(spec) else 0
+        scaled = spec.g_scaling or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
+        axis = contraction.channel_axis("g") if scaled else 0
         g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
     if result is not None:
         result.g = result.quantized = None
@@ -226,7 +235,7 @@ def run_backward(
 
 def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     """Leave the product to the node behind; what it cannot take is finished here."""
-    raw = multiply(gemm if gemm.keep_infinite else replace(gemm, output=spec.output))
+    raw = multiply(gemm)
     scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
     rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
     if raw.y.dtype == torch.int16:
@@ -251,14 +260,9 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
     return over.give_back(dx, 1.0)
 
 
-def _per_channel(spec: LayerSpec) -> bool:
-    return any(s and s.granularity == "channel" for s in map(spec.resolved, ("g_dgrad", "g_wgrad")))
-
-
 def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:
     """The channel axis of an operand if any of `slots` has scales per channel (some layers have no such axis), else 0."""
-    channel = any(s and s.granularity == "channel" for s in map(spec.resolved, slots))
-    return contraction.channel_axis(operand) if channel else 0
+    return 0 if spec.per_channel.isdisjoint(slots) else contraction.channel_axis(operand)
 
 
 def _forward_operand(
@@ -297,7 +301,9 @@ def _outline(kept: Operand | None) -> Operand | None:
     """What is left of a saved operand without its tensors."""
     if kept is None:
         return None
-    return kept._replace(q=replace(kept.q, data=_NOTHING) if isinstance(kept.q, Packed) else _NOTHING, scale=None)
+    q = kept.q
+    bare = Packed(_NOTHING, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else _NOTHING
+    return Operand(bare, None, kept.format, kept.on_grid)
 
 
 _NOTHING = torch.empty(0)
@@ -306,8 +312,9 @@ _NOTHING = torch.empty(0)
 def _restore(outline: Operand | None, tensors: Sequence[Tensor]) -> Operand | None:
     if outline is None:
         return None
-    q = replace(outline.q, data=tensors[0]) if isinstance(outline.q, Packed) else tensors[0]
-    return outline._replace(q=q, scale=tensors[1])
+    q, (data, scale) = outline.q, tensors
+    whole = Packed(data, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else data
+    return Operand(whole, scale, outline.format, outline.on_grid)
 
 
 def _codes(kept: Operand | None) -> Packed | Tensor | None:

@@ -12,6 +12,7 @@ one pass over memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,6 +71,15 @@ class Layout(NamedTuple):
         """Memory with nothing in it."""
         return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
 
+    def is_contiguous(self) -> bool:
+        """Whether the axes lie in order, without gaps."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
     def match(self, t: Tensor) -> Tensor:
         """`t` with its elements in this order."""
         if t.stride() == self.stride:
@@ -97,7 +107,7 @@ class Gemm:
     key: int | None = None
     output: Format | None = None
 
-    @property
+    @cached_property
     def scale(self) -> Tensor | None:
         """The product of the operands' scales; None: 1."""
         scales = [s for s in (self.a.scale, self.b.scale) if s is not None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
@@ -99,10 +100,19 @@ class LayerSpec:
 
     def resolved(self, slot: str) -> QuantSpec | None:
         """The QuantSpec that applies in `slot`, REUSE followed to its origin."""
-        value = getattr(self, slot)
-        return getattr(self, _REUSED_FROM[slot]) if value is REUSE else value
+        return self._resolved[slot]
 
-    @property
+    @cached_property
+    def _resolved(self) -> dict[str, QuantSpec | None]:
+        values = {slot: getattr(self, slot) for slot in SLOTS}
+        return {slot: values[_REUSED_FROM[slot]] if value is REUSE else value for slot, value in values.items()}
+
+    @cached_property
+    def per_channel(self) -> frozenset[str]:
+        """The slots with scales per channel."""
+        return frozenset(slot for slot, spec in self._resolved.items() if spec and spec.granularity == "channel")
+
+    @cached_property
     def g_scaling(self) -> QuantSpec | None:
         """The gradient slot whose scaling keeps state (GradScale, LossScaled), if any."""
         for slot in ("g_dgrad", "g_wgrad"):

@@ -150,18 +150,17 @@ class LayerState(nn.Module):
                 self.step[1] = 0
                 if self._count is not None:
                     self._count = [sum(self._count), 0]
-            if not self.training:
+            amax, exponent, g_spec = self.g_amax, self.g_exponent, self.spec.g_scaling
+            if not self.training or amax is None:
                 return
-            g_spec = self.spec.g_scaling
-            if self.g_amax is not None and self.g_exponent is not None and g_spec is not None:
+            if exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
-                if self.g_exponent.is_cpu and self.g_exponent.dim() == 0:  # a few scalars: the host is faster
-                    if vote := scaling.vote(self.g_amax.item()):
-                        self.g_exponent.fill_(scaling.step(int(self.g_exponent), vote))
+                if exponent.is_cpu and exponent.dim() == 0:  # a few scalars: the host is faster
+                    if vote := scaling.vote(amax.item()):
+                        exponent.fill_(scaling.step(int(exponent), vote))
                 else:
-                    self.g_exponent.copy_(scaling.step(self.g_exponent, scaling.vote(self.g_amax)))
-            if self.g_amax is not None:
-                self.g_amax.fill_(-1.0)
+                    exponent.copy_(scaling.step(exponent, scaling.vote(amax)))
+            amax.fill_(-1.0)
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -334,12 +333,13 @@ class LayerState(nn.Module):
         return amax * float(scale) if not isinstance(amax, Tensor) else amax * scale
 
     def _record(self, amax: Tensor | float) -> None:
-        assert self.g_amax is not None
+        recorded = self.g_amax
+        assert recorded is not None
         if not isinstance(amax, Tensor):
-            if amax > float(self.g_amax) or math.isnan(amax):
-                self.g_amax.fill_(amax)
+            if amax > recorded.item() or math.isnan(amax):
+                recorded.fill_(amax)
             return
-        self.g_amax.copy_(torch.maximum(self.g_amax, amax))
+        recorded.copy_(torch.maximum(recorded, amax))
 
     def _key(self, slot: str, spec: QuantSpec) -> int | None:
         if not spec.stochastic or self.step is None:

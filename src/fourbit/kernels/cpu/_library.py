@@ -119,6 +119,10 @@ MatMul = _structure(
     rounds=c_int32,
     grid=FloatGrid,
     post=c_float,
+    mask=c_void_p,
+    packed=c_void_p,
+    is_signed=c_int32,
+    clipped=c_double,
 )
 
 _geometry = dict.fromkeys(

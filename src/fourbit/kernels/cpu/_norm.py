@@ -138,8 +138,8 @@ def backward(b: NormBackward) -> Any:
     scale = None
     if specs:
         assert b.exponent is not None
-        scale = exponent_scale(b.exponent).reciprocal()
-        arguments.inv_scale = float(scale.reciprocal())
+        forward = exponent_scale(b.exponent)
+        scale, arguments.inv_scale = forward.reciprocal(), float(forward)
         for i, grid in enumerate(grids):
             arguments.log_grid[i] = grid
     amax = kernels().norm_backward(ctypes.byref(arguments))

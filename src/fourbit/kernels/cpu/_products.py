@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,9 +114,9 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
             return None
         return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
     if left.dtype == torch.bfloat16:
-        y = _own_multiply(rows, right, g.which == "wgrad")
-        if y is not None:
-            return Raw(y.view(shape))
+        found = _own_multiply(rows, right, g.which == "wgrad")
+        if found is not None:
+            return Raw(found[0].view(shape))
     unit = _halves(a.format)
     if left.dtype == torch.bfloat16 and unit is not None and _has_int8() and depth * 128 * 128 < 2**31:
         high, low = _split(rows, unit)
@@ -127,42 +128,56 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
 
 
 def _own_multiply(
-    left: Tensor, right: Tensor, turned: bool, scale: float = 1.0, output: Format | None = None, late: float = 1.0
-) -> Tensor | None:
-    """late * output(scale * product), in float32; `turned`: of the transposed `left`."""
+    left: Tensor, right: Tensor, turned: bool, finish: Finish | None = None
+) -> tuple[Tensor, Tensor | None] | None:
+    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped."""
     left, right = left.contiguous(), right.contiguous()
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
     y = torch.empty(num_rows, columns)
-    grid = None if output is None else float_grid(output)
-    pointers = left.data_ptr(), turned, right.data_ptr(), y.data_ptr()
-    rounding = scale, grid is not None, grid or c.FloatGrid(), late
-    return y if kernels().multiply(ctypes.byref(c.MatMul(*pointers, num_rows, columns, depth, *rounding))) else None
+    arguments: Any = c.MatMul(
+        left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
+    )
+    codes = None
+    if finish is not None:
+        grid = None if finish.output is None else float_grid(finish.output)
+        arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
+        arguments.post = 1.0 if finish.late is None else float(finish.late)
+        arguments.rounds = grid is not None
+        if grid is not None:
+            arguments.grid = grid
+        if finish.mask is not None:
+            arguments.mask = finish.mask.data_ptr()
+            codes = finish.codes if isinstance(finish.codes, Packed) else None
+        if codes is not None:
+            arguments.packed, arguments.is_signed = codes.data.data_ptr(), codes.signed
+    if not kernels().multiply(ctypes.byref(arguments)):
+        return None
+    return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
 @backends.register("product", "cpu")
-def product(g: Gemm, finish: Finish) -> tuple[Tensor, None] | None:
-    """A weight gradient of Linear, rounded before it is written: it is large, and little work went into each element."""
-    a, b = g.a, g.b
-    if not (isinstance(g.contraction, LinearMap) and g.which == "wgrad" and finish.mask is None):
+def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+    """The gradients of Linear, finished before they are written for the first time."""
+    a, b, layout = g.a, g.b, finish.layout
+    if not isinstance(g.contraction, LinearMap) or g.which == "fprop" or layout is None:
         return None
     if not isinstance(a.q, Tensor) or a.q.device.type != "cpu" or a.q.dtype != torch.bfloat16 or a.q.numel() == 0:
         return None
-    late = finish.late
     if a.format is None or b.format is None or b.format.max > 127 or carrier_dtype(b.format).itemsize != 1:
         return None
-    if finish.dtype != torch.float32 or finish.keep_infinite or (late is not None and late.numel() != 1):
+    if finish.dtype != torch.float32 or finish.keep_infinite or not layout.is_contiguous():
+        return None
+    if finish.late is not None and finish.late.numel() != 1:
         return None
     if finish.output is not None and float_grid(finish.output) is None:
         return None
-    right = _rows(_int8(b))
-    if right.numel() == 0:
+    integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
+    if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
         return None
-    scale = 1.0 if finish.scale is None else float(finish.scale)
-    y = _own_multiply(_rows(a.q), right, True, scale, finish.output, 1.0 if late is None else float(late))
-    if y is None or finish.layout is None:
-        return None
-    return finish.layout.match(y.view(finish.layout.shape)), None
+    right = _int8(b) if g.which == "dgrad" else _rows(_int8(b))
+    found = None if right.numel() == 0 else _own_multiply(_rows(a.q), right, g.which == "wgrad", finish)
+    return None if found is None else (found[0].view(layout.shape), found[1])
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:

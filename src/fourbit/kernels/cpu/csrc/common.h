@@ -239,7 +239,7 @@ struct ConvDgrad {
 };
 
 // out = post * round(scale * a b), in float32: a is bfloat16 [rows, depth], or [depth, rows] if `turned`; b is [depth, columns],
-// integers of 8 bits.
+// integers of 8 bits. Masked and summed as by Epilogue: then the columns must come in sixteens.
 struct MatMul {
   const uint16_t* a;
   int32_t turned;
@@ -250,10 +250,14 @@ struct MatMul {
   int32_t rounds;  // whether grid applies
   FloatGrid grid;
   float post;
+  const uint8_t* mask;    // or null
+  const uint8_t* packed;  // or null
+  int32_t is_signed;
+  double clipped;         // the sum
 };
 
 // false: not on this machine.
-bool multiply(const MatMul*);
+bool multiply(MatMul*);
 bool conv_fprop(const ConvFprop*);
 bool conv_wgrad(const ConvWgrad*);
 bool conv_dgrad(const ConvDgrad*);

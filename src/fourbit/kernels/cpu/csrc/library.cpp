@@ -116,7 +116,7 @@ FOURBIT_API float fourbit_table_round(const TableRound* r) { return table->table
 FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
 FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
 FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
-FOURBIT_API int32_t fourbit_multiply(const MatMul* t) { return has_dot_product() && multiply(t); }
+FOURBIT_API int32_t fourbit_multiply(MatMul* t) { return has_dot_product() && multiply(t); }
 FOURBIT_API int32_t fourbit_conv_fprop(const ConvFprop* t) { return has_dot_product() && conv_fprop(t); }
 FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }
 FOURBIT_API int32_t fourbit_conv_dgrad(const ConvDgrad* t) { return has_dot_product() && conv_dgrad(t); }

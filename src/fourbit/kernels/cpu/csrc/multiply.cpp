@@ -63,7 +63,27 @@ void pack_rows(const uint16_t* x, int64_t depth, int64_t count, uint32_t* out) {
   }
 }
 
-void tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t row, int64_t column) {
+// Sixteen results from element e on: what the mask removes goes into `removed`, by the sign of the code.
+inline __m512 keep_inside(const MatMul& t, __m512 y, int64_t e, __m512& removed) {
+  uint16_t inside;
+  std::memcpy(&inside, t.mask + e / 8, 2);
+  if (t.packed && inside != 0xFFFF) {
+    const int64_t in_block = e % kBlock;
+    const __m128i bytes = _mm_loadu_si128(
+        reinterpret_cast<const __m128i*>(t.packed + e / kBlock * (kBlock / 2) + in_block % (kBlock / 2)));
+    __m512i code = _mm512_cvtepu8_epi32(bytes);
+    code = in_block < kBlock / 2 ? _mm512_and_si512(code, _mm512_set1_epi32(15)) : _mm512_srli_epi32(code, 4);
+    if (t.is_signed) code = _mm512_sub_epi32(_mm512_xor_si512(code, _mm512_set1_epi32(8)), _mm512_set1_epi32(8));
+    const __mmask16 outside = static_cast<__mmask16>(~inside), up = _mm512_cmpgt_epi32_mask(code, _mm512_setzero_si512());
+    const __mmask16 down = _mm512_cmplt_epi32_mask(code, _mm512_setzero_si512());
+    removed = _mm512_mask_add_ps(removed, up & outside, removed, y);
+    removed = _mm512_mask_sub_ps(removed, down & outside, removed, y);
+  }
+  return _mm512_maskz_mov_ps(inside, y);
+}
+
+// Returns the sum of what was removed.
+double tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t row, int64_t column) {
   __m512 acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
@@ -82,6 +102,7 @@ void tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, 
   const float scale = t.scale, post = t.post;
   const FloatGrid g = t.grid;
   const __mmask16 low = first(t.columns - column), high = first(t.columns - column - kLanes);
+  __m512 removed = _mm512_setzero_ps();
   for (int64_t r = 0; r < kRows && row + r < t.rows; ++r) {
     float* y = sums[r];
     if (t.rounds) {
@@ -92,23 +113,30 @@ void tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, 
     } else {
       for (int j = 0; j < kColumns; ++j) y[j] = y[j] * scale * post;
     }
-    float* out = t.out + (row + r) * t.columns + column;
-    _mm512_mask_storeu_ps(out, low, _mm512_loadu_ps(y));
-    if (high) _mm512_mask_storeu_ps(out + kLanes, high, _mm512_loadu_ps(y + kLanes));
+    const int64_t at = (row + r) * t.columns + column;
+    __m512 left = _mm512_loadu_ps(y), right = _mm512_loadu_ps(y + kLanes);
+    if (t.mask) {
+      left = keep_inside(t, left, at, removed);
+      if (high) right = keep_inside(t, right, at + kLanes, removed);
+    }
+    _mm512_mask_storeu_ps(t.out + at, low, left);
+    if (high) _mm512_mask_storeu_ps(t.out + at + kLanes, high, right);
   }
+  return t.packed ? static_cast<double>(_mm512_reduce_add_ps(removed)) : 0.0;
 }
 
 struct Task {
   const MatMul* t;
   uint32_t* a;
+  double clipped[kMaxThreads] = {};
 };
 
 }  // namespace
 
-bool multiply(const MatMul* t) {
+bool multiply(MatMul* t) {
   const int64_t pairs = ceil_div(t->depth, 2), panels = ceil_div(t->rows, kRows);
   std::vector<uint32_t> a(static_cast<size_t>(panels * pairs * kRows));
-  Task task{t, a.data()};
+  Task task{t, a.data(), {}};
   parallel_always(panels, [](int64_t begin, int64_t end, int, void* p) {
     const Task& task = *static_cast<Task*>(p);
     const MatMul& t = *task.t;
@@ -120,8 +148,8 @@ bool multiply(const MatMul* t) {
       else pack_rows(t.a + row * t.depth, t.depth, count, out);
     }
   }, &task);
-  parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int, void* p) {
-    const Task& task = *static_cast<Task*>(p);
+  parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int thread, void* p) {
+    Task& task = *static_cast<Task*>(p);
     const MatMul& t = *task.t;
     const int64_t pairs = ceil_div(t.depth, 2), panels = ceil_div(t.rows, kRows), size = pairs * kColumns;
     const int64_t fitting = kCache / (size * 4), together = fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
@@ -134,9 +162,11 @@ bool multiply(const MatMul* t) {
       }
       for (int64_t r = 0; r < panels; ++r)
         for (int64_t i = 0; i < num; ++i)
-          tile(t, task.a + r * pairs * kRows, b.data() + i * size, pairs, r * kRows, (j + i) * kColumns);
+          task.clipped[thread] += tile(t, task.a + r * pairs * kRows, b.data() + i * size, pairs, r * kRows, (j + i) * kColumns);
     }
   }, &task);
+  t->clipped = 0.0;
+  for (double clipped : task.clipped) t->clipped += clipped;
   return true;
 }
 
@@ -145,7 +175,7 @@ bool multiply(const MatMul* t) {
 #else
 
 namespace fourbit {
-bool multiply(const MatMul*) { return false; }
+bool multiply(MatMul*) { return false; }
 }  // namespace fourbit
 
 #endif
