@@ -42,6 +42,7 @@ bench: $(STAMP)
 bench-full: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name --compile --out docs/results/performance $(BENCH_FLAGS); done
+	$(BIN)/python -m benchmarks.kernel_parity --out docs/results/performance
 	$(BIN)/python -m benchmarks.tables
 
 bench-peers: $(STAMP)

@@ -185,11 +185,7 @@ def start(arguments: argparse.Namespace) -> None:
 
 def header(benchmark: str, arguments: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
     """What a reader needs beside the figures: machine, versions, command. Holds no path of this machine."""
-    import torch
-
     from benchmarks import _peers
-    from fourbit import backends
-    from fourbit.train._environment import describe
 
     words = list(sys.argv[1:] if argv is None else argv)
     kept = [
@@ -200,8 +196,7 @@ def header(benchmark: str, arguments: argparse.Namespace, argv: Sequence[str] | 
     return {
         "benchmark": benchmark,
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept]),
-        "machine": describe(torch.device("cpu"))
-        | {"backends": {s.name: s.detail for s in backends.statuses()}, "memory_bytes": _memory_bytes()},
+        "machine": machine(),
         "peers": _peers.versions(),
         "settings": {
             "rounds": arguments.rounds,
@@ -209,6 +204,17 @@ def header(benchmark: str, arguments: argparse.Namespace, argv: Sequence[str] | 
             "load_before": arguments.load,
         },
     }
+
+
+def machine() -> dict[str, Any]:
+    """This machine, its libraries and its kernels."""
+    import torch
+
+    from fourbit import backends
+    from fourbit.train._environment import describe
+
+    kernels = {status.name: status.detail for status in backends.statuses()}
+    return describe(torch.device("cpu")) | {"backends": kernels, "memory_bytes": _memory_bytes()}
 
 
 def _is_path(word: str) -> bool:
