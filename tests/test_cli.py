@@ -29,6 +29,14 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As in a terminal, also where the tests run in the background and inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail as a user's mistake does; returns its one line."""
     before = sorted(Path().rglob("*"))
