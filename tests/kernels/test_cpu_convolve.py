@@ -10,7 +10,8 @@ import torch
 from fourbit import backends
 from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM, UINT4
 from fourbit.kernels.cpu import library
-from fourbit.ops import Convolution, Gemm, Layout, Operand
+from fourbit.ops import Activation, Convolution, Gemm, Layout, Norm, NormForward, Operand
+from fourbit.ops._product import multiply
 from fourbit.quantizers import round_to_format
 
 CASES = [  # num, in, out, height, width, kernel, padding
@@ -81,8 +82,8 @@ def test_forward_equals_the_exact_sums_rounded_at_once(case, exact_kernels):
     gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), torch.tensor(0.03), INT4_SYM), None, torch.float32, "exact")
     exact = con.fprop(x.double(), w.double())
     raw = backends.dispatch("gemm", gemm)
-    assert not raw.rounded and torch.equal(raw.y.double(), exact)
     codes = backends.dispatch("gemm", replace(gemm, output=FP16_169))
+    assert not raw.rounded and torch.equal(raw.y.double(), exact)
     assert codes.rounded and codes.y.dtype == torch.int16
     grid = torch.tensor([float(v) for v in FP16_169.grid if v >= 0])
     bits = codes.y.int()
@@ -109,3 +110,42 @@ def test_what_does_not_fit_is_left_to_others(exact_kernels):
             "wgrad", change, gradient, Operand(x.to(torch.int8), None, UINT4), Layout.of(w), torch.float32, "exact"
         )
         assert backends.dispatch("gemm", gemm) is None
+
+
+def test_a_normalization_takes_codes_as_it_takes_what_they_were_rounded_from(exact_kernels):
+    con, x, w, _ = operands((3, 16, 32, 7, 6, (3, 3), (1, 1)))
+    a = Operand(x.to(torch.uint8), torch.tensor(0.1), UINT4)
+    gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), torch.tensor(0.03), INT4_SYM), None, torch.float32, "fast")
+    scale = float(gemm.scale)
+    found = []
+    for y, factor in ((multiply(gemm).y, scale), (multiply(replace(gemm, output=FP16_169)).y, 1.0)):
+        norm = Norm(torch.full((32,), 1.5), torch.full((32,), 0.25), torch.zeros(32), torch.ones(32), 0.1, 1e-5)
+        forward = NormForward(y, factor, FP16_169, norm, Activation(True), None, None, True, True)
+        out, _, kept = backends.dispatch("norm_forward", forward)
+        found.append((out, kept.v, kept.mean, kept.inv_std, norm.running_mean, norm.running_var))
+    assert found[0][1].dtype == torch.int16
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_shapes_that_do_not_go_together_are_refused_as_by_torch(exact_kernels):
+    """Not read from wrong memory, and nothing empty comes out: every route ends in torch's own error."""
+    for x_shape, layer in (
+        ((2, 64, 8, 8), (16, 16, 3)),  # channels
+        ((2, 16, 2, 2), (16, 16, 3)),  # a kernel larger than the image
+        ((2, 16, 8, 1), (16, 16, 2)),
+    ):
+        x = torch.randint(0, 16, x_shape).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+        w = torch.randint(-7, 8, (layer[1], layer[0], layer[2], layer[2])).to(torch.int8)
+        gemm = Gemm(
+            "fprop",
+            Convolution((3, 3), (0, 0), (1, 1)),
+            Operand(x, None, UINT4),
+            Operand(w, None, INT4_SYM),
+            None,
+            torch.float32,
+            "fast",
+            output=FP16_169,
+        )
+        with pytest.raises(RuntimeError):
+            multiply(gemm)

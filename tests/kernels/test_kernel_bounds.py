@@ -214,6 +214,68 @@ def test_the_epilogue_keeps_to_its_output(isa, n):
 
 
 @every_isa
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9)])
+def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
+    rows, columns, depth = shape
+    a = input(numbers(rows * depth, torch.bfloat16))
+    b = input(torch.arange(depth * columns, dtype=torch.int32).mul(37).remainder(255).sub(127).to(torch.int8))
+    mask = torch.randint(0, 256, (8 * blocks(rows * columns),), dtype=torch.uint8)
+    packed = torch.randint(0, 256, (32 * blocks(rows * columns),), dtype=torch.uint8)
+    for masked in (False, True) if columns % 16 == 0 else (False,):
+
+        def call(memory, masked=masked):
+            arguments = c.MatMul(a=a.data_ptr(), turned=turned, b=b.data_ptr(), rows=rows, columns=columns, depth=depth)
+            arguments.out = memory.output(4 * rows * columns)
+            arguments.scale, arguments.rounds, arguments.grid, arguments.post = (
+                1e-3,
+                1,
+                float_grid(formats.FP16_169),
+                0.5,
+            )
+            if masked:
+                arguments.mask, arguments.packed, arguments.is_signed = mask.data_ptr(), packed.data_ptr(), 1
+            done = library().multiply(ctypes.byref(arguments))
+            if not done:  # not on this processor
+                ctypes.memset(arguments.out, 0, 4 * rows * columns)
+            return done, arguments.clipped
+
+        check(isa, call)
+
+
+@every_isa
+@pytest.mark.parametrize("halves", [0, 1])
+@pytest.mark.parametrize(
+    "shape",  # num, in, out, height, width, kernel, padding, stride
+    [
+        (1, 4, 16, 1, 1, (1, 1), (0, 0), (1, 1)),
+        (2, 16, 16, 5, 17, (3, 3), (1, 1), (1, 1)),
+        (3, 20, 48, 6, 5, (3, 2), (2, 1), (2, 3)),
+        (2, 32, 32, 4, 9, (2, 2), (0, 0), (3, 3)),
+    ],
+)
+def test_a_convolution_keeps_to_its_output(isa, shape, halves):
+    num, in_channels, out_channels, height, width, kernel, padding, stride = shape
+    x = input(torch.arange(num * in_channels * height * width, dtype=torch.int32).remainder(16).to(torch.uint8))
+    w = input(
+        torch.arange(out_channels * in_channels * kernel[0] * kernel[1], dtype=torch.int32).remainder(15).to(torch.int8)
+    )
+    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, kernel, stride, strict=True)]
+    num_bytes = num * out_channels * size[0] * size[1] * (2 if halves else 4)
+
+    def call(memory):
+        out = memory.output(num_bytes)
+        geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *padding, *stride)
+        arguments = c.ConvFprop(x.data_ptr(), w.data_ptr(), out, halves, 1e-2, float_grid(formats.FP16_169), *geometry)
+        done = library().conv_fprop(ctypes.byref(arguments))
+        if not done:
+            ctypes.memset(out, 0, num_bytes)
+        return done
+
+    check(isa, call)
+
+
+@every_isa
 @every_size
 def test_moments_read_their_input_only(isa, n):
     for x in sources(n):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fourbit import backends, formats
 from fourbit.formats import Codebook, Format
 from fourbit.ops import Contraction, Convolution, Finish, Gemm, Layout, LinearMap, Matmul, Operand, Raw
-from fourbit.ops._product import _finish
+from fourbit.ops._product import _finish, multiply
 from fourbit.quantizers import Packed, carrier_dtype, is_packable, pack, pack_mask
 
 f = formats
@@ -196,11 +196,12 @@ def test_sums_beyond_two_to_the_24_are_rounded_once(implementation):
             check(raw, contraction.fprop(x.double(), w.double()), torch.zeros(()), "exact")
 
 
-def test_backward_gradients_of_a_layer_with_one_output_are_right():
+@each_implementation("gemm")
+def test_backward_gradients_of_a_layer_with_one_output_are_right(implementation):
     """A matrix of one row is easily misread: its stride along the rows means nothing."""
     for which in ("dgrad", "wgrad"):
         for gemm, exact, _ in gemms((LinearMap(), (40, 31), (1, 31)), f.FP4_R4_EVEN, f.INT4_SYM, which):
-            raw = backends.dispatch("gemm", gemm)
+            raw = implementation(gemm)
             if raw is not None:
                 assert torch.equal(value(raw), exact)
 
@@ -255,6 +256,32 @@ def test_what_needs_more_than_that_is_not_finished_at_once(implementation):
             assert implementation(gemm, replace(what, **change)) is None
         assert implementation(gemm, replace(what, layout=Layout(gemm.layout.shape, (1, 20)))) is None
         assert implementation(replace(gemm, a=Operand(torch.randn(7, 20))), what) is None
+        # scales per channel are multiplied into the numbers, which are then of no format's grid
+        assert implementation(replace(gemm, b=Operand(torch.rand(7, 48), None, f.UINT4)), what) is None
+
+
+@each_implementation("product")
+def test_scales_that_are_not_finite_reach_the_result(implementation):
+    for gemm, *_ in gemms(SIXTEENS["linear, sixteens"], f.FP4_R4_EVEN, f.UINT4, "wgrad"):
+        for bad in (torch.nan, torch.inf):
+            for change in ({"scale": torch.tensor(bad)}, {"late": torch.tensor(bad)}):
+                what = replace(Finish(None, f.FP16_169, False, None, torch.float32, gemm.layout), **change)
+                done = implementation(gemm, what)
+                if done is not None:
+                    with backends.without():
+                        expected = _finish(multiply(gemm), what)[0]
+                    torch.testing.assert_close(done[0], expected, equal_nan=True)
+
+
+@each_implementation("product")
+@pytest.mark.parametrize("which", ["dgrad", "wgrad"])
+def test_long_sums_and_few_columns_are_finished_rightly(implementation, which):
+    for case in ((LinearMap(), (9000, 17), (20, 17)), (LinearMap(), (30, 40), (5000, 40))):
+        for gemm, exact, size in gemms(case, f.FP4_R4_EVEN, f.UINT4, which):
+            with threads(3):
+                done = implementation(gemm, Finish(None, None, False, None, torch.float32, gemm.layout))
+            if done is not None:
+                assert ((done[0].double() - exact).abs() <= 2.0**-20 * size).all()
 
 
 RAWS = {

@@ -44,7 +44,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_kernels_run_clean_under_the_sanitizers(environment):
-    tests = [str(HERE / f"test_kernel_{name}.py") for name in ("bounds", "rounding", "products")]
+    names = "kernel_bounds", "kernel_rounding", "kernel_products", "cpu_convolve"
+    tests = [str(HERE / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", *tests]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
     found = [line for line in ran.stderr.splitlines() if "ERROR" in line or "runtime error" in line or "    #" in line]

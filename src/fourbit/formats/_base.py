@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from fourbit.errors import UserError
 
@@ -52,12 +52,8 @@ class Format(ABC):
     def decode(self, code: int) -> float:
         """The number that `code` stands for; NaN for NaN and for codes that the format leaves unused."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__hash__ = Format.__hash__  # type: ignore[method-assign]  # before `dataclass` makes one of every field
-
     def __hash__(self) -> int:
-        return hash(self.name)  # formats are looked up at every operation
+        return hash(self.name)  # of every field would be slow, and formats are looked up at every operation
 
     def __str__(self) -> str:
         return self.name
@@ -190,6 +186,8 @@ class IntFormat(Format):
             grid without zero (mid-rise). Integers are coded in two's complement, other grids by position.
     """
 
+    __hash__ = Format.__hash__
+
     width: int = 4
     low: float = -7
     high: float = 7
@@ -227,6 +225,8 @@ class Codebook(Format):
     >>> Codebook("mine", table=(-1.0, -0.25, 0.0, 0.25, 1.0)).round(0.7)
     1.0
     """
+
+    __hash__ = Format.__hash__
 
     table: Sequence[float] = ()
 

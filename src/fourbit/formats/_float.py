@@ -41,6 +41,8 @@ class FloatFormat(Format):
     (3.0, 4.0, 6.0)
     """
 
+    __hash__ = Format.__hash__
+
     exponent_bits: int = 3
     mantissa_bits: int = 0
     exponent_bias: int = 4

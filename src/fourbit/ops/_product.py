@@ -11,6 +11,7 @@ one pass over memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -66,6 +67,12 @@ class Layout(NamedTuple):
     def of(t: Tensor) -> Layout:
         """The layout of a dense tensor."""
         return Layout(t.shape, t.stride())
+
+    @staticmethod
+    def channels_last(shape: Sequence[int]) -> Layout:
+        """[N, C, H, W] with the channels fastest."""
+        _, c, h, w = shape
+        return Layout(torch.Size(shape), (c * h * w, 1, c * w, c))
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory with nothing in it."""

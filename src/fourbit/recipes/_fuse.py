@@ -22,7 +22,17 @@ from fourbit.nn import Conv2d, Quantized, conv_norm_act, run_layer
 
 _ADD = (operator.add, operator.iadd, torch.add)
 _RELU = {F.relu: math.inf, torch.relu: math.inf, F.relu6: 6.0, torch.relu_: math.inf}
-_PLAIN = {bool, int, float, str, type(None)}
+
+
+class _Plain(dict[type, bool]):
+    """Whether a class is one that code may branch on."""
+
+    def __missing__(self, cls: type) -> bool:
+        found = self[cls] = issubclass(cls, (bool, int, float, str, type(None)))
+        return found
+
+
+_plain = _Plain()
 
 
 class _Tracer(fx.Tracer):
@@ -90,12 +100,12 @@ def unfuse(model: nn.Module) -> None:
             object.__setattr__(module, "__class__", original_module_class(module))
 
 
-def _settings(modules: list[nn.Module]) -> list[list[Any]]:
-    """What the code of traced modules may have branched on: their plain attributes, in order of definition."""
-    return [[v for v in m.__dict__.values() if v.__class__ in _PLAIN] for m in modules]
+def _settings(modules: list[nn.Module]) -> list[dict[str, Any]]:
+    """What the code of traced modules may have branched on: their plain attributes."""
+    return [{k: v for k, v in m.__dict__.items() if _plain[v.__class__]} for m in modules]
 
 
-def _rewrite(module: nn.Module) -> tuple[Callable[..., Any] | None, list[list[Any]], list[nn.Module]]:
+def _rewrite(module: nn.Module) -> tuple[Callable[..., Any] | None, list[dict[str, Any]], list[nn.Module]]:
     """The rewritten forward (None: nothing found, or not traceable), and what it depends on."""
     cls, tracer = type(module), _Tracer()
     training = module.training

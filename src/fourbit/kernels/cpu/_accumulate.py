@@ -42,7 +42,7 @@ def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None
     fill = num_panels * width - num_lanes
     padded = F.pad(right, (0, fill)) if fill else right
     columns_GPKW = padded.unflatten(2, (num_panels, width)).transpose(1, 2).contiguous()
-    out = torch.empty(G, num_rows, num_panels * width)
+    out = left.new_empty(G, num_rows, num_panels * width, dtype=torch.float32)
     arguments: Any = c.Accumulate(
         rows_GMK.data_ptr(),
         columns_GPKW.data_ptr(),

@@ -1,8 +1,8 @@
 """Matrix products on the CPU.
 
-    operands                               Linear, 1x1 convolution        other 2-d convolutions
+    operands                               Linear                         2-d convolutions
     int8 x int8 (forward)                  _int_mm, exact                 ours, or oneDNN's int8 convolution, exact
-    gradient in one int8 x int8            _int_mm, exact                 as below
+    gradient in one int8 x int8            _int_mm, exact                 as below; backward, 1x1 convolutions are as Linear
     gradient in bfloat16                   ours (float32)                 ours (float32), or oneDNN's, rounded to bfloat16
     where ours does not run:
     gradient in two int8 x int8            two _int_mm, exact             oneDNN's, rounded to bfloat16
@@ -134,7 +134,7 @@ def _own_multiply(
     left, right = left.contiguous(), right.contiguous()
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
-    y = torch.empty(num_rows, columns)
+    y = left.new_empty(num_rows, columns, dtype=torch.float32)
     arguments: Any = c.MatMul(
         left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
     )
@@ -165,6 +165,8 @@ def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     if not isinstance(a.q, Tensor) or a.q.device.type != "cpu" or a.q.dtype != torch.bfloat16 or a.q.numel() == 0:
         return None
     if a.format is None or b.format is None or b.format.max > 127 or carrier_dtype(b.format).itemsize != 1:
+        return None
+    if isinstance(b.q, Tensor) and b.q.is_floating_point():  # multiplied by scales per channel, or averaged
         return None
     if finish.dtype != torch.float32 or finish.keep_infinite or not layout.is_contiguous():
         return None
@@ -235,7 +237,13 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
     if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
         return None
     w = _int8(g.b)
-    found = _own_forward(g, con, x, w)
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], con.padding, con.dilation, w.shape[2:], con.stride, strict=True)
+    ]
+    if w.shape[1] != x.shape[1] or min(size) < 1:
+        return None  # the reference says what is wrong; oneDNN does not always
+    found = _own_forward(g, con, x, w, size)
     if found is not None:
         return found
     zero = 0
@@ -249,21 +257,19 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
     return Raw(y)
 
 
-def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor) -> Raw | None:
+def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int]) -> Raw | None:
     """Unsigned activations; scaled, rounded and in 16-bit codes where the taker knows them."""
     num, in_channels, height, width = x.shape
     out_channels, _, *kernel = w.shape
     if x.dtype != torch.uint8 or con.dilation != (1, 1) or in_channels % 4 or out_channels % 16:
         return None
+    if num < torch.get_num_threads():  # which share the images
+        return None
     if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
         return None
     scale = 1.0 if g.scale is None else float(g.scale)
     halves = is_half(g.output) and math.isfinite(scale)
-    size = [
-        (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), con.padding, kernel, con.stride, strict=True)
-    ]
-    dtype = torch.int16 if halves else torch.float32
-    y = torch.empty((num, out_channels, *size), dtype=dtype, memory_format=torch.channels_last)
+    y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     arguments = c.ConvFprop(
         x.data_ptr(),
@@ -317,7 +323,7 @@ def _own_backward(g: Gemm, con: Convolution) -> Raw | None:
         return None
     gradient = g.a.q.contiguous(memory_format=torch.channels_last)
     operand = _int8(g.b).contiguous(memory_format=torch.channels_last)
-    y = torch.empty(g.layout.shape, memory_format=torch.channels_last)
+    y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
     out_height, out_width = gradient.shape[2:]
     geometry = (num, height, width, in_channels, out_height, out_width, out_channels, *kernel, *con.padding)
     if g.which == "dgrad":

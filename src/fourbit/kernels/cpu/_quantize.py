@@ -82,7 +82,7 @@ def is_half(format: Format | None) -> bool:
     """Whether 16 bits hold a number of the format by its exponent and mantissa alone, and the kernels know it."""
     return (
         isinstance(format, FloatFormat)
-        and format.bits == 16
+        and (format.bits, format.overflow) == (16, "saturate")
         and not format.subnormals
         and format.is_binary
         and float_grid(format) is not None

@@ -222,6 +222,7 @@ void dgrad_row(const ConvDgrad& t, const uint16_t* g, int64_t g_row, const uint3
 }  // namespace
 
 bool conv_fprop(const ConvFprop* t) {
+  if (t->out_height < 1 || t->out_width < 1) return false;
   // Pairs of 16 output channels, and a single one at the end, each w[ky][kx][ci / 4][co][4].
   const int64_t taps = t->kernel_height * t->kernel_width, inner = taps * t->in_channels;
   std::vector<int8_t> w(static_cast<size_t>(t->out_channels * inner));

@@ -62,7 +62,7 @@ int run(int64_t n, int64_t grain, Range range, void* task, bool alone) {
 
 bool has_dot_product() {
 #if defined(FOURBIT_X86)
-  return table == &avx512_table && __builtin_cpu_supports("avx512bf16");
+  return table == &avx512_table && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif

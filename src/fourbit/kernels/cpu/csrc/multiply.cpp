@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kLanes = 16, kRows = 12, kVectors = 2, kColumns = kVectors * kLanes;
 constexpr int64_t kCache = 1 << 18;  // bytes of the right matrix's panels that are worked on together
+constexpr int64_t kChunk = 256;      // pairs of a long sum that are worked on together
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,10 +49,10 @@ void pack_columns(const T* x, int64_t depth, int64_t stride, int64_t count, int6
     }
 }
 
-// `count` rows of x [.., depth].
-void pack_rows(const uint16_t* x, int64_t depth, int64_t count, uint32_t* out) {
+// `count` rows of x [.., stride], `depth` of each.
+void pack_rows(const uint16_t* x, int64_t stride, int64_t depth, int64_t count, uint32_t* out) {
   for (int64_t row = 0; row < kRows; ++row) {
-    const uint16_t* from = x + row * depth;
+    const uint16_t* from = x + row * stride;
     uint32_t* to = out + row;
     if (row >= count) {
       for (int64_t k = 0; k < depth; k += 2, to += kRows) *to = 0;
@@ -82,11 +83,12 @@ inline __m512 keep_inside(const MatMul& t, __m512 y, int64_t e, __m512& removed)
   return _mm512_maskz_mov_ps(inside, y);
 }
 
-// Returns the sum of what was removed.
-double tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t row, int64_t column) {
+// One tile's sums over some pairs, [kRows][kColumns]; `more`: beside those that are there.
+void add_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, bool more, float* sums) {
   __m512 acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = more ? _mm512_loadu_ps(sums + r * kColumns + v * kLanes) : _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kColumns) {
     __m512bh right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = bits(_mm512_loadu_si512(b + v * kLanes));
@@ -96,15 +98,18 @@ double tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs
       for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left);
     }
   }
-  float sums[kRows][kColumns];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums[r] + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + r * kColumns + v * kLanes, acc[r][v]);
+}
+
+// Scales, rounds, masks and writes a tile. Returns the sum of what was removed.
+double finish_tile(const MatMul& t, float* sums, int64_t row, int64_t column) {
   const float scale = t.scale, post = t.post;
   const FloatGrid g = t.grid;
   const __mmask16 low = first(t.columns - column), high = first(t.columns - column - kLanes);
   __m512 removed = _mm512_setzero_ps();
   for (int64_t r = 0; r < kRows && row + r < t.rows; ++r) {
-    float* y = sums[r];
+    float* y = sums + r * kColumns;
     if (t.rounds) {
       for (int j = 0; j < kColumns; ++j) {
         const float s = y[j] * scale, nearest = float_nearest(s, g);
@@ -127,46 +132,113 @@ double tile(const MatMul& t, const uint32_t* a, const uint32_t* b, int64_t pairs
 
 struct Task {
   const MatMul* t;
-  uint32_t* a;
+  int64_t pairs, panels, across;  // pairs along the sum, panels of rows and of columns
+  std::vector<uint32_t> a;
+  bool by_rows = false;
+  std::vector<std::vector<float>> sums;  // by thread
   double clipped[kMaxThreads] = {};
+  explicit Task(const MatMul* t)
+      : t(t), pairs(ceil_div(t->depth, 2)), panels(ceil_div(t->rows, kRows)), across(ceil_div(t->columns, kColumns)) {}
+  double total() const {
+    double sum = 0.0;
+    for (double clipped : clipped) sum += clipped;
+    return sum;
+  }
 };
+
+// Panels of rows, `depth` of the sum from `begin` on.
+void pack_left(const MatMul& t, int64_t panel, int64_t begin, int64_t depth, uint32_t* out) {
+  const int64_t row = panel * kRows, count = t.rows - row < kRows ? t.rows - row : kRows;
+  if (t.turned) pack_columns(t.a + begin * t.rows + row, depth, t.rows, count, kRows, out);
+  else pack_rows(t.a + row * t.depth + begin, t.depth, depth, count, out);
+}
+
+void pack_right(const MatMul& t, int64_t panel, int64_t begin, int64_t depth, uint32_t* out) {
+  const int64_t column = panel * kColumns;
+  pack_columns(t.b + begin * t.columns + column, depth, t.columns, t.columns - column, kColumns, out);
+}
+
+// Panels r_begin .. r_end of rows times panels j_begin .. j_end of columns.
+double part(const Task& task, int64_t r_begin, int64_t r_end, int64_t j_begin, int64_t j_end) {
+  const MatMul& t = *task.t;
+  const int64_t size = task.pairs * kColumns, fitting = kCache / (size * 4);
+  const int64_t together = fitting < 1 ? 1 : fitting > 16 ? 16 : fitting;
+  std::vector<uint32_t> b(static_cast<size_t>(together * size));
+  std::vector<uint32_t> own(static_cast<size_t>(task.by_rows ? task.pairs * kRows : 0));
+  float sums[kRows * kColumns];
+  double clipped = 0.0;
+  for (int64_t j = j_begin; j < j_end; j += together) {
+    const int64_t num = j_end - j < together ? j_end - j : together;
+    for (int64_t i = 0; i < num; ++i) pack_right(t, j + i, 0, t.depth, b.data() + i * size);
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      if (task.by_rows) pack_left(t, r, 0, t.depth, own.data());
+      const uint32_t* a = task.by_rows ? own.data() : task.a.data() + r * task.pairs * kRows;
+      for (int64_t i = 0; i < num; ++i) {
+        add_tile(a, b.data() + i * size, task.pairs, false, sums);
+        clipped += finish_tile(t, sums, r * kRows, (j + i) * kColumns);
+      }
+    }
+  }
+  return clipped;
+}
+
+// The threads share the rows where there are few columns, and each packs its own; otherwise the columns.
+void multiply_parts(Task& task) {
+  task.by_rows = task.across < 16 && task.panels > task.across;
+  task.a.resize(static_cast<size_t>(task.by_rows ? 0 : task.panels * task.pairs * kRows));
+  if (!task.by_rows)
+    parallel_always(task.panels, [](int64_t begin, int64_t end, int, void* p) {
+      Task& task = *static_cast<Task*>(p);
+      for (int64_t i = begin; i < end; ++i)
+        pack_left(*task.t, i, 0, task.t->depth, task.a.data() + i * task.pairs * kRows);
+    }, &task);
+  parallel_always(task.by_rows ? task.panels : task.across, [](int64_t begin, int64_t end, int thread, void* p) {
+    Task& task = *static_cast<Task*>(p);
+    task.clipped[thread] =
+        task.by_rows ? part(task, begin, end, 0, task.across) : part(task, 0, task.panels, begin, end);
+  }, &task);
+}
+
+// Long sums of few results: the threads share the sum.
+void multiply_long(Task& task) {
+  const size_t size = static_cast<size_t>(task.panels * task.across * kRows * kColumns);
+  task.sums.resize(kMaxThreads);
+  task.sums[0].resize(size);  // also where the first thread has nothing to do
+  const int pieces = parallel_always(ceil_div(task.pairs, kChunk), [](int64_t begin, int64_t end, int thread, void* p) {
+    Task& task = *static_cast<Task*>(p);
+    const MatMul& t = *task.t;
+    auto& sums = task.sums[static_cast<size_t>(thread)];
+    sums.resize(static_cast<size_t>(task.panels * task.across * kRows * kColumns));
+    std::vector<uint32_t> a(static_cast<size_t>(task.panels * kChunk * kRows));
+    std::vector<uint32_t> b(static_cast<size_t>(task.across * kChunk * kColumns));
+    for (int64_t k = begin * kChunk; k < end * kChunk && k < task.pairs; k += kChunk) {
+      const int64_t depth = t.depth - 2 * k < 2 * kChunk ? t.depth - 2 * k : 2 * kChunk, pairs = ceil_div(depth, 2);
+      for (int64_t r = 0; r < task.panels; ++r) pack_left(t, r, 2 * k, depth, a.data() + r * kChunk * kRows);
+      for (int64_t j = 0; j < task.across; ++j) pack_right(t, j, 2 * k, depth, b.data() + j * kChunk * kColumns);
+      for (int64_t r = 0; r < task.panels; ++r)
+        for (int64_t j = 0; j < task.across; ++j)
+          add_tile(a.data() + r * kChunk * kRows, b.data() + j * kChunk * kColumns, pairs, k > begin * kChunk,
+                   sums.data() + (r * task.across + j) * kRows * kColumns);
+    }
+  }, &task);
+  for (int i = 1; i < pieces; ++i) {
+    const auto& other = task.sums[static_cast<size_t>(i)];
+    for (size_t e = 0; e < other.size(); ++e) task.sums[0][e] += other[e];
+  }
+  for (int64_t r = 0; r < task.panels; ++r)
+    for (int64_t j = 0; j < task.across; ++j)
+      task.clipped[0] += finish_tile(*task.t, task.sums[0].data() + (r * task.across + j) * kRows * kColumns, r * kRows,
+                                     j * kColumns);
+}
 
 }  // namespace
 
 bool multiply(MatMul* t) {
-  const int64_t pairs = ceil_div(t->depth, 2), panels = ceil_div(t->rows, kRows);
-  std::vector<uint32_t> a(static_cast<size_t>(panels * pairs * kRows));
-  Task task{t, a.data(), {}};
-  parallel_always(panels, [](int64_t begin, int64_t end, int, void* p) {
-    const Task& task = *static_cast<Task*>(p);
-    const MatMul& t = *task.t;
-    const int64_t pairs = ceil_div(t.depth, 2);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i * kRows, count = t.rows - row < kRows ? t.rows - row : kRows;
-      uint32_t* out = task.a + i * pairs * kRows;
-      if (t.turned) pack_columns(t.a + row, t.depth, t.rows, count, kRows, out);
-      else pack_rows(t.a + row * t.depth, t.depth, count, out);
-    }
-  }, &task);
-  parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int thread, void* p) {
-    Task& task = *static_cast<Task*>(p);
-    const MatMul& t = *task.t;
-    const int64_t pairs = ceil_div(t.depth, 2), panels = ceil_div(t.rows, kRows), size = pairs * kColumns;
-    const int64_t fitting = kCache / (size * 4), together = fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
-    std::vector<uint32_t> b(static_cast<size_t>(together * size));
-    for (int64_t j = begin; j < end; j += together) {
-      const int64_t num = end - j < together ? end - j : together;
-      for (int64_t i = 0; i < num; ++i) {
-        const int64_t column = (j + i) * kColumns;
-        pack_columns(t.b + column, t.depth, t.columns, t.columns - column, kColumns, b.data() + i * size);
-      }
-      for (int64_t r = 0; r < panels; ++r)
-        for (int64_t i = 0; i < num; ++i)
-          task.clipped[thread] += tile(t, task.a + r * pairs * kRows, b.data() + i * size, pairs, r * kRows, (j + i) * kColumns);
-    }
-  }, &task);
-  t->clipped = 0.0;
-  for (double clipped : task.clipped) t->clipped += clipped;
+  Task task(t);
+  const int64_t widest = t->rows > t->columns ? t->rows : t->columns;
+  if (t->depth >= 4096 && t->depth >= 4 * widest) multiply_long(task);
+  else multiply_parts(task);
+  t->clipped = task.total();
   return true;
 }
 

@@ -94,7 +94,7 @@ FOURBIT_BLOCK void statistics_block(const NormForward& f, const FloatGrid& g, co
                              int64_t i, int rest, int64_t c) {
   const int count = full ? kBlock : rest;
   float v[kBlock];
-  const float* y = f.y + i;
+  const float* y = f.y ? f.y + i : nullptr;
   const float scale = f.scale;
   if (f.halves) {
     uint16_t* kept = static_cast<uint16_t*>(f.kept) + i;
