@@ -60,7 +60,7 @@ CATEGORIES: dict[str, str] = {
     "quantize": r"fourbit::(round|round_pair|moments|unpack)$",
     "scale, round and mask results": r"fourbit::epilogue$",
     "fused normalization chain": r"fourbit::norm_",
-    "around products": r"fourbit::(gemm|contract\w*)$",
+    "around products": r"fourbit::(gemm|product|contract\w*)$",
     "attention": r"attention",
     "products": r"\bmm\b|addmm|bmm|_int_mm|matmul|linear|convolution|conv2d|qconv|qlinear",
     "normalization": r"batch_norm|layer_norm|native_norm",
