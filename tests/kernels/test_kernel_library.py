@@ -39,7 +39,7 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
         capture_output=True,
         text=True,
     )
-    return ran.stdout, [line for line in ran.stderr.splitlines() if "UserWarning: fourbit" in line]
+    return ran.stdout, [line for line in ran.stderr.splitlines() if "userwarning: fourbit" in line.lower()]
 
 
 def test_a_missing_library_is_one_warning_and_everything_works(tmp_path: Path):
@@ -54,6 +54,14 @@ def test_switching_the_kernels_off_is_no_reason_to_warn():
         TRAIN + "print(len(fb.backends.kernels()), fb.backends.statuses()[0].detail)", FOURBIT_CPU_KERNELS="0"
     )
     assert not warned and "FOURBIT_CPU_KERNELS=0" in printed
+    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_KERNELS="0")
+    assert "switched off by FOURBIT_CPU_KERNELS=0" in printed and "exit code 0" in printed
+
+
+def test_another_value_of_the_switch_is_one_warning_and_changes_nothing():
+    printed, warned = run("import fourbit as fb; print(len(fb.backends.kernels()))", FOURBIT_CPU_KERNELS="off")
+    assert len(warned) == 1 and "FOURBIT_CPU_KERNELS is 'off', but can be 0 (off) or 1 (on)" in warned[0]
+    assert int(printed) == int(run("import fourbit as fb; print(len(fb.backends.kernels()))")[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF\x02\x01\x01" + bytes(200)])

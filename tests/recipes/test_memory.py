@@ -307,3 +307,33 @@ def test_compiled_layers_keep_codes_too():
         compiled(x)
     floats = [t for t in kept if t.is_floating_point() and t.untyped_storage().nbytes() > 4]
     assert all(t.data_ptr() == layer.weight.data_ptr() for t in floats)  # by reference
+
+
+@pytest.mark.parametrize(
+    ("model", "input", "message"),
+    [
+        (nn.Linear(4, 2), (-1, 4), r"the input is \(-1, 4\), but must be a batch, or the shape of one"),
+        (nn.Linear(4, 2), (0, 4), "must be a batch, or the shape of one"),
+        (nn.Linear(4, 2), (2.0, 4), "must be a batch, or the shape of one"),
+        (nn.Linear(4, 2), (), "must be a batch, or the shape of one"),
+        (nn.Linear(4, 2), "2x4", "the input is '2x4'"),
+        (nn.Linear(4, 2), None, "the input is None"),
+        (nn.Linear(4, 2), (2, 5), r"does not run on an input of shape \(2, 5\)"),
+        (nn.Linear(4, 2), (10**13, 4), "cannot be made .*: take a smaller one"),
+        ("resnet20", (2, 4), "the model is 'resnet20', but must be a torch.nn.Module"),
+    ],
+)
+def test_bad_input_is_named(model, input, message):
+    with pytest.raises(fb.UserError, match=message):
+        fb.memory_report(model, input)
+
+
+@pytest.mark.parametrize("input", [(0, 4), "2x4", (2, 5)])
+def test_explain_names_bad_input_as_well(input):
+    with pytest.raises(fb.UserError, match=r"the input is|does not run on an input"):
+        fb.explain(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), "ibm2020", input)
+
+
+def test_a_batch_beyond_all_memory_is_one_line(capsys):
+    assert main(["memory", "--batch-size", "1000000000"]) == 2
+    assert capsys.readouterr().err.startswith("fourbit: a batch of shape (1000000000, 3, 32, 32) cannot be made")

@@ -144,3 +144,12 @@ def resnet50(num_classes: int, in_channels: int) -> nn.Module:
     23,520,842 parameters and 1,297.8M MACs for 32x32x3 and 10 classes.
     """
     return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), "B", num_classes, in_channels)
+
+
+@register("resnet101")
+def resnet101(num_classes: int, in_channels: int) -> nn.Module:
+    """ResNet-101 of table 1 with the CIFAR stem, as `resnet50`.
+
+    42,512,970 parameters and 2,510.0M MACs for 32x32x3 and 10 classes.
+    """
+    return ResNet(Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), "B", num_classes, in_channels)

@@ -109,8 +109,10 @@ def _plainly(z: Tensor, cap: float | None, residual: Tensor | None) -> tuple[Ten
 
 def _norm_of(norm: nn.BatchNorm2d) -> Norm:
     """The normalization's parameters, and its running statistics, one batch further."""
+    if not norm.track_running_stats:
+        return Norm(norm.weight, norm.bias, None, None, 0.0, norm.eps)
     momentum = norm.momentum
-    if norm.track_running_stats and norm.num_batches_tracked is not None:
+    if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)

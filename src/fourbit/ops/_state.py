@@ -107,6 +107,7 @@ class LayerState(nn.Module):
         self.products: Products = products
         self.observer: Observer | None = None
         self._signed: dict[str, bool] = {}
+        self._undecided = False  # whether the forward pass that awaits its backward decided the form of x
         self._uses = 0
         self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
         self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
@@ -166,14 +167,14 @@ class LayerState(nn.Module):
     def preserved(self) -> Iterator[None]:
         """Whatever the layer does in the block, its state is afterwards what it was."""
         tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
-        signed, uses, known = dict(self._signed), self._uses, self._known
+        signed, undecided, uses, known = dict(self._signed), self._undecided, self._uses, self._known
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, before in tensors:
                     tensor.copy_(before)
-            self._signed, self._uses, self._known = signed, uses, known
+            self._signed, self._undecided, self._uses, self._known = signed, undecided, uses, known
 
     def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
@@ -229,8 +230,16 @@ class LayerState(nn.Module):
             or not self._form_known("x")
         ):
             return None
+        if self._undecided and torch._C._current_graph_task_id() == -1 and self._uses:
+            self.settle()  # a backward pass lies between
+        if self._undecided:
+            return None  # recomputation must save what the first forward pass saved
         format, alpha = self._clip("x", x, spec)
         return Request(x, spec, format, None, alpha, None, save=True) if has_integer_codes(format) else None
+
+    def settle(self) -> None:
+        """No backward pass will come for the forward pass that decided the form of x: the next one may use it in full."""
+        self._undecided = False
 
     def gradient_specs(self, need_x: bool, need_w: bool) -> tuple[QuantSpec, ...]:
         """The quantizations of the output gradient that one read of it gives; () where `gradients` must see it first."""
@@ -394,6 +403,7 @@ class LayerState(nn.Module):
             alpha.fill_(value)
             signed.fill_(int(negative))
         self._signed[operand] = negative
+        self._undecided = self._undecided or operand == "x"
         return format, alpha
 
     def format_of(self, operand: str, spec: QuantSpec) -> Format:
@@ -405,7 +415,7 @@ class LayerState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
         self._signed.clear()
-        self._known = False
+        self._undecided = self._known = False
         self._count = None
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)

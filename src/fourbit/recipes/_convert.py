@@ -43,8 +43,10 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """Which rule each matrix-like layer falls under; changes nothing.
 
     Raises:
-        UserError: no convertible layer, or a rule that is not optional matches nothing, or nothing that is left.
+        UserError: not a module, no convertible layer, or a rule that is not optional matches nothing, or nothing that is left.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
     found = [(n, m) for n, m in model.named_modules() if original_class(m) or isinstance(m, (*MATRIX_LIKE, MatMul))]
     inside = tuple(f"{name}." for name, m in found if isinstance(m, nn.MultiheadAttention))
     found = [(name, m) for name, m in found if not (inside and name.startswith(inside))]

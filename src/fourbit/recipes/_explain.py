@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit import backends
+from fourbit.errors import UserError
 from fourbit.nn import SWAPS, Quantized
 from fourbit.ops import SLOTS, Contraction, LayerSpec
 from fourbit.quantizers import UNSET, ClipValue, LossScaled, QuantSpec
@@ -111,7 +112,7 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Tensor | tuple[int, .
             input needs no gradient (the first one) counts 0, because it is never computed.
 
     Raises:
-        UserError: as `convert`.
+        UserError: as `convert`, and if the model does not run on the input.
     """
     recipe = resolve(recipe)
     assignments = assign(model, recipe)
@@ -164,12 +165,50 @@ def _contraction_of(module: nn.Module) -> Contraction | None:
 
 
 def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
-    """The batch itself, or random numbers of that shape, where the model is."""
+    """The batch itself, or random numbers of that shape, where the model is.
+
+    Raises:
+        UserError: `model` is not a module, `input` no batch and no shape, or no memory holds it.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is {_what(model)}, but must be a torch.nn.Module.")
     if isinstance(input, Tensor):
         return input
+    sizes = tuple(input) if isinstance(input, tuple | list) else ()
+    if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise UserError(f"the input is {_what(input)}, but must be a batch, or the shape of one: (128, 3, 32, 32).")
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    return torch.randn(input, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"a batch of shape {sizes} cannot be made ({first_line(error)}): take a smaller one."
+        ) from error
+
+
+def run_on(model: nn.Module, batch: Tensor) -> None:
+    """A forward pass, for what can be seen of it.
+
+    Raises:
+        UserError: the model does not take such a batch.
+    """
+    try:
+        model(batch)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = tuple(batch.shape)
+        raise UserError(f"the model does not run on an input of shape {shape}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch says, without the stack of C++ calls that may follow."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _what(value: object) -> str:
+    return repr(value) if isinstance(value, str | int | float | tuple | list | None) else type(value).__name__
 
 
 def _count_macs(
@@ -198,7 +237,7 @@ def _count_macs(
     try:
         x = batch_for(model, input)
         with torch.enable_grad():
-            model(x)
+            run_on(model, x)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from fourbit.nn import Quantized, quantized_layers
 from fourbit.ops import LayerState, watch
-from fourbit.recipes._explain import batch_for
+from fourbit.recipes._explain import batch_for, run_on
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def memory_report(model: nn.Module, input: Tensor | tuple[int, ...]) -> MemoryRe
         input: one batch, or its shape (random numbers then). Bytes grow in proportion to the batch, up to the weights.
 
     Returns:
-        MemoryReport, in bytes.
+        MemoryReport, in bytes. The layers of a model that is not converted yet count among `others`.
+
+    Raises:
+        UserError: the model does not run on the input.
 
     >>> import fourbit as fb
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
@@ -101,15 +104,17 @@ def memory_report(model: nn.Module, input: Tensor | tuple[int, ...]) -> MemoryRe
     >>> [layer.bits for layer in report.layers], report.ratio(4) < 0.17
     ([16, 4, 16], True)
     """
+    batch = batch_for(model, input)
     layers = quantized_layers(model)
     watcher = _Watcher(model, layers)
     with _unchanged(model):
-        batch = batch_for(model, input)
         with torch.no_grad():
-            model(batch)  # the first batch decides what PACT and fused chains will do with the next
+            run_on(model, batch)  # the first batch decides what PACT and fused chains will do with the next
+        for layer in layers.values():
+            layer.quant.settle()
         hooks = torch.autograd.graph.saved_tensors_hooks(watcher.keep, _unpack)
         with watch(watcher), watcher.modules(), torch.enable_grad(), hooks:
-            model(batch)
+            run_on(model, batch)
     found = watcher.found()
     others = {who: sum(map(_num_bytes, tensors)) for who, tensors in found.items() if isinstance(who, str)}
     reports = [

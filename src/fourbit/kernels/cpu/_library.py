@@ -285,10 +285,18 @@ class Library:
         return bool(self._dll.fourbit_use_isa(name.encode()))
 
 
+SWITCHED_OFF = "switched off by FOURBIT_CPU_KERNELS=0"
+
+
 @lru_cache(maxsize=1)
 def _load() -> tuple[Library | None, str]:
-    if os.environ.get("FOURBIT_CPU_KERNELS") == "0":
-        return None, "switched off by FOURBIT_CPU_KERNELS=0"
+    switch = os.environ.get("FOURBIT_CPU_KERNELS", "1")
+    if switch == "0":
+        return None, SWITCHED_OFF
+    if switch != "1":
+        warnings.warn(
+            f"FOURBIT_CPU_KERNELS is {switch!r}, but can be 0 (off) or 1 (on): the kernels are on", stacklevel=3
+        )
     path = Path(os.environ.get("FOURBIT_CPU_LIBRARY") or LIBRARY)
     if not path.exists():
         return None, "not built; build them with: python -m fourbit.kernels.cpu._build (needs a C++ compiler)"
@@ -301,7 +309,7 @@ def _load() -> tuple[Library | None, str]:
 def library() -> Library | None:
     """The library, loaded once; None, with one warning, where there is none."""
     loaded, reason = _load()
-    if loaded is None and not reason.startswith("switched off"):
+    if loaded is None and reason != SWITCHED_OFF:
         _warn(reason)
     return loaded
 
@@ -315,6 +323,6 @@ def status() -> Status:
     """For `fourbit doctor` and `explain`."""
     loaded, reason = _load()
     if loaded is None:
-        return Status("cpu", False, reason)
+        return Status("cpu", False, reason, needed=reason != SWITCHED_OFF)
     threads = "torch's threads" if loaded.threads else "one thread (torch's OpenMP runtime was not found)"
     return Status("cpu", True, f"{loaded.isa}, {threads}")

@@ -199,7 +199,9 @@ void multiply_parts(Task& task) {
   }, &task);
 }
 
-// Long sums of few results: the threads share the sum.
+constexpr int64_t kMostSums = int64_t{1} << 22;  // of which every thread has a copy of its own, 16 MiB
+
+// Long sums of few results: the threads share the sum. So its order, and the last bit of an inexact one, depends on their number.
 void multiply_long(Task& task) {
   const size_t size = static_cast<size_t>(task.panels * task.across * kRows * kColumns);
   task.sums.resize(kMaxThreads);
@@ -236,7 +238,8 @@ void multiply_long(Task& task) {
 bool multiply(MatMul* t) {
   Task task(t);
   const int64_t widest = t->rows > t->columns ? t->rows : t->columns;
-  if (t->depth >= 4096 && t->depth >= 4 * widest) multiply_long(task);
+  const bool few = t->rows * t->columns <= kMostSums;
+  if (few && t->depth >= 4096 && t->depth >= 4 * widest) multiply_long(task);
   else multiply_parts(task);
   t->clipped = task.total();
   return true;
