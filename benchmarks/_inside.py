@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,43 +16,49 @@ from fourbit import backends
 def saved_bytes(training: Training, layers: Sequence[str]) -> dict[str, int | None]:
     """Bytes that autograd keeps from the forward to the backward pass: of the whole step, and of `layers` alone.
 
-    A piece of memory counts once, however many nodes keep it. Parameters do not count: they are there anyway. Layers that run
-    as part of a fused chain cannot be told from it: None.
+    A piece of memory counts once, however many nodes keep it. Parameters do not count: they are there anyway. `layers` take a
+    pass of their own, with hooks that show when they run: those keep chains from being fused. Layers that run fused
+    nevertheless cannot be told from their chain: None.
     """
-    owned = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
-    everything: dict[int, int] = {}
-    in_layers: dict[str, dict[int, int]] = {}
-    inside: list[str] = []
-    kept: list[Tensor] = []  # holds the memory, so that no address is used twice
+    whole, by_layer = _Saved(training), _Saved(training, layers)
+    inside = sum(by_layer.in_layers.values()) if by_layer.in_layers else None
+    return {"total": sum(whole.everything.values()), "four_bit_layers": inside}
 
-    def pack(t: Tensor) -> Tensor:
+
+class _Saved:
+    """One step, and the bytes by address that its forward pass leaves for backward."""
+
+    def __init__(self, training: Training, layers: Sequence[str] = ()):
+        self.everything: dict[int, int] = {}
+        self.in_layers: dict[int, int] = {}
+        self._owned = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+        self._depth = 0
+        self._kept: list[Tensor] = []  # holds the memory, so that no address is used twice
+        handles = []
+        for name in layers:
+            module = training.model.get_submodule(name)  # of the same name in every way
+            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
+        with training.context(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
+            training.loss().backward()
+        for handle in handles:
+            handle.remove()
+        training.optimizer.zero_grad()
+        self._kept.clear()
+
+    def _pack(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in owned:
-            kept.append(t)
-            everything[storage.data_ptr()] = storage.nbytes()
-            if inside:
-                in_layers.setdefault(inside[-1], {})[storage.data_ptr()] = storage.nbytes()
+        if storage.nbytes() and storage.data_ptr() not in self._owned:
+            self._kept.append(t)
+            self.everything[storage.data_ptr()] = storage.nbytes()
+            if self._depth:
+                self.in_layers[storage.data_ptr()] = storage.nbytes()
         return t
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: inside.append(name)
+    def _enter(self, *_: Any) -> None:
+        self._depth += 1
 
-    def leave(*_: Any) -> None:
-        inside.pop()
-
-    handles = []
-    for name in layers:
-        module = training.model.get_submodule(name)  # of the same name in every way
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    with training.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        training.loss().backward()
-    for handle in handles:
-        handle.remove()
-    training.optimizer.zero_grad()
-    return {
-        "total": sum(everything.values()),
-        "four_bit_layers": sum(size for found in in_layers.values() for size in found.values()) if in_layers else None,
-    }
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
 
 
 CATEGORIES: dict[str, str] = {
