@@ -46,6 +46,8 @@ OPERATIONS = (
     "norm_supported",
     "norm_forward",
     "norm_backward",
+    "lstm_forward",
+    "lstm_backward",
 )
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)

@@ -1,6 +1,8 @@
 """Drop-in layers with quantized operands, under torch's own names, and their functional twins."""
 
 from fourbit.nn import functional as functional
+from fourbit.nn._attention import MultiheadAttention as MultiheadAttention
+from fourbit.nn._attention import OutProjection as OutProjection
 from fourbit.nn._base import SWAPS as SWAPS
 from fourbit.nn._base import Quantized as Quantized
 from fourbit.nn._base import float_state_dict as float_state_dict
@@ -20,4 +22,8 @@ from fourbit.nn._layers import MatMul as MatMul
 from fourbit.nn._observe import Observation as Observation
 from fourbit.nn._observe import OperandStats as OperandStats
 from fourbit.nn._observe import observe as observe
+from fourbit.nn._parts import Composed as Composed
+from fourbit.nn._parts import Part as Part
+from fourbit.nn._recurrent import GRU as GRU
+from fourbit.nn._recurrent import LSTM as LSTM
 from fourbit.ops import LayerState as LayerState

@@ -25,10 +25,10 @@ from fourbit.ops import (
 )
 from fourbit.quantizers import require_numbers
 
-SWAPS: dict[type[nn.Module], type[Quantized]] = {}
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 """torch class -> quantized class."""
 
-Q = TypeVar("Q", bound="type[Quantized]")
+Q = TypeVar("Q", bound="type[nn.Module]")
 
 
 def swaps(torch_class: type[nn.Module]) -> Callable[[Q], Q]:

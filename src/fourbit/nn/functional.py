@@ -6,6 +6,10 @@ from the data. Stochastic rounding needs a state, which counts the steps.
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.errors import UserError
@@ -51,3 +55,44 @@ def conv(
     n = weight.dim() - 2
     y = _run(input, weight, Convolution((stride,) * n, (padding,) * n, (dilation,) * n, groups), spec, state)
     return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * n)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    scores: LayerSpec,
+    values: LayerSpec,
+    scores_state: LayerState | None = None,
+    values_state: LayerState | None = None,
+) -> tuple[Tensor, Tensor]:
+    """F.scaled_dot_product_attention with quantized products: softmax(Q(q) Q(k)^T scale + mask), times Q(v).
+
+    Args:
+        query, key, value: [..., T, E], [..., S, E], [..., S, V].
+        attn_mask: added to the scores, or False where a key is hidden.
+        is_causal: hide keys behind the query.
+        scale: of the scores; None: 1 / sqrt(E).
+        scores, values: specs of the two products; the slots named w belong to key and value. softmax is in full precision.
+        scores_state, values_state: as of every functional twin.
+
+    Returns:
+        The attended values [..., T, V], and the probabilities [..., T, S] after dropout.
+    """
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    products = matmul(query, key.transpose(-2, -1), scores, scores_state) * factor
+    if is_causal:
+        seen = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).tril()
+        attn_mask = seen if attn_mask is None else attn_mask & seen if attn_mask.dtype == torch.bool else attn_mask
+        if attn_mask.dtype != torch.bool:
+            products = products.masked_fill(seen.logical_not(), -math.inf)
+    if attn_mask is not None:
+        hidden = attn_mask.dtype == torch.bool
+        products = products.masked_fill(attn_mask.logical_not(), -math.inf) if hidden else products + attn_mask
+    probabilities = F.dropout(products.softmax(-1), dropout_p) if dropout_p else products.softmax(-1)
+    return matmul(probabilities, value, values, values_state), probabilities

@@ -23,6 +23,10 @@ from fourbit.ops._product import Layout as Layout
 from fourbit.ops._product import Operand as Operand
 from fourbit.ops._product import Products as Products
 from fourbit.ops._product import Raw as Raw
+from fourbit.ops._recurrent import GRU_CELL as GRU_CELL
+from fourbit.ops._recurrent import LSTM_CELL as LSTM_CELL
+from fourbit.ops._recurrent import Recurrence as Recurrence
+from fourbit.ops._recurrent import recurrent as recurrent
 from fourbit.ops._spec import REUSE as REUSE
 from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec

@@ -74,6 +74,17 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight, quantized once for any number of products: for fprop, as kept for dgrad, the codes of fprop, and its mask."""
+
+    fprop: Operand
+    saved: Operand
+    codes: Operand
+    mask: Tensor | None
+    layout: Layout
+
+
 @dataclass
 class Saved:
     """What a forward pass leaves for backward. `x` and `w` enter wgrad and dgrad; `x_codes` and `w_codes` are those of fprop,
@@ -109,10 +120,8 @@ class _Contract(torch.autograd.Function):
         y, saved = run_forward(
             x, w, contraction, spec, state, dtype, (x_alpha is not None, w_alpha is not None), over, result
         )
-        kept = saved.x, saved.w, saved.x_codes, saved.w_codes
-        ctx.save_for_backward(*(t for k in kept for t in _tensors(k)), saved.x_mask, saved.w_mask)
-        ctx.kept = [_outline(k) for k in kept]
-        ctx.layouts = saved.x_layout, saved.w_layout
+        tensors, ctx.outline = flatten(saved)
+        ctx.save_for_backward(*tensors)
         ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
@@ -121,10 +130,7 @@ class _Contract(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *data, x_mask, w_mask = ctx.saved_tensors
-        x, w, x_codes, w_codes = (_restore(outline, data[2 * i : 2 * i + 2]) for i, outline in enumerate(ctx.kept))
-        assert x is not None and w is not None
-        saved = Saved(x, w, x_codes, w_codes, x_mask, w_mask, *ctx.layouts)
+        saved = unflatten(ctx.outline, ctx.saved_tensors)
         with full_precision(grads[0].device.type):
             dx, dw, dx_alpha, dw_alpha = run_backward(
                 grads[0],
@@ -148,7 +154,7 @@ def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:
 
 def run_forward(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | Weight,
     contraction: Contraction,
     spec: LayerSpec,
     state: LayerState,
@@ -157,34 +163,47 @@ def run_forward(
     over: OperandHandover | None = None,
     result: ResultHandover | None = None,
 ) -> tuple[Tensor, Saved]:
-    """y, and what backward needs; `learned`: whether the clip values of x and w are to get gradients."""
-    state.begin()
+    """y, and what backward needs.
+
+    Args:
+        w: the weight itself, or quantized already; then the caller has begun the state's forward pass.
+        learned: whether the clip values of x and w are to get gradients.
+    """
+    if isinstance(w, Tensor):
+        state.begin()
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    w = contraction.prepare(w.detach(), "w")
-    w_axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
     x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
     if over is None:
         x = contraction.prepare(x.detach(), "x")
         x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
     else:  # its mask is the business of the node that made it
         x_fprop, x_saved, x_mask = *_kept(over.take(), spec.x_fprop), None
-    w_fprop, w_saved, w_mask = _forward_operand("w_fprop", w, spec.w_fprop, state, w_axis)
+    weight = quantize_weight(w, contraction, spec, state) if isinstance(w, Tensor) else w
     sums = (spec.accumulation, state.sum_key("fprop"))
-    takes_codes = result is not None and x_fprop.format is not None and w_fprop.format is not None
+    takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
     output = spec.output if takes_codes else None
-    gemm = Gemm("fprop", contraction, x_fprop, w_fprop, None, compute, state.products, *sums, output)
+    gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
     if result is None:
         y, _ = product(gemm, spec.output, dtype)
     else:
         y = _hand_over(gemm, spec, result)
-    x_codes, w_codes = x_saved, w_saved
+    x_codes = x_saved
     if spec.x_wgrad is not REUSE and over is None:
         _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
+    x_layout = over.layout if over is not None else Layout.of(x)
+    codes = x_codes if learned[0] else None, weight.codes if learned[1] else None
+    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout)
+
+
+def quantize_weight(w: Tensor, contraction: Contraction, spec: LayerSpec, state: LayerState) -> Weight:
+    """The weight as the products of one forward and backward pass take it."""
+    w = contraction.prepare(w.detach(), "w")
+    axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
+    fprop, saved, mask = _forward_operand("w_fprop", w, spec.w_fprop, state, axis)
+    codes = saved
     if spec.w_dgrad is not REUSE:
-        _, w_saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, w_axis)
-    layouts = (over.layout if over is not None else Layout.of(x)), Layout.of(w)
-    codes = x_codes if learned[0] else None, w_codes if learned[1] else None
-    return y, Saved(x_saved, w_saved, *codes, x_mask, w_mask, *layouts)
+        _, saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, axis)
+    return Weight(fprop, saved, codes, mask, Layout.of(w))
 
 
 def run_backward(
@@ -291,6 +310,22 @@ def _operand(kept: Operand) -> Operand:
     return Operand(kept.to(torch.float32) * kept.scale, None, kept.format)
 
 
+def flatten(saved: Saved) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """The tensors, for autograd to keep, and the rest."""
+    kept = saved.x, saved.w, saved.x_codes, saved.w_codes
+    outline = [_outline(k) for k in kept], saved.x_layout, saved.w_layout
+    return [*(t for k in kept for t in _tensors(k)), saved.x_mask, saved.w_mask], outline
+
+
+def unflatten(outline: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Saved:
+    """What `flatten` took apart."""
+    kept, x_layout, w_layout = outline
+    *data, x_mask, w_mask = tensors
+    x, w, x_codes, w_codes = (_restore(k, data[2 * i : 2 * i + 2]) for i, k in enumerate(kept))
+    assert x is not None and w is not None
+    return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout)
+
+
 def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:
     if kept is None:
         return None, None
@@ -309,7 +344,7 @@ def _outline(kept: Operand | None) -> Operand | None:
 _NOTHING = torch.empty(0)
 
 
-def _restore(outline: Operand | None, tensors: Sequence[Tensor]) -> Operand | None:
+def _restore(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
     if outline is None:
         return None
     q, (data, scale) = outline.q, tensors

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +39,15 @@ Products = Literal["fast", "exact"]
 class Operand(NamedTuple):
     """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none).
 
-    `on_grid` says that the numbers are the format's own, and not multiplied by a scale per channel or averaged.
+    `on_grid` says that the numbers are the format's own, and not multiplied by a scale per channel or averaged. `cache`, if
+    there is one, says that the operand enters several products of one kind: a backend may keep its own form of it there.
     """
 
     q: Tensor | Packed
     scale: Tensor | None = None
     format: Format | None = None
     on_grid: bool = False
+    cache: dict[str, Any] | None = None
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""

@@ -213,6 +213,16 @@ class LayerState(nn.Module):
                 self._saw(slot, g, result)
         return both
 
+    def awaits_first_batch(self, operand: str) -> bool:
+        """Whether the clip value of an operand ("x" or "w") is to be taken from the first training batch, and is not yet."""
+        spec = getattr(self.spec, f"{operand}_fprop")
+        clipped = spec is not None and isinstance(spec.scaling, ClipValue)
+        return clipped and self.training and not self._form_known(operand)
+
+    def see_first_batch(self, operand: str, t: Tensor) -> None:
+        """Take it from `t`, which stands for all that will be quantized in pieces."""
+        self._clip(operand, t, getattr(self.spec, f"{operand}_fprop"))
+
     def operand_request(self, x: Tensor) -> Request | None:
         """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
 

@@ -6,10 +6,12 @@ call its modules, and runs unfused where somebody watches them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Protocol
+
+from torch import Tensor
 
 from fourbit.ops._state import LayerState
 
@@ -19,6 +21,10 @@ class Watcher(Protocol):
 
     def computing(self, who: LayerState | str, num_elements: int) -> AbstractContextManager[None]:
         """Entered while `who`, a layer or another part by name, computes from an input of so many elements."""
+        ...
+
+    def owns(self, who: LayerState, tensors: Iterable[Tensor | None]) -> None:
+        """What a node keeps of these is the layer's, whoever saves it."""
         ...
 
 
@@ -33,6 +39,13 @@ def watch(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
+
+
+def owns(who: LayerState, tensors: Iterable[Tensor | None]) -> None:
+    """To be called by a node with several layers in it."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.owns(who, tensors)
 
 
 def computing(who: LayerState | str, num_elements: int) -> AbstractContextManager[None]:

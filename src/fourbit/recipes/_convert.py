@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fourbit.errors import UserError
-from fourbit.nn import SWAPS, MatMul, Quantized, quantized_layers
+from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, quantized_layers
 from fourbit.ops import LayerSpec, Products
 from fourbit.recipes._fuse import fuse as fuse_chains
 from fourbit.recipes._fuse import unfuse as unfuse_chains
@@ -28,15 +29,40 @@ MATRIX_LIKE = (
 )
 """Layers that multiply matrices: those of them that have no quantized class are reported, never silently skipped."""
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+"""Stay in full precision."""
+
 
 @dataclass(frozen=True)
 class Assignment:
-    """One layer and the rule that it falls under; `rule` None: no rule matched, or `reason` says why it cannot be."""
+    """One layer and the rule that it falls under; `rule` None: no rule matched, or `reason` says why it cannot be.
+
+    `part`: which product of the module, where it has several (`fourbit.nn.Composed`).
+    """
 
     name: str
     module: nn.Module
     rule: Rule | None
     reason: str = ""
+    part: str = ""
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """The quantized layer, once it is one."""
+        if self.part:
+            return self.module.part(self.part) if isinstance(self.module, Composed) else None
+        return self.module if isinstance(self.module, Quantized) else None
+
+
+class _Layer(NamedTuple):
+    """Something with weights, or that multiplies matrices; `torch_class` None: it cannot be converted; `place`: what has a
+    position of its own (None: none)."""
+
+    name: str
+    module: nn.Module
+    part: str
+    torch_class: type[nn.Module] | None
+    place: str | None
 
 
 def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
@@ -47,29 +73,34 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
-    found = [(n, m) for n, m in model.named_modules() if original_class(m) or isinstance(m, (*MATRIX_LIKE, MatMul))]
-    inside = tuple(f"{name}." for name, m in found if isinstance(m, nn.MultiheadAttention))
-    found = [(name, m) for name, m in found if not (inside and name.startswith(inside))]
-    convertible = [(name, m) for name, m in found if original_class(m)]
-    if not convertible:
-        names = ", ".join(cls.__name__ for cls in SWAPS)
-        raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {names}")
-    index = {name: i for i, (name, _) in enumerate(convertible)}
+    found = list(_layers(model))
+    names = [layer.name for layer in found if layer.torch_class not in (None, MatMul)]
+    if not names:
+        known = ", ".join(cls.__name__ for cls in SWAPS if cls is not NonDynamicallyQuantizableLinear)
+        raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {known}")
+    places = list(dict.fromkeys(layer.place for layer in found if layer.place is not None))
+    index = {place: i for i, place in enumerate(places)}
     result, used, taken = [], set(), {}
-    for name, module in found:
-        torch_class = MatMul if isinstance(module, MatMul) else original_class(module)
+    for layer in found:
+        module, torch_class = layer.module, layer.torch_class
+        info = LayerInfo(layer.name, module, index.get(layer.place or "", -1), len(places))
+        if isinstance(module, EMBEDDINGS):
+            used.update(
+                n for n, r in enumerate(recipe.rules, 1) if r.where is not None and r.matches(info, nn.Embedding)
+            )
+            continue
         if torch_class is None:
             reason = f"{type(module).__name__} cannot be converted, stays in full precision"
-            result.append(Assignment(name, module, None, reason))
+            result.append(Assignment(layer.name, module, None, reason))
             continue
-        position = index.get(name, -1)  # MatMul has no weights and no position: never first, never last
-        info = LayerInfo(name, module, position, len(convertible))
         matching = [number for number, r in enumerate(recipe.rules, 1) if r.matches(info, torch_class)]
         rule = recipe.rules[matching[0] - 1] if matching else None
         used.update(matching[:1])
         for later in matching[1:]:
             taken.setdefault(later, set()).add(matching[0])
-        result.append(Assignment(name, module, rule, "" if rule else "no rule matches"))
+        if rule is None and torch_class is MatMul and layer.part:
+            continue  # the products of attention are a layer only to a recipe that names them
+        result.append(Assignment(layer.name, module, rule, "" if rule else "no rule matches", layer.part))
     for number, rule in enumerate(recipe.rules, 1):
         if number in used or rule.optional:
             continue
@@ -81,9 +112,31 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             )
         raise UserError(
             f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
-            f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, index)}"
+            f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, names)}"
         )
     return result
+
+
+def _layers(model: nn.Module) -> Iterator[_Layer]:
+    """In order of definition. An embedding has a position, although it multiplies nothing: it is the first layer of its model.
+    MatMul has no weights, and no position: it is never first and never last."""
+    for name, module in model.named_modules():
+        torch_class = original_class(module)
+        if isinstance(module, Part):
+            continue
+        if torch_class is not None and issubclass(SWAPS[torch_class], Composed):
+            for part, info in cast("type[Composed]", SWAPS[torch_class]).parts(module).items():  # type: ignore[arg-type]
+                full = f"{name}.{part}" if name else part
+                place = f"{name}.{info.group}" if info.weight else None
+                yield _Layer(full, module, part, torch_class if info.weight else MatMul, place)
+        elif isinstance(module, MatMul):
+            yield _Layer(name, module, "", MatMul, None)
+        elif torch_class is NonDynamicallyQuantizableLinear:  # the projection behind attention
+            yield _Layer(name, module, "", nn.MultiheadAttention, name)
+        elif torch_class is not None or isinstance(module, EMBEDDINGS):
+            yield _Layer(name, module, "", torch_class, name)
+        elif isinstance(module, MATRIX_LIKE):
+            yield _Layer(name, module, "", None, None)
 
 
 def _nearest(rule: Rule, names: Iterable[str]) -> str:
@@ -139,16 +192,36 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
     for index, assignment in enumerate(assign(model, recipe)):
         if assignment.rule is None or assignment.rule.spec is None:
             continue
-        module = assignment.module
+        module, spec = assignment.module, assignment.rule.spec
+        if assignment.part:
+            _compose(module).attach(assignment.part, spec, seed, index, products)
+            continue
         torch_class = original_class(module)
         if torch_class is not None:
             module.__class__ = SWAPS[torch_class]
         assert isinstance(module, Quantized)
-        module.attach(assignment.rule.spec, seed, index, products)
+        module.attach(spec, seed, index, products)
+    for module in (
+        model.modules()
+    ):  # the projection behind attention is a layer of its own, but torch's attention does not call it
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, Quantized):
+            _compose(module)
     _keep_off_fast_path(model)
     if fuse:
         fuse_chains(model)
     return model
+
+
+def _compose(module: nn.Module) -> Composed:
+    """The module as a layer made of parts, which quantize nothing yet."""
+    torch_class = original_class(module)
+    assert torch_class is not None
+    if not isinstance(module, Composed):
+        module.__class__ = SWAPS[torch_class]
+        assert isinstance(module, Composed)
+        for name in module.parts():
+            module.attach(name, LayerSpec())
+    return module
 
 
 def _keep_off_fast_path(model: nn.Module) -> None:
@@ -167,6 +240,11 @@ def _nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def restore(model: M) -> M:
     """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
     unfuse_chains(model)
+    for module in [m for m in model.modules() if isinstance(m, Composed)]:
+        torch_class = original_class(module)
+        module.detach_parts()
+        if torch_class is not None:
+            module.__class__ = torch_class  # type: ignore[assignment]
     for layer in quantized_layers(model).values():
         torch_class = original_class(layer)
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _nothing]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fourbit import backends
 from fourbit.errors import UserError
-from fourbit.nn import SWAPS, Quantized
+from fourbit.nn import SWAPS, Composed, Quantized
 from fourbit.ops import SLOTS, Contraction, LayerSpec
 from fourbit.quantizers import UNSET, ClipValue, LossScaled, QuantSpec
-from fourbit.recipes._convert import Assignment, assign, resolve
+from fourbit.recipes._convert import Assignment, assign, original_class, resolve
 from fourbit.recipes._rule import Recipe
 
 FAST = (
@@ -134,8 +135,8 @@ def _explain_layer(assignment: Assignment, macs: Mapping[str, int] | None) -> La
 
 def _converted(assignment: Assignment) -> Quantized | None:
     """The layer, if it is quantized as the recipe has it."""
-    rule, module = assignment.rule, assignment.module
-    return module if rule is not None and isinstance(module, Quantized) and module.spec == rule.spec else None
+    rule, layer = assignment.rule, assignment.quantized
+    return layer if rule is not None and layer is not None and layer.spec == rule.spec else None
 
 
 def _state_of(layer: Quantized) -> str:
@@ -161,7 +162,9 @@ def _contraction_of(module: nn.Module) -> Contraction | None:
     if isinstance(module, Quantized):
         return module.contraction()
     quantized_class = SWAPS.get(type(module))
-    return quantized_class.contraction(module) if quantized_class else None  # type: ignore[arg-type]
+    if quantized_class is None or not issubclass(quantized_class, Quantized):
+        return None
+    return quantized_class.contraction(module)  # type: ignore[arg-type]
 
 
 def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
@@ -228,8 +231,24 @@ def _count_macs(
 
         return count
 
+    def composed_hook(prefix: str):
+        def count(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            torch_class = original_class(module)
+            assert torch_class is not None
+            layer = cast("type[Composed]", SWAPS[torch_class])
+            for part, (macs, needs_gradient) in layer.num_macs(module, inputs, named).items():  # type: ignore[arg-type]
+                entry = counts.setdefault(f"{prefix}{part}", dict.fromkeys(GEMMS, 0))
+                for gemm in GEMMS:
+                    entry[gemm] += macs if gemm != "dgrad" or needs_gradient else 0
+
+        return count
+
+    composed = {a.module: a.name.removesuffix(a.part) for a in assignments if a.part}
+    for module, prefix in composed.items():
+        handles.append(module.register_forward_hook(composed_hook(prefix), with_kwargs=True))
+    inside = {child for module in composed for child in module.modules()}
     for a in assignments:
-        contraction = _contraction_of(a.module)
+        contraction = None if a.module in inside else _contraction_of(a.module)
         if contraction is not None:
             handles.append(a.module.register_forward_hook(hook(a.name, contraction)))
     modes = [(module, module.training) for module in model.modules()]

@@ -13,7 +13,7 @@ in FP32 they are the parameters themselves, kept by reference.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fourbit.nn import Quantized, quantized_layers
+from fourbit.nn import Part, Quantized, quantized_layers
 from fourbit.ops import LayerState, watch
 from fourbit.recipes._explain import batch_for, run_on
 
@@ -134,6 +134,7 @@ class _Watcher:
         self._states = {layer.quant for layer in layers.values()}
         self._stack: list[LayerState | str] = ["the model"]
         self._kept: list[tuple[LayerState | str, Tensor]] = []
+        self._owners: dict[int, LayerState] = {}
 
     @contextmanager
     def computing(self, who: LayerState | str, num_elements: int) -> Iterator[None]:
@@ -145,6 +146,10 @@ class _Watcher:
             yield
         finally:
             self._stack.pop()
+
+    def owns(self, who: LayerState, tensors: Iterable[Tensor | None]) -> None:
+        """They are in use until autograd has them: no address can be another tensor's."""
+        self._owners.update({t.untyped_storage().data_ptr(): who for t in tensors if t is not None})
 
     @contextmanager
     def modules(self) -> Iterator[None]:
@@ -165,7 +170,7 @@ class _Watcher:
 
     def keep(self, t: Tensor) -> None:
         """The hook of autograd."""
-        self._kept.append((self._stack[-1], t.detach()))
+        self._kept.append((self._owners.get(t.untyped_storage().data_ptr(), self._stack[-1]), t.detach()))
 
     def found(self) -> dict[LayerState | str, list[Tensor]]:
         """One tensor for each piece of memory; what a layer shares with others is the layer's."""
@@ -189,7 +194,8 @@ def _num_bytes(t: Tensor) -> int:
 
 def _layer(name: str, layer: Quantized, kept: list[Tensor], num_inputs: int) -> LayerMemory:
     weight = getattr(layer, "weight", None)
-    num_elements = num_inputs + (weight.numel() if isinstance(weight, Tensor) else 0)
+    num_weights = layer.num_weights if isinstance(layer, Part) else weight.numel() if isinstance(weight, Tensor) else 0
+    num_elements = num_inputs + num_weights
     resolved = [layer.spec.resolved(slot) for slot in ("x_wgrad", "w_dgrad")]
     return LayerMemory(
         name,

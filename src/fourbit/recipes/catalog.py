@@ -12,6 +12,7 @@ from dataclasses import replace
 from fourbit import formats as f
 from fourbit._registry import Registry
 from fourbit.formats import Format
+from fourbit.nn import MatMul
 from fourbit.ops import REUSE, Accumulation, LayerSpec
 from fourbit.quantizers import Amax, ClipValue, GradScale, LossScaled, QuantSpec, Rounding, Sawb
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, first, kernel_size, last, widens
@@ -48,6 +49,10 @@ FP16 = LayerSpec(
     output=f.FP16_169,
 )
 """FP16 1-6-9 everywhere: first, last and depthwise layers."""
+
+
+ATTENTION = replace(TPR, w_fprop=PACT)
+"""The products of attention: queries by keys, probabilities by values; both operands are activations."""
 
 
 def _ibm(
@@ -90,6 +95,15 @@ INT4_FWD = CATALOG.add(
 )
 IBM2020 = _ibm(
     "ibm2020", "the paper's 4-bit training: INT4 forward, radix-4 FP4 gradients, GradScale, two-phase rounding"
+)
+IBM2020_ATTENTION = CATALOG.add(
+    "ibm2020-attention",
+    Recipe(
+        "ibm2020-attention",
+        (Rule(ATTENTION, types=(MatMul,), optional=True, label="attention"), *IBM2020.rules),
+        "the two products of activations inside attention in 4 bits as well",
+        PAPER,
+    ),
 )
 IBM2020_DW8 = _ibm(
     "ibm2020-dw8",

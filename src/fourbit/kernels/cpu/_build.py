@@ -28,7 +28,7 @@ X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 }
-PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp")
+PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp")
 ONCE = ("library.cpp",)
 DOT_PRODUCT = ("convolve.cpp", "multiply.cpp")
 DOT_PRODUCT_FLAGS = (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product")

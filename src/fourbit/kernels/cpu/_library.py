@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 4
+ABI = 5
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -122,6 +122,7 @@ MatMul = _structure(
     mask=c_void_p,
     packed=c_void_p,
     is_signed=c_int32,
+    panels=c_void_p,
     clipped=c_double,
 )
 
@@ -201,6 +202,29 @@ NormBackward = _structure(
     out=c_void_p * 2,
     clipped=c_double,
 )
+LstmForward = _structure(
+    "LstmForward",
+    gates_x=c_void_p,
+    gates_h=c_void_p,
+    c=c_void_p,
+    kept=c_void_p,
+    h=c_void_p,
+    new_c=c_void_p,
+    rows=c_int64,
+    size=c_int64,
+)
+LstmBackward = _structure(
+    "LstmBackward",
+    dh=c_void_p,
+    dc=c_void_p,
+    gates=c_void_p,
+    c=c_void_p,
+    new_c=c_void_p,
+    d_gates=c_void_p,
+    dc_before=c_void_p,
+    rows=c_int64,
+    size=c_int64,
+)
 
 _RESULTS = {
     "clip": c_float,
@@ -212,13 +236,20 @@ _RESULTS = {
     "split": None,
     "moments": None,
     "multiply": c_int32,
+    "panel_count": c_int64,
+    "pack_panels": None,
     "conv_fprop": c_int32,
     "conv_wgrad": c_int32,
     "conv_dgrad": c_int32,
     "norm_forward": c_float,
     "norm_backward": c_float,
     "accumulate": None,
+    "lstm_forward": None,
+    "lstm_backward": None,
 }
+
+_ARGUMENTS = {"panel_count": [c_int64, c_int64], "pack_panels": [c_void_p, c_void_p]}
+"""Of the functions that take something else than one structure."""
 
 CODES = {
     torch.float32: 0,
@@ -243,6 +274,8 @@ class Library:
         for name, result in _RESULTS.items():
             function = getattr(self._dll, f"fourbit_{name}")
             function.restype = result
+            if name in _ARGUMENTS:
+                function.argtypes = _ARGUMENTS[name]
             setattr(self, name, function)
 
     clip: Any
@@ -254,12 +287,16 @@ class Library:
     split: Any
     moments: Any
     multiply: Any
+    panel_count: Any
+    pack_panels: Any
     conv_fprop: Any
     conv_wgrad: Any
     conv_dgrad: Any
     norm_forward: Any
     norm_backward: Any
     accumulate: Any
+    lstm_forward: Any
+    lstm_backward: Any
 
     def _share_threads(self) -> bool:
         """Hand over torch's OpenMP runtime; without one, everything runs on the calling thread."""

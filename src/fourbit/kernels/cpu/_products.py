@@ -114,7 +114,7 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
             return None
         return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
     if left.dtype == torch.bfloat16:
-        found = _own_multiply(rows, right, g.which == "wgrad")
+        found = _own_multiply(rows, right, g.which == "wgrad", None, g.b.cache)
         if found is not None:
             return Raw(found[0].view(shape))
     unit = _halves(a.format)
@@ -128,9 +128,10 @@ def _multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
 
 
 def _own_multiply(
-    left: Tensor, right: Tensor, turned: bool, finish: Finish | None = None
+    left: Tensor, right: Tensor, turned: bool, finish: Finish | None = None, cache: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped."""
+    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped. `cache`: of the
+    right operand, whose panels are packed once."""
     left, right = left.contiguous(), right.contiguous()
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
@@ -138,6 +139,8 @@ def _own_multiply(
     arguments: Any = c.MatMul(
         left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
     )
+    if cache is not None:
+        arguments.panels = _panels(arguments, cache).data_ptr()
     codes = None
     if finish is not None:
         grid = None if finish.output is None else float_grid(finish.output)
@@ -154,6 +157,13 @@ def _own_multiply(
     if not kernels().multiply(ctypes.byref(arguments)):
         return None
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
+
+
+def _panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
+    if "panels" not in cache:
+        cache["panels"] = torch.empty(kernels().panel_count(arguments.depth, arguments.columns), dtype=torch.int32)
+        kernels().pack_panels(ctypes.byref(arguments), cache["panels"].data_ptr())
+    return cache["panels"]
 
 
 @backends.register("product", "cpu")
@@ -178,7 +188,7 @@ def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
         return None
     right = _int8(b) if g.which == "dgrad" else _rows(_int8(b))
-    found = None if right.numel() == 0 else _own_multiply(_rows(a.q), right, g.which == "wgrad", finish)
+    found = None if right.numel() == 0 else _own_multiply(_rows(a.q), right, g.which == "wgrad", finish, b.cache)
     return None if found is None else (found[0].view(layout.shape), found[1])
 
 

@@ -253,14 +253,40 @@ struct MatMul {
   const uint8_t* mask;    // or null
   const uint8_t* packed;  // or null
   int32_t is_signed;
-  double clipped;         // the sum
+  const uint32_t* panels;  // of b, as pack_panels left them, or null
+  double clipped;          // the sum
 };
 
 // false: not on this machine.
 bool multiply(MatMul*);
+// For a right matrix that is multiplied several times: its panels, in panel_count(depth, columns) numbers.
+int64_t panel_count(int64_t depth, int64_t columns);
+void pack_panels(const MatMul*, uint32_t* out);
 bool conv_fprop(const ConvFprop*);
 bool conv_wgrad(const ConvWgrad*);
 bool conv_dgrad(const ConvDgrad*);
+
+// Float32 rows of `size` units, gates [rows, 4 size] in the order i, f, g, o; every array contiguous.
+struct LstmForward {
+  const float* gates_x;
+  const float* gates_h;
+  const float* c;
+  float* kept;   // the activated gates
+  float* h;
+  float* new_c;
+  int64_t rows, size;
+};
+
+struct LstmBackward {
+  const float* dh;
+  const float* dc;
+  const float* gates;  // as kept
+  const float* c;
+  const float* new_c;
+  float* d_gates;
+  float* dc_before;
+  int64_t rows, size;
+};
 
 struct Table {
   float (*clip)(const Clip*);            // returns amax, NaN or infinity as in the data
@@ -274,6 +300,8 @@ struct Table {
   float (*norm_forward)(const NormForward*);   // returns max|out|
   float (*norm_backward)(NormBackward*);       // returns max|dy|
   void (*accumulate)(const Accumulate*);
+  void (*lstm_forward)(const LstmForward*);
+  void (*lstm_backward)(const LstmBackward*);
 };
 
 void portable_accumulate(const Accumulate*);

@@ -80,7 +80,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 4; }
+FOURBIT_API int32_t fourbit_abi() { return 5; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -117,6 +117,10 @@ FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
 FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
 FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
 FOURBIT_API int32_t fourbit_multiply(MatMul* t) { return has_dot_product() && multiply(t); }
+FOURBIT_API int64_t fourbit_panel_count(int64_t depth, int64_t columns) {
+  return has_dot_product() ? panel_count(depth, columns) : 0;
+}
+FOURBIT_API void fourbit_pack_panels(const MatMul* t, uint32_t* out) { pack_panels(t, out); }
 FOURBIT_API int32_t fourbit_conv_fprop(const ConvFprop* t) { return has_dot_product() && conv_fprop(t); }
 FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }
 FOURBIT_API int32_t fourbit_conv_dgrad(const ConvDgrad* t) { return has_dot_product() && conv_dgrad(t); }
@@ -124,3 +128,5 @@ FOURBIT_API float fourbit_norm_forward(const NormForward* f) { return table->nor
 FOURBIT_API float fourbit_norm_backward(NormBackward* b) { return table->norm_backward(b); }
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
 FOURBIT_API void fourbit_accumulate(const Accumulate* a) { table->accumulate(a); }
+FOURBIT_API void fourbit_lstm_forward(const LstmForward* t) { table->lstm_forward(t); }
+FOURBIT_API void fourbit_lstm_backward(const LstmBackward* t) { table->lstm_backward(t); }

@@ -163,18 +163,19 @@ double part(const Task& task, int64_t r_begin, int64_t r_end, int64_t j_begin, i
   const MatMul& t = *task.t;
   const int64_t size = task.pairs * kColumns, fitting = kCache / (size * 4);
   const int64_t together = fitting < 1 ? 1 : fitting > 16 ? 16 : fitting;
-  std::vector<uint32_t> b(static_cast<size_t>(together * size));
+  std::vector<uint32_t> b(static_cast<size_t>(t.panels ? 0 : together * size));
   std::vector<uint32_t> own(static_cast<size_t>(task.by_rows ? task.pairs * kRows : 0));
   float sums[kRows * kColumns];
   double clipped = 0.0;
   for (int64_t j = j_begin; j < j_end; j += together) {
     const int64_t num = j_end - j < together ? j_end - j : together;
-    for (int64_t i = 0; i < num; ++i) pack_right(t, j + i, 0, t.depth, b.data() + i * size);
+    for (int64_t i = 0; i < num && !t.panels; ++i) pack_right(t, j + i, 0, t.depth, b.data() + i * size);
+    const uint32_t* right = t.panels ? t.panels + j * size : b.data();
     for (int64_t r = r_begin; r < r_end; ++r) {
       if (task.by_rows) pack_left(t, r, 0, t.depth, own.data());
       const uint32_t* a = task.by_rows ? own.data() : task.a.data() + r * task.pairs * kRows;
       for (int64_t i = 0; i < num; ++i) {
-        add_tile(a, b.data() + i * size, task.pairs, false, sums);
+        add_tile(a, right + i * size, task.pairs, false, sums);
         clipped += finish_tile(t, sums, r * kRows, (j + i) * kColumns);
       }
     }
@@ -239,10 +240,23 @@ bool multiply(MatMul* t) {
   Task task(t);
   const int64_t widest = t->rows > t->columns ? t->rows : t->columns;
   const bool few = t->rows * t->columns <= kMostSums;
-  if (few && t->depth >= 4096 && t->depth >= 4 * widest) multiply_long(task);
+  if (few && !t->panels && t->depth >= 4096 && t->depth >= 4 * widest) multiply_long(task);
   else multiply_parts(task);
   t->clipped = task.total();
   return true;
+}
+
+int64_t panel_count(int64_t depth, int64_t columns) {
+  return ceil_div(columns, kColumns) * ceil_div(depth, 2) * kColumns;
+}
+
+void pack_panels(const MatMul* t, uint32_t* out) {
+  struct Job { const MatMul* t; uint32_t* out; } job{t, out};
+  parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int, void* p) {
+    const Job& job = *static_cast<Job*>(p);
+    const int64_t size = ceil_div(job.t->depth, 2) * kColumns;
+    for (int64_t j = begin; j < end; ++j) pack_right(*job.t, j, 0, job.t->depth, job.out + j * size);
+  }, &job);
 }
 
 }  // namespace fourbit
@@ -251,6 +265,8 @@ bool multiply(MatMul* t) {
 
 namespace fourbit {
 bool multiply(MatMul*) { return false; }
+int64_t panel_count(int64_t, int64_t) { return 0; }
+void pack_panels(const MatMul*, uint32_t*) {}
 }  // namespace fourbit
 
 #endif

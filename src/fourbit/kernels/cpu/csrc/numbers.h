@@ -24,6 +24,8 @@ namespace fourbit {
 namespace FOURBIT_ISA {
 float norm_forward(const NormForward* f);
 float norm_backward(NormBackward* b);
+void lstm_forward(const LstmForward* task);
+void lstm_backward(const LstmBackward* task);
 }  // namespace FOURBIT_ISA
 
 namespace {
