@@ -108,7 +108,9 @@ def test_every_kernel_belongs_to_an_operation_that_is_tested_here():
         "norm_supported",
         "norm_forward",
         "norm_backward",
-    }  # in test_cpu_accumulate.py and test_fuse.py
+        "lstm_forward",
+        "lstm_backward",
+    }  # in test_cpu_accumulate.py, test_fuse.py and test_cpu_cell.py
     assert {kernel.operation for kernel in backends.kernels()} <= tested
 
 

@@ -296,31 +296,6 @@ def test_bad_input_is_named(x, start, message):
         fb.nn.LSTM(5, 8, spec=catalog.TPR)(x, start)
 
 
-@pytest.mark.skipif(
-    not any(k.operation == "lstm_forward" for k in backends.kernels()), reason="no kernels for LSTM cells"
-)
-@pytest.mark.parametrize("size", [1, 15, 16, 64, 333])
-def test_the_native_cell_agrees_with_float64(size):
-    from fourbit.ops._recurrent import _lstm_backward, _lstm_forward
-
-    generator = torch.Generator().manual_seed(size)
-    x, u = (torch.randn(7, 4 * size, generator=generator) * scale for scale in (5, 1))
-    c, dh, dc = (torch.randn(7, size, generator=generator) for _ in range(3))
-    if size > 15:
-        x[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-6])
-    ours = _lstm_forward(x.clone(), u.clone(), None, c)
-    with backends.without():
-        theirs = _lstm_forward(x.double(), u.double(), None, c.double())
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
-    new, gates = ours[1], ours[2]
-    ours = _lstm_backward(dh, dc, gates, None, None, c, new)
-    with backends.without():
-        theirs = _lstm_backward(dh.double(), dc.double(), gates.double(), None, None, c.double(), new.double())
-    for a, b in ((ours.gates_x, theirs.gates_x), (ours.c, theirs.c)):
-        torch.testing.assert_close(a, b.float(), rtol=5e-6, atol=2e-6, equal_nan=True)
-
-
 @pytest.mark.parametrize("name", list(recipes.CATALOG))
 def test_every_recipe_takes_an_rnn_or_says_why_not(name):
     model = Language()
