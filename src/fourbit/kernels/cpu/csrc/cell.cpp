@@ -10,8 +10,9 @@ namespace {
 // exp(x) for |x| <= 87, clamped there; NaN stays NaN.
 inline float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer
-  const float n = (x * 1.44269504f + kRound) - kRound;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer, in its lowest bits
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.0f / 5040.0f;
   p = p * r + 1.0f / 720.0f;
@@ -21,7 +22,9 @@ inline float exp_of(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4B400000u + 127u) << 23;  // a NaN makes any power of two of it, and p is NaN
   float power;
   std::memcpy(&power, &bits, 4);
   return p * power;
