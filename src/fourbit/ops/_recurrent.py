@@ -46,10 +46,9 @@ _LINEAR = LinearMap()
 
 
 class CellGradient(NamedTuple):
-    """Gradients of one step: of the input's and the hidden state's share of the gates (one tensor, where they are the same),
-    of the cell state before it (None: there is none), and of the hidden state before it beside the product (None: 0)."""
+    """Gradients of one step: of the hidden state's share of the gates, of the cell state before it (None: there is none), and
+    of the hidden state before it beside the product (None: 0)."""
 
-    gates_x: Tensor
     gates_h: Tensor
     c: Tensor | None
     h: Tensor | None
@@ -62,63 +61,66 @@ class Cell:
     Args:
         num_gates: rows of the weights per unit.
         has_c: whether there is a cell state.
-        forward: (gates_x [B, G H], gates_h [B, G H], h [B, H], c [B, H]) -> (h', c', what backward needs of the gates,
-            [B, G H]); both gates with their biases, and free to be overwritten.
-        backward: (dh', dc', gates as kept, gates_h, h, c, c') -> CellGradient.
-        keeps_h: whether backward needs gates_h and h.
+        forward: (gates_x [B, G H], gates_h [B, G H], h [B, H], c [B, H], kept [B, G H]) -> (h', c'); `kept` takes what
+            backward needs of the gates.
+        backward: (dh', dc', kept, gates_h, h, c, c', out [B, G H]) -> CellGradient; `out` takes the gradient of the input's
+            share of the gates. Where the cell does not keep h, both shares have one gradient, and `gates_h` is `out`.
+        keeps_h: whether backward needs gates_h and h; otherwise only the sum of both shares matters.
     """
 
     name: str
     num_gates: int
     has_c: bool
-    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[..., CellGradient]
     keeps_h: bool
 
 
-def _lstm_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lstm_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """c' = f c + i g, h' = o tanh(c'), with i, f, o = sigmoid and g = tanh of the gates, in torch's order i, f, g, o."""
-    done = backends.dispatch("lstm_forward", gates_x, gates_h, c)
+    done = backends.dispatch("lstm_forward", gates_x, gates_h, c, kept)
     if done is not None:
         return done
-    gates = gates_h.add_(gates_x)
+    gates = torch.add(gates_x, gates_h, out=kept)
     size = c.shape[1]
     gates[:, : 2 * size].sigmoid_()
     gates[:, 2 * size : 3 * size].tanh_()
     gates[:, 3 * size :].sigmoid_()
     i, f, g, o = gates.chunk(4, 1)
     new = torch.addcmul(f * c, i, g)
-    return o * new.tanh(), new, gates
+    return o * new.tanh(), new
 
 
 def _lstm_backward(
-    dh: Tensor, dc: Tensor, gates: Tensor, gates_h: Tensor | None, h: Tensor | None, c: Tensor, new: Tensor
+    dh: Tensor, dc: Tensor, gates: Tensor, gates_h: Tensor | None, h: Tensor | None, c: Tensor, new: Tensor, out: Tensor
 ) -> CellGradient:
-    done = backends.dispatch("lstm_backward", dh, dc, gates, c, new)
+    done = backends.dispatch("lstm_backward", dh, dc, gates, c, new, out)
     if done is not None:
-        return CellGradient(done[0], done[0], done[1], None)
+        return CellGradient(out, done, None)
     i, f, g, o = gates.chunk(4, 1)
     t = new.tanh()
     dc = torch.addcmul(dc, dh * o, 1 - t * t)
-    d = torch.cat((dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o)), 1)
-    return CellGradient(d, d, dc * f, None)
+    torch.cat((dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o)), 1, out=out)
+    return CellGradient(out, dc * f, None)
 
 
-def _gru_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None) -> tuple[Tensor, None, Tensor]:
+def _gru_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, kept: Tensor) -> tuple[Tensor, None]:
     """h' = (1 - z) n + z h, with r, z = sigmoid(x + h), n = tanh(x + r h) of the gates, in torch's order r, z, n."""
     size = h.shape[1]
-    rz = gates_x[:, : 2 * size].add_(gates_h[:, : 2 * size]).sigmoid_()
-    r, z = rz.chunk(2, 1)
-    n = gates_x[:, 2 * size :].addcmul_(r, gates_h[:, 2 * size :]).tanh_()
-    return torch.lerp(n, h, z), None, gates_x
+    r, z = torch.add(gates_x[:, : 2 * size], gates_h[:, : 2 * size], out=kept[:, : 2 * size]).sigmoid_().chunk(2, 1)
+    n = torch.addcmul(gates_x[:, 2 * size :], r, gates_h[:, 2 * size :], out=kept[:, 2 * size :]).tanh_()
+    return torch.lerp(n, h, z), None
 
 
-def _gru_backward(dh: Tensor, dc: None, gates: Tensor, gates_h: Tensor, h: Tensor, c: None, new: None) -> CellGradient:
+def _gru_backward(
+    dh: Tensor, dc: None, gates: Tensor, gates_h: Tensor, h: Tensor, c: None, new: None, out: Tensor
+) -> CellGradient:
     r, z, n = gates.chunk(3, 1)
     dn = dh * (1 - z) * (1 - n * n)
     dz = dh * (h - n) * z * (1 - z)
     dr = dn * gates_h[:, 2 * h.shape[1] :] * r * (1 - r)
-    return CellGradient(torch.cat((dr, dz, dn), 1), torch.cat((dr, dz, dn * r), 1), None, dh * z)
+    torch.cat((dr, dz, dn), 1, out=out)
+    return CellGradient(torch.cat((dr, dz, dn * r), 1), None, dh * z)
 
 
 LSTM_CELL = Cell("LSTM", 4, True, _lstm_forward, _lstm_backward, keeps_h=False)
@@ -189,6 +191,9 @@ class _Recurrent(torch.autograd.Function):
             gates, saved_ih = run_forward(x, w_ih, _LINEAR, layer.ih.spec, layer.ih, compute, _learned(layer.ih))
         if b_ih is not None:
             gates += b_ih
+        if b_hh is not None and not layer.cell.keeps_h:
+            gates += b_hh
+            b_hh = None
         if h.shape[0] and layer.hh.awaits_first_batch("x"):
             seen, _ = _sweep(layer, gates, h, c, _Plain(w_hh), None if w_hr is None else _Plain(w_hr), b_hh)
             layer.hh.see_first_batch("x", seen.hiddens)
@@ -247,8 +252,8 @@ class _Recurrent(torch.autograd.Function):
                     None if before is None else before[rows],
                     None if cells is None else cells[0][rows],
                     None if cells is None else cells[1][rows],
+                    d_gates[rows],
                 )
-                d_gates[rows] = found.gates_x
                 if d_gates_h is not d_gates:
                     d_gates_h[rows] = found.gates_h
                 through = hh.dgrad(found.gates_h)
@@ -305,8 +310,7 @@ def _sweep(
             product += b_hh
         if gates_h is not None and before is not None:
             gates_h[rows], before[rows] = product, old
-        own = gates_x[rows].clone() if plain and cell.keeps_h else gates_x[rows]
-        new, new_c, kept[rows] = cell.forward(own, product, old, None if c is None else c[:size])
+        new, new_c = cell.forward(gates_x[rows], product, old, None if c is None else c[:size], kept[rows])
         if cells is not None and c is not None and new_c is not None:
             cells[0][rows], cells[1][rows] = c[:size], new_c
             c[:size] = new_c

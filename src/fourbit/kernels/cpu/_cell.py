@@ -18,24 +18,24 @@ def _takes(*tensors: Tensor) -> bool:
 
 
 @backends.register("lstm_forward", "cpu")
-def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """h', c' and the activated gates of one step."""
-    if not _takes(gates_x, gates_h, cell):
+def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    """h' and c' of one step; the activated gates go into `kept`."""
+    if not _takes(gates_x, gates_h, cell, kept):
         return None
-    h, new, kept = torch.empty_like(cell), torch.empty_like(cell), torch.empty_like(gates_x)
+    h, new = torch.empty_like(cell), torch.empty_like(cell)
     arrays = (t.data_ptr() for t in (gates_x, gates_h, cell, kept, h, new))
     task: Any = c.LstmForward(*arrays, *cell.shape)
     kernels().lstm_forward(ctypes.byref(task))
-    return h, new, kept
+    return h, new
 
 
 @backends.register("lstm_backward", "cpu")
-def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Gradients of the gates and of the cell state before the step."""
-    if not _takes(dh, dc, gates, cell, new):
+def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tensor, out: Tensor) -> Tensor | None:
+    """The gradient of the cell state before the step; that of the gates goes into `out`."""
+    if not _takes(dh, dc, gates, cell, new, out):
         return None
-    d_gates, before = torch.empty_like(gates), torch.empty_like(cell)
-    arrays = (t.data_ptr() for t in (dh, dc, gates, cell, new, d_gates, before))
+    before = torch.empty_like(cell)
+    arrays = (t.data_ptr() for t in (dh, dc, gates, cell, new, out, before))
     task: Any = c.LstmBackward(*arrays, *cell.shape)
     kernels().lstm_backward(ctypes.byref(task))
-    return d_gates, before
+    return before

@@ -83,32 +83,40 @@ inline __m512 keep_inside(const MatMul& t, __m512 y, int64_t e, __m512& removed)
   return _mm512_maskz_mov_ps(inside, y);
 }
 
-// One tile's sums over some pairs, [kRows][kColumns]; `more`: beside those that are there.
-void add_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, bool more, float* sums) {
-  __m512 acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
+// One tile's sums over some pairs, [kRows][kColumns], of the first Rows rows; `more`: beside those that are there.
+template <int Rows>
+void add_rows(const uint32_t* a, const uint32_t* b, int64_t pairs, bool more, float* sums) {
+  __m512 acc[Rows][kVectors];
+  for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = more ? _mm512_loadu_ps(sums + r * kColumns + v * kLanes) : _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kColumns) {
     __m512bh right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = bits(_mm512_loadu_si512(b + v * kLanes));
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       const __m512bh left = bits(_mm512_set1_epi32(static_cast<int32_t>(a[r])));
       for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left);
     }
   }
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + r * kColumns + v * kLanes, acc[r][v]);
 }
 
+void add_tile(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t pairs, bool more, float* sums) {
+  if (rows <= 4) add_rows<4>(a, b, pairs, more, sums);
+  else if (rows <= 8) add_rows<8>(a, b, pairs, more, sums);
+  else if (rows <= 10) add_rows<10>(a, b, pairs, more, sums);
+  else add_rows<kRows>(a, b, pairs, more, sums);
+}
+
 // Scales, rounds, masks and writes a tile. Returns the sum of what was removed.
-double finish_tile(const MatMul& t, float* sums, int64_t row, int64_t column) {
+double finish_tile(const MatMul& t, float* sums, int64_t row, int64_t height, int64_t column) {
   const float scale = t.scale, post = t.post;
   const FloatGrid g = t.grid;
   const __mmask16 low = first(t.columns - column), high = first(t.columns - column - kLanes);
   __m512 removed = _mm512_setzero_ps();
-  for (int64_t r = 0; r < kRows && row + r < t.rows; ++r) {
+  for (int64_t r = 0; r < height && row + r < t.rows; ++r) {
     float* y = sums + r * kColumns;
     if (t.rounds) {
       for (int j = 0; j < kColumns; ++j) {
@@ -133,12 +141,13 @@ double finish_tile(const MatMul& t, float* sums, int64_t row, int64_t column) {
 struct Task {
   const MatMul* t;
   int64_t pairs, panels, across;  // pairs along the sum, panels of rows and of columns
+  int64_t height;                 // rows that a panel has, kRows or fewer, so that all have about as many
   std::vector<uint32_t> a;
   bool by_rows = false;
   std::vector<std::vector<float>> sums;  // by thread
   double clipped[kMaxThreads] = {};
   explicit Task(const MatMul* t)
-      : t(t), pairs(ceil_div(t->depth, 2)), panels(ceil_div(t->rows, kRows)), across(ceil_div(t->columns, kColumns)) {}
+      : t(t), pairs(ceil_div(t->depth, 2)), panels(ceil_div(t->rows, kRows)), across(ceil_div(t->columns, kColumns)), height(panels ? ceil_div(t->rows, panels) : kRows) {}
   double total() const {
     double sum = 0.0;
     for (double clipped : clipped) sum += clipped;
@@ -147,8 +156,9 @@ struct Task {
 };
 
 // Panels of rows, `depth` of the sum from `begin` on.
-void pack_left(const MatMul& t, int64_t panel, int64_t begin, int64_t depth, uint32_t* out) {
-  const int64_t row = panel * kRows, count = t.rows - row < kRows ? t.rows - row : kRows;
+void pack_left(const Task& task, int64_t panel, int64_t begin, int64_t depth, uint32_t* out) {
+  const MatMul& t = *task.t;
+  const int64_t row = panel * task.height, left = t.rows - row, count = left < 0 ? 0 : left < task.height ? left : task.height;
   if (t.turned) pack_columns(t.a + begin * t.rows + row, depth, t.rows, count, kRows, out);
   else pack_rows(t.a + row * t.depth + begin, t.depth, depth, count, out);
 }
@@ -172,11 +182,11 @@ double part(const Task& task, int64_t r_begin, int64_t r_end, int64_t j_begin, i
     for (int64_t i = 0; i < num && !t.panels; ++i) pack_right(t, j + i, 0, t.depth, b.data() + i * size);
     const uint32_t* right = t.panels ? t.panels + j * size : b.data();
     for (int64_t r = r_begin; r < r_end; ++r) {
-      if (task.by_rows) pack_left(t, r, 0, t.depth, own.data());
+      if (task.by_rows) pack_left(task, r, 0, t.depth, own.data());
       const uint32_t* a = task.by_rows ? own.data() : task.a.data() + r * task.pairs * kRows;
       for (int64_t i = 0; i < num; ++i) {
-        add_tile(a, right + i * size, task.pairs, false, sums);
-        clipped += finish_tile(t, sums, r * kRows, (j + i) * kColumns);
+        add_tile(task.height, a, right + i * size, task.pairs, false, sums);
+        clipped += finish_tile(t, sums, r * task.height, task.height, (j + i) * kColumns);
       }
     }
   }
@@ -191,7 +201,7 @@ void multiply_parts(Task& task) {
     parallel_always(task.panels, [](int64_t begin, int64_t end, int, void* p) {
       Task& task = *static_cast<Task*>(p);
       for (int64_t i = begin; i < end; ++i)
-        pack_left(*task.t, i, 0, task.t->depth, task.a.data() + i * task.pairs * kRows);
+        pack_left(task, i, 0, task.t->depth, task.a.data() + i * task.pairs * kRows);
     }, &task);
   parallel_always(task.by_rows ? task.panels : task.across, [](int64_t begin, int64_t end, int thread, void* p) {
     Task& task = *static_cast<Task*>(p);
@@ -216,11 +226,11 @@ void multiply_long(Task& task) {
     std::vector<uint32_t> b(static_cast<size_t>(task.across * kChunk * kColumns));
     for (int64_t k = begin * kChunk; k < end * kChunk && k < task.pairs; k += kChunk) {
       const int64_t depth = t.depth - 2 * k < 2 * kChunk ? t.depth - 2 * k : 2 * kChunk, pairs = ceil_div(depth, 2);
-      for (int64_t r = 0; r < task.panels; ++r) pack_left(t, r, 2 * k, depth, a.data() + r * kChunk * kRows);
+      for (int64_t r = 0; r < task.panels; ++r) pack_left(task, r, 2 * k, depth, a.data() + r * kChunk * kRows);
       for (int64_t j = 0; j < task.across; ++j) pack_right(t, j, 2 * k, depth, b.data() + j * kChunk * kColumns);
       for (int64_t r = 0; r < task.panels; ++r)
         for (int64_t j = 0; j < task.across; ++j)
-          add_tile(a.data() + r * kChunk * kRows, b.data() + j * kChunk * kColumns, pairs, k > begin * kChunk,
+          add_tile(task.height, a.data() + r * kChunk * kRows, b.data() + j * kChunk * kColumns, pairs, k > begin * kChunk,
                    sums.data() + (r * task.across + j) * kRows * kColumns);
     }
   }, &task);
@@ -230,8 +240,8 @@ void multiply_long(Task& task) {
   }
   for (int64_t r = 0; r < task.panels; ++r)
     for (int64_t j = 0; j < task.across; ++j)
-      task.clipped[0] += finish_tile(*task.t, task.sums[0].data() + (r * task.across + j) * kRows * kColumns, r * kRows,
-                                     j * kColumns);
+      task.clipped[0] += finish_tile(*task.t, task.sums[0].data() + (r * task.across + j) * kRows * kColumns, r * task.height,
+                                     task.height, j * kColumns);
 }
 
 }  // namespace
