@@ -22,6 +22,7 @@ from fourbit.train import CompareConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
     from torch.nn import Module
 
 EXIT_USER_ERROR = 2
@@ -49,6 +50,7 @@ def train(
         resume: Go on with the run in --out, which must have been made with the same settings.
     """
     from fourbit.train import train as run
+    from fourbit.train._tasks import metric_of
 
     config = config or TrainConfig()
     result = run(config, resume=resume)
@@ -57,9 +59,11 @@ def train(
             f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume', program=program())}"
         )
         return EXIT_INTERRUPTED
-    accuracy = "unknown" if result.test_accuracy is None else f"{result.test_accuracy:.2%}"
+    metric = metric_of(config)
+    value = metric.of(result.test_loss, result.test_accuracy)
+    found = f"test {metric.name} {'unknown' if value is None else metric.text(value)}"
     skipped = f", {result.skipped} of them left out" if result.skipped else ""
-    say(f"{result.stopped}: test accuracy {accuracy} after {result.step} steps{skipped}, {result.seconds:.1f} s")
+    say(f"{result.stopped}: {found} after {result.step} steps{skipped}, {result.seconds:.1f} s")
     say(f"folder: {result.folder}")
     return 0
 
@@ -79,7 +83,7 @@ def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None)
         say(f"stopped; the comparison goes on with:\n  {config.command(program=program())}")
         return EXIT_INTERRUPTED
     say(f"folder: {comparison.folder}")
-    return 0 if any(row.accuracies for row in comparison.rows) else EXIT_USER_ERROR
+    return 0 if any(row.values for row in comparison.rows) else EXIT_USER_ERROR
 
 
 @app.command
@@ -147,9 +151,9 @@ def recipes(name: str | None = None) -> None:
 @app.command
 def models() -> None:
     """List the networks."""
-    from fourbit.models._base import MODELS
+    from fourbit.models._base import MODELS, TEXT_MODELS
 
-    show(_documented("model", MODELS))
+    show(_documented("model", {**MODELS, **TEXT_MODELS}))
 
 
 @app.command
@@ -161,19 +165,21 @@ def data() -> None:
 
 
 @app.command
-def explain(*, model: str = "resnet20", recipe: str = "ibm2020", input: str = "3x32x32", classes: int = 10) -> None:
+def explain(
+    *, model: str = "resnet20", recipe: str = "ibm2020", input: str | None = None, classes: int | None = None
+) -> None:
     """Show what a recipe does to each layer of a network, and the share of the work in each precision.
 
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image.
-        classes: Number of classes.
+        input: Channels, height and width of an image (None: 3x32x32), or tokens of a row of text (None: 35).
+        classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
     from fourbit.recipes import explain as explain_recipe
 
-    network, shape = _network(model, input, classes)
-    say(str(explain_recipe(network, recipe, (1, *shape))))
+    network, batch = _network(model, input, classes, 1)
+    say(str(explain_recipe(network, recipe, batch)))
 
 
 @app.command
@@ -181,27 +187,27 @@ def memory(
     *,
     model: str = "resnet20",
     recipe: str = "ibm2020",
-    input: str = "3x32x32",
+    input: str | None = None,
     batch_size: int = 128,
-    classes: int = 10,
+    classes: int | None = None,
 ) -> None:
     """Show what each layer of a network keeps for its backward pass, against FP32 and bf16.
 
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image.
-        batch_size: Images per step.
-        classes: Number of classes.
+        input: Channels, height and width of an image (None: 3x32x32), or tokens of a row of text (None: 35).
+        batch_size: Images, or rows of text, per step.
+        classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
     from fourbit.recipes import convert, memory_report
     from fourbit.recipes._memory import format_bytes
 
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
-    network, shape = _network(model, input, classes)
-    before = memory_report(network, (batch_size, *shape)).total
-    report = memory_report(convert(network, recipe), (batch_size, *shape))
+    network, batch = _network(model, input, classes, batch_size)
+    before = memory_report(network, batch).total
+    report = memory_report(convert(network, recipe), batch)
     say(f"{report}\nby the same network in FP32: {format_bytes(before)}; now {report.total / before:.3f}x of it")
 
 
@@ -251,15 +257,26 @@ def _failed(error: Exception, command: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _network(model: str, input: str, classes: int) -> tuple[Module, tuple[int, int, int]]:
-    """The network for images of that size, and the size."""
-    from fourbit.models import build
+def _network(
+    model: str, input: str | None, classes: int | None, batch_size: int
+) -> tuple[Module, Tensor | tuple[int, ...]]:
+    """The network for such inputs, and a batch of them or its shape."""
+    import torch
 
-    parts = input.lower().split("x")
+    from fourbit.models import build, kind_of
+
+    if kind_of(model) == "text":
+        if not (input or "35").isdigit() or int(input or 35) < 1:
+            raise UserError(f"input is {input!r}, but {model} reads text: give the tokens of a row, such as 35.")
+        return build(model, num_classes=10_000 if classes is None else classes), torch.zeros(
+            int(input or 35), batch_size, dtype=torch.int64
+        )
+    parts = (input or "3x32x32").lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[1] != parts[2]:
         raise UserError(f"input is {input!r}, but must be channels, height and width of a square image: 3x32x32.")
     channels, size = int(parts[0]), int(parts[1])
-    return build(model, num_classes=classes, in_channels=channels, image_size=size), (channels, size, size)
+    network = build(model, num_classes=10 if classes is None else classes, in_channels=channels, image_size=size)
+    return network, (batch_size, channels, size, size)
 
 
 def _documented(kind: str, functions: Mapping[str, object]) -> Table:

@@ -41,10 +41,10 @@ def weight_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def test_every_model_in_the_catalogue_has_an_expected_size_here():
-    assert set(models.names()) == set(EXPECTED)
+    assert set(models.names("image")) == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("image"))
 def test_parameters_and_macs_are_the_published_ones(name):
     channels, size, num_parameters, num_macs = EXPECTED[name]
     model = models.build(name, num_classes=10, in_channels=channels, image_size=size)
@@ -52,7 +52,7 @@ def test_parameters_and_macs_are_the_published_ones(name):
     assert count_macs(model, torch.zeros(1, channels, size, size)) == num_macs
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("image"))
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 13), (1, 28)])
 def test_logits_come_out_for_any_image_size_from_8_on(name, channels, size):
     model = models.build(name, num_classes=7, in_channels=channels, image_size=size).eval()
@@ -60,7 +60,7 @@ def test_logits_come_out_for_any_image_size_from_8_on(name, channels, size):
         assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("image"))
 def test_a_small_step_reduces_the_loss_as_the_gradient_says(name):
     torch.manual_seed(0)
     x, y = torch.randn(16, 3, 8, 8).double(), torch.arange(16) % 4
@@ -75,7 +75,7 @@ def test_a_small_step_reduces_the_loss_as_the_gradient_says(name):
     assert (before - nn.functional.cross_entropy(model(x), y)).item() == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("image"))
 def test_the_stem_is_the_first_weight_layer_and_the_classifier_the_last(name):
     layers = weight_layers(models.build(name, num_classes=11, in_channels=5))
     assert isinstance(layers[0], nn.Conv2d)
@@ -85,7 +85,7 @@ def test_the_stem_is_the_first_weight_layer_and_the_classifier_the_last(name):
     assert len(layers) >= 5
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("image"))
 def test_the_same_torch_seed_gives_the_same_weights(name):
     states = []
     for _ in range(2):
@@ -128,3 +128,16 @@ def test_an_unknown_name_gives_the_nearest_names():
 def test_numbers_out_of_range_are_refused_with_the_remedy(options, message):
     with pytest.raises(UserError, match=message):
         models.build("resnet20", **options)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("lstm_200", 4_653_200), ("lstm_650", 19_780_400)])
+def test_language_models_have_the_published_size_and_carry_their_state(name, parameters):
+    torch.manual_seed(0)
+    model = models.build(name, num_classes=10_000).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    tokens = torch.randint(0, 10_000, (6, 2))
+    whole, _ = model(tokens)
+    first, state = model(tokens[:2])
+    second, _ = model(tokens[2:], state)
+    assert whole.shape == (6, 2, 10_000)
+    torch.testing.assert_close(torch.cat((first, second)), whole)

@@ -39,7 +39,8 @@ def few_digits() -> data.ImageData:
 
 @pytest.fixture(autouse=True)
 def small_data(few_digits: data.ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load", lambda name, data_dir=None: few_digits)
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, folder=None: load(name, folder) if name == "ptb" else few_digits)
 
 
 @pytest.fixture

@@ -31,15 +31,15 @@ def test_the_table_has_means_deviations_and_paired_differences(small, capsys):
     fp32, int4, ibm = comparison.rows
     assert [row.recipe for row in comparison.rows] == ["fp32", "int4-fwd", "ibm2020"]
     assert fp32.difference is None
-    differences = [int4.accuracies[seed] - fp32.accuracies[seed] for seed in (0, 1)]
+    differences = [int4.values[seed] - fp32.values[seed] for seed in (0, 1)]
     assert int4.difference == pytest.approx(statistics.mean(differences))
     assert int4.difference_std == pytest.approx(statistics.stdev(differences))
-    assert ibm.std == pytest.approx(statistics.stdev(ibm.accuracies.values()))
+    assert ibm.std == pytest.approx(statistics.stdev(ibm.values.values()))
     assert ibm.seconds_per_epoch > 0
     text = (comparison.folder / "table.md").read_text()
     assert f"| ibm2020 | {100 * ibm.mean:.2f} | {100 * ibm.std:.2f} | 2 |" in text
     stored = json.loads((comparison.folder / "table.json").read_text())
-    assert stored[2]["test_accuracy_by_seed"] == {"0": ibm.accuracies[0], "1": ibm.accuracies[1]}
+    assert stored[2]["test_accuracy_by_seed"] == {"0": ibm.values[0], "1": ibm.values[1]}
     assert "ibm2020" in capsys.readouterr().out
 
 
@@ -51,7 +51,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(small, signal_after, tmp
     assert not (tmp_path / "c" / "table.md").exists()
     parts = compare(small())
     assert snapshot(tmp_path / "c" / "fp32-seed0") == done
-    assert [row.accuracies for row in parts.rows] == [row.accuracies for row in whole.rows]
+    assert [row.values for row in parts.rows] == [row.values for row in whole.rows]
 
 
 def test_a_finished_comparison_makes_no_run_again(small, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_finished_comparison_makes_no_run_again(small, monkeypatch):
 def test_more_seeds_are_added_to_what_is_there(small):
     compare(small(seeds=(0,), recipes=("fp32",)))
     rows = compare(small(seeds=(0, 3), recipes=("fp32", "int4-fwd"))).rows
-    assert [sorted(row.accuracies) for row in rows] == [[0, 3], [0, 3]]
+    assert [sorted(row.values) for row in rows] == [[0, 3], [0, 3]]
 
 
 def test_a_run_that_diverges_is_noted_and_the_others_go_on(small, monkeypatch, capsys):
@@ -77,9 +77,9 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(small, monkeypatch, c
     monkeypatch.setattr(_compare, "run", explode)
     rows = {row.recipe: row for row in compare(small()).rows}
     assert rows["int4-fwd"].diverged == (1,)
-    assert sorted(rows["int4-fwd"].accuracies) == [0]
+    assert sorted(rows["int4-fwd"].values) == [0]
     assert rows["int4-fwd"].std is None
-    assert len(rows["ibm2020"].accuracies) == 2
+    assert len(rows["ibm2020"].values) == 2
     assert "int4-fwd: diverged with seed 1" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Image data sets as whole uint8 tensors, and batches cut from them.
+"""Data sets as whole tensors, images as uint8 and text as token numbers, and batches cut from them.
 
     data = load("cifar10", data_dir="path/to/cifar10")       # or from the Hugging Face hub, without data_dir
     for x, y in batches(data, "train", 128, seed=0, epoch=3):
@@ -18,3 +18,6 @@ from fourbit.data._base import names as names
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
 from fourbit.data._batches import num_batches as num_batches
+from fourbit.data._text import TextData as TextData
+from fourbit.data._text import num_windows as num_windows
+from fourbit.data._text import windows as windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from torch import Tensor
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
 
-Loader = Callable[[Path | None], "ImageData"]
+if TYPE_CHECKING:
+    from fourbit.data._text import TextData
+
+Loader = Callable[[Path | None], "ImageData | TextData"]
 
 DATASETS: Registry[Loader] = Registry("data set")
 register = DATASETS.register
@@ -115,18 +119,18 @@ def names() -> list[str]:
     """Names that `load` knows.
 
     >>> names()
-    ['digits', 'cifar10', 'fashion_mnist']
+    ['digits', 'cifar10', 'fashion_mnist', 'ptb', 'wikitext2', 'tinyshakespeare']
     """
     return list(DATASETS)
 
 
-def load(name: str, data_dir: str | Path | None = None) -> ImageData:
+def load(name: str, data_dir: str | Path | None = None) -> ImageData | TextData:
     """The data set `name`, decoded, in memory.
 
     Args:
         name: one of `names()`.
-        data_dir: folder with its parquet files (in subfolders if need be, the split in the file name:
-            train-00000-of-00002.parquet). None: from the Hugging Face hub.
+        data_dir: folder with its files (in subfolders if need be): parquet with the split in the file name
+            (train-00000-of-00002.parquet), or the text files that the data set is known by. None: from the Hugging Face hub.
 
     Raises:
         UserError: unknown name, missing or unsuitable files, no connection to the hub.

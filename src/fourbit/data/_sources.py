@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,8 +23,11 @@ INSTALL = "pip install 'fourbit[train]'"
 HUB_TIMEOUT_S = 10
 
 
-def find_parquet(folder: Path) -> dict[str, list[Path]]:
+def find_parquet(folder: Path, instead: Mapping[str, str] | None = None) -> dict[str, list[Path]]:
     """The parquet files of each split below `folder`, sorted by path.
+
+    Args:
+        instead: {split: the word in file names that stands for it where no file has its own}.
 
     Raises:
         UserError: no parquet file, none for a split, or those of a split in several folders (several data sets).
@@ -37,6 +40,8 @@ def find_parquet(folder: Path) -> dict[str, list[Path]]:
         split = _split_of(path.relative_to(folder))
         if split is not None:
             found[split].append(path)
+    for split, word in (instead or {}).items():
+        found[split] = found[split] or [path for path in files if _split_of(path.relative_to(folder), (word,))]
     for split, paths in found.items():
         if not paths:
             example = files[0].relative_to(folder)
@@ -53,7 +58,7 @@ def find_parquet(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _split_of(path: Path) -> str | None:
+def _split_of(path: Path, splits: Sequence[str] = SPLITS) -> str | None:
     """The split that a path relative to the data folder belongs to: the file name decides before the folders.
 
     >>> _split_of(Path("plain_text/train-00000-of-00002.parquet")), _split_of(Path("test/0000.parquet"))
@@ -61,7 +66,7 @@ def _split_of(path: Path) -> str | None:
     """
     for part in (path.stem, *reversed(path.parent.parts)):
         words = re.split(r"[^a-z]+", part.lower())
-        for split in SPLITS:
+        for split in splits:
             if split in words:
                 return split
     return None
@@ -87,7 +92,7 @@ def open_folder(files: Mapping[str, list[Path]]) -> dict[str, Dataset]:
         import datasets
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"image data sets need the package datasets: {INSTALL}.") from error
+        raise UserError(f"this data set needs the package datasets: {INSTALL}.") from error
     for path in (path for paths in files.values() for path in paths):
         try:
             pq.read_schema(path)  # only the footer: names the damaged file, which `datasets` would not
@@ -106,7 +111,7 @@ def open_folder(files: Mapping[str, list[Path]]) -> dict[str, Dataset]:
         raise UserError(f"cannot read the parquet files in {folder}: replace them ({reason}).") from error
 
 
-def open_hub(hub_id: str) -> dict[str, Dataset]:
+def open_hub(hub_id: str, subset: str | None = None) -> dict[str, Dataset]:
     """The splits of the hub's data set `hub_id` as `datasets` tables, downloaded if they are not in its cache.
 
     Raises:
@@ -117,13 +122,13 @@ def open_hub(hub_id: str) -> dict[str, Dataset]:
         from datasets import config
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise UserError(f"image data sets need the package datasets: {INSTALL}.") from error
+        raise UserError(f"this data set needs the package datasets: {INSTALL}.") from error
     try:
         if not config.HF_HUB_OFFLINE:
             # Fails at once where load_dataset would retry for half a minute.
             HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
         with _quiet():
-            found = datasets.load_dataset(hub_id)
+            found = datasets.load_dataset(hub_id, *(() if subset is None else (subset,)))
     except Exception as error:  # network, proxy, HTTP and cache errors of four packages
         raise UserError(
             f"cannot get {hub_id} from the Hugging Face hub ({_first_line(error)}): check the network, "

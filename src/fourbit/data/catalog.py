@@ -13,6 +13,8 @@ import torch
 
 from fourbit.data._base import Augment, ImageData, register
 from fourbit.data._images import ImageSource, read_images
+from fourbit.data._sources import find_parquet, open_folder, open_hub
+from fourbit.data._text import TextData, from_characters, from_words, read_lines
 from fourbit.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -91,3 +93,44 @@ def fashion_mnist(data_dir: Path | None) -> ImageData:
         std=(0.3530,),
         augment=Augment(crop_padding=2, flip=True),
     )
+
+
+@register("ptb")
+def ptb(data_dir: Path | None) -> TextData:
+    """Penn Treebank, 929,589 training and 82,430 test words, 10,000 different ones, with Mikolov's preprocessing.
+
+    Marcus et al. 1993; Mikolov et al. 2010. Reads ptb.train.txt and ptb.test.txt.
+    """
+    names = {"train": "ptb.train.txt", "test": "ptb.test.txt"}
+    if data_dir is None:
+        raise UserError(
+            "ptb is not on the hub as plain text: give the folder of ptb.train.txt and ptb.test.txt (--data-dir)."
+        )
+    return from_words("ptb", read_lines(data_dir, names))
+
+
+@register("wikitext2")
+def wikitext2(data_dir: Path | None) -> TextData:
+    """WikiText-2, two million words of Wikipedia, 33,278 different ones. Merity et al., arXiv 1609.07843.
+
+    The test split is that of the files; where they have none, it is the validation split.
+    """
+    if data_dir is None:
+        tables = open_hub("Salesforce/wikitext", "wikitext-2-v1")
+    else:
+        tables = open_folder(find_parquet(data_dir, {"test": "validation"}))
+    return from_words("wikitext2", {split: table["text"] for split, table in tables.items()})
+
+
+@register("tinyshakespeare")
+def tinyshakespeare(data_dir: Path | None) -> TextData:
+    """1,115,394 characters of Shakespeare, 65 different ones; the last tenth is the test split. Karpathy 2015.
+
+    Reads input.txt.
+    """
+    if data_dir is None:
+        raise UserError("tinyshakespeare needs the folder of its file input.txt: give it with --data-dir.")
+    lines = read_lines(data_dir, {"train": "input.txt"})["train"]
+    text = "".join(f"{line}\n" for line in lines)
+    cut = len(text) * 9 // 10
+    return from_characters("tinyshakespeare", text[:cut], text[cut:])

@@ -11,11 +11,13 @@ and accept images of any size from 8x8 on. To add a network, register one functi
 
 from fourbit.models._base import MIN_IMAGE_SIZE as MIN_IMAGE_SIZE
 from fourbit.models._base import build as build
+from fourbit.models._base import kind_of as kind_of
 from fourbit.models._base import names as names
 from fourbit.models._base import register as register
 from fourbit.models._densenet import DenseNet as DenseNet
 from fourbit.models._digits import DigitsCnn as DigitsCnn
 from fourbit.models._googlenet import GoogLeNet as GoogLeNet
+from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
 from fourbit.models._resnet import ResNet as ResNet
 from fourbit.models._vgg import Vgg as Vgg

@@ -10,28 +10,43 @@ A builder takes the number of classes and of input channels and returns a module
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
 from fourbit._registry import Registry
-from fourbit.errors import UserError
+from fourbit.errors import UserError, unknown
 
 Builder = Callable[[int, int], nn.Module]
+Kind = Literal["image", "text"]
+"""What a network reads: images [B, C, H, W] of floats, or text [T, B] of token numbers."""
 
 MODELS: Registry[Builder] = Registry("model")
 register = MODELS.register
+TEXT_MODELS: Registry[Callable[[int], nn.Module]] = Registry("model")
+register_text = TEXT_MODELS.register
+"""For builders that take the number of tokens, and whose networks map tokens and a state to logits [T, B, tokens] and the
+state behind them."""
 
 # The networks halve the image three times (VGG five times, but its pools round up), which takes 8 pixels to 1.
 MIN_IMAGE_SIZE = 8
 
 
-def names() -> list[str]:
-    """Names that `build` knows.
+def names(kind: Kind | None = None) -> list[str]:
+    """Names that `build` knows, of one kind or all.
 
-    >>> "resnet20" in names()
-    True
+    >>> "resnet20" in names(), names("text")
+    (True, ['lstm_200', 'lstm_650'])
     """
-    return list(MODELS)
+    found: dict[str, list[str]] = {"image": list(MODELS), "text": list(TEXT_MODELS)}
+    return found["image"] + found["text"] if kind is None else found[kind]
+
+
+def kind_of(name: str) -> Kind:
+    """What the network reads; UserError for an unknown name."""
+    if name not in names():
+        raise unknown("model", name, names())
+    return "text" if name in TEXT_MODELS else "image"
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -39,7 +54,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
 
     Args:
         name: one of `names()`.
-        num_classes: number of logits, 1 or more.
+        num_classes: number of logits, 1 or more; of a network for text the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey.
         image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
 
@@ -51,9 +66,11 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     >>> sum(p.numel() for p in build("resnet20", num_classes=10).parameters())
     269722
     """
-    builder = MODELS[name]
+    kind = kind_of(name)
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: a model needs at least 1 class.")
+    if kind == "text":
+        return TEXT_MODELS[name](num_classes)
     if in_channels < 1:
         raise UserError(f"in_channels is {in_channels}: give 1 for grey or 3 for colour images.")
     if image_size < MIN_IMAGE_SIZE:
@@ -61,7 +78,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
             f"image_size is {image_size}, too small for {name}: use images of at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
         )
-    return builder(num_classes, in_channels)
+    return MODELS[name](num_classes, in_channels)
 
 
 def initialise(model: nn.Module) -> None:

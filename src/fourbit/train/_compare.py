@@ -21,6 +21,7 @@ from fourbit.train._folder import RunFolder, has_run, last_record, records, requ
 from fourbit.train._result import Result
 from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
+from fourbit.train._tasks import Metric, metric_of
 from fourbit.train._validate import validated_comparison
 
 REFERENCE = "fp32"
@@ -32,7 +33,7 @@ class Row:
 
     Args:
         recipe: its name.
-        accuracies: {seed: test accuracy}, a fraction; seeds that diverged are missing.
+        values: {seed: the metric on the test data}, an accuracy as a fraction; seeds that diverged are missing.
         diverged: seeds whose run met NaN or infinity.
         difference, difference_std: to fp32, over the seeds that both finished; None without such seeds.
         train_loss: mean over seeds of the last epoch's training loss.
@@ -40,7 +41,7 @@ class Row:
     """
 
     recipe: str
-    accuracies: dict[int, float]
+    values: dict[int, float]
     diverged: tuple[int, ...]
     difference: float | None
     difference_std: float | None
@@ -49,13 +50,13 @@ class Row:
 
     @property
     def mean(self) -> float | None:
-        """Mean test accuracy."""
-        return mean(list(self.accuracies.values()))
+        """Mean of the metric."""
+        return mean(list(self.values.values()))
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation of the test accuracy."""
-        return std(list(self.accuracies.values()))
+        """Sample standard deviation of the metric."""
+        return std(list(self.values.values()))
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Comparison:
     """The outcome: `rows` in the order of the recipes, or `interrupted` with fewer runs than asked for."""
 
     folder: Path
+    metric: Metric
     rows: tuple[Row, ...]
     interrupted: bool = False
 
@@ -87,9 +89,9 @@ def compare(config: CompareConfig) -> Comparison:
                 known = finished(RunFolder(each.out))
                 assert known is not None
         if not known.finished:
-            return Comparison(config.out, (), interrupted=True)
+            return Comparison(config.out, metric_of(config), (), interrupted=True)
         results.append((each, known))
-    comparison = Comparison(config.out, _rows(config, results))
+    comparison = Comparison(config.out, metric_of(config), _rows(config, results))
     write_tables(comparison, console)
     return comparison
 
@@ -104,21 +106,22 @@ def _check_folder(config: TrainConfig) -> None:
 
 
 def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) -> tuple[Row, ...]:
-    accuracy = {
-        (c.recipe, c.seed): r.test_accuracy
+    metric = metric_of(config)
+    measured = {
+        (c.recipe, c.seed): value
         for c, r in results
-        if r.stopped != "diverged" and r.test_accuracy is not None
+        if r.stopped != "diverged" and (value := metric.of(r.test_loss, r.test_accuracy)) is not None
     }
     rows = []
     for recipe in config.recipes:
-        mine = {seed: accuracy[recipe, seed] for seed in config.seeds if (recipe, seed) in accuracy}
-        paired = [value - accuracy[REFERENCE, seed] for seed, value in mine.items() if (REFERENCE, seed) in accuracy]
+        mine = {seed: measured[recipe, seed] for seed in config.seeds if (recipe, seed) in measured}
+        paired = [value - measured[REFERENCE, seed] for seed, value in mine.items() if (REFERENCE, seed) in measured]
         paired = [] if recipe == REFERENCE else paired
         folders = [r.folder for c, r in results if c.recipe == recipe and c.seed in mine]
         rows.append(
             Row(
                 recipe=recipe,
-                accuracies=mine,
+                values=mine,
                 diverged=tuple(seed for seed in config.seeds if seed not in mine),
                 difference=mean(paired),
                 difference_std=std(paired),

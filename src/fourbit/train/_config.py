@@ -62,17 +62,19 @@ class Settings:
     data: Annotated[str, TASK] = "cifar10"
     """Data set; `fourbit data` lists them."""
     data_dir: Annotated[Path | None, TASK] = None
-    """Folder with the parquet files of the data set. None: the Hugging Face hub."""
+    """Folder with the files of the data set. None: the Hugging Face hub."""
     epochs: Annotated[int, TASK, WHOLE] = 5
-    """Passes over the training images."""
+    """Passes over the training data."""
     max_steps: Annotated[int | None, TASK, WHOLE] = None
     """End after this many optimizer steps, if the epochs are not over before; the schedule fits the shorter run."""
     batch_size: Annotated[int, TASK, WHOLE] = 128
-    """Images per forward pass, over all processes together."""
+    """Images, or rows of text, per forward pass, over all processes together."""
     eval_batch_size: Annotated[int | None, TASK, WHOLE] = None
-    """Images per forward pass of the evaluation. None: the batch size, but at least 256."""
+    """The same for the evaluation. None: the batch size; for images at least 256."""
     augment: Annotated[bool, TASK] = True
     """Shift and mirror training images as the data set prescribes."""
+    sequence_length: Annotated[int, TASK, WHOLE] = 35
+    """Tokens of a row of text per forward pass; gradients do not go back further."""
 
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], OPTIMIZATION] = "sgd"
     """Update rule."""

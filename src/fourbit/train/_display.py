@@ -48,13 +48,13 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, epoch: int, loss: float, accuracy: float, images_per_s: float) -> None:
-        """Move the bar. The figures are means since the last line of metrics.jsonl."""
+    def step(self, step: int, epoch: int, figures: str, rate: float, items: str) -> None:
+        """Move the bar. The figures are means since the last line of metrics.jsonl, the rate is in items per second."""
         self._bar.update(
             self._task,
             completed=step,
             description=f"{self.title} epoch {epoch + 1}/{self.epochs}".strip(),
-            status=f"loss {loss:.4f}  accuracy {accuracy:.1%}  {images_per_s:.0f} images/s",
+            status=f"{figures}  {rate:.0f} {items}/s",
         )
 
     def say(self, line: str) -> None:

@@ -14,8 +14,6 @@ import time
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fourbit.errors import NonFiniteError
 from fourbit.nn import observe, quantized_layers
@@ -25,9 +23,10 @@ from fourbit.train._guard import Guard
 from fourbit.train._recorder import Recorder
 from fourbit.train._result import Result, Stopped
 from fourbit.train._schedule import learning_rate
-from fourbit.train._session import Batch, Session
+from fourbit.train._session import Session
 from fourbit.train._signals import StopRequest
 from fourbit.train._state import LoopState, Tally, optimizer_tensors, rng_tensors
+from fourbit.train._tasks import Batch
 
 
 class Loop:
@@ -77,7 +76,7 @@ class Loop:
             "scaler": session.scaler.state_dict() if session.scaler else None,
             "metrics_bytes": folder.metrics_bytes(),
         }
-        training = optimizer_tensors(session.optimizer) | rng_tensors(session.device)
+        training = optimizer_tensors(session.optimizer) | rng_tensors(session.device) | session.task.state_tensors()
         _checkpoint.save(folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
 
     def _train_epoch(self) -> None:
@@ -129,13 +128,12 @@ class Loop:
         """
         session, scaler, config = self.session, self.session.scaler, self.session.config
         sums = torch.zeros(4, dtype=torch.float64, device=session.device)
-        for x, y in group:
+        for batch in group:
             with session.accelerator.accumulate(session.model):
                 with session.autocast():
-                    logits = session.model(x)
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+                    loss, counts = session.task.loss(session.model, batch, config.label_smoothing)
                 session.accelerator.backward(scaler.scale(loss) if scaler else loss)
-            sums[:3] += _counts(loss, logits, y)
+            sums[:3] += counts
         in_range = True
         if scaler:
             in_range = scaler.unscale_(session.optimizer)
@@ -153,13 +151,12 @@ class Loop:
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
         session.model.eval()
         with torch.no_grad():
-            for x, y in session.test_batches():
+            for batch in session.task.batches("test"):
                 if self.stop.requested:
                     return False
-                if len(y):
+                if batch[1].numel():
                     with session.autocast():
-                        logits = session.model(x)
-                    sums += _counts(F.cross_entropy(logits.float(), y), logits, y)
+                        sums += session.task.loss(session.model, batch)[1]
         loss_sum, correct, images = session.total(sums)
         state.test_loss, state.test_accuracy = loss_sum / images, correct / images
         elapsed = time.perf_counter() - start
@@ -198,9 +195,3 @@ class Loop:
         folder, step = self.recorder.folder.path, state.step + 1
         result = Result(folder, "diverged", step, state.epoch, None, None, state.seconds, state.skipped)
         self.recorder.final(result, self.session.steps_per_epoch)
-
-
-def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    """Loss summed over the images, hits, images: float64, which counts them exactly."""
-    hits = (logits.detach().argmax(1) == y).sum()
-    return torch.stack([loss.detach().double() * len(y), hits.double(), hits.new_tensor(len(y)).double()])

@@ -17,6 +17,7 @@ from fourbit.train._folder import RunFolder
 from fourbit.train._observe import histogram_lines, layer_lines, scales
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
+from fourbit.train._tasks import metric_of
 from fourbit.train._tensorboard import Board
 
 
@@ -25,6 +26,7 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, folder: RunFolder, board: Board, display: Display):
         self.config, self.folder, self.board, self.display = config, folder, board, display
+        self.metric = metric_of(config)
         self._window_start = (0.0, 0)
 
     def start_window(self, state: LoopState) -> None:
@@ -36,7 +38,9 @@ class Recorder:
         start, images = self._window_start
         rate = (state.window.images - images) / max(time.perf_counter() - start, 1e-9)
         loss, accuracy = state.window.loss, state.window.accuracy
-        self.display.step(state.step, state.epoch, loss, accuracy, rate)
+        self.display.step(
+            state.step, state.epoch, f"loss {loss:.4f}  {self._score(loss, accuracy)}", rate, self.metric.items
+        )
         if state.step % self.config.log_every:
             return
         layers = scales(model)
@@ -77,7 +81,8 @@ class Recorder:
         self.board.scalars(state.step, {"loss/test": loss, "accuracy/test": accuracy})
         self.display.say(
             f"epoch {state.epoch + 1}/{self.config.epochs}  step {state.step}  "
-            f"train loss {whole.loss:.4f} accuracy {whole.accuracy:.2%}  test loss {loss:.4f} accuracy {accuracy:.2%}  "
+            f"train loss {whole.loss:.4f} {self._score(whole.loss, whole.accuracy)}  "
+            f"test loss {loss:.4f} {self._score(loss, accuracy)}  "
             f"{state.epoch_seconds:.1f} s" + (f"  {state.skipped} steps left out" if state.skipped else "")
         )
 
@@ -93,6 +98,10 @@ class Recorder:
             stopped=result.stopped,
             skipped=result.skipped,
         )
+
+    def _score(self, loss: float, accuracy: float) -> str:
+        value = self.metric.of(loss, accuracy)
+        return f"{self.metric.name} {'-' if value is None else self.metric.text(value)}"
 
     def _step_line(self, step: int, epoch: int, **values: Any) -> None:
         self.folder.record("step", step, epoch=epoch, **values)

@@ -90,6 +90,7 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
         if session.scaler is not None:
             session.scaler.load_state_dict(checkpoint.state["scaler"])
         load_rng_tensors(session.device, checkpoint.training)
+        session.task.load_state_tensors(checkpoint.training)
         metrics_bytes = checkpoint.state["metrics_bytes"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):

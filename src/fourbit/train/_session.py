@@ -4,7 +4,7 @@ The order matters for comparisons: the model is built from the seed alone, on th
 converted. So all recipes start from the same weights, on every device, and see the same batches in the same order.
 
 `accelerate.Accelerator` places model and optimizer, and with several processes (`accelerate launch`, `torchrun`) averages
-their gradients; each process then takes every n-th image of each batch.
+their gradients; each process then takes every n-th image, or row of text, of each batch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fourbit import data as datasets
-from fourbit import models, recipes
-from fourbit.data import ImageData
+from fourbit import recipes
 from fourbit.errors import UserError
 from fourbit.recipes import LossScaler
 from fourbit.train._config import TrainConfig
 from fourbit.train._environment import prepare_process
+from fourbit.train._tasks import Batch, Task, make_task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Batch = tuple[Tensor, Tensor]
 
 OBSERVATIONS = 20
 """About so many points in time does a run observe, if nothing else is asked for."""
@@ -49,7 +46,7 @@ class Session:
     """
 
     config: TrainConfig
-    data: ImageData
+    task: Task
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
@@ -69,18 +66,10 @@ class Session:
 
     def train_groups(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of an epoch, from step `start` of the epoch on."""
-        config, size = self.config, self.config.grad_accumulation
-        stream = datasets.batches(
-            self.data, "train", config.batch_size, config.seed, epoch, augment=config.augment, start=start * size
-        )
+        size = self.config.grad_accumulation
+        stream = self.task.batches("train", epoch, start * size)
         for _ in range(start, self.steps_per_epoch):
-            yield [self._place(batch) for batch in islice(stream, size)]
-
-    def test_batches(self) -> Iterator[Batch]:
-        """The test images."""
-        size = self.config.eval_batch_size
-        assert size is not None
-        return (self._place(batch) for batch in datasets.batches(self.data, "test", size))
+            yield list(islice(stream, size))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of what is not quantized."""
@@ -92,12 +81,6 @@ class Session:
         """Sums over all processes, as numbers: the one synchronisation of a step."""
         return self.accelerator.reduce(numbers).tolist()  # type: ignore[union-attr]
 
-    def _place(self, batch: Batch) -> Batch:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        x, y = (t[rank::world] if world > 1 else t for t in batch)
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return x.to(self.device, memory_format=layout), y.to(self.device)
-
 
 def open_session(config: TrainConfig) -> Session:
     """Load the data, build and convert the model, make the optimizer. Writes nothing.
@@ -107,12 +90,10 @@ def open_session(config: TrainConfig) -> Session:
     """
     prepare_process(config)
     accelerator = _accelerator(config)
-    data = datasets.load(config.data, config.data_dir)
-    steps_per_epoch = _steps_per_epoch(config, data, accelerator.num_processes)
+    task = make_task(config, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    steps_per_epoch = _steps_per_epoch(config, task, accelerator.num_processes)
     torch.manual_seed(config.seed)
-    model = models.build(
-        config.model, num_classes=data.num_classes, in_channels=data.channels, image_size=data.image_size
-    )
+    model = task.build()
     recipes.convert(model, config.recipe, seed=config.seed, products=config.products, fuse=config.fuse)
     torch.manual_seed(config.seed)  # whatever building and converting drew
     if config.channels_last:
@@ -125,7 +106,7 @@ def open_session(config: TrainConfig) -> Session:
         config = replace(config, observe_every=min(-(-total // OBSERVATIONS), OBSERVE_AT_LEAST_EVERY))
     return Session(
         config=config,
-        data=data,
+        task=task,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
@@ -149,14 +130,15 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=config.grad_accumulation)
 
 
-def _steps_per_epoch(config: TrainConfig, data: ImageData, num_processes: int) -> int:
+def _steps_per_epoch(config: TrainConfig, task: Task, num_processes: int) -> int:
     if config.batch_size % num_processes:
         raise UserError(f"batch_size is {config.batch_size}, but must be a multiple of the {num_processes} processes.")
-    steps = datasets.num_batches(data, "train", config.batch_size) // config.grad_accumulation
+    batches = task.num_batches()
+    steps = batches // config.grad_accumulation
     if steps == 0:
         raise UserError(
-            f"grad_accumulation is {config.grad_accumulation}, but an epoch of {data.name} has only "
-            f"{datasets.num_batches(data, 'train', config.batch_size)} batches: give a smaller one."
+            f"grad_accumulation is {config.grad_accumulation}, but an epoch of {config.data} has only {batches} batches: "
+            "give a smaller one."
         )
     return steps
 

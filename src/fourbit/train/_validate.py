@@ -27,6 +27,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
     "eval_batch_size": _AT_LEAST_1,
+    "sequence_length": _AT_LEAST_1,
     "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
     "lr": _POSITIVE,
     "momentum": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
@@ -63,7 +64,7 @@ def validated(config: TrainConfig) -> TrainConfig:
     _check_device(config.device)
     return dataclasses.replace(
         config,
-        eval_batch_size=config.eval_batch_size or max(config.batch_size, MIN_EVAL_BATCH_SIZE),
+        eval_batch_size=config.eval_batch_size or _eval_batch_size(config),
         lr=DEFAULT_LR[config.optimizer] if config.lr is None else config.lr,
         alpha_weight_decay=config.weight_decay if config.alpha_weight_decay is None else config.alpha_weight_decay,
         out=config.out or _default_out(config),
@@ -85,6 +86,12 @@ def validated_comparison(config: CompareConfig) -> list[TrainConfig]:
     runs = [validated(run) for run in config.runs()]
     _check_recipes_fit(config)
     return runs
+
+
+def _eval_batch_size(config: TrainConfig) -> int:
+    from fourbit import models
+
+    return config.batch_size if models.kind_of(config.model) == "text" else max(config.batch_size, MIN_EVAL_BATCH_SIZE)
 
 
 def _check_choices(config: Settings) -> None:

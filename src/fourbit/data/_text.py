@@ -1,0 +1,136 @@
+"""Text as one long row of token numbers, and the windows that a language model is trained on.
+
+A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens k T to (k + 1) T of every row, and the
+tokens after them are the targets. Consecutive windows continue each other, so a recurrent network carries its state from
+one to the next. Nothing is shuffled: a row keeps its order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourbit.data._base import SPLITS
+from fourbit.errors import UserError, unknown
+
+END = "<eos>"
+UNKNOWN = "<unk>"
+
+
+@dataclass(frozen=True, eq=False)
+class TextData:
+    """A corpus in memory.
+
+    Args:
+        name: its name in the catalogue.
+        train, test: int64 [N], token numbers from 0.
+        vocabulary: the token of each number.
+
+    Raises:
+        UserError: tensors of another form, or a number without a token.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    vocabulary: tuple[str, ...]
+
+    def __post_init__(self):
+        for split in SPLITS:
+            tokens = self.split(split)
+            if tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens):
+                raise UserError(f"{split} of {self.name} must be int64 [N], not {tokens.dtype} {list(tokens.shape)}.")
+            if int(tokens.min()) < 0 or int(tokens.max()) >= len(self.vocabulary):
+                raise UserError(f"{split} of {self.name} has a token number outside 0 to {len(self.vocabulary) - 1}.")
+
+    def split(self, name: str) -> Tensor:
+        """The tokens of "train" or "test"; UserError for another name."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        return self.train if name == "train" else self.test
+
+
+def num_windows(data: TextData, split: str, batch_size: int, length: int) -> int:
+    """Number of windows that `windows` yields from the start; the last one may be shorter.
+
+    Raises:
+        UserError: fewer tokens than rows and targets need.
+    """
+    per_row = len(data.split(split)) // batch_size if batch_size >= 1 else 0
+    if per_row < 2:
+        raise UserError(
+            f"batch size is {batch_size}, but {split} of {data.name} has {len(data.split(split))} tokens: each row needs two."
+        )
+    return -(-(per_row - 1) // length)
+
+
+def windows(
+    data: TextData, split: str, batch_size: int, length: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, int64 [T, B] each, T = `length` (the last window: what is left).
+
+    Args:
+        start: index of the first window to yield.
+
+    >>> text = TextData("abc", torch.arange(8), torch.arange(8), tuple("abcdefgh"))
+    >>> [x.tolist() for x, _ in windows(text, "train", batch_size=2, length=2)]
+    [[[0, 4], [1, 5]], [[2, 6]]]
+    """
+    count = num_windows(data, split, batch_size, length)
+    tokens = data.split(split)
+    rows = tokens[: len(tokens) // batch_size * batch_size].view(batch_size, -1).t().contiguous()
+    for k in range(start, count):
+        begin, end = k * length, min((k + 1) * length, len(rows) - 1)
+        yield rows[begin:end], rows[begin + 1 : end + 1]
+
+
+def from_words(name: str, lines: Mapping[str, Iterable[str]]) -> TextData:
+    """Words between blanks, one end mark per line. The vocabulary is that of the training lines, most frequent first (ties by
+    the alphabet); other words are unknown.
+
+    >>> from_words("x", {"train": ["a b a"], "test": ["b c <unk>"]}).vocabulary
+    ('a', '<eos>', '<unk>', 'b')
+    """
+    words = {split: [word for line in found for word in (*line.split(), END)] for split, found in lines.items()}
+    counts = Counter(words["train"])
+    counts[UNKNOWN] += 1  # there in any case
+    vocabulary = tuple(sorted(counts, key=lambda word: (-counts[word], word)))
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    other = numbers[UNKNOWN]
+    tokens = {split: torch.tensor([numbers.get(word, other) for word in found]) for split, found in words.items()}
+    return TextData(name, tokens["train"], tokens["test"], vocabulary)
+
+
+def from_characters(name: str, train: str, test: str) -> TextData:
+    """Characters, in the order of their codes; the vocabulary is that of both parts."""
+    vocabulary = tuple(sorted(set(train) | set(test)))
+    numbers = {character: number for number, character in enumerate(vocabulary)}
+    first, second = (torch.tensor([numbers[c] for c in part]) for part in (train, test))
+    return TextData(name, first, second, vocabulary)
+
+
+def read_lines(folder: Path, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """The lines of one text file per split, looked for in `folder` and below.
+
+    Raises:
+        UserError: a file that is missing or is not UTF-8.
+    """
+    found = {}
+    for split, name in names.items():
+        paths = sorted(folder.rglob(name))
+        if not paths:
+            raise UserError(
+                f"there is no {name} in {folder}: give the folder that holds {' and '.join(names.values())}."
+            )
+        try:
+            found[split] = paths[0].read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{paths[0]} is not UTF-8 text ({error.reason}): replace the file.") from error
+        if not any(found[split]):
+            raise UserError(f"{paths[0]} is empty: replace the file.")
+    return found

@@ -1,0 +1,223 @@
+"""What a run trains for: which network fits the data, how batches come, what the loss is, and by which number it is judged.
+
+A task is chosen by the data: images are classified, of text the next token is predicted. The loop asks a task for batches
+and losses and knows nothing else about data.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourbit import data as datasets
+from fourbit import models
+from fourbit.data import ImageData, TextData
+from fourbit.errors import UserError
+from fourbit.train._config import Settings, TrainConfig
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number by which runs are judged.
+
+    Args:
+        name: in tables.
+        unit: behind the name, in parentheses.
+        factor: what the number is multiplied with to be shown.
+        higher_is_better: otherwise lower is.
+        items: what is predicted, in the plural.
+    """
+
+    name: str
+    unit: str
+    factor: float
+    higher_is_better: bool
+    items: str
+
+    def of(self, loss: float | None, accuracy: float | None) -> float | None:
+        """The number, from what is measured of every run: mean loss and share of hits."""
+        if self.name == "accuracy":
+            return accuracy
+        return None if loss is None else math.exp(min(loss, 700.0))
+
+    @property
+    def title(self) -> str:
+        """Name and unit."""
+        return f"{self.name} {self.unit}".strip()
+
+    def text(self, value: float) -> str:
+        """The number with its unit."""
+        return f"{value * self.factor:.2f}{self.unit}"
+
+
+ACCURACY = Metric("accuracy", "%", 100.0, True, "images")
+PERPLEXITY = Metric("perplexity", "", 1.0, False, "tokens")
+
+
+def metric_of(settings: Settings) -> Metric:
+    """The metric of runs with these settings."""
+    return PERPLEXITY if models.kind_of(settings.model) == "text" else ACCURACY
+
+
+class Task(ABC):
+    """See the module.
+
+    Args:
+        config: of the run.
+        rank, world: of the processes that share each batch.
+        device: where batches go.
+    """
+
+    metric: Metric
+
+    def __init__(self, config: TrainConfig, device: torch.device, rank: int, world: int):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, in full precision."""
+
+    @abstractmethod
+    def num_batches(self) -> int:
+        """Of a training epoch."""
+
+    @abstractmethod
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Of an epoch from batch `start` on, as this process takes them."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean loss, and float64 [loss summed, hits, number of predictions], which counts exactly."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What the task carries from batch to batch, for a checkpoint."""
+        return {}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse."""
+        return
+
+
+class Classification(Task):
+    """Images to classes: cross entropy, accuracy."""
+
+    metric = ACCURACY
+
+    def __init__(self, config: TrainConfig, data: ImageData, device: torch.device, rank: int, world: int):
+        super().__init__(config, device, rank, world)
+        self.data = data
+
+    def build(self) -> nn.Module:
+        """With as many channels and classes as the data have."""
+        data = self.data
+        return models.build(
+            self.config.model, num_classes=data.num_classes, in_channels=data.channels, image_size=data.image_size
+        )
+
+    def num_batches(self) -> int:
+        """Whole ones only."""
+        return datasets.num_batches(self.data, "train", self.config.batch_size)
+
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Training images shuffled and augmented; every process takes each n-th image."""
+        config, size = self.config, self.config.eval_batch_size
+        assert size is not None
+        if split == "train":
+            found = datasets.batches(
+                self.data, split, config.batch_size, config.seed, epoch, augment=config.augment, start=start
+            )
+        else:
+            found = datasets.batches(self.data, split, size)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        for batch in found:
+            x, y = (t[self.rank :: self.world] if self.world > 1 else t for t in batch)
+            yield x.to(self.device, memory_format=layout), y.to(self.device)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Over the images of the batch."""
+        x, y = batch
+        logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+        return loss, _counts(loss, logits, y)
+
+
+class LanguageModelling(Task):
+    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of the network goes from window to
+    window, but gradients do not."""
+
+    metric = PERPLEXITY
+
+    def __init__(self, config: TrainConfig, data: TextData, device: torch.device, rank: int, world: int):
+        super().__init__(config, device, rank, world)
+        self.data = data
+        self._carried: dict[str, tuple[Tensor, ...]] = {}
+
+    def build(self) -> nn.Module:
+        """With as many outputs as the vocabulary has tokens."""
+        return models.build(self.config.model, num_classes=len(self.data.vocabulary))
+
+    def num_batches(self) -> int:
+        """Windows, the last shorter one among them."""
+        return datasets.num_windows(self.data, "train", self.config.batch_size, self.config.sequence_length)
+
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Windows in the order of the text; every process takes each n-th row."""
+        config, size = self.config, self.config.batch_size if split == "train" else self.config.eval_batch_size
+        assert size is not None
+        if start == 0:
+            self._carried.pop(split, None)
+        for batch in datasets.windows(self.data, split, size, config.sequence_length, start):
+            x, y = (t[:, self.rank :: self.world] if self.world > 1 else t for t in batch)
+            yield x.to(self.device), y.to(self.device)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Over the tokens of the window."""
+        x, y = batch
+        split = "train" if model.training else "test"
+        logits, state = model(x, self._carried.get(split))
+        self._carried[split] = tuple(t.detach() for t in state)
+        logits, y = logits.flatten(0, 1), y.flatten()
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+        return loss, _counts(loss, logits, y)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state behind the last training window."""
+        return {f"carried.{i}": t for i, t in enumerate(self._carried.get("train", ()))}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse."""
+        found = sorted((key, t) for key, t in tensors.items() if key.startswith("carried."))
+        if found:
+            self._carried["train"] = tuple(t.to(self.device) for _, t in found)
+
+
+def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) -> Task:
+    """The task of the configured data.
+
+    Raises:
+        UserError: data that cannot be loaded, or that the network does not read.
+    """
+    data = datasets.load(config.data, config.data_dir)
+    kind = "text" if isinstance(data, TextData) else "image"
+    if models.kind_of(config.model) != kind:
+        reads = {"text": "text", "image": "images"}
+        raise UserError(
+            f"{config.model} reads {reads[models.kind_of(config.model)]}, but {config.data} has {reads[kind]}: choose one of "
+            f"{', '.join(models.names(kind))}."
+        )
+    if isinstance(data, TextData):
+        return LanguageModelling(config, data, device, rank, world)
+    return Classification(config, data, device, rank, world)
+
+
+def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    hits = (logits.detach().argmax(-1) == y).sum()
+    return torch.stack([loss.detach().double() * len(y), hits.double(), hits.new_tensor(len(y)).double()])

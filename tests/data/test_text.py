@@ -1,0 +1,95 @@
+"""Text as token numbers: vocabulary, windows that continue each other, and folders that are not what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourbit import data
+from fourbit.data import TextData, num_windows, windows
+from fourbit.errors import UserError
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def write_ptb(folder: Path, train: str = "the cat sat\non the mat\n", test: str = "the dog sat\n") -> Path:
+    (folder / "ptb.train.txt").write_text(train)
+    (folder / "ptb.test.txt").write_text(test)
+    return folder
+
+
+def test_words_are_numbered_by_frequency_and_other_words_are_unknown(tmp_path):
+    text = data.load("ptb", write_ptb(tmp_path))
+    assert isinstance(text, TextData)
+    assert text.vocabulary == ("<eos>", "the", "<unk>", "cat", "mat", "on", "sat")
+    assert [text.vocabulary[n] for n in text.train] == ["the", "cat", "sat", "<eos>", "on", "the", "mat", "<eos>"]
+    assert [text.vocabulary[n] for n in text.test] == ["the", "<unk>", "sat", "<eos>"]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(1, 1), (4, 3), (5, 2), (100, 4)])
+def test_windows_cover_every_row_once_and_targets_are_the_next_tokens(length, batch_size):
+    text = TextData("x", torch.arange(50), torch.arange(50), tuple(map(str, range(50))))
+    found = list(windows(text, "train", batch_size, length))
+    assert len(found) == num_windows(text, "train", batch_size, length)
+    per_row = 50 // batch_size
+    rows = torch.arange(50)[: per_row * batch_size].view(batch_size, per_row)
+    assert torch.equal(torch.cat([x for x, _ in found]), rows[:, :-1].t())
+    assert torch.equal(torch.cat([y for _, y in found]), rows[:, 1:].t())
+    late = list(windows(text, "train", batch_size, length, start=1))
+    assert len(late) == len(found) - 1 and all(torch.equal(a[0], b[0]) for a, b in zip(late, found[1:], strict=True))
+
+
+def test_characters_of_one_file_are_cut_into_nine_tenths_and_one(tmp_path):
+    (tmp_path / "input.txt").write_text("abcdefghi\n" * 10)
+    text = data.load("tinyshakespeare", tmp_path)
+    assert (len(text.train), len(text.test)) == (90, 10) and text.vocabulary[0] == "\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda folder: None,
+            "there is no ptb.train.txt in .*: give the folder that holds ptb.train.txt and ptb.test.txt",
+        ),
+        (lambda folder: write_ptb(folder, test=""), "ptb.test.txt is empty"),
+        (
+            lambda folder: write_ptb(folder) and (folder / "ptb.train.txt").write_bytes(b"\xff\xfe\x00a"),
+            "is not UTF-8 text",
+        ),
+    ],
+)
+def test_bad_folders_are_named(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        data.load("ptb", tmp_path)
+
+
+def test_sets_that_are_on_no_hub_ask_for_a_folder():
+    for name in ("ptb", "tinyshakespeare"):
+        with pytest.raises(UserError, match="--data-dir"):
+            data.load(name)
+
+
+def test_too_little_text_for_the_rows_is_named(tmp_path):
+    text = data.load("ptb", write_ptb(tmp_path))
+    with pytest.raises(UserError, match="batch size is 20, but train of ptb has 8 tokens: each row needs two"):
+        num_windows(text, "train", 20, 35)
+    with pytest.raises(UserError, match="unknown split 'valid'"):
+        text.split("valid")
+    with pytest.raises(UserError, match="token number outside"):
+        TextData("x", torch.tensor([3]), torch.tensor([0]), ("a",))
+
+
+@pytest.mark.skipif(not (REAL / "ptb").is_dir(), reason="no Penn Treebank beside the repository")
+def test_the_penn_treebank_has_its_known_size():
+    text = data.load("ptb", REAL / "ptb")
+    assert (len(text.train), len(text.test), len(text.vocabulary)) == (929_589, 82_430, 10_000)
+
+
+@pytest.mark.skipif(not (REAL / "wikitext2").is_dir(), reason="no WikiText-2 beside the repository")
+def test_wikitext_takes_the_validation_split_where_there_is_no_test_split():
+    text = data.load("wikitext2", REAL / "wikitext2")
+    assert 30_000 < len(text.vocabulary) < 34_000 and len(text.test) < len(text.train) / 8
