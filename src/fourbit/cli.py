@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -19,6 +19,7 @@ from fourbit._terminal import EXIT_INTERRUPTED, interrupted, interruptible_impor
 from fourbit._version import __version__
 from fourbit.errors import UserError
 from fourbit.train import CompareConfig, TrainConfig
+from fourbit.train._config import whole_numbers, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -209,6 +210,67 @@ def memory(
     before = memory_report(network, batch).total
     report = memory_report(convert(network, recipe), batch)
     say(f"{report}\nby the same network in FP32: {format_bytes(before)}; now {report.total / before:.3f}x of it")
+
+
+@app.command
+def reproduce(
+    what: Literal["list", "table1", "table2", "table3"],
+    *,
+    row: str | None = None,
+    scale: Literal["paper", "small", "smoke"] = "small",
+    seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (0,),
+    columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
+    data_dir: Path | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+    out: Path = Path("runs/reproduce"),
+) -> int:
+    """Reproduce a row of the paper's tables: all its columns, with the paper's numbers beside ours.
+
+    Started again, the command goes on where it was.
+
+    Args:
+        what: list shows every row with the paper's numbers; table1, table2 or table3 runs a row of that table.
+        row: Row, as the list calls it.
+        scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
+        seeds: Seeds, separated by commas.
+        columns: Recipes, separated by commas. None: the row's columns.
+        data_dir: Folder with the files of the data set. None: the Hugging Face hub.
+        threads: CPU threads. None: torch's own choice.
+        progress: Show a progress bar, if the output is a terminal.
+        out: Folder; each row has a folder of its own in it.
+    """
+    from fourbit.reproduce import reproduce as run
+    from fourbit.reproduce import rows_of
+    from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES
+
+    if what == "list":
+        for name in TABLES:
+            table = make_table(f"{name} --row", "what", "", *SHORT, "runs")
+            for r in rows_of(name).values():
+                numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
+                table.add_row(r.name, r.title, r.metric, *numbers, "yes" if r.scales else "not yet")
+            show(table)
+        say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
+        return 0
+    if row is None:
+        raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
+    done = run(
+        what,
+        row,
+        scale=scale,
+        seeds=seeds,
+        columns=columns,
+        data_dir=data_dir,
+        out=out,
+        threads=threads,
+        progress=progress,
+    )
+    if done.interrupted:
+        say("stopped; the same command goes on with it.")
+        return EXIT_INTERRUPTED
+    say(f"{done.text}\nfolder: {done.folder}")
+    return 0
 
 
 @app.command

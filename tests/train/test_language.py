@@ -34,8 +34,8 @@ def config(folder: Path, out: Path | None = None, **changes) -> TrainConfig:
 
 @pytest.mark.parametrize("recipe", ["fp32", "ibm2020", "luq"])
 def test_it_learns_what_follows_and_reports_perplexity(folder, tmp_path, recipe, capsys):
-    result = train(config(folder, tmp_path / "run", recipe=recipe))
-    assert result.test_accuracy > 0.9
+    result = train(config(folder, tmp_path / "run", recipe=recipe, epochs=6))
+    assert result.test_accuracy > 0.8
     assert math.exp(result.test_loss) < 1.7  # 9 by guessing
     assert "perplexity" in capsys.readouterr().out
 

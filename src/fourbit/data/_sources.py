@@ -128,7 +128,7 @@ def open_hub(hub_id: str, subset: str | None = None) -> dict[str, Dataset]:
             # Fails at once where load_dataset would retry for half a minute.
             HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
         with _quiet():
-            found = datasets.load_dataset(hub_id, *(() if subset is None else (subset,)))
+            found = datasets.load_dataset(hub_id) if subset is None else datasets.load_dataset(hub_id, subset)
     except Exception as error:  # network, proxy, HTTP and cache errors of four packages
         raise UserError(
             f"cannot get {hub_id} from the Hugging Face hub ({_first_line(error)}): check the network, "

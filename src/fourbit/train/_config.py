@@ -33,15 +33,15 @@ def _fractions(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
         raise ValueError(f'"{tokens[0].value}" is not a list of numbers such as 0.5,0.75') from None
 
 
-def _words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
 
 
-def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+def whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
     try:
-        return tuple(int(part) for part in _words(type_, tokens))
+        return tuple(int(part) for part in words(type_, tokens))
     except ValueError:
         raise ValueError(f'"{tokens[0].value}" is not a list of whole numbers such as 0,1,2') from None
 
@@ -71,6 +71,8 @@ class Settings:
     """Images, or rows of text, per forward pass, over all processes together."""
     eval_batch_size: Annotated[int | None, TASK, WHOLE] = None
     """The same for the evaluation. None: the batch size; for images at least 256."""
+    max_test_batches: Annotated[int | None, TASK, WHOLE] = None
+    """Evaluate on the first so many batches only. None: on all test data."""
     augment: Annotated[bool, TASK] = True
     """Shift and mirror training images as the data set prescribes."""
     sequence_length: Annotated[int, TASK, WHOLE] = 35
@@ -168,13 +170,13 @@ class TrainConfig(Settings):
 class CompareConfig(Settings):
     """Runs that differ in recipe and seed alone."""
 
-    recipes: Annotated[tuple[str, ...], TASK, Parameter(converter=_words, n_tokens=1, negative="")] = (
+    recipes: Annotated[tuple[str, ...], TASK, Parameter(converter=words, n_tokens=1, negative="")] = (
         "fp32",
         "int4-fwd",
         "ibm2020",
     )
     """Recipes, separated by commas."""
-    seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=_whole_numbers, n_tokens=1, negative="")] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (0, 1, 2)
     """Seeds, separated by commas."""
     out: Annotated[Path, RECORDS] = Path("runs/compare")
     """Folder with one folder per run, table.md and table.json."""

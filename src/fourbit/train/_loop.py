@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 
@@ -151,7 +152,7 @@ class Loop:
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
         session.model.eval()
         with torch.no_grad():
-            for batch in session.task.batches("test"):
+            for batch in islice(session.task.batches("test"), session.config.max_test_batches):
                 if self.stop.requested:
                     return False
                 if batch[1].numel():

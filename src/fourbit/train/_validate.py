@@ -27,6 +27,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
     "eval_batch_size": _AT_LEAST_1,
+    "max_test_batches": _AT_LEAST_1,
     "sequence_length": _AT_LEAST_1,
     "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
     "lr": _POSITIVE,

@@ -1,0 +1,208 @@
+"""Every row of Tables 1 to 3: the paper's numbers, and the runs that stand for it at three scales.
+
+    paper   the paper's schedule, as far as it is known, on its data set
+    small   an hour or two on a CPU of two cores for all columns of a row and one seed
+    smoke   a minute: shows that everything runs, and nothing about accuracy
+
+The paper gives batch size and epochs of few networks only (ResNet-18 on CIFAR-10: 128 and 160, a first drop of the learning
+rate at about 82; ResNet-18 and ResNet-50 on ImageNet: 256 and 100, drops at 30, 60, 90) and says "default hyper-parameters"
+for the rest. Those are our choice, written in `TableRow.scales`: the residual networks' own (learning rate 0.1, momentum
+0.9, weight decay 1e-4, divided by 10 at half and at three quarters) for CIFAR-10, and Zaremba et al.'s model with plain SGD
+for the Penn Treebank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fourbit.errors import UserError, unknown
+
+ScaleName = Literal["paper", "small", "smoke"]
+TableName = Literal["table1", "table2", "table3"]
+SCALES: tuple[ScaleName, ...] = ("paper", "small", "smoke")
+TABLES: tuple[TableName, ...] = ("table1", "table2", "table3")
+
+COLUMNS: dict[str, str] = {
+    "fp32": "FP32",
+    "int4-fwd": "INT4 forward, FP32 backward",
+    "ibm2020": "TPR FP4",
+    "ibm2020-dw8": "dgrad FP4, wgrad FP8",
+    "ibm2020-bottom1x1fp8": "TPR FP4, bottom 1x1 FP8",
+    "ibm2020-1x1fp8": "TPR FP4, all 1x1 FP8",
+}
+"""Recipe of each column, and the column's title."""
+
+SHORT = ("FP32", "INT4 fwd", "TPR FP4", "dx 4 dW 8", "bottom 1x1", "all 1x1")
+"""The same, for narrow tables."""
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row.
+
+    Args:
+        table, name: where it stands, and what `--row` calls it.
+        title: the paper's words.
+        metric: what the numbers are.
+        paper: {recipe of the column: the paper's number}; {} for a row of our own.
+        bold: the recipe whose number the paper prints in bold.
+        columns: recipes that run.
+        scales: {scale: fields of `fourbit.train.Settings`}; {} where this version cannot run the row.
+        missing: what is missing then.
+        higher_is_better: otherwise lower is.
+    """
+
+    table: TableName
+    name: str
+    title: str
+    metric: str
+    paper: Mapping[str, float]
+    bold: str
+    columns: tuple[str, ...]
+    scales: Mapping[str, Settings]
+    missing: str = ""
+    higher_is_better: bool = True
+
+    def settings(self, scale: str) -> dict[str, Any]:
+        """Fields of `fourbit.train.Settings`.
+
+        Raises:
+            UserError: an unknown scale, or a row that cannot run.
+        """
+        if scale not in SCALES:
+            raise unknown("scale", scale, SCALES)
+        if not self.scales:
+            raise UserError(f"{self.name} of {self.table} cannot run yet: {self.missing}.")
+        return dict(self.scales[scale])
+
+
+ROWS: list[TableRow] = []
+
+_CIFAR = {"data": "cifar10", "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4}
+_SMOKE = {"batch_size": 16, "epochs": 1, "max_steps": 3, "max_test_batches": 1, "eval_batch_size": 32, "log_every": 1}
+
+
+def _cifar(
+    model: str, title: str, paper: tuple[float | None, ...], bold: str, small: Settings, columns: tuple[str, ...] = ()
+) -> None:
+    numbers = {recipe: value for recipe, value in zip(COLUMNS, paper, strict=False) if value is not None}
+    common = {"model": model, **_CIFAR}
+    scales = {
+        "paper": {**common, "epochs": 160},
+        "small": {**common, "schedule": "cosine", **small},
+        "smoke": {**common, **_SMOKE},
+    }
+    ROWS.append(
+        TableRow("table1", model, title, "CIFAR-10 test accuracy %", numbers, bold, columns or tuple(numbers), scales)
+    )
+
+
+_cifar(
+    "resnet20", "ResNet20 (not in the paper)", (), "", {"epochs": 10}, ("fp32", "int4-fwd", "ibm2020", "ibm2020-dw8")
+)
+_cifar("vgg16", "VGG16", (92.07, 91.81, 91.47, 91.81), "ibm2020", {"epochs": 3})
+_cifar("googlenet", "GoogLeNet", (94.68, 94.50, 94.17, 94.12), "ibm2020", {"epochs": 1})
+_cifar("resnet18", "ResNet18", (93.01, 92.97, 92.74, 92.76), "ibm2020", {"epochs": 2})
+_cifar("resnet50", "ResNet50", (94.70, 94.34, 93.42, 93.77, 94.03, 94.36), "ibm2020-1x1fp8", {"epochs": 1})
+_cifar(
+    "resnet101",
+    "ResNet101",
+    (95.04, 94.76, 93.79, 94.34, 94.19, 94.43),
+    "ibm2020-1x1fp8",
+    {"epochs": 1, "max_steps": 150, "max_test_batches": 8},
+)
+_cifar("densenet121", "DenseNet121", (95.06, 95.08, 94.71, 94.82, None, 94.91), "ibm2020", {"epochs": 1})
+_cifar("mobilenet_v2", "MobileNetV2", (93.00, 92.97, 91.80, 92.39), "ibm2020-dw8", {"epochs": 3})
+
+
+def _later(
+    table: TableName,
+    name: str,
+    title: str,
+    metric: str,
+    paper: Mapping[str, float],
+    bold: str,
+    missing: str,
+    higher_is_better: bool = True,
+) -> None:
+    ROWS.append(TableRow(table, name, title, metric, paper, bold, tuple(paper), {}, missing, higher_is_better))
+
+
+def _numbers(*values: float) -> dict[str, float]:
+    return dict(zip(COLUMNS, values, strict=False))
+
+
+_IMAGENET = "the ImageNet data set and its networks are not in this version"
+_TOP1 = "ImageNet top-1 %"
+_later("table2", "alexnet", "AlexNet", _TOP1, _numbers(57.56, 57.51, 56.38, 57.11), "ibm2020", _IMAGENET)
+_later("table2", "resnet18", "ResNet18", _TOP1, _numbers(69.40, 69.43, 68.27, 68.99), "ibm2020", _IMAGENET)
+_later(
+    "table2",
+    "resnet50",
+    "ResNet50",
+    _TOP1,
+    _numbers(76.48, 75.76, 74.01, 74.92, 74.99, 75.51),
+    "ibm2020-1x1fp8",
+    _IMAGENET,
+)
+_later("table2", "mobilenet_v2", "MobileNetV2", _TOP1, _numbers(71.85, 69.77, 68.85, 69.65), "", _IMAGENET)
+
+_PTB = {"data": "ptb", "batch_size": 20, "optimizer": "sgd", "lr": 20.0, "momentum": 0.0, "gradient_clip": 0.25}
+_PTB |= {"weight_decay": 0.0, "lr_decay": 0.5}
+_THREE = ("fp32", "ibm2020", "ibm2020-dw8")
+ROWS.append(
+    TableRow(
+        "table3",
+        "ptb",
+        "2-layer LSTM, PTB",
+        "test perplexity",
+        dict(zip(_THREE, (83.3, 85.3, 83.8), strict=True)),
+        "ibm2020",
+        _THREE,
+        {
+            "paper": {
+                "model": "lstm_650",
+                **_PTB,
+                "epochs": 40,
+                "milestones": tuple(k / 40 for k in range(16, 40, 3)),
+            },
+            "small": {"model": "lstm_200", **_PTB, "epochs": 8, "milestones": (0.5, 0.625, 0.75, 0.875)},
+            "smoke": {"model": "lstm_200", **_PTB, "epochs": 1, "max_steps": 5, "max_test_batches": 2, "log_every": 1},
+        },
+        higher_is_better=False,
+    )
+)
+_later(
+    "table3",
+    "swb300",
+    "4-layer bidirectional LSTM, SWB300",
+    "word error rate %",
+    dict(zip(_THREE, (9.9, 11.3, 10.4), strict=True)),
+    "ibm2020-dw8",
+    "speech data and the acoustic model are not in this version",
+    higher_is_better=False,
+)
+_later(
+    "table3",
+    "wmt",
+    "Transformer-base, WMT En-De",
+    "BLEU",
+    dict(zip(_THREE, (27.5, 25.4, 25.9), strict=True)),
+    "",
+    "translation data and the Transformer are not in this version",
+)
+
+
+def rows_of(table: str) -> dict[str, TableRow]:
+    """The rows of a table by name.
+
+    Raises:
+        UserError: an unknown table.
+    """
+    if table not in TABLES:
+        raise unknown("table", table, TABLES)
+    return {row.name: row for row in ROWS if row.table == table}

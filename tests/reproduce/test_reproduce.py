@@ -1,0 +1,117 @@
+"""The paper's tables: numbers as printed, rows that run, and what a few seeds say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourbit import models, recipes
+from fourbit.cli import main
+from fourbit.errors import UserError
+from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
+from fourbit.reproduce._statistics import paired, sentence
+from fourbit.train import TrainConfig
+from fourbit.train._validate import validated
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    assert {name: row.paper["ibm2020"] for name, row in rows_of("table1").items() if row.paper} == {
+        "vgg16": 91.47, "googlenet": 94.17, "resnet18": 92.74, "resnet50": 93.42, "resnet101": 93.79,
+        "densenet121": 94.71, "mobilenet_v2": 91.80,
+    }  # fmt: skip
+    assert rows_of("table1")["densenet121"].paper["ibm2020-1x1fp8"] == 94.91
+    assert "ibm2020-bottom1x1fp8" not in rows_of("table1")["densenet121"].paper
+    assert rows_of("table2")["resnet50"].paper == dict(
+        zip(COLUMNS, (76.48, 75.76, 74.01, 74.92, 74.99, 75.51), strict=True)
+    )
+    assert {n: tuple(r.paper.values()) for n, r in rows_of("table3").items()} == {
+        "ptb": (83.3, 85.3, 83.8), "swb300": (9.9, 11.3, 10.4), "wmt": (27.5, 25.4, 25.9)
+    }  # fmt: skip
+    assert {row.name for row in ROWS if row.bold == "ibm2020-1x1fp8"} == {"resnet50", "resnet101"}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.scales], ids=lambda row: row.name)
+def test_every_row_that_runs_has_settings_that_are_valid_and_recipes_that_fit(row):
+    for scale in ("paper", "small", "smoke"):
+        config = validated(TrainConfig(**row.settings(scale), data_dir=Path("x"), recipe="fp32"))
+        assert config.model in models.names()
+    with torch.device("meta"):
+        model = models.build(config.model, num_classes=10)
+    for recipe in row.columns:
+        recipes.explain(model, recipe)
+
+
+def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    import fourbit.data as data
+
+    whole = data.load("digits")
+    small = dataclasses.replace(whole, train_x=whole.train_x[:64], train_y=whole.train_y[:64])
+    monkeypatch.setattr(data, "load", lambda name, folder=None: small)
+    changes = {"model": "digits_cnn", "data": "digits", "tensorboard": False, "progress": False, "out": tmp_path}
+    done = reproduce("table1", "resnet18", scale="smoke", seeds=(0, 1), **changes)
+    assert not done.interrupted and "say nothing about accuracy" in done.text
+    stored = json.loads((tmp_path / "table1-resnet18-smoke" / "reproduced.json").read_text())
+    assert [c["recipe"] for c in stored["columns"]] == ["fp32", "int4-fwd", "ibm2020", "ibm2020-dw8"]
+    tpr = stored["columns"][2]
+    assert tpr["paper"] == 92.74 and set(tpr["by_seed"]) == {"0", "1"}
+    assert tpr["mean"] == pytest.approx(sum(tpr["by_seed"].values()) / 2)
+    fp32 = stored["columns"][0]["by_seed"]
+    assert tpr["difference"] == pytest.approx(sum(tpr["by_seed"][s] - fp32[s] for s in "01") / 2)
+    lines = (tmp_path / "table1-resnet18-smoke" / "fp32-seed0" / "metrics.jsonl").read_text()
+    again = reproduce("table1", "resnet18", scale="smoke", seeds=(0, 1), **changes)
+    assert again.text == done.text
+    assert (tmp_path / "table1-resnet18-smoke" / "fp32-seed0" / "metrics.jsonl").read_text() == lines
+
+
+def test_intervals_are_students():
+    found = paired([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.half == pytest.approx(4.303 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-3)
+    assert paired([]) is None and paired([1.0]).half is None
+
+
+@pytest.mark.parametrize(
+    ("differences", "higher", "words"),
+    [
+        ([-1.0, -1.1, -0.9], True, "A is 1.00 points worse than B (95 % interval -1.25 to -0.75, 3 seeds)."),
+        ([-1.0, 1.1, 0.2], True, "A cannot be told from B"),
+        ([2.0, 2.1, 2.2], False, "A is 2.10 points worse than B"),
+        ([-3.0], False, "A is 3.00 points better than B with one seed: how far seeds scatter is not known."),
+        ([0.0], True, "A equals B with one seed"),
+    ],
+)
+def test_sentences_say_what_follows_and_what_does_not(differences, higher, words):
+    assert sentence("A", "B", paired(differences), "points", higher).startswith(words)
+
+
+def test_the_list_shows_every_row(capsys):
+    assert main(["reproduce", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(row.name in printed for row in ROWS) and "94.36*" in printed and "not yet" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table1"], "table1 has the rows resnet20, vgg16"),
+        (["table1", "--row", "resnet19"], "unknown row of table1 'resnet19': did you mean 'resnet18'"),
+        (["table2", "--row", "alexnet"], "alexnet of table2 cannot run yet: the ImageNet data set"),
+        (["table4", "--row", "x"], "table4"),
+        (["table1", "--row", "vgg16", "--scale", "tiny"], "tiny"),
+        (["table1", "--row", "vgg16", "--data-dir", "nowhere"], "there is no data folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):
+    assert main(["reproduce", *arguments, *(["--out", str(tmp_path)] if "--row" in arguments else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fourbit: ") and message in error and error.count("\n") == 1
+
+
+def test_an_unknown_scale_is_named():
+    with pytest.raises(UserError, match="unknown scale 'tiny'"):
+        rows_of("table1")["vgg16"].settings("tiny")
