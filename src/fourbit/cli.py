@@ -152,9 +152,9 @@ def recipes(name: str | None = None) -> None:
 @app.command
 def models() -> None:
     """List the networks."""
-    from fourbit.models._base import MODELS, TEXT_MODELS
+    from fourbit.models._base import MODELS
 
-    show(_documented("model", {**MODELS, **TEXT_MODELS}))
+    show(_documented("model", MODELS))
 
 
 @app.command
@@ -246,10 +246,10 @@ def reproduce(
 
     if what == "list":
         for name in TABLES:
-            table = make_table(f"{name} --row", "what", "", *SHORT, "runs")
+            table = make_table(f"{name} --row", "what", "", *SHORT, "scales")
             for r in rows_of(name).values():
                 numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
-                table.add_row(r.name, r.title, r.metric, *numbers, "yes" if r.scales else "not yet")
+                table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales) or "not yet")
             show(table)
         say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
         return 0

@@ -141,3 +141,15 @@ def test_language_models_have_the_published_size_and_carry_their_state(name, par
     second, _ = model(tokens[2:], state)
     assert whole.shape == (6, 2, 10_000)
     torch.testing.assert_close(torch.cat((first, second)), whole)
+
+
+def test_the_acoustic_model_does_not_see_the_padding():
+    torch.manual_seed(0)
+    model = models.build("bilstm_speech", num_classes=10, in_channels=40).eval()
+    assert sum(p.numel() for p in model.parameters()) == 1_362_442
+    frames, lengths = torch.randn(9, 3, 40), torch.tensor([4, 9, 6])
+    whole = model(frames, lengths)
+    alone = model(frames[:4, :1], lengths[:1])
+    torch.testing.assert_close(whole[:1], alone)
+    frames[4:, 0] = 100.0
+    torch.testing.assert_close(model(frames, lengths), whole)

@@ -37,7 +37,8 @@ def test_the_papers_numbers_are_those_of_its_tables():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.scales], ids=lambda row: row.name)
 def test_every_row_that_runs_has_settings_that_are_valid_and_recipes_that_fit(row):
-    for scale in ("paper", "small", "smoke"):
+    assert {"small", "smoke"} <= set(row.scales)
+    for scale in row.scales:
         config = validated(TrainConfig(**row.settings(scale), data_dir=Path("x"), recipe="fp32"))
         assert config.model in models.names()
     with torch.device("meta"):
@@ -101,6 +102,10 @@ def test_the_list_shows_every_row(capsys):
         (["table1"], "table1 has the rows resnet20, vgg16"),
         (["table1", "--row", "resnet19"], "unknown row of table1 'resnet19': did you mean 'resnet18'"),
         (["table2", "--row", "alexnet"], "alexnet of table2 cannot run yet: the ImageNet data set"),
+        (
+            ["table3", "--row", "swb300", "--scale", "paper"],
+            "swb300 of table3 cannot run at the scale paper: SWB300 is not free",
+        ),
         (["table4", "--row", "x"], "table4"),
         (["table1", "--row", "vgg16", "--scale", "tiny"], "tiny"),
         (["table1", "--row", "vgg16", "--data-dir", "nowhere"], "there is no data folder nowhere"),

@@ -18,6 +18,9 @@ from fourbit.data._base import names as names
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
 from fourbit.data._batches import num_batches as num_batches
+from fourbit.data._speech import SpeechData as SpeechData
+from fourbit.data._speech import num_utterance_batches as num_utterance_batches
+from fourbit.data._speech import utterances as utterances
 from fourbit.data._text import TextData as TextData
 from fourbit.data._text import num_windows as num_windows
 from fourbit.data._text import windows as windows

@@ -14,9 +14,10 @@ from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from fourbit.data._speech import SpeechData
     from fourbit.data._text import TextData
 
-Loader = Callable[[Path | None], "ImageData | TextData"]
+Loader = Callable[[Path | None], "ImageData | TextData | SpeechData"]
 
 DATASETS: Registry[Loader] = Registry("data set")
 register = DATASETS.register
@@ -119,12 +120,12 @@ def names() -> list[str]:
     """Names that `load` knows.
 
     >>> names()
-    ['digits', 'cifar10', 'fashion_mnist', 'ptb', 'wikitext2', 'tinyshakespeare']
+    ['digits', 'cifar10', 'fashion_mnist', 'ptb', 'wikitext2', 'tinyshakespeare', 'spoken_digits']
     """
     return list(DATASETS)
 
 
-def load(name: str, data_dir: str | Path | None = None) -> ImageData | TextData:
+def load(name: str, data_dir: str | Path | None = None) -> ImageData | TextData | SpeechData:
     """The data set `name`, decoded, in memory.
 
     Args:

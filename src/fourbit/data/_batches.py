@@ -77,17 +77,17 @@ def _generate(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = data.split(split)
     training = split == "train"
-    order = torch.randperm(len(labels), generator=_generator("order", seed, epoch)) if training else None
+    order = torch.randperm(len(labels), generator=generator("order", seed, epoch)) if training else None
     for k in indices:
         rows = slice(k * batch_size, (k + 1) * batch_size)
         picked = rows if order is None else order[rows]
         x, y = images[picked], labels[picked]
         if training and augment:
-            x = _augmented(x, data.augment, _generator("augment", seed, epoch, k))
+            x = _augmented(x, data.augment, generator("augment", seed, epoch, k))
         yield _normalised(x, data.mean, data.std), y
 
 
-def _generator(*words: str | int) -> torch.Generator:
+def generator(*words: str | int) -> torch.Generator:
     """A generator whose seed is a hash of `words`: neighbouring seeds, epochs and batches are unrelated."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -14,6 +14,7 @@ import torch
 from fourbit.data._base import Augment, ImageData, register
 from fourbit.data._images import ImageSource, read_images
 from fourbit.data._sources import find_parquet, open_folder, open_hub
+from fourbit.data._speech import SpeechData, make_speech, read_wav_folders
 from fourbit.data._text import TextData, from_characters, from_words, read_lines
 from fourbit.errors import UserError
 
@@ -134,3 +135,30 @@ def tinyshakespeare(data_dir: Path | None) -> TextData:
     text = "".join(f"{line}\n" for line in lines)
     cut = len(text) * 9 // 10
     return from_characters("tinyshakespeare", text[:cut], text[cut:])
+
+
+SPOKEN_DIGITS_RATE = 8000
+
+
+@register("spoken_digits")
+def spoken_digits(data_dir: Path | None) -> SpeechData:
+    """3,000 recordings of the ten digits by six speakers, 8 kHz. Jackson et al., Free Spoken Digit Dataset, CC BY-SA 4.0.
+
+    Reads parquet files with the columns audio and label, or folders train/0/*.wav to test/9/*.wav. Files that put the
+    recordings of one speaker into the test split measure what a network makes of a voice that it has not heard.
+    """
+    if data_dir is None:
+        raise UserError("spoken_digits needs the folder of its parquet or WAV files: give it with --data-dir.")
+    classes = tuple("0123456789")
+    if any(data_dir.rglob("*.parquet")):
+        rows = {}
+        for split, table in open_folder(find_parquet(data_dir)).items():
+            if not {"audio", "label"} <= set(table.column_names):
+                raise UserError(
+                    f"{split} of {data_dir} has no columns audio and label: {', '.join(table.column_names)}."
+                )
+            columns = table.data.select(["audio", "label"]).to_pylist()
+            rows[split] = [(r["audio"]["bytes"], f"row {i} of {split}", r["label"]) for i, r in enumerate(columns)]
+    else:
+        rows = read_wav_folders(data_dir, classes)
+    return make_speech("spoken_digits", rows, classes, SPOKEN_DIGITS_RATE)

@@ -20,4 +20,5 @@ from fourbit.models._googlenet import GoogLeNet as GoogLeNet
 from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
 from fourbit.models._resnet import ResNet as ResNet
+from fourbit.models._speech import AcousticModel as AcousticModel
 from fourbit.models._vgg import Vgg as Vgg

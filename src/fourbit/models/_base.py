@@ -15,18 +15,27 @@ from typing import Literal
 from torch import nn
 
 from fourbit._registry import Registry
-from fourbit.errors import UserError, unknown
+from fourbit.errors import UserError
 
 Builder = Callable[[int, int], nn.Module]
-Kind = Literal["image", "text"]
-"""What a network reads: images [B, C, H, W] of floats, or text [T, B] of token numbers."""
+Kind = Literal["image", "text", "speech"]
+"""What a network reads: images [B, C, H, W] of floats; text [T, B] of token numbers, with the state before it; or speech,
+frames of features [T, B, C] with the number of frames of each utterance [B]."""
 
 MODELS: Registry[Builder] = Registry("model")
-register = MODELS.register
-TEXT_MODELS: Registry[Callable[[int], nn.Module]] = Registry("model")
-register_text = TEXT_MODELS.register
-"""For builders that take the number of tokens, and whose networks map tokens and a state to logits [T, B, tokens] and the
-state behind them."""
+_kinds: dict[str, Kind] = {}
+
+
+def register(name: str, kind: Kind = "image") -> Callable[[Builder], Builder]:
+    """Decorator that enters a builder, called with the number of classes (text: of tokens) and of input channels (speech: of
+    features; text: 0)."""
+
+    def enter(builder: Builder) -> Builder:
+        _kinds[name] = kind
+        return MODELS.register(name)(builder)
+
+    return enter
+
 
 # The networks halve the image three times (VGG five times, but its pools round up), which takes 8 pixels to 1.
 MIN_IMAGE_SIZE = 8
@@ -38,15 +47,13 @@ def names(kind: Kind | None = None) -> list[str]:
     >>> "resnet20" in names(), names("text")
     (True, ['lstm_200', 'lstm_650'])
     """
-    found: dict[str, list[str]] = {"image": list(MODELS), "text": list(TEXT_MODELS)}
-    return found["image"] + found["text"] if kind is None else found[kind]
+    return [name for name in MODELS if kind in (None, _kinds[name])]
 
 
 def kind_of(name: str) -> Kind:
     """What the network reads; UserError for an unknown name."""
-    if name not in names():
-        raise unknown("model", name, names())
-    return "text" if name in TEXT_MODELS else "image"
+    MODELS[name]
+    return _kinds[name]
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -55,7 +62,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     Args:
         name: one of `names()`.
         num_classes: number of logits, 1 or more; of a network for text the size of the vocabulary.
-        in_channels: channels of the input: 3 for colour, 1 for grey.
+        in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
 
     Raises:
@@ -69,16 +76,16 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     kind = kind_of(name)
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: a model needs at least 1 class.")
-    if kind == "text":
-        return TEXT_MODELS[name](num_classes)
-    if in_channels < 1:
-        raise UserError(f"in_channels is {in_channels}: give 1 for grey or 3 for colour images.")
-    if image_size < MIN_IMAGE_SIZE:
+    if kind != "text" and in_channels < 1:
+        raise UserError(
+            f"in_channels is {in_channels}: give 1 for grey or 3 for colour images, of speech the features."
+        )
+    if kind == "image" and image_size < MIN_IMAGE_SIZE:
         raise UserError(
             f"image_size is {image_size}, too small for {name}: use images of at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
         )
-    return MODELS[name](num_classes, in_channels)
+    return MODELS[name](num_classes, 0 if kind == "text" else in_channels)
 
 
 def initialise(model: nn.Module) -> None:

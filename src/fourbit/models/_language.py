@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourbit.models._base import register_text
+from fourbit.models._base import register
 
 State = tuple[Tensor, Tensor]
 
@@ -42,13 +42,13 @@ class LstmLanguageModel(nn.Module):
         return self.classifier(F.dropout(y, self.dropout, self.training)), last
 
 
-@register_text("lstm_200")
-def lstm_200(num_tokens: int) -> nn.Module:
+@register("lstm_200", "text")
+def lstm_200(num_tokens: int, in_channels: int) -> nn.Module:
     """Two LSTM layers of 200 units, Zaremba's small model: 4,653,200 parameters with 10,000 tokens."""
     return LstmLanguageModel(num_tokens, 200, init_range=0.1)
 
 
-@register_text("lstm_650")
-def lstm_650(num_tokens: int) -> nn.Module:
+@register("lstm_650", "text")
+def lstm_650(num_tokens: int, in_channels: int) -> nn.Module:
     """Two LSTM layers of 650 units with dropout 0.5, Zaremba's medium model: 19,780,400 parameters with 10,000 tokens."""
     return LstmLanguageModel(num_tokens, 650, dropout=0.5, init_range=0.05)

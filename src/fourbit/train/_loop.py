@@ -155,7 +155,7 @@ class Loop:
             for batch in islice(session.task.batches("test"), session.config.max_test_batches):
                 if self.stop.requested:
                     return False
-                if batch[1].numel():
+                if batch[-1].numel():
                     with session.autocast():
                         sums += session.task.loss(session.model, batch)[1]
         loss_sum, correct, images = session.total(sums)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from fourbit import data as datasets
 from fourbit import models
-from fourbit.data import ImageData, TextData
+from fourbit.data import ImageData, SpeechData, TextData
 from fourbit.errors import UserError
 from fourbit.train._config import Settings, TrainConfig
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+"""The targets come last."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Metric:
         """The number, from what is measured of every run: mean loss and share of hits."""
         if self.name == "accuracy":
             return accuracy
+        if self.name == "word error rate":
+            return None if accuracy is None else 1.0 - accuracy
         return None if loss is None else math.exp(min(loss, 700.0))
 
     @property
@@ -60,11 +63,13 @@ class Metric:
 
 ACCURACY = Metric("accuracy", "%", 100.0, True, "images")
 PERPLEXITY = Metric("perplexity", "", 1.0, False, "tokens")
+WORD_ERROR_RATE = Metric("word error rate", "%", 100.0, False, "utterances")
+"""Of utterances of one word each: the share of wrong ones."""
 
 
 def metric_of(settings: Settings) -> Metric:
     """The metric of runs with these settings."""
-    return PERPLEXITY if models.kind_of(settings.model) == "text" else ACCURACY
+    return {"image": ACCURACY, "text": PERPLEXITY, "speech": WORD_ERROR_RATE}[models.kind_of(settings.model)]
 
 
 class Task(ABC):
@@ -199,6 +204,40 @@ class LanguageModelling(Task):
             self._carried["train"] = tuple(t.to(self.device) for _, t in found)
 
 
+class SpeechRecognition(Task):
+    """Utterances of one word to words: cross entropy, word error rate."""
+
+    metric = WORD_ERROR_RATE
+
+    def __init__(self, config: TrainConfig, data: SpeechData, device: torch.device, rank: int, world: int):
+        super().__init__(config, device, rank, world)
+        self.data = data
+
+    def build(self) -> nn.Module:
+        """With as many features and classes as the data have."""
+        data = self.data
+        return models.build(self.config.model, num_classes=len(data.classes), in_channels=data.num_features)
+
+    def num_batches(self) -> int:
+        """Whole ones only."""
+        return datasets.num_utterance_batches(self.data, "train", self.config.batch_size)
+
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Training utterances shuffled; every process takes each n-th."""
+        config, size = self.config, self.config.batch_size if split == "train" else self.config.eval_batch_size
+        assert size is not None
+        for x, lengths, y in datasets.utterances(self.data, split, size, config.seed, epoch, config.augment, start):
+            own = slice(self.rank, None, self.world)
+            yield x[:, own].to(self.device), lengths[own], y[own].to(self.device)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Over the utterances of the batch."""
+        x, lengths, y = batch
+        logits = model(x, lengths)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+        return loss, _counts(loss, logits, y)
+
+
 def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) -> Task:
     """The task of the configured data.
 
@@ -206,16 +245,22 @@ def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) 
         UserError: data that cannot be loaded, or that the network does not read.
     """
     data = datasets.load(config.data, config.data_dir)
-    kind = "text" if isinstance(data, TextData) else "image"
-    if models.kind_of(config.model) != kind:
-        reads = {"text": "text", "image": "images"}
+    kind = "text" if isinstance(data, TextData) else "speech" if isinstance(data, SpeechData) else "image"
+    reads = models.kind_of(config.model)
+    if reads != kind:
+        words = {"text": "text", "image": "images", "speech": "speech"}
         raise UserError(
-            f"{config.model} reads {reads[models.kind_of(config.model)]}, but {config.data} has {reads[kind]}: choose one of "
+            f"{config.model} reads {words[reads]}, but {config.data} has {words[kind]}: choose one of "
             f"{', '.join(models.names(kind))}."
         )
+    processes = device, rank, world
     if isinstance(data, TextData):
-        return LanguageModelling(config, data, device, rank, world)
-    return Classification(config, data, device, rank, world)
+        return LanguageModelling(config, data, *processes)
+    return (
+        SpeechRecognition(config, data, *processes)
+        if isinstance(data, SpeechData)
+        else Classification(config, data, *processes)
+    )
 
 
 def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:

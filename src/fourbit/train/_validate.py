@@ -92,7 +92,7 @@ def validated_comparison(config: CompareConfig) -> list[TrainConfig]:
 def _eval_batch_size(config: TrainConfig) -> int:
     from fourbit import models
 
-    return config.batch_size if models.kind_of(config.model) == "text" else max(config.batch_size, MIN_EVAL_BATCH_SIZE)
+    return max(config.batch_size, MIN_EVAL_BATCH_SIZE if models.kind_of(config.model) == "image" else 0)
 
 
 def _check_choices(config: Settings) -> None:

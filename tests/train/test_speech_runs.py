@@ -1,0 +1,55 @@
+"""Training an acoustic model: it learns in 4 bits, and is judged by the word error rate."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fourbit.errors import UserError
+from fourbit.train import TrainConfig, train
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Ten words, each a tone of its own with some noise."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 3)):
+        for digit in range(10):
+            target = tmp_path / "data" / split / str(digit)
+            target.mkdir(parents=True)
+            for i in range(count):
+                time = np.arange(int(8000 * generator.uniform(0.1, 0.2))) / 8000
+                rising = np.sin(2 * np.pi * (200 + 300 * digit) * time) * (time > 0.03)
+                samples = 12000 * rising + generator.normal(0, 300, len(time))
+                with wave.open(str(target / f"{i}.wav"), "wb") as file:
+                    file.setnchannels(1)
+                    file.setsampwidth(2)
+                    file.setframerate(8000)
+                    file.writeframes(samples.astype("<i2").tobytes())
+    return tmp_path / "data"
+
+
+def config(folder: Path, out: Path, **changes) -> TrainConfig:
+    values = {
+        "model": "bilstm_speech", "data": "spoken_digits", "data_dir": folder, "batch_size": 20, "epochs": 8,
+        "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "tensorboard": False, "threads": 1,
+        "out": out,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "ibm2020"])
+def test_it_learns_words_and_reports_the_word_error_rate(folder, tmp_path, recipe, capsys):
+    result = train(config(folder, tmp_path / "run", recipe=recipe))
+    assert result.test_accuracy >= 0.7  # 0.1 by guessing
+    assert "word error rate" in capsys.readouterr().out
+
+
+def test_a_network_for_images_is_refused(folder, tmp_path):
+    with pytest.raises(
+        UserError, match="resnet20 reads images, but spoken_digits has speech: choose one of bilstm_speech"
+    ):
+        train(config(folder, tmp_path / "run", model="resnet20"))
