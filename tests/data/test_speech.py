@@ -103,7 +103,7 @@ def test_folders_become_normalised_utterances_and_padded_batches(tmp_path):
 def test_augmentation_masks_bands_and_frames_and_leaves_the_data_alone(tmp_path):
     speech = data.load("spoken_digits", write_folder(tmp_path))
     before = [t.clone() for t in speech.train_x]
-    (varied, lengths, y), (again, *_) = (next(utterances(speech, "train", 30, seed=1)) for _ in range(2))
+    (varied, lengths, _), (again, *_) = (next(utterances(speech, "train", 30, seed=1)) for _ in range(2))
     plain, *_ = next(utterances(speech, "train", 30, seed=1, augment=False))
     assert torch.equal(varied, again) and all(torch.equal(a, b) for a, b in zip(before, speech.train_x, strict=True))
     changed = varied != plain
