@@ -358,3 +358,24 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(capsys, monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "this command needs matplotlib" in fails(capsys, "formats", "int4", "--png", "x.png")
+
+
+@pytest.mark.parametrize(("model", "input"), [("lstm_200", "12"), ("bilstm_speech", "20x13"), ("resnet20", "1x16x16")])
+@pytest.mark.parametrize("command", ["explain", "memory"])
+def test_networks_of_every_kind_are_explained_and_weighed(command, model, input, capsys):
+    size = ["--batch-size", "4"] if command == "memory" else []
+    assert main([command, "--model", model, "--input", input, "--classes", "30", *size]) == 0
+    assert ("4 x 4" if command == "explain" else "saved for backward in all") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "input", "message"),
+    [
+        ("lstm_200", "3x32x32", "lstm_200 reads text: give the tokens of a row, such as 35"),
+        ("bilstm_speech", "50", "bilstm_speech reads speech: give frames and features, such as 50x40"),
+        ("resnet20", "50", "must be channels, height and width of a square image"),
+    ],
+)
+def test_inputs_of_another_kind_are_one_line(model, input, message, capsys):
+    assert main(["explain", "--model", model, "--input", input]) == 2
+    assert message in capsys.readouterr().err

@@ -174,7 +174,8 @@ def explain(
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image (None: 3x32x32), or tokens of a row of text (None: 35).
+        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), or frames and
+            features of an utterance (None: 50x40).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
     from fourbit.recipes import explain as explain_recipe
@@ -197,7 +198,8 @@ def memory(
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image (None: 3x32x32), or tokens of a row of text (None: 35).
+        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), or frames and
+            features of an utterance (None: 50x40).
         batch_size: Images, or rows of text, per step.
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
@@ -327,16 +329,23 @@ def _network(
 
     from fourbit.models import build, kind_of
 
-    if kind_of(model) == "text":
-        if not (input or "35").isdigit() or int(input or 35) < 1:
+    kind = kind_of(model)
+    sizes = {"image": "3x32x32", "text": "35", "speech": "50x40"}[kind] if input is None else input.lower()
+    parts = sizes.split("x")
+    numbers = [int(part) for part in parts if part.isdigit() and int(part) > 0]
+    if kind == "text":
+        if len(parts) != 1 or not numbers:
             raise UserError(f"input is {input!r}, but {model} reads text: give the tokens of a row, such as 35.")
-        return build(model, num_classes=10_000 if classes is None else classes), torch.zeros(
-            int(input or 35), batch_size, dtype=torch.int64
-        )
-    parts = (input or "3x32x32").lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[1] != parts[2]:
+        network = build(model, num_classes=10_000 if classes is None else classes)
+        return network, torch.zeros(numbers[0], batch_size, dtype=torch.int64)
+    if kind == "speech":
+        if len(parts) != 2 or len(numbers) != 2:
+            raise UserError(f"input is {input!r}, but {model} reads speech: give frames and features, such as 50x40.")
+        network = build(model, num_classes=10 if classes is None else classes, in_channels=numbers[1])
+        return network, (numbers[0], batch_size, numbers[1])
+    if len(parts) != 3 or len(numbers) != 3 or numbers[1] != numbers[2]:
         raise UserError(f"input is {input!r}, but must be channels, height and width of a square image: 3x32x32.")
-    channels, size = int(parts[0]), int(parts[1])
+    channels, size = numbers[:2]
     network = build(model, num_classes=10 if classes is None else classes, in_channels=channels, image_size=size)
     return network, (batch_size, channels, size, size)
 

@@ -28,8 +28,10 @@ class AcousticModel(nn.Module):
         self.lstm = nn.LSTM(num_features, width, num_layers, dropout=dropout, bidirectional=True)
         self.classifier = nn.Linear(2 * width, num_classes)
 
-    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """Frames [T, B, num_features], of which lengths [B] are there -> logits [B, num_classes]."""
+    def forward(self, frames: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Frames [T, B, num_features], of which lengths [B] are there (None: all) -> logits [B, num_classes]."""
+        if lengths is None:
+            return self.classifier(self.lstm(frames)[0].mean(0))
         packed = pack_padded_sequence(frames, lengths.cpu(), enforce_sorted=False)
         y, _ = pad_packed_sequence(self.lstm(packed)[0])
         mean = y.sum(0) / lengths.to(y.device).unsqueeze(1)  # padding is zero
