@@ -17,7 +17,7 @@ from torch import Tensor
 from fourbit import backends, formats
 from fourbit.formats import Codebook, Format
 from fourbit.ops import Contraction, Convolution, Finish, Gemm, Layout, LinearMap, Matmul, Operand, Raw
-from fourbit.ops._product import _finish, multiply
+from fourbit.ops._product import _finish, multiply, product
 from fourbit.quantizers import Packed, carrier_dtype, is_packable, pack, pack_mask
 
 f = formats
@@ -389,3 +389,36 @@ def test_epilogues_decline_scales_per_channel_and_masks_with_unpacked_codes(impl
             assert_same(found[0], _finish(Raw(y.clone()), finish)[0])
         else:
             assert not isinstance(finish.codes, Packed)
+
+
+KEPT_SHAPES = [(1, 1, 1), (3, 5, 31), (12, 4, 32), (13, 63, 33), (20, 650, 100), (25, 7, 64)]
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), KEPT_SHAPES)
+@pytest.mark.parametrize("output", [None, formats.FP16_169])
+@pytest.mark.parametrize("name", ["int4_sym", "uint4", "int8"])
+def test_a_weight_kept_in_panels_gives_every_bit_again(rows, depth, columns, output, name):
+    """As an LSTM multiplies: the same weight at every step, forward by integers, backward by radix-4 gradients."""
+    generator = torch.Generator().manual_seed(rows)
+    format = formats.get(name)
+    low, high = int(min(format.grid)), int(max(format.grid))
+    dtype = torch.uint8 if low == 0 else torch.int8
+    w = Operand(
+        torch.randint(-7, 8, (columns, depth), generator=generator, dtype=torch.int8), None, formats.INT4_SYM, True
+    )
+    kept = {"fprop": w._replace(cache={}), "dgrad": w._replace(cache={})}
+    scale = torch.tensor(0.0123)
+    for _ in range(3):
+        x = Operand(torch.randint(low, high + 1, (rows, depth), generator=generator).to(dtype), scale, format, True)
+        g = torch.randint(-3, 4, (rows, columns), generator=generator)
+        g = Operand((g.sign() * 4.0 ** g.abs().float()).bfloat16(), None, formats.FP4_R4_EVEN, True)
+        layout = Layout(torch.Size((rows, depth)), (depth, 1))
+        for which, a, like in (("fprop", x, None), ("dgrad", g, layout)):
+            gemm = Gemm(which, LinearMap(), a, kept[which], like, torch.float32, "fast")
+            finish = Finish(gemm.scale, output, False, None, torch.float32, like)
+            found = backends.dispatch("product", gemm, finish)
+            with backends.without():
+                expected, _ = product(gemm, output, torch.float32)
+            if found is not None:  # there is a kernel on this machine
+                assert torch.equal(found[0], expected)
+                assert kept[which].cache

@@ -16,7 +16,7 @@ Sequences of different lengths come as torch packs them: the rows of step t are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 from fourbit import backends
 from fourbit.ops._contract import (
     Saved,
-    Weight,
     flatten,
     full_precision,
     quantize_weight,
@@ -339,7 +338,8 @@ class _Quantizing:
     def __init__(self, w: Tensor, state: LayerState, compute: torch.dtype):
         self._state, self._compute = state, compute
         state.begin()
-        self._weight: Weight = quantize_weight(w, _LINEAR, state.spec, state)
+        weight = quantize_weight(w, _LINEAR, state.spec, state)
+        self._weight = replace(weight, fprop=weight.fprop._replace(cache={}))
         self.saved: list[Saved] = []
 
     def __call__(self, x: Tensor) -> Tensor:

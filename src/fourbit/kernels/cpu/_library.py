@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 5
+ABI = 6
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -123,6 +123,8 @@ MatMul = _structure(
     packed=c_void_p,
     is_signed=c_int32,
     panels=c_void_p,
+    integers=c_int32,
+    is_unsigned=c_int32,
     clipped=c_double,
 )
 
@@ -248,7 +250,7 @@ _RESULTS = {
     "lstm_backward": None,
 }
 
-_ARGUMENTS = {"panel_count": [c_int64, c_int64], "pack_panels": [c_void_p, c_void_p]}
+_ARGUMENTS = {"pack_panels": [c_void_p, c_void_p]}
 """Of the functions that take something else than one structure."""
 
 CODES = {

@@ -159,9 +159,42 @@ def _own_multiply(
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
+def _own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor, None] | None:
+    """A forward product of small integers with a weight that is multiplied several times: exact, finished at once."""
+    x, w = g.a.q, g.b.q
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(w, Tensor)
+        or x.device.type != "cpu"
+        or not x.numel()
+        or not w.numel()
+    ):
+        return None
+    if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or w.shape[1] * 255 * 128 >= 2**31:
+        return None
+    if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
+        return None
+    grid = None if finish.output is None else float_grid(finish.output)
+    if finish.output is not None and grid is None:
+        return None
+    x, w = x.contiguous(), w.contiguous()
+    y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
+    sizes = x.shape[:-1].numel(), w.shape[0], w.shape[1]
+    arguments: Any = c.MatMul(x.data_ptr(), 0, w.data_ptr(), y.data_ptr(), *sizes, scale=1.0, post=1.0)
+    arguments.integers, arguments.is_unsigned = True, x.dtype == torch.uint8
+    arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
+    arguments.rounds = grid is not None
+    if grid is not None:
+        arguments.grid = grid
+    if not kernels().panel_count(ctypes.byref(arguments)):
+        return None
+    arguments.panels = _panels(arguments, cache).data_ptr()
+    return (y, None) if kernels().multiply(ctypes.byref(arguments)) else None
+
+
 def _panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
     if "panels" not in cache:
-        cache["panels"] = torch.empty(kernels().panel_count(arguments.depth, arguments.columns), dtype=torch.int32)
+        cache["panels"] = torch.empty(kernels().panel_count(ctypes.byref(arguments)), dtype=torch.int32)
         kernels().pack_panels(ctypes.byref(arguments), cache["panels"].data_ptr())
     return cache["panels"]
 
@@ -170,6 +203,8 @@ def _panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
 def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     """The gradients of Linear, finished before they are written for the first time."""
     a, b, layout = g.a, g.b, finish.layout
+    if isinstance(g.contraction, LinearMap) and g.which == "fprop" and b.cache is not None:
+        return _own_integers(g, finish, b.cache)
     if not isinstance(g.contraction, LinearMap) or g.which == "fprop" or layout is None:
         return None
     if not isinstance(a.q, Tensor) or a.q.device.type != "cpu" or a.q.dtype != torch.bfloat16 or a.q.numel() == 0:

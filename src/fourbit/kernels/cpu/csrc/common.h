@@ -254,13 +254,15 @@ struct MatMul {
   const uint8_t* packed;  // or null
   int32_t is_signed;
   const uint32_t* panels;  // of b, as pack_panels left them, or null
+  int32_t integers;        // a: 8-bit integers [rows, depth], b [columns, depth], and panels are there
+  int32_t is_unsigned;     // a, then
   double clipped;          // the sum
 };
 
 // false: not on this machine.
 bool multiply(MatMul*);
-// For a right matrix that is multiplied several times: its panels, in panel_count(depth, columns) numbers.
-int64_t panel_count(int64_t depth, int64_t columns);
+// For a right matrix that is multiplied several times: its panels, in so many numbers.
+int64_t panel_count(const MatMul*);
 void pack_panels(const MatMul*, uint32_t* out);
 bool conv_fprop(const ConvFprop*);
 bool conv_wgrad(const ConvWgrad*);

@@ -80,7 +80,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 5; }
+FOURBIT_API int32_t fourbit_abi() { return 6; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -117,9 +117,7 @@ FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
 FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
 FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
 FOURBIT_API int32_t fourbit_multiply(MatMul* t) { return has_dot_product() && multiply(t); }
-FOURBIT_API int64_t fourbit_panel_count(int64_t depth, int64_t columns) {
-  return has_dot_product() ? panel_count(depth, columns) : 0;
-}
+FOURBIT_API int64_t fourbit_panel_count(const MatMul* t) { return has_dot_product() ? panel_count(t) : 0; }
 FOURBIT_API void fourbit_pack_panels(const MatMul* t, uint32_t* out) { pack_panels(t, out); }
 FOURBIT_API int32_t fourbit_conv_fprop(const ConvFprop* t) { return has_dot_product() && conv_fprop(t); }
 FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }

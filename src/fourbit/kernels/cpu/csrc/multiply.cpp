@@ -244,9 +244,89 @@ void multiply_long(Task& task) {
                                      task.height, j * kColumns);
 }
 
+// The same for two matrices of 8-bit integers, the right one as its transpose [columns, depth], always in panels: four
+// neighbours along the sum in 32 bits, then the sum of every column. The left ones are taken as unsigned: signed numbers get 128
+// more, and the columns' sums are taken out again.
+constexpr int kFour = 4;
+
+inline int64_t quads(int64_t depth) { return ceil_div(depth, kFour); }
+
+void pack_quads(const MatMul& t, int64_t panel, uint32_t* out) {
+  const int8_t* w = t.b + panel * kColumns * t.depth;
+  const int64_t count = t.columns - panel * kColumns, groups = quads(t.depth);
+  int32_t sums[kColumns] = {};
+  std::memset(out, 0, static_cast<size_t>((groups + 1) * kColumns) * 4);
+  for (int64_t c = 0; c < kColumns && c < count; ++c) {
+    const int8_t* row = w + c * t.depth;
+    for (int64_t k = 0; k < groups; ++k) {
+      const int64_t left = t.depth - k * kFour;
+      std::memcpy(out + k * kColumns + c, row + k * kFour, static_cast<size_t>(left < kFour ? left : kFour));
+    }
+    for (int64_t k = 0; k < t.depth; ++k) sums[c] += row[k];
+  }
+  std::memcpy(out + groups * kColumns, sums, sizeof(sums));
+}
+
+template <int Rows>
+void multiply_quads(const uint32_t* a, const uint32_t* b, int64_t groups, int32_t offset, float* sums) {
+  __m512i acc[Rows][kVectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < groups; ++k, a += kRows, b += kColumns) {
+    __m512i right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(b + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const __m512i left = _mm512_set1_epi32(static_cast<int32_t>(a[r]));
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], left, right[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512i more = _mm512_mullo_epi32(_mm512_loadu_si512(b + v * kLanes), _mm512_set1_epi32(offset));
+    for (int r = 0; r < Rows; ++r)
+      _mm512_storeu_ps(sums + r * kColumns + v * kLanes, _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][v], more)));
+  }
+}
+
+void multiply_integers(Task& task) {
+  const MatMul& t = *task.t;
+  const int64_t groups = quads(t.depth);
+  task.a.assign(static_cast<size_t>(task.panels * groups * kRows), 0);
+  const uint8_t flip = t.is_unsigned ? 0 : 128;
+  const uint8_t* x = reinterpret_cast<const uint8_t*>(t.a);
+  for (int64_t row = 0; row < t.rows; ++row) {
+    uint8_t* to = reinterpret_cast<uint8_t*>(task.a.data() + row / task.height * groups * kRows + row % task.height);
+    for (int64_t k = 0; k < t.depth; ++k)
+      to[k / kFour * kRows * 4 + k % kFour] = static_cast<uint8_t>(x[row * t.depth + k] ^ flip);
+  }
+  parallel_always(task.across, [](int64_t begin, int64_t end, int, void* p) {
+    const Task& task = *static_cast<Task*>(p);
+    const MatMul& t = *task.t;
+    const int64_t groups = quads(t.depth);
+    const int32_t offset = t.is_unsigned ? 0 : 128;
+    float sums[kRows * kColumns];
+    for (int64_t j = begin; j < end; ++j) {
+      const uint32_t* right = t.panels + j * (groups + 1) * kColumns;
+      for (int64_t r = 0; r < task.panels; ++r) {
+        const uint32_t* left = task.a.data() + r * groups * kRows;
+        if (task.height <= 4) multiply_quads<4>(left, right, groups, offset, sums);
+        else if (task.height <= 8) multiply_quads<8>(left, right, groups, offset, sums);
+        else if (task.height <= 10) multiply_quads<10>(left, right, groups, offset, sums);
+        else multiply_quads<kRows>(left, right, groups, offset, sums);
+        finish_tile(t, sums, r * task.height, task.height, j * kColumns);
+      }
+    }
+  }, &task);
+}
+
 }  // namespace
 
 bool multiply(MatMul* t) {
+  if (t->integers) {
+    Task task(t);
+    multiply_integers(task);
+    return true;
+  }
   Task task(t);
   const int64_t widest = t->rows > t->columns ? t->rows : t->columns;
   const bool few = t->rows * t->columns <= kMostSums;
@@ -256,8 +336,8 @@ bool multiply(MatMul* t) {
   return true;
 }
 
-int64_t panel_count(int64_t depth, int64_t columns) {
-  return ceil_div(columns, kColumns) * ceil_div(depth, 2) * kColumns;
+int64_t panel_count(const MatMul* t) {
+  return ceil_div(t->columns, kColumns) * kColumns * (t->integers ? quads(t->depth) + 1 : ceil_div(t->depth, 2));
 }
 
 void pack_panels(const MatMul* t, uint32_t* out) {
@@ -265,7 +345,9 @@ void pack_panels(const MatMul* t, uint32_t* out) {
   parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int, void* p) {
     const Job& job = *static_cast<Job*>(p);
     const int64_t size = ceil_div(job.t->depth, 2) * kColumns;
-    for (int64_t j = begin; j < end; ++j) pack_right(*job.t, j, 0, job.t->depth, job.out + j * size);
+    for (int64_t j = begin; j < end; ++j)
+      if (job.t->integers) pack_quads(*job.t, j, job.out + j * (quads(job.t->depth) + 1) * kColumns);
+      else pack_right(*job.t, j, 0, job.t->depth, job.out + j * size);
   }, &job);
 }
 
@@ -275,7 +357,7 @@ void pack_panels(const MatMul* t, uint32_t* out) {
 
 namespace fourbit {
 bool multiply(MatMul*) { return false; }
-int64_t panel_count(int64_t, int64_t) { return 0; }
+int64_t panel_count(const MatMul*) { return 0; }
 void pack_panels(const MatMul*, uint32_t*) {}
 }  // namespace fourbit
 
