@@ -177,6 +177,18 @@ def test_evaluation_does_not_take_torchs_fast_path_around_the_quantizers():
         assert not torch.allclose(encoder(x), y)
 
 
+def test_an_encoder_with_padding_runs_in_evaluation_and_gets_its_own_ways_back():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 2)
+    before = encoder.use_nested_tensor
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    fb.convert(encoder, "ibm2020")
+    y = encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x, src_key_padding_mask=padding)[~padding], y[~padding])
+    assert fb.restore(encoder).use_nested_tensor == before
+
+
 def test_only_the_projection_behind_attention_can_be_quantized():
     encoder = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
     fb.convert(encoder, fb.Recipe("x", (fb.Rule(catalog.TPR, where=fb.recipes.name("out_proj")),)))

@@ -305,3 +305,44 @@ def test_every_recipe_takes_an_rnn_or_says_why_not(name):
         return
     fb.convert(model, name)
     model(torch.randint(0, 20, (4, 2))).sum().backward()
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_the_first_exponent_fits_the_largest_gradient_of_all_steps(cls):
+    torch.manual_seed(0)
+    rnn = fb.convert(nn.Sequential(cls(32, 32)), fb.Recipe("x", (fb.Rule(catalog.TPR),)))[0]
+    x, weights = torch.randn(35, 8, 32), 0.7 ** torch.arange(35).view(-1, 1, 1)  # late steps hardly count
+    plain = TORCH[type(rnn)](32, 32)
+    plain.load_state_dict(fb.nn.float_state_dict(rnn))
+    for net in (rnn, plain):
+        (net(x)[0] * weights).square().sum().backward()
+    assert 32 < float(rnn.part("hh_l0").quant.g_amax) <= 64
+    a, b = rnn.weight_hh_l0.grad, plain.weight_hh_l0.grad
+    assert 0.7 < float(a.norm() / b.norm()) < 1.2 and torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize("cls", [fb.nn.LSTM, fb.nn.GRU])
+def test_an_empty_batch_is_an_empty_result(cls):
+    rnn = cls(4, 8, spec=catalog.TPR)
+    y, last = rnn(torch.zeros(3, 0, 4))
+    y.sum().backward()
+    assert y.shape == (3, 0, 8) and states(last)[0].shape == (1, 0, 8)
+
+
+def test_an_lstm_does_not_keep_the_chains_beside_it_from_being_fused():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
+            self.rnn = nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = norm(conv(x)).relu()
+            return self.rnn(x.mean(3).permute(2, 0, 1))[0]
+
+    model = fb.convert(Both(), fb.Recipe("x", (fb.Rule(catalog.TPR),)), fuse=False)
+    from fourbit.recipes._fuse import fuse
+
+    assert fuse(model) == [model]

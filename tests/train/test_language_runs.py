@@ -55,7 +55,7 @@ def test_the_state_goes_from_window_to_window_and_starts_anew_with_the_epoch(fol
                 zip(logits.split(6), batches[:2], strict=True)]  # fmt: skip
     torch.testing.assert_close(torch.stack((first, second)), torch.stack(expected))
     next(task.batches("train", 1))
-    assert not task.state_tensors()
+    assert not task.state_tensors(lambda t: t)
 
 
 def test_a_run_that_was_stopped_inside_an_epoch_goes_on_to_the_bit(folder, tmp_path, monkeypatch):
@@ -77,6 +77,21 @@ def test_a_run_that_was_stopped_inside_an_epoch_goes_on_to_the_bit(folder, tmp_p
     monkeypatch.setattr(_loop.Loop, "_step", step)
     resumed = train(config(folder, tmp_path / "part", recipe="ibm2020"), resume=True)
     assert (resumed.test_loss, resumed.test_accuracy) == (whole.test_loss, whole.test_accuracy)
+
+
+def test_every_process_gets_the_state_of_its_own_rows_back(folder):
+    settings = validated(config(folder, recipe="fp32", batch_size=8))
+    tasks = [make_task(settings, torch.device("cpu"), rank, 2) for rank in range(2)]
+    torch.manual_seed(0)
+    model = tasks[0].build()
+    for task in tasks:
+        task.loss(model, next(task.batches("train")))
+    before = [task.state_tensors(lambda t: t) for task in tasks]
+    whole = {key: torch.cat([one[key] for one in before]) for key in before[0]}
+    for task, own in zip(tasks, before, strict=True):
+        task.load_state_tensors(whole)
+        assert all(torch.equal(task.state_tensors(lambda t: t)[key], own[key]) for key in own)
+    assert not torch.equal(before[0]["carried.0"], before[1]["carried.0"])
 
 
 def test_a_comparison_is_a_table_of_perplexities(folder, tmp_path, capsys):
@@ -102,6 +117,7 @@ def test_a_comparison_is_a_table_of_perplexities(folder, tmp_path, capsys):
         ({"data": "digits", "data_dir": None}, "lstm_200 reads text, but digits has images"),
         ({"sequence_length": 0}, "sequence_length is 0, but must be at least 1"),
         ({"batch_size": 1000}, "each row needs two"),
+        ({"eval_batch_size": 500}, "batch size is 500, but test of ptb has 80 tokens"),
     ],
 )
 def test_what_does_not_fit_is_named(folder, tmp_path, changes, message):

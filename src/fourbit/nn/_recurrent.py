@@ -86,8 +86,8 @@ class _Recurrent(Composed, nn.RNNBase):
         else:
             x = data if batched else data.unsqueeze(1)
             x = x.transpose(0, 1) if self.batch_first and batched else x
-            sizes, rows = [x.shape[1]] * x.shape[0], x.reshape(-1, x.shape[-1])
-        if not sizes or not sizes[0]:
+            sizes, rows = [x.shape[1]] * x.shape[0], x.reshape(x.shape[:2].numel(), x.shape[-1])
+        if not sizes:
             raise UserError(f"{type(self).__name__} got an input of shape {tuple(data.shape)}: there is no step in it")
         h, c = self._start(start, sizes[0], rows, batched)
         if isinstance(input, PackedSequence) and start is not None and input.sorted_indices is not None:
@@ -97,7 +97,7 @@ class _Recurrent(Composed, nn.RNNBase):
             output = input._replace(data=y)
             last = (h, c) if input.unsorted_indices is None else _permuted((h, c), input.unsorted_indices)
             return output, last
-        y = y.view(len(sizes), sizes[0], -1)
+        y = y.view(len(sizes), sizes[0], y.shape[1])
         y = y.transpose(0, 1) if self.batch_first and batched else y
         if not batched:
             return y.squeeze(1), (h.squeeze(1), None if c is None else c.squeeze(1))

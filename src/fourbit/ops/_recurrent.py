@@ -230,35 +230,14 @@ class _Recurrent(torch.autograd.Function):
         with full_precision(gates.device.type):
             hh = _Differentiating(hh_steps, layer.hh, ctx.compute, layer.reverse)
             hr = _Differentiating(hr_steps, layer.hr, ctx.compute, layer.reverse) if layer.hr is not None else None
-            dy, dh, dc = grads
-            h_shape, c_shape = ctx.shapes
-            new = gates.new_zeros
-            dh = new(h_shape) if dh is None else dh.to(ctx.compute).clone()
-            dc = None if c_shape is None else new(c_shape) if dc is None else dc.to(ctx.compute).clone()
-            d_gates = torch.empty_like(gates)
-            d_gates_h = torch.empty_like(gates) if layer.cell.keeps_h else d_gates
-            d_outputs = None if hr is None else new((gates.shape[0], h_shape[1]))
-            for rows, size in layer.steps(backwards=True):
-                step = dh[:size] if dy is None else dh[:size] + dy[rows]
-                if hr is not None and d_outputs is not None:
-                    d_outputs[rows] = step
-                    step = hr.dgrad(step)
-                found = layer.cell.backward(
-                    step,
-                    None if dc is None else dc[:size],
-                    gates[rows],
-                    None if gates_h is None else gates_h[rows],
-                    None if before is None else before[rows],
-                    None if cells is None else cells[0][rows],
-                    None if cells is None else cells[1][rows],
-                    d_gates[rows],
-                )
-                if d_gates_h is not d_gates:
-                    d_gates_h[rows] = found.gates_h
-                through = hh.dgrad(found.gates_h)
-                dh[:size] = through if found.h is None else through + found.h
-                if dc is not None and found.c is not None:
-                    dc[:size] = found.c
+            kept = _Kept(gates, cells, gates_h, before)
+            if layer.hh.awaits_first_gradient() or (layer.hr is not None and layer.hr.awaits_first_gradient()):
+                seen = _sweep_back(layer, kept, grads, ctx.shapes, _plainly(hh_steps), _plainly(hr_steps))
+                layer.hh.see_first_gradient(seen.gates_h)
+                if layer.hr is not None:
+                    layer.hr.see_first_gradient(seen.outputs)
+            run = _sweep_back(layer, kept, grads, ctx.shapes, hh.dgrad, None if hr is None else hr.dgrad)
+            d_gates, d_gates_h, d_outputs, dh, dc = run
             dw_hh, *alphas_hh = hh.finish(d_gates_h, needs[4] or needs[11])
             dw_hr, *alphas_hr = (None, None, None) if hr is None else hr.finish(d_outputs, needs[5] or needs[13])
             wanted = needs[0] or needs[8], needs[3] or needs[9]
@@ -268,6 +247,76 @@ class _Recurrent(torch.autograd.Function):
         db_hh = d_gates_h.sum(0) if needs[7] else None
         found = (dx, dh, dc, dw_ih, dw_hh, dw_hr, db_ih, db_hh, *alphas_ih, *alphas_hh, *alphas_hr)
         return (*(g if need else None for g, need in zip(found, needs[:-1], strict=True)), None)
+
+
+class _Kept(NamedTuple):
+    """What the cell left for backward; see `_Run`."""
+
+    gates: Tensor
+    cells: Tensor | None
+    gates_h: Tensor | None
+    before: Tensor | None
+
+
+class _BackRun(NamedTuple):
+    """Gradients, by packed rows, of both shares of the gates and of the outputs before the projection's product; and of the
+    first states."""
+
+    gates: Tensor
+    gates_h: Tensor
+    outputs: Tensor
+    h: Tensor
+    c: Tensor | None
+
+
+def _sweep_back(
+    layer: Recurrence,
+    kept: _Kept,
+    grads: Sequence[Tensor | None],
+    shapes: tuple[torch.Size, torch.Size | None],
+    dgrad: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor] | None,
+) -> _BackRun:
+    """All steps of the backward pass; `dgrad` and `project` give the gradients of the products' inputs, step by step."""
+    gates, cells, gates_h, before = kept
+    dy, dh, dc = grads
+    h_shape, c_shape = shapes
+    dh = gates.new_zeros(h_shape) if dh is None else dh.to(gates.dtype).clone()
+    dc = None if c_shape is None else gates.new_zeros(c_shape) if dc is None else dc.to(gates.dtype).clone()
+    d_gates = torch.empty_like(gates)
+    d_gates_h = torch.empty_like(gates) if layer.cell.keeps_h else d_gates
+    d_outputs = gates.new_zeros((gates.shape[0], h_shape[1]) if project is not None else 0)
+    for rows, size in layer.steps(backwards=True):
+        step = dh[:size] if dy is None else dh[:size] + dy[rows]
+        if project is not None:
+            d_outputs[rows] = step
+            step = project(step)
+        found = layer.cell.backward(
+            step,
+            None if dc is None else dc[:size],
+            gates[rows],
+            None if gates_h is None else gates_h[rows],
+            None if before is None else before[rows],
+            None if cells is None else cells[0][rows],
+            None if cells is None else cells[1][rows],
+            d_gates[rows],
+        )
+        if d_gates_h is not d_gates:
+            d_gates_h[rows] = found.gates_h
+        through = dgrad(found.gates_h)
+        dh[:size] = through if found.h is None else through + found.h
+        if dc is not None and found.c is not None:
+            dc[:size] = found.c
+    return _BackRun(d_gates, d_gates_h, d_outputs, dh, dc)
+
+
+def _plainly(steps: list[Saved]) -> Any:
+    """dgrad in full precision, with the weight as it was quantized; None without steps."""
+    if not steps:
+        return None
+    kept = _unpacked(steps[0].w)
+    w = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
+    return lambda g: g @ w.to(g.dtype)
 
 
 @dataclass
@@ -372,9 +421,9 @@ class _Differentiating:
         assert dx is not None
         return dx
 
-    def finish(self, g: Tensor | None, needed: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self, g: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dw, and the gradients of the clip values of input and weight; `g` in the packed order of rows."""
-        if not self._steps or g is None or not needed:
+        if not self._steps or not needed:
             return None, self._alpha, None
         spec, state = self._state.spec, self._state
         first = self._steps[0]

@@ -223,6 +223,14 @@ class LayerState(nn.Module):
         """Take it from `t`, which stands for all that will be quantized in pieces."""
         self._clip(operand, t, getattr(self.spec, f"{operand}_fprop"))
 
+    def awaits_first_gradient(self) -> bool:
+        """Whether an exponent is to be taken from the first gradient, and is not yet."""
+        return self.training and self.g_exponent is not None and not self._exponents_known()
+
+    def see_first_gradient(self, g: Tensor) -> None:
+        """Take it from `g`, channels last, which stands for all gradients that will come in pieces."""
+        self._see(g, -1)
+
     def operand_request(self, x: Tensor) -> Request | None:
         """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
 

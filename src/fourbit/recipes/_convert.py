@@ -224,9 +224,16 @@ def _compose(module: nn.Module) -> Composed:
     return module
 
 
+_NESTED = "_fourbit_use_nested_tensor"
+
+
 def _keep_off_fast_path(model: nn.Module) -> None:
-    """In evaluation, torch's encoder layer reads the weights of its linear layers and skips their forward; hooks stop it."""
+    """In evaluation, torch's encoder layer reads the weights of its linear layers and skips their forward; hooks stop it. The
+    encoder makes nested tensors for that path, which the layers themselves cannot take."""
     for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and quantized_layers(module):
+            module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
+            module.use_nested_tensor = False
         if isinstance(module, nn.TransformerEncoderLayer):
             for layer in quantized_layers(module).values():
                 if _nothing not in layer._forward_pre_hooks.values():
@@ -240,6 +247,9 @@ def _nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def restore(model: M) -> M:
     """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
     unfuse_chains(model)
+    for module in model.modules():
+        if _NESTED in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop(_NESTED)
     for module in [m for m in model.modules() if isinstance(m, Composed)]:
         torch_class = original_class(module)
         module.detach_parts()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Target
 
-from fourbit.nn import Conv2d, Quantized, conv_norm_act, run_layer
+from fourbit.nn import Composed, Conv2d, Quantized, conv_norm_act, run_layer
 
 _ADD = (operator.add, operator.iadd, torch.add)
 _RELU = {F.relu: math.inf, torch.relu: math.inf, F.relu6: 6.0, torch.relu_: math.inf}
@@ -41,7 +41,7 @@ class _Tracer(fx.Tracer):
         self.through: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, Quantized) or super().is_leaf_module(m, module_qualified_name)
+        leaf = isinstance(m, (Quantized, Composed)) or super().is_leaf_module(m, module_qualified_name)
         if not leaf:
             self.through.append(m)
         return leaf

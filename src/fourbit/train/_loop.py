@@ -69,6 +69,7 @@ class Loop:
         session, state = self.session, self.state
         session.accelerator.wait_for_everyone()
         folder = self.recorder.folder
+        carried = session.task.state_tensors(session.accelerator.gather)
         if not folder.active:
             return
         state.skipped_in_a_row = self.guard.skipped_in_a_row
@@ -77,7 +78,7 @@ class Loop:
             "scaler": session.scaler.state_dict() if session.scaler else None,
             "metrics_bytes": folder.metrics_bytes(),
         }
-        training = optimizer_tensors(session.optimizer) | rng_tensors(session.device) | session.task.state_tensors()
+        training = optimizer_tensors(session.optimizer) | rng_tensors(session.device) | carried
         _checkpoint.save(folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
 
     def _train_epoch(self) -> None:

@@ -92,6 +92,7 @@ def open_session(config: TrainConfig) -> Session:
     accelerator = _accelerator(config)
     task = make_task(config, accelerator.device, accelerator.process_index, accelerator.num_processes)
     steps_per_epoch = _steps_per_epoch(config, task, accelerator.num_processes)
+    task.check()
     torch.manual_seed(config.seed)
     model = task.build()
     recipes.convert(model, config.recipe, seed=config.seed, products=config.products, fuse=config.fuse)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +103,13 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean loss, and float64 [loss summed, hits, number of predictions], which counts exactly."""
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What the task carries from batch to batch, for a checkpoint."""
+    def check(self) -> None:
+        """Raise a UserError for what would fail only after training: an evaluation that cannot begin."""
+        return
+
+    def state_tensors(self, gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+        """What the task carries from batch to batch, for a checkpoint. Called by all processes; `gather` joins their tensors
+        along the first axis."""
         return {}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -193,15 +199,23 @@ class LanguageModelling(Task):
         loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
         return loss, _counts(loss, logits, y)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The state behind the last training window."""
-        return {f"carried.{i}": t for i, t in enumerate(self._carried.get("train", ()))}
+    def check(self) -> None:
+        """There is a window of test text."""
+        size = self.config.eval_batch_size
+        assert size is not None
+        datasets.num_windows(self.data, "test", size, self.config.sequence_length)
+
+    def state_tensors(self, gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+        """The state behind the last training window, [rows of all processes, layers, units]."""
+        carried = enumerate(self._carried.get("train", ()))
+        return {f"carried.{i}": gather(t.transpose(0, 1).contiguous()) for i, t in carried}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse."""
         found = sorted((key, t) for key, t in tensors.items() if key.startswith("carried."))
         if found:
-            self._carried["train"] = tuple(t.to(self.device) for _, t in found)
+            own = (t.chunk(self.world)[self.rank].transpose(0, 1).contiguous() for _, t in found)
+            self._carried["train"] = tuple(t.to(self.device) for t in own)
 
 
 class SpeechRecognition(Task):
