@@ -32,8 +32,9 @@ class Paired:
 def paired(differences: Sequence[float]) -> Paired | None:
     """Mean and interval; None of nothing.
 
-    >>> paired([1.0, 2.0, 3.0])
-    Paired(mean=2.0, half=2.4843381..., n=3)
+    >>> found = paired([1.0, 2.0, 3.0])
+    >>> found.mean, round(found.half, 3), found.n
+    (2.0, 2.484, 3)
     """
     n = len(differences)
     if not n:
