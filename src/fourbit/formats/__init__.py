@@ -19,8 +19,12 @@ from fourbit.formats.catalog import FP4_E2M1 as FP4_E2M1
 from fourbit.formats.catalog import FP4_R2 as FP4_R2
 from fourbit.formats.catalog import FP4_R2_5 as FP4_R2_5
 from fourbit.formats.catalog import FP4_R4_EVEN as FP4_R4_EVEN
+from fourbit.formats.catalog import FP4_R4_EVEN_185 as FP4_R4_EVEN_185
 from fourbit.formats.catalog import FP4_R4_ODD as FP4_R4_ODD
+from fourbit.formats.catalog import FP4_R4_ODD_185 as FP4_R4_ODD_185
 from fourbit.formats.catalog import FP4_R8 as FP4_R8
+from fourbit.formats.catalog import FP4_R16 as FP4_R16
+from fourbit.formats.catalog import FP5_R2 as FP5_R2
 from fourbit.formats.catalog import FP8_143 as FP8_143
 from fourbit.formats.catalog import FP8_152 as FP8_152
 from fourbit.formats.catalog import FP8_E4M3FN as FP8_E4M3FN

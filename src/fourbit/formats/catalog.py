@@ -6,6 +6,8 @@ GradScale keeps the largest gradient in (32, 64]. Any other placement is a matte
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from fourbit._registry import Registry
 from fourbit.formats._base import Codebook, Format, IntFormat
 from fourbit.formats._float import FloatFormat, midpoint_multiplier
@@ -22,18 +24,27 @@ _IEEE = "IEEE 754"
 _SAWB = "Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019"
 
 
-def _logarithmic(name: str, radix: int, bias: int, summary: str, source: str, log2_shift: int = 0) -> FloatFormat:
+def _logarithmic(
+    name: str,
+    radix: int,
+    bias: int,
+    summary: str,
+    source: str,
+    log2_shift: int = 0,
+    multiplier: Fraction | None = None,
+    exponent_bits: int = 3,
+) -> FloatFormat:
     """[1,3,0]: a sign, seven powers of the radix, and zero; rounded by the radix's multiply-and-truncate rule."""
     return FloatFormat(
         name,
         summary,
         source,
-        3,
+        exponent_bits,
         0,
         bias,
         radix,
         subnormals=False,
-        multiplier=midpoint_multiplier(radix),
+        multiplier=multiplier or midpoint_multiplier(radix),
         log2_shift=log2_shift,
     )
 
@@ -55,8 +66,43 @@ FP4_R4_ODD = _add(
         -1,
     )
 )
+_UNBIASED = Fraction(37, 20)
+FP4_R4_EVEN_185 = _add(
+    _logarithmic(
+        "fp4_r4_even_185",
+        4,
+        4,
+        "the even grid, deciding at 4^n/1.85: magnitudes of normally distributed numbers keep their mean",
+        "variation on " + _PAPER,
+        multiplier=_UNBIASED,
+    )
+)
+FP4_R4_ODD_185 = _add(
+    _logarithmic(
+        "fp4_r4_odd_185",
+        4,
+        4,
+        "the odd phase of the same: half the grid of fp4_r4_even_185",
+        "variation on " + _PAPER,
+        -1,
+        _UNBIASED,
+    )
+)
 FP4_R2 = _add(_logarithmic("fp4_r2", 2, 1, "radix-2 [1,3,0]: 0, +-{2^0 .. 2^6}; also LUQ's format", _PAPER))
 FP4_R8 = _add(_logarithmic("fp4_r8", 8, 5, "radix-8 [1,3,0]: 0, +-{8^-4 .. 8^2}", "variation on " + _PAPER))
+FP4_R16 = _add(
+    _logarithmic("fp4_r16", 16, 6, "radix-16 [1,3,0]: 0, +-{2^-20 .. 2^4}, times 4", "variation on " + _PAPER, 2)
+)
+FP5_R2 = _add(
+    _logarithmic(
+        "fp5_r2",
+        2,
+        9,
+        "radix-2 [1,4,0], five bits: 0, +-{2^-8 .. 2^6}: both phases of radix 4 in one grid",
+        "variation on " + _PAPER,
+        exponent_bits=4,
+    )
+)
 FP4_R2_5 = _add(
     Codebook(
         "fp4_r2_5",

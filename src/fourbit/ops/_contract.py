@@ -24,6 +24,7 @@ from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
+from fourbit.ops._restore import restored
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
 from fourbit.ops._watch import computing
@@ -225,9 +226,12 @@ def run_backward(
     if result is not None and result.quantized is not None:
         g_dgrad, g_wgrad = result.quantized
     else:
-        scaled = spec.g_scaling or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
-        axis = contraction.channel_axis("g") if scaled else 0
+        needs_axis = spec.g_scaling or spec.restores or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
+        axis = contraction.channel_axis("g") if needs_axis else 0
         g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
+        if spec.restores:
+            g_dgrad = restored(g, g_dgrad, spec.resolved("g_dgrad"), axis)
+            g_wgrad = restored(g, g_wgrad, spec.resolved("g_wgrad"), axis)
     if result is not None:
         result.g = result.quantized = None
     if spec.g_wgrad is REUSE:
@@ -367,7 +371,7 @@ def _gradient(
     if quantized is None:
         return Operand(g), None
     q, scale, format = quantized.tensor
-    on_grid = spec is not None and spec.samples == 1
+    on_grid = spec is not None and spec.samples == 1 and spec.restore != "sum"
     if scale.numel() == 1:
         scale = scale.view(())
     elif after is not None:

@@ -82,6 +82,8 @@ class LayerSpec:
         kinds = {slot: self.resolved(slot) for slot in SLOTS}
         for slot, spec in kinds.items():
             kind = spec.scaling.stored_kind if spec else ""
+            if spec and spec.restore and not slot.startswith("g_"):
+                raise UserError(f"{slot}: restore={spec.restore!r} is for gradients; leave it out here")
             if kind == "alpha" and slot not in ("x_fprop", "w_fprop", *_REUSED_FROM):
                 raise UserError(
                     f"{slot}: PACT's clip value belongs to x_fprop or w_fprop; use GradScale or Amax for gradients"
@@ -111,6 +113,11 @@ class LayerSpec:
     def per_channel(self) -> frozenset[str]:
         """The slots with scales per channel."""
         return frozenset(slot for slot, spec in self._resolved.items() if spec and spec.granularity == "channel")
+
+    @cached_property
+    def restores(self) -> bool:
+        """Whether the products of a gradient get back what its rounding has lost."""
+        return any(spec is not None and spec.restore != "" for spec in map(self.resolved, ("g_dgrad", "g_wgrad")))
 
     @cached_property
     def g_scaling(self) -> QuantSpec | None:

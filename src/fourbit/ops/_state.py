@@ -265,7 +265,7 @@ class LayerState(nn.Module):
         found = (self.spec.g_dgrad if need_x or wgrad is REUSE else None, wgrad if need_w else None)
         specs = tuple(s for s in found if isinstance(s, QuantSpec))
         wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
-        if not self._exponents_known() or len(specs) != wanted:
+        if not self._exponents_known() or len(specs) != wanted or self.spec.restores:
             return ()
         return specs if specs and self._one_pass(*specs) and not any(s.stochastic for s in specs) else ()
 

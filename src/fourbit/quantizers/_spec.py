@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from fourbit.quantizers._scaling import FixedScale, Granularity, Scaling
 from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
 from fourbit.quantizers._words import random_words, stream_key
 
+Restore = Literal["", "magnitude", "sum"]
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -40,6 +42,10 @@ class QuantSpec:
         granularity: "tensor" or "channel".
         rounding: a `Rounding`.
         samples: average of this many independent stochastic roundings (LUQ's SMP); 1 for other rules.
+        restore: for gradients, what of the exact tensor x the products get back, which its rounding x^ has lost:
+            "magnitude" multiplies their results by sum(x^2) / sum(x x^), so that the projection of x^ on x is x again, one
+            number per tensor and GEMM; "sum" adds to each channel of x^ the same number, so that its sum is that of x (an
+            experiment: the operand is no longer on the grid).
 
     >>> str(QuantSpec("fp4_e2m1"))
     'fp4_e2m1, fixed 1'
@@ -50,9 +56,12 @@ class QuantSpec:
     granularity: Granularity = "tensor"
     rounding: Rounding = Rounding.NEAREST
     samples: int = 1
+    restore: Restore = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
+        if self.restore not in ("", "magnitude", "sum"):
+            raise UserError(f"restore must be '', 'magnitude' or 'sum', not {self.restore!r}")
         if self.granularity not in ("tensor", "channel"):
             raise UserError(f"granularity must be 'tensor' or 'channel', not {self.granularity!r}")
         if self.samples < 1 or (self.samples > 1 and self.rounding is not Rounding.STOCHASTIC):
@@ -73,6 +82,8 @@ class QuantSpec:
             parts.append(self.rounding.value)
         if self.samples > 1:
             parts.append(f"{self.samples} samples")
+        if self.restore:
+            parts.append(f"{self.restore} restored")
         return ", ".join(parts)
 
 

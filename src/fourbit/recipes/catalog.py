@@ -143,6 +143,40 @@ IBM2020_CHANNEL = _ibm(
 IBM2020_RADIX2 = _ibm("ibm2020-radix2", "radix-2 [1,3,0] gradients with GradScale", _one_phase(f.FP4_R2))
 IBM2020_121 = _ibm("ibm2020-121", "radix-2 [1,2,1] gradients with GradScale", _one_phase(f.FP4_121))
 IBM2020_RADIX8 = _ibm("ibm2020-radix8", "radix-8 [1,3,0] gradients with GradScale", _one_phase(f.FP4_R8))
+IBM2020_RADIX16 = _ibm("ibm2020-radix16", "radix-16 [1,3,0] gradients with GradScale", _one_phase(f.FP4_R16))
+IBM2020_FP5 = _ibm(
+    "ibm2020-fp5",
+    "5-bit radix-2 [1,4,0] gradients, one phase: the grids of both phases in one format",
+    _one_phase(f.FP5_R2),
+)
+
+
+def _two_phases(even: QuantSpec, odd: QuantSpec) -> LayerSpec:
+    return replace(TPR, g_dgrad=even, g_wgrad=odd)
+
+
+IBM2020_M185 = _ibm(
+    "ibm2020-m185",
+    "two phases that decide at 4^n/1.85 instead of 4^n/1.6: larger errors, but the mean magnitude is kept",
+    _two_phases(_gradient(f.FP4_R4_EVEN_185), _gradient(f.FP4_R4_ODD_185)),
+)
+IBM2020_CORRECTED = _ibm(
+    "ibm2020-corrected",
+    "two-phase rounding, the results of both backward GEMMs multiplied by what the rounding has shrunk",
+    _two_phases(
+        replace(_gradient(f.FP4_R4_EVEN), restore="magnitude"), replace(_gradient(f.FP4_R4_ODD), restore="magnitude")
+    ),
+)
+IBM2020_ZEROSUM = _ibm(
+    "ibm2020-zerosum",
+    "two-phase rounding, the sum of each channel of the gradient restored (not 4 bits: an experiment)",
+    _two_phases(replace(_gradient(f.FP4_R4_EVEN), restore="sum"), replace(_gradient(f.FP4_R4_ODD), restore="sum")),
+)
+IBM2020_STOCHASTIC = _ibm(
+    "ibm2020-stochastic",
+    "radix-4 gradients with stochastic rounding instead of two phases",
+    replace(TPR, g_dgrad=replace(_gradient(f.FP4_R4_EVEN), rounding=Rounding.STOCHASTIC), g_wgrad=REUSE),
+)
 
 
 def _loss_scaled(spec: LayerSpec) -> LayerSpec:
