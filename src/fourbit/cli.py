@@ -61,7 +61,7 @@ def train(
         )
         return EXIT_INTERRUPTED
     metric = metric_of(config)
-    value = metric.of(result.test_loss, result.test_accuracy)
+    value = metric.of(result.test_loss, result.test_accuracy, result.test_score)
     found = f"test {metric.name} {'unknown' if value is None else metric.text(value)}"
     skipped = f", {result.skipped} of them left out" if result.skipped else ""
     say(f"{result.stopped}: {found} after {result.step} steps{skipped}, {result.seconds:.1f} s")
@@ -174,8 +174,8 @@ def explain(
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), or frames and
-            features of an utterance (None: 50x40).
+        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), frames and
+            features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
     from fourbit.recipes import explain as explain_recipe
@@ -198,8 +198,8 @@ def memory(
     Args:
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
-        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), or frames and
-            features of an utterance (None: 50x40).
+        input: Channels, height and width of an image (None: 3x32x32), tokens of a row of text (None: 35), frames and
+            features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
         batch_size: Images, or rows of text, per step.
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
@@ -323,14 +323,15 @@ def _failed(error: Exception, command: str) -> int:
 
 def _network(
     model: str, input: str | None, classes: int | None, batch_size: int
-) -> tuple[Module, Tensor | tuple[int, ...]]:
+) -> tuple[Module, Tensor | tuple[int, ...] | tuple[Tensor, ...]]:
     """The network for such inputs, and a batch of them or its shape."""
     import torch
 
     from fourbit.models import build, kind_of
 
     kind = kind_of(model)
-    sizes = {"image": "3x32x32", "text": "35", "speech": "50x40"}[kind] if input is None else input.lower()
+    defaults = {"image": "3x32x32", "text": "35", "speech": "50x40", "translation": "20x20"}
+    sizes = defaults[kind] if input is None else input.lower()
     parts = sizes.split("x")
     numbers = [int(part) for part in parts if part.isdigit() and int(part) > 0]
     if kind == "text":
@@ -338,6 +339,13 @@ def _network(
             raise UserError(f"input is {input!r}, but {model} reads text: give the tokens of a row, such as 35.")
         network = build(model, num_classes=10_000 if classes is None else classes)
         return network, torch.zeros(numbers[0], batch_size, dtype=torch.int64)
+    if kind == "translation":
+        if len(parts) != 2 or len(numbers) != 2:
+            raise UserError(
+                f"input is {input!r}, but {model} translates: give tokens of source and target, such as 20x20."
+            )
+        network = build(model, num_classes=10_000 if classes is None else classes)
+        return network, tuple(torch.ones(length, batch_size, dtype=torch.int64) for length in numbers)
     if kind == "speech":
         if len(parts) != 2 or len(numbers) != 2:
             raise UserError(f"input is {input!r}, but {model} reads speech: give frames and features, such as 50x40.")

@@ -24,3 +24,8 @@ from fourbit.data._speech import utterances as utterances
 from fourbit.data._text import TextData as TextData
 from fourbit.data._text import num_windows as num_windows
 from fourbit.data._text import windows as windows
+from fourbit.data._translation import BEGIN as BEGIN
+from fourbit.data._translation import PAD as PAD
+from fourbit.data._translation import TranslationData as TranslationData
+from fourbit.data._translation import num_pair_batches as num_pair_batches
+from fourbit.data._translation import pairs as pairs

@@ -16,8 +16,9 @@ from fourbit.errors import UserError, unknown
 if TYPE_CHECKING:
     from fourbit.data._speech import SpeechData
     from fourbit.data._text import TextData
+    from fourbit.data._translation import TranslationData
 
-Loader = Callable[[Path | None], "ImageData | TextData | SpeechData"]
+Loader = Callable[[Path | None], "ImageData | TextData | SpeechData | TranslationData"]
 
 DATASETS: Registry[Loader] = Registry("data set")
 register = DATASETS.register
@@ -120,12 +121,12 @@ def names() -> list[str]:
     """Names that `load` knows.
 
     >>> names()
-    ['digits', 'cifar10', 'fashion_mnist', 'ptb', 'wikitext2', 'tinyshakespeare', 'spoken_digits']
+    ['digits', 'cifar10', 'fashion_mnist', 'ptb', 'wikitext2', 'tinyshakespeare', 'spoken_digits', 'multi30k', 'wmt14']
     """
     return list(DATASETS)
 
 
-def load(name: str, data_dir: str | Path | None = None) -> ImageData | TextData | SpeechData:
+def load(name: str, data_dir: str | Path | None = None) -> ImageData | TextData | SpeechData | TranslationData:
     """The data set `name`, decoded, in memory.
 
     Args:

@@ -12,10 +12,20 @@ import numpy as np
 import torch
 
 from fourbit.data._base import Augment, ImageData, register
+from fourbit.data._cache import cached
 from fourbit.data._images import ImageSource, read_images
-from fourbit.data._sources import find_parquet, open_folder, open_hub
+from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.data._speech import SpeechData, make_speech, read_wav_folders
 from fourbit.data._text import TextData, from_characters, from_words, read_lines
+from fourbit.data._translation import (
+    TOKENIZER_FILE,
+    TranslationData,
+    encode_pairs,
+    from_tensors,
+    load_tokenizer,
+    read_rows,
+    require_tokenizers,
+)
 from fourbit.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -162,3 +172,46 @@ def spoken_digits(data_dir: Path | None) -> SpeechData:
     else:
         rows = read_wav_folders(data_dir, classes)
     return make_speech("spoken_digits", rows, classes, SPOKEN_DIGITS_RATE)
+
+
+def _translation(
+    name: str,
+    data_dir: Path | None,
+    hub: tuple[str, str | None],
+    languages: tuple[str, str],
+    num_tokens: int,
+    longest: int = 250,
+) -> TranslationData:
+    require_tokenizers()
+    files = None if data_dir is None else find_parquet(data_dir)
+    own = None if data_dir is None else data_dir / TOKENIZER_FILE
+    own = own if own is not None and own.is_file() else None
+    if own is not None:
+        load_tokenizer(own)
+    known = {**(files or {}), **({} if own is None else {"tokenizer": [own]})}
+    key = fingerprint(f"{name} {hub} {num_tokens} {longest}", known, data_dir)
+
+    def make() -> dict[str, torch.Tensor]:
+        tables = open_hub(*hub) if files is None else open_folder(files)
+        return encode_pairs(read_rows(tables, languages, name), num_tokens, longest, own)
+
+    return from_tensors(name, cached(name, key, make))
+
+
+@register("multi30k")
+def multi30k(data_dir: Path | None) -> TranslationData:
+    """Captions of photographs, English to German: 29,000 training and 1,000 test pairs (2016), 5,000 pieces of words.
+
+    Elliott et al., "Multi30K: multilingual English-German image descriptions", 2016. Reads parquet files with the columns en
+    and de.
+    """
+    return _translation("multi30k", data_dir, ("bentrevett/multi30k", None), ("en", "de"), 5000)
+
+
+@register("wmt14")
+def wmt14(data_dir: Path | None) -> TranslationData:
+    """WMT 2014, English to German: 4.5 million training and 3,003 test pairs, 37,000 pieces of words as in Vaswani et al.
+
+    Reads parquet files with the columns en and de, or with one column translation. Pairs of more than 250 pieces are left out.
+    """
+    return _translation("wmt14", data_dir, ("wmt/wmt14", "de-en"), ("en", "de"), 37_000)

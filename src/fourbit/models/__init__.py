@@ -10,6 +10,7 @@ and accept images of any size from 8x8 on. To add a network, register one functi
 """
 
 from fourbit.models._base import MIN_IMAGE_SIZE as MIN_IMAGE_SIZE
+from fourbit.models._base import Kind as Kind
 from fourbit.models._base import build as build
 from fourbit.models._base import kind_of as kind_of
 from fourbit.models._base import names as names
@@ -21,4 +22,5 @@ from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
 from fourbit.models._resnet import ResNet as ResNet
 from fourbit.models._speech import AcousticModel as AcousticModel
+from fourbit.models._transformer import Transformer as Transformer
 from fourbit.models._vgg import Vgg as Vgg

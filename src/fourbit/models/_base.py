@@ -18,17 +18,18 @@ from fourbit._registry import Registry
 from fourbit.errors import UserError
 
 Builder = Callable[[int, int], nn.Module]
-Kind = Literal["image", "text", "speech"]
-"""What a network reads: images [B, C, H, W] of floats; text [T, B] of token numbers, with the state before it; or speech,
-frames of features [T, B, C] with the number of frames of each utterance [B]."""
+Kind = Literal["image", "text", "speech", "translation"]
+"""What a network reads: images [B, C, H, W] of floats; text [T, B] of token numbers, with the state before it; speech,
+frames of features [T, B, C] with the number of frames of each utterance [B]; or translation, token numbers of source [S, B]
+and target [T, B]."""
 
 MODELS: Registry[Builder] = Registry("model")
 _kinds: dict[str, Kind] = {}
 
 
 def register(name: str, kind: Kind = "image") -> Callable[[Builder], Builder]:
-    """Decorator that enters a builder, called with the number of classes (text: of tokens) and of input channels (speech: of
-    features; text: 0)."""
+    """Decorator that enters a builder, called with the number of classes (text, translation: of tokens) and of input channels
+    (speech: of features; text, translation: 0)."""
 
     def enter(builder: Builder) -> Builder:
         _kinds[name] = kind
@@ -61,7 +62,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
 
     Args:
         name: one of `names()`.
-        num_classes: number of logits, 1 or more; of a network for text the size of the vocabulary.
+        num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
 
@@ -76,7 +77,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     kind = kind_of(name)
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: a model needs at least 1 class.")
-    if kind != "text" and in_channels < 1:
+    if kind not in ("text", "translation") and in_channels < 1:
         raise UserError(
             f"in_channels is {in_channels}: give 1 for grey or 3 for colour images, of speech the features."
         )
@@ -85,7 +86,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
             f"image_size is {image_size}, too small for {name}: use images of at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
         )
-    return MODELS[name](num_classes, 0 if kind == "text" else in_channels)
+    return MODELS[name](num_classes, 0 if kind in ("text", "translation") else in_channels)
 
 
 def initialise(model: nn.Module) -> None:

@@ -103,14 +103,19 @@ class Explanation:
         return "\n".join(_lines(self))
 
 
-def explain(model: nn.Module, recipe: str | Recipe, input: Tensor | tuple[int, ...] | None = None) -> Explanation:
+Input = Tensor | tuple[int, ...] | tuple[Tensor, ...]
+"""A batch, its shape, or a batch of several tensors."""
+
+
+def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) -> Explanation:
     """What `convert(model, recipe)` does, without doing it.
 
     Args:
         model: not yet converted, or converted by the same recipe (then its scales and clip values are shown too); it is not
             changed.
-        input: one batch, or its shape (random numbers then), to count multiply-accumulates with. dgrad of a layer whose
-            input needs no gradient (the first one) counts 0, because it is never computed.
+        input: one batch (several tensors where the model takes several), or its shape (random numbers then), to count
+            multiply-accumulates with. dgrad of a layer whose input needs no gradient (the first one) counts 0, because it is
+            never computed.
 
     Raises:
         UserError: as `convert`, and if the model does not run on the input.
@@ -167,7 +172,7 @@ def _contraction_of(module: nn.Module) -> Contraction | None:
     return quantized_class.contraction(module)  # type: ignore[arg-type]
 
 
-def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
+def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...]:
     """The batch itself, or random numbers of that shape, where the model is.
 
     Raises:
@@ -177,8 +182,12 @@ def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
         raise UserError(f"the model is {_what(model)}, but must be a torch.nn.Module.")
     if isinstance(input, Tensor):
         return input
-    sizes = tuple(input) if isinstance(input, tuple | list) else ()
-    if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+    found = tuple(input) if isinstance(input, tuple | list) else ()
+    tensors = tuple(t for t in found if isinstance(t, Tensor))
+    if found and len(tensors) == len(found):
+        return tensors
+    sizes = tuple(n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0)
+    if not sizes or len(sizes) != len(found):
         raise UserError(f"the input is {_what(input)}, but must be a batch, or the shape of one: (128, 3, 32, 32).")
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
@@ -190,19 +199,19 @@ def batch_for(model: nn.Module, input: Tensor | tuple[int, ...]) -> Tensor:
         ) from error
 
 
-def run_on(model: nn.Module, batch: Tensor) -> None:
+def run_on(model: nn.Module, batch: Tensor | tuple[Tensor, ...]) -> None:
     """A forward pass, for what can be seen of it.
 
     Raises:
         UserError: the model does not take such a batch.
     """
     try:
-        model(batch)
+        model(*batch) if isinstance(batch, tuple) else model(batch)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shape = tuple(batch.shape)
-        raise UserError(f"the model does not run on an input of shape {shape}: {first_line(error)}") from error
+        shapes = ", ".join(str(tuple(t.shape)) for t in (batch if isinstance(batch, tuple) else (batch,)))
+        raise UserError(f"the model does not run on an input of shape {shapes}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -214,9 +223,7 @@ def _what(value: object) -> str:
     return repr(value) if isinstance(value, str | int | float | tuple | list | None) else type(value).__name__
 
 
-def _count_macs(
-    model: nn.Module, assignments: list[Assignment], input: Tensor | tuple[int, ...]
-) -> dict[str, dict[str, int]]:
+def _count_macs(model: nn.Module, assignments: list[Assignment], input: Input) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     handles = []
 

@@ -7,8 +7,8 @@
 The paper gives batch size and epochs of few networks only (ResNet-18 on CIFAR-10: 128 and 160, a first drop of the learning
 rate at about 82; ResNet-18 and ResNet-50 on ImageNet: 256 and 100, drops at 30, 60, 90) and says "default hyper-parameters"
 for the rest. Those are our choice, written in `TableRow.scales`: the residual networks' own (learning rate 0.1, momentum
-0.9, weight decay 1e-4, divided by 10 at half and at three quarters) for CIFAR-10, and Zaremba et al.'s model with plain SGD
-for the Penn Treebank.
+0.9, weight decay 1e-4, divided by 10 at half and at three quarters) for CIFAR-10, Zaremba et al.'s model with plain SGD
+for the Penn Treebank, and Vaswani et al.'s schedule (100,000 steps of about 25,000 tokens) for translation.
 """
 
 from __future__ import annotations
@@ -196,14 +196,42 @@ ROWS.append(
         higher_is_better=False,
     )
 )
-_later(
-    "table3",
-    "wmt",
-    "Transformer-base, WMT En-De",
-    "BLEU",
-    dict(zip(_THREE, (27.5, 25.4, 25.9), strict=True)),
-    "",
-    "translation data and the Transformer are not in this version",
+_TRANSLATION = {"optimizer": "adam", "beta2": 0.98, "label_smoothing": 0.1, "weight_decay": 0.0}
+_MULTI30K = {**_TRANSLATION, "model": "transformer_small", "data": "multi30k", "batch_size": 128, "lr": 4e-3}
+_MULTI30K |= {"schedule": "cosine", "warmup_steps": 800}
+ROWS.append(
+    TableRow(
+        "table3",
+        "wmt",
+        "Transformer-base, WMT En-De (small and smoke: a small one, Multi30k)",
+        "BLEU",
+        dict(zip(_THREE, (27.5, 25.4, 25.9), strict=True)),
+        "",
+        _THREE,
+        {
+            "paper": {
+                **_TRANSLATION,
+                "model": "transformer_base",
+                "data": "wmt14",
+                "batch_size": 832,
+                "epochs": 18,
+                "max_steps": 100_000,
+                "lr": 7e-4,
+                "schedule": "inverse_sqrt",
+                "warmup_steps": 4000,
+                "beam_size": 4,
+            },
+            "small": {**_MULTI30K, "epochs": 15, "beam_size": 4},
+            "smoke": {
+                **_MULTI30K,
+                "epochs": 1,
+                "max_steps": 3,
+                "max_test_batches": 1,
+                "batch_size": 16,
+                "log_every": 1,
+            },
+        },
+    )
 )
 
 

@@ -110,7 +110,7 @@ def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) 
     measured = {
         (c.recipe, c.seed): value
         for c, r in results
-        if r.stopped != "diverged" and (value := metric.of(r.test_loss, r.test_accuracy)) is not None
+        if r.stopped != "diverged" and (value := metric.of(r.test_loss, r.test_accuracy, r.test_score)) is not None
     }
     rows = []
     for recipe in config.recipes:

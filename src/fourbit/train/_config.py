@@ -68,7 +68,7 @@ class Settings:
     max_steps: Annotated[int | None, TASK, WHOLE] = None
     """End after this many optimizer steps, if the epochs are not over before; the schedule fits the shorter run."""
     batch_size: Annotated[int, TASK, WHOLE] = 128
-    """Images, or rows of text, per forward pass, over all processes together."""
+    """Images, rows of text, utterances or pairs of sentences per forward pass, over all processes together."""
     eval_batch_size: Annotated[int | None, TASK, WHOLE] = None
     """The same for the evaluation. None: the batch size; for images at least 256."""
     max_test_batches: Annotated[int | None, TASK, WHOLE] = None
@@ -77,6 +77,8 @@ class Settings:
     """Shift and mirror training images as the data set prescribes."""
     sequence_length: Annotated[int, TASK, WHOLE] = 35
     """Tokens of a row of text per forward pass; gradients do not go back further."""
+    beam_size: Annotated[int, TASK, WHOLE] = 1
+    """Translations of a test sentence that are followed at a time; 1 is greedy."""
 
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], OPTIMIZATION] = "sgd"
     """Update rule."""
@@ -86,12 +88,14 @@ class Settings:
     """Momentum of sgd."""
     nesterov: Annotated[bool, OPTIMIZATION] = False
     """Nesterov's momentum, for sgd."""
+    beta2: Annotated[float, OPTIMIZATION] = 0.999
+    """Decay of the squared gradients of adam and adamw, per step."""
     weight_decay: Annotated[float, OPTIMIZATION] = 1e-4
     """Weight decay."""
     alpha_weight_decay: Annotated[float | None, OPTIMIZATION] = None
     """Weight decay of the clip values of PACT. None: as of the weights."""
-    schedule: Annotated[Literal["step", "cosine", "constant"], OPTIMIZATION] = "step"
-    """How the learning rate falls: at milestones, along half a cosine to 0, or not at all."""
+    schedule: Annotated[Literal["step", "cosine", "inverse_sqrt", "constant"], OPTIMIZATION] = "step"
+    """How the learning rate falls: at milestones, along half a cosine to 0, with the root of the steps, or not at all."""
     milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1, negative="")] = (
         0.5,
         0.75,

@@ -151,6 +151,7 @@ class Loop:
         session, state = self.session, self.state
         start = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
+        texts: list[tuple[str, str]] = []
         session.model.eval()
         with torch.no_grad():
             for batch in islice(session.task.batches("test"), session.config.max_test_batches):
@@ -158,9 +159,12 @@ class Loop:
                     return False
                 if batch[-1].numel():
                     with session.autocast():
-                        sums += session.task.loss(session.model, batch)[1]
+                        counts, found = session.task.evaluate(session.model, batch)
+                    sums += counts
+                    texts += found
         loss_sum, correct, images = session.total(sums)
         state.test_loss, state.test_accuracy = loss_sum / images, correct / images
+        state.test_score = session.task.judge(session.gather(texts))
         elapsed = time.perf_counter() - start
         state.epoch_seconds += elapsed
         state.seconds += elapsed
@@ -182,6 +186,7 @@ class Loop:
             step=state.step,
             epoch=state.epoch,
             test_accuracy=state.test_accuracy if known else None,
+            test_score=state.test_score if known else None,
             test_loss=state.test_loss if known else None,
             seconds=state.seconds,
             skipped=state.skipped,
@@ -195,5 +200,5 @@ class Loop:
         lr = self.session.optimizer.param_groups[0]["lr"]
         self.recorder.diverged_step(state, lr)
         folder, step = self.recorder.folder.path, state.step + 1
-        result = Result(folder, "diverged", step, state.epoch, None, None, state.seconds, state.skipped)
+        result = Result(folder, "diverged", step, state.epoch, None, None, None, state.seconds, state.skipped)
         self.recorder.final(result, self.session.steps_per_epoch)

@@ -39,7 +39,7 @@ class Recorder:
         rate = (state.window.images - images) / max(time.perf_counter() - start, 1e-9)
         loss, accuracy = state.window.loss, state.window.accuracy
         self.display.step(
-            state.step, state.epoch, f"loss {loss:.4f}  {self._score(loss, accuracy)}", rate, self.metric.items
+            state.step, state.epoch, f"loss {loss:.4f}{self._score(loss, accuracy)}", rate, self.metric.items
         )
         if state.step % self.config.log_every:
             return
@@ -75,14 +75,15 @@ class Recorder:
             train_accuracy=whole.accuracy,
             test_loss=loss,
             test_accuracy=accuracy,
+            **self._judged(loss, accuracy, state.test_score),
             seconds=state.epoch_seconds,
             skipped=state.skipped,
         )
         self.board.scalars(state.step, {"loss/test": loss, "accuracy/test": accuracy})
         self.display.say(
             f"epoch {state.epoch + 1}/{self.config.epochs}  step {state.step}  "
-            f"train loss {whole.loss:.4f} {self._score(whole.loss, whole.accuracy)}  "
-            f"test loss {loss:.4f} {self._score(loss, accuracy)}  "
+            f"train loss {whole.loss:.4f}{self._score(whole.loss, whole.accuracy)}  "
+            f"test loss {loss:.4f}{self._score(loss, accuracy, state.test_score)}  "
             f"{state.epoch_seconds:.1f} s" + (f"  {state.skipped} steps left out" if state.skipped else "")
         )
 
@@ -94,14 +95,24 @@ class Recorder:
             epoch=max(0, result.step - 1) // steps_per_epoch,
             test_accuracy=result.test_accuracy,
             test_loss=result.test_loss,
+            **self._judged(result.test_loss, result.test_accuracy, result.test_score),
             seconds=result.seconds,
             stopped=result.stopped,
             skipped=result.skipped,
         )
 
-    def _score(self, loss: float, accuracy: float) -> str:
-        value = self.metric.of(loss, accuracy)
-        return f"{self.metric.name} {'-' if value is None else self.metric.text(value)}"
+    def _score(self, loss: float, accuracy: float, score: float | None = None) -> str:
+        value = self.metric.of(loss, accuracy, score)
+        return "" if value is None else f" {self.metric.name} {self.metric.text(value)}"
+
+    def _judged(self, loss: float | None, accuracy: float | None, score: float | None) -> dict[str, Any]:
+        """The score, if the task has one, and the metric as it is shown."""
+        value = self.metric.of(loss, accuracy, score)
+        scored = {} if score is None else {"test_score": score}
+        return scored | {
+            "metric": self.metric.title,
+            "test_metric": None if value is None else value * self.metric.factor,
+        }
 
     def _step_line(self, step: int, epoch: int, **values: Any) -> None:
         self.folder.record("step", step, epoch=epoch, **values)

@@ -19,6 +19,7 @@ class Result:
         step: optimizer steps done.
         epoch: epochs completed.
         test_accuracy, test_loss: of the last evaluation, which comes after the last step; None if there was none.
+        test_score: likewise, of whole texts: BLEU, or a word error rate as a fraction; None for other tasks.
         seconds: training and evaluation, over all sittings.
         skipped: steps left out because of NaN or infinity.
     """
@@ -29,6 +30,7 @@ class Result:
     epoch: int
     test_accuracy: float | None
     test_loss: float | None
+    test_score: float | None
     seconds: float
     skipped: int = 0
 

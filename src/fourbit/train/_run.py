@@ -63,6 +63,7 @@ def finished(folder: RunFolder) -> Result | None:
         epoch=line["epoch"] + (line["stopped"] == "done"),
         test_accuracy=line.get("test_accuracy"),
         test_loss=line.get("test_loss"),
+        test_score=line.get("test_score"),
         seconds=line.get("seconds") or 0.0,
         skipped=line.get("skipped") or 0,
     )

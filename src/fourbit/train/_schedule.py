@@ -2,6 +2,7 @@
 
     step        lr * lr_decay^(milestones passed)
     cosine      lr * (1 + cos(pi * t)) / 2,     t from 0 after the warm-up to 1 at the end
+    inverse_sqrt  lr * sqrt(w / (step + 1)) once step + 1 > w, the warm-up steps or 1
     constant    lr
 
 During the first `warmup_steps` steps the factor is (step + 1) / warmup_steps, and the decay of the schedule applies too.
@@ -28,4 +29,6 @@ def learning_rate(config: Settings, lr: float, step: int, total_steps: int) -> f
         factor *= config.lr_decay**passed
     elif config.schedule == "cosine" and step >= warmup:
         factor *= (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    elif config.schedule == "inverse_sqrt" and step >= warmup:
+        factor *= math.sqrt(max(1, warmup) / (step + 1))
     return lr * factor

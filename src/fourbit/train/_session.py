@@ -77,6 +77,14 @@ class Session:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def gather(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of all processes."""
+        if self.accelerator.num_processes == 1:
+            return texts
+        from accelerate.utils import gather_object
+
+        return gather_object(texts)
+
     def total(self, numbers: Tensor) -> list[float]:
         """Sums over all processes, as numbers: the one synchronisation of a step."""
         return self.accelerator.reduce(numbers).tolist()  # type: ignore[union-attr]
@@ -149,4 +157,5 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     assert config.lr is not None
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, lr=config.lr)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(groups, lr=config.lr, betas=(0.9, config.beta2))

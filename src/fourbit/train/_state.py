@@ -46,7 +46,7 @@ class LoopState:
         skipped: steps left out because of NaN or infinity; skipped_in_a_row: since the last good one.
         window: sums since the last "step" line; whole: since the start of the epoch.
         epoch_seconds, seconds: time spent on the epoch and on everything, over all sittings.
-        test_loss, test_accuracy: of the last evaluation.
+        test_loss, test_accuracy, test_score: of the last evaluation.
     """
 
     step: int = 0
@@ -59,6 +59,7 @@ class LoopState:
     seconds: float = 0.0
     test_loss: float | None = None
     test_accuracy: float | None = None
+    test_score: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""

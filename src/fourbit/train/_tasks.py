@@ -1,6 +1,7 @@
 """What a run trains for: which network fits the data, how batches come, what the loss is, and by which number it is judged.
 
-A task is chosen by the data: images are classified, of text the next token is predicted. The loop asks a task for batches
+A task is chosen by the data: images are classified, of text the next token is predicted, speech is heard, pairs of sentences
+are translated. The loop asks a task for batches
 and losses and knows nothing else about data.
 """
 
@@ -10,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fourbit import data as datasets
 from fourbit import models
-from fourbit.data import ImageData, SpeechData, TextData
+from fourbit.data import ImageData, SpeechData, TextData, TranslationData
 from fourbit.errors import UserError
 from fourbit.train._config import Settings, TrainConfig
 
@@ -36,6 +37,7 @@ class Metric:
         factor: what the number is multiplied with to be shown.
         higher_is_better: otherwise lower is.
         items: what is predicted, in the plural.
+        source: what it is computed from: the share of hits, the mean loss, or a score of whole texts.
     """
 
     name: str
@@ -43,14 +45,13 @@ class Metric:
     factor: float
     higher_is_better: bool
     items: str
+    source: Literal["accuracy", "loss", "score"]
 
-    def of(self, loss: float | None, accuracy: float | None) -> float | None:
-        """The number, from what is measured of every run: mean loss and share of hits."""
-        if self.name == "accuracy":
-            return accuracy
-        if self.name == "word error rate":
-            return None if accuracy is None else 1.0 - accuracy
-        return None if loss is None else math.exp(min(loss, 700.0))
+    def of(self, loss: float | None, accuracy: float | None, score: float | None) -> float | None:
+        """The number, from what is measured of a run: mean loss, share of hits, and what `Task.judge` found."""
+        if self.source == "loss":
+            return None if loss is None else math.exp(min(loss, 700.0))
+        return accuracy if self.source == "accuracy" else score
 
     @property
     def title(self) -> str:
@@ -62,15 +63,16 @@ class Metric:
         return f"{value * self.factor:.2f}{self.unit}"
 
 
-ACCURACY = Metric("accuracy", "%", 100.0, True, "images")
-PERPLEXITY = Metric("perplexity", "", 1.0, False, "tokens")
-WORD_ERROR_RATE = Metric("word error rate", "%", 100.0, False, "utterances")
-"""Of utterances of one word each: the share of wrong ones."""
+ACCURACY = Metric("accuracy", "%", 100.0, True, "images", "accuracy")
+PERPLEXITY = Metric("perplexity", "", 1.0, False, "tokens", "loss")
+WORD_ERROR_RATE = Metric("word error rate", "%", 100.0, False, "utterances", "score")
+BLEU = Metric("BLEU", "", 1.0, True, "tokens", "score")
 
 
 def metric_of(settings: Settings) -> Metric:
     """The metric of runs with these settings."""
-    return {"image": ACCURACY, "text": PERPLEXITY, "speech": WORD_ERROR_RATE}[models.kind_of(settings.model)]
+    kinds = {"image": ACCURACY, "text": PERPLEXITY, "speech": WORD_ERROR_RATE, "translation": BLEU}
+    return kinds[models.kind_of(settings.model)]
 
 
 class Task(ABC):
@@ -102,6 +104,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean loss, and float64 [loss summed, hits, number of predictions], which counts exactly."""
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
+        """The counts of `loss` for a test batch, and pairs of what the model says and what is right, for `judge`."""
+        return self.loss(model, batch)[1], []
+
+    def judge(self, texts: list[tuple[str, str]]) -> float | None:
+        """The score of all texts of `evaluate`; None where the metric needs none."""
+        return None
 
     def check(self) -> None:
         """Raise a UserError for what would fail only after training: an evaluation that cannot begin."""
@@ -246,10 +256,88 @@ class SpeechRecognition(Task):
 
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Over the utterances of the batch."""
+        return self._measure(model, batch, label_smoothing)[:2]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
+        """With the words heard and said."""
+        _, counts, logits = self._measure(model, batch)
+        heard, said = logits.argmax(-1).tolist(), batch[-1].tolist()
+        names = self.data.classes
+        return counts, [(names[a], names[b]) for a, b in zip(heard, said, strict=True)]
+
+    def judge(self, texts: list[tuple[str, str]]) -> float | None:
+        """Word error rate."""
+        try:
+            import jiwer
+        except ImportError as error:
+            raise UserError("the word error rate needs the package jiwer: pip install 'fourbit[train]'.") from error
+        return float(jiwer.wer([said for _, said in texts], [heard for heard, _ in texts]))
+
+    def _measure(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, lengths, y = batch
         logits = model(x, lengths)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
-        return loss, _counts(loss, logits, y)
+        return loss, _counts(loss, logits, y), logits
+
+
+class Translation(Task):
+    """Sentences to sentences: cross entropy of the next token, BLEU of the translations of the test sentences."""
+
+    metric = BLEU
+
+    def __init__(self, config: TrainConfig, data: TranslationData, device: torch.device, rank: int, world: int):
+        super().__init__(config, device, rank, world)
+        self.data = data
+
+    def build(self) -> nn.Module:
+        """With as many outputs as the vocabulary has tokens."""
+        model = models.build(self.config.model, num_classes=self.data.num_tokens)
+        longest = getattr(model, "max_length", None)
+        if longest is not None:
+            self.data.check_length(longest, self.config.model)
+        return model
+
+    def num_batches(self) -> int:
+        """Whole ones only."""
+        return datasets.num_pair_batches(self.data, "train", self.config.batch_size)
+
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Training pairs shuffled; every process takes each n-th."""
+        config, size = self.config, self.config.batch_size if split == "train" else self.config.eval_batch_size
+        assert size is not None
+        own = slice(self.rank, None, self.world)
+        for source, rows, target in datasets.pairs(self.data, split, size, config.seed, epoch, start):
+            yield source[:, own].to(self.device), rows[own], target[:, own].to(self.device)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Over the tokens of the target sentences, end marks among them."""
+        source, _, target = batch
+        begin = torch.full_like(target[:1], datasets.BEGIN)
+        logits = model(source, torch.cat((begin, target[:-1]))).flatten(0, 1)
+        y = target.flatten()
+        there = y != datasets.PAD
+        loss = F.cross_entropy(logits.float(), y, ignore_index=datasets.PAD, label_smoothing=label_smoothing)
+        hits = (logits.detach().argmax(-1) == y)[there].sum()
+        count = there.sum().double()
+        return loss, torch.stack([loss.detach().double() * count, hits.double(), count])
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
+        """With the translations and the references."""
+        source, rows, _ = batch
+        network: Any = getattr(model, "module", model)  # what distributed training wraps is not needed here
+        found = network.translate(source, self.config.beam_size).t().tolist()
+        texts = [self.data.text(tokens) for tokens in found]
+        return self.loss(model, batch)[1], [
+            (t, self.data.references[i]) for t, i in zip(texts, rows.tolist(), strict=True)
+        ]
+
+    def judge(self, texts: list[tuple[str, str]]) -> float | None:
+        """BLEU as sacrebleu defines it: its own tokens, case kept."""
+        try:
+            import sacrebleu
+        except ImportError as error:
+            raise UserError("BLEU needs the package sacrebleu: pip install 'fourbit[train]'.") from error
+        return sacrebleu.corpus_bleu([found for found, _ in texts], [[right for _, right in texts]]).score
 
 
 def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) -> Task:
@@ -259,10 +347,11 @@ def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) 
         UserError: data that cannot be loaded, or that the network does not read.
     """
     data = datasets.load(config.data, config.data_dir)
-    kind = "text" if isinstance(data, TextData) else "speech" if isinstance(data, SpeechData) else "image"
+    kinds: dict[type, models.Kind] = {TextData: "text", SpeechData: "speech", TranslationData: "translation"}
+    kind = kinds.get(type(data), "image")
     reads = models.kind_of(config.model)
     if reads != kind:
-        words = {"text": "text", "image": "images", "speech": "speech"}
+        words = {"text": "text", "image": "images", "speech": "speech", "translation": "pairs of sentences"}
         raise UserError(
             f"{config.model} reads {words[reads]}, but {config.data} has {words[kind]}: choose one of "
             f"{', '.join(models.names(kind))}."
@@ -270,11 +359,11 @@ def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) 
     processes = device, rank, world
     if isinstance(data, TextData):
         return LanguageModelling(config, data, *processes)
-    return (
-        SpeechRecognition(config, data, *processes)
-        if isinstance(data, SpeechData)
-        else Classification(config, data, *processes)
-    )
+    if isinstance(data, SpeechData):
+        return SpeechRecognition(config, data, *processes)
+    if isinstance(data, TranslationData):
+        return Translation(config, data, *processes)
+    return Classification(config, data, *processes)
 
 
 def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
