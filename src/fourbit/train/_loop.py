@@ -152,19 +152,22 @@ class Loop:
         start = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
         texts: list[tuple[str, str]] = []
+        task, judged = session.task, not session.task.judged_at_the_end or state.step >= session.total_steps
         session.model.eval()
         with torch.no_grad():
-            for batch in islice(session.task.batches("test"), session.config.max_test_batches):
+            for batch in islice(task.batches("test"), session.config.max_test_batches):
                 if self.stop.requested:
                     return False
                 if batch[-1].numel():
                     with session.autocast():
-                        counts, found = session.task.evaluate(session.model, batch)
+                        counts, found = (
+                            task.evaluate(session.model, batch) if judged else (task.loss(session.model, batch)[1], [])
+                        )
                     sums += counts
                     texts += found
         loss_sum, correct, images = session.total(sums)
         state.test_loss, state.test_accuracy = loss_sum / images, correct / images
-        state.test_score = session.task.judge(session.gather(texts))
+        state.test_score = task.judge(session.gather(texts)) if judged else None
         elapsed = time.perf_counter() - start
         state.epoch_seconds += elapsed
         state.seconds += elapsed

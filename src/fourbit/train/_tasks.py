@@ -85,6 +85,8 @@ class Task(ABC):
     """
 
     metric: Metric
+    judged_at_the_end = False
+    """Whether `evaluate` is so slow that only the last evaluation calls it; the others take the counts of `loss`."""
 
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, world: int):
         self.config, self.device, self.rank, self.world = config, device, rank, world
@@ -284,6 +286,7 @@ class Translation(Task):
     """Sentences to sentences: cross entropy of the next token, BLEU of the translations of the test sentences."""
 
     metric = BLEU
+    judged_at_the_end = True
 
     def __init__(self, config: TrainConfig, data: TranslationData, device: torch.device, rank: int, world: int):
         super().__init__(config, device, rank, world)
