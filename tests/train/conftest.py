@@ -40,9 +40,7 @@ def few_digits() -> data.ImageData:
 @pytest.fixture(autouse=True)
 def small_data(few_digits: data.ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     load = data.load
-    monkeypatch.setattr(
-        data, "load", lambda name, folder=None: load(name, folder) if name in ("ptb", "spoken_digits") else few_digits
-    )
+    monkeypatch.setattr(data, "load", lambda name, folder=None: load(name, folder) if name != "digits" else few_digits)
 
 
 @pytest.fixture

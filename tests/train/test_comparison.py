@@ -139,5 +139,5 @@ def test_the_report_has_the_recipes_in_the_order_of_the_comparison(small):
 
 def test_a_result_is_finished_unless_it_was_interrupted(tmp_path):
     ends = ("done", "max_steps", "diverged", "interrupted")
-    results = [Result(tmp_path, stopped, 1, 0, None, None, 0.0) for stopped in ends]
+    results = [Result(tmp_path, stopped, 1, 0, None, None, None, 0.0) for stopped in ends]
     assert [r.finished for r in results] == [True, True, True, False]

@@ -26,6 +26,15 @@ def torch_rates(make):
     return found
 
 
+def test_inverse_square_root_is_that_of_the_transformer():
+    """Vaswani et al., Eq. 3: lr ~ min(step^-0.5, step * warmup^-1.5), steps counted from 1."""
+    for warmup in (1, 7):
+        found = rates(schedule="inverse_sqrt", warmup_steps=warmup)
+        expected = [0.1 * warmup**0.5 * min(k**-0.5, k * warmup**-1.5) for k in range(1, STEPS + 1)]
+        assert found == pytest.approx(expected)
+    assert rates(schedule="inverse_sqrt") == pytest.approx([0.1 * k**-0.5 for k in range(1, STEPS + 1)])
+
+
 @pytest.mark.parametrize("milestones", [(0.5, 0.75), (0.1,), (0.3, 0.6, 0.9), ()])
 def test_step_equals_torch(milestones):
     expected = torch_rates(lambda o: MultiStepLR(o, [round(f * STEPS) for f in milestones], 0.2))

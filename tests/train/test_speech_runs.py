@@ -45,6 +45,7 @@ def config(folder: Path, out: Path, **changes) -> TrainConfig:
 def test_it_learns_words_and_reports_the_word_error_rate(folder, tmp_path, recipe, capsys):
     result = train(config(folder, tmp_path / "run", recipe=recipe))
     assert result.test_accuracy >= 0.7  # 0.1 by guessing
+    assert result.test_score == pytest.approx(1 - result.test_accuracy)  # words are whole utterances here
     assert "word error rate" in capsys.readouterr().out
 
 
