@@ -16,6 +16,7 @@ from torch import nn
 
 from fourbit._registry import Registry
 from fourbit.errors import UserError
+from fourbit.models._external import build_external, external_kind, is_external
 
 Builder = Callable[[int, int], nn.Module]
 Kind = Literal["image", "text", "speech", "translation"]
@@ -53,6 +54,8 @@ def names(kind: Kind | None = None) -> list[str]:
 
 def kind_of(name: str) -> Kind:
     """What the network reads; UserError for an unknown name."""
+    if is_external(name):
+        return external_kind(name)
     MODELS[name]
     return _kinds[name]
 
@@ -61,7 +64,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """A newly initialised network in full precision.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or a network of another library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
         num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
@@ -86,6 +89,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
             f"image_size is {image_size}, too small for {name}: use images of at least "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
         )
+    if is_external(name):
+        return build_external(name, num_classes, in_channels, image_size)
     return MODELS[name](num_classes, 0 if kind in ("text", "translation") else in_channels)
 
 

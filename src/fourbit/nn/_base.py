@@ -7,6 +7,7 @@ hooks, ties between layers and references held elsewhere all survive, and `resto
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,17 @@ from fourbit.quantizers import require_numbers
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 """torch class -> quantized class."""
+
+_FOREIGN = {("transformers.pytorch_utils", "Conv1D"): "fourbit.nn._transformers"}
+"""Classes of other libraries: the module that has their twin, imported when a model has such a layer."""
+
+
+def learn_class(cls: type[nn.Module]) -> None:
+    """Enter the twin of a class of another library, if there is one, into `SWAPS`."""
+    module = _FOREIGN.get((cls.__module__, cls.__name__))
+    if module is not None and cls not in SWAPS:
+        importlib.import_module(module)
+
 
 Q = TypeVar("Q", bound="type[nn.Module]")
 

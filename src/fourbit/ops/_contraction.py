@@ -107,7 +107,7 @@ class LinearMap(Contraction):
 
     def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
         """Rows times in_features times out_features."""
-        return y.numel() * w.shape[1]
+        return y.numel() * x.shape[-1]
 
 
 @dataclass(frozen=True)

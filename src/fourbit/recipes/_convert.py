@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fourbit.errors import UserError
-from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, quantized_layers
+from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, learn_class, quantized_layers
 from fourbit.ops import LayerSpec, Products
 from fourbit.recipes._fuse import fuse as fuse_chains
 from fourbit.recipes._fuse import unfuse as unfuse_chains
@@ -147,6 +147,7 @@ def _nearest(rule: Rule, names: Iterable[str]) -> str:
 def original_class(module: nn.Module) -> type[nn.Module] | None:
     """The torch class that has a quantized twin: the module's own class, or the one it was converted from."""
     cls = type(module)
+    learn_class(cls)
     if cls in SWAPS:
         return cls
     return next((torch_class for torch_class, ours in SWAPS.items() if ours is cls), None)

@@ -58,7 +58,7 @@ class Settings:
     """Everything but recipe, seed and folder."""
 
     model: Annotated[str, TASK] = "resnet20"
-    """Network; `fourbit models` lists them."""
+    """Network; `fourbit models` lists them. hf:NAME, timm:NAME, torchvision:NAME: one of another library."""
     data: Annotated[str, TASK] = "cifar10"
     """Data set; `fourbit data` lists them."""
     data_dir: Annotated[Path | None, TASK] = None

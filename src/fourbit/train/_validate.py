@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -108,10 +109,10 @@ def _check_names(config: TrainConfig) -> None:
     from fourbit import data, models, recipes
 
     catalogues: tuple[tuple[str, str, Iterable[str]], ...] = (
-        ("model", config.model, models.names()),
         ("data set", config.data, data.names()),
         ("recipe", config.recipe, recipes.names()),
     )
+    models.kind_of(config.model)
     for kind, name, names in catalogues:
         if name not in names:
             raise unknown(kind, name, names)
@@ -150,4 +151,5 @@ def _shown(value: Any) -> str:
 def _default_out(config: TrainConfig) -> Any:
     from pathlib import Path
 
-    return Path("runs") / f"{config.model}-{config.data}-{config.recipe}-seed{config.seed}"
+    model = re.sub(r"[^\w.-]+", "_", config.model)
+    return Path("runs") / f"{model}-{config.data}-{config.recipe}-seed{config.seed}"
