@@ -1,4 +1,4 @@
-"""Data sets as whole tensors, images as uint8 and text as token numbers, and batches cut from them.
+"""Data sets as whole tensors, images as uint8 and text as token numbers, and batches cut from them; large images are files.
 
     data = load("cifar10", data_dir="path/to/cifar10")       # or from the Hugging Face hub, without data_dir
     for x, y in batches(data, "train", 128, seed=0, epoch=3):
@@ -18,6 +18,7 @@ from fourbit.data._base import names as names
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
 from fourbit.data._batches import num_batches as num_batches
+from fourbit.data._large_images import LargeImages as LargeImages
 from fourbit.data._speech import SpeechData as SpeechData
 from fourbit.data._speech import num_utterance_batches as num_utterance_batches
 from fourbit.data._speech import utterances as utterances

@@ -10,7 +10,6 @@ A crop is one indexed read from a view: with p pixels of padding, the padded ima
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -18,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.data._base import Augment, ImageData
+from fourbit.data._large_images import LargeImages, large_batches
+from fourbit.data._random import generator
 from fourbit.errors import UserError
 
 
-def num_batches(data: ImageData, split: str, batch_size: int, drop_last: bool | None = None) -> int:
+def num_batches(data: ImageData | LargeImages, split: str, batch_size: int, drop_last: bool | None = None) -> int:
     """Number of batches that `batches` yields from the start of an epoch; same arguments and errors."""
     num_images = len(data.split(split)[1])
     if batch_size < 1:
@@ -36,7 +37,7 @@ def num_batches(data: ImageData, split: str, batch_size: int, drop_last: bool | 
 
 
 def batches(
-    data: ImageData,
+    data: ImageData | LargeImages,
     split: str,
     batch_size: int,
     seed: int = 0,
@@ -44,6 +45,7 @@ def batches(
     augment: bool = True,
     start: int = 0,
     drop_last: bool | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of one epoch: x float32 [B, C, H, W], (pixel/255 - mean)/std, contiguous, and y int64 [B].
 
@@ -56,6 +58,7 @@ def batches(
         augment: False leaves training images as they are (still shuffled).
         start: index of the first batch to yield; earlier ones cost nothing.
         drop_last: leave out a last batch of less than `batch_size` images. None: for "train" only.
+        workers: processes that decode images which are not in memory; None: one less than there are cores, at most 8.
 
     Raises:
         UserError: unknown split, batch size below 1 or above the number of training images, start out of range.
@@ -69,7 +72,8 @@ def batches(
     count = num_batches(data, split, batch_size, drop_last)
     if not 0 <= start <= count:
         raise UserError(f"cannot start at batch {start}: an epoch of {data.name} has batches 0 to {count - 1}.")
-    return _generate(data, split, batch_size, int(seed), int(epoch), augment, range(start, count))
+    values = (split, batch_size, int(seed), int(epoch), augment, range(start, count))
+    return _generate(data, *values) if isinstance(data, ImageData) else large_batches(data, *values, workers)
 
 
 def _generate(
@@ -85,12 +89,6 @@ def _generate(
         if training and augment:
             x = _augmented(x, data.augment, generator("augment", seed, epoch, k))
         yield _normalised(x, data.mean, data.std), y
-
-
-def generator(*words: str | int) -> torch.Generator:
-    """A generator whose seed is a hash of `words`: neighbouring seeds, epochs and batches are unrelated."""
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _augmented(x: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:

@@ -134,10 +134,18 @@ def open_hub(hub_id: str, subset: str | None = None) -> dict[str, Dataset]:
             f"cannot get {hub_id} from the Hugging Face hub ({_first_line(error)}): check the network, "
             f"or download its parquet files and give their folder with --data-dir."
         ) from error
-    missing = [split for split in SPLITS if split not in found]
+    splits = dict(found)
+    if "validation" in splits and ("test" not in splits or _unlabelled(splits["test"])):
+        splits["test"] = splits["validation"]
+    missing = [split for split in SPLITS if split not in splits]
     if missing:
         raise UserError(f"{hub_id} on the hub has no {missing[0]} split: give a folder that has one with --data-dir.")
-    return {split: found[split] for split in SPLITS}
+    return {split: splits[split] for split in SPLITS}
+
+
+def _unlabelled(table: Dataset) -> bool:
+    """Whether a test split keeps its labels secret, as ImageNet's does: they are all -1."""
+    return "label" in table.column_names and len(table) > 0 and table[0]["label"] == -1
 
 
 def _first_line(error: BaseException) -> str:

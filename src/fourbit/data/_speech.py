@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS, check_labels
-from fourbit.data._batches import generator
+from fourbit.data._random import generator
 from fourbit.errors import UserError, unknown
 
 WINDOW_S, HOP_S = 0.025, 0.010

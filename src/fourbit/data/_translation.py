@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS
-from fourbit.data._batches import generator
+from fourbit.data._random import generator
 from fourbit.errors import UserError, unknown
 
 PAD, BEGIN, END = 0, 1, 2

@@ -14,6 +14,7 @@ import torch
 from fourbit.data._base import Augment, ImageData, register
 from fourbit.data._cache import cached
 from fourbit.data._images import ImageSource, read_images
+from fourbit.data._large_images import LargeImages, from_tables, open_large_images
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.data._speech import SpeechData, make_speech, read_wav_folders
 from fourbit.data._text import TextData, from_characters, from_words, read_lines
@@ -104,6 +105,31 @@ def fashion_mnist(data_dir: Path | None) -> ImageData:
         std=(0.3530,),
         augment=Augment(crop_padding=2, flip=True),
     )
+
+
+def _large_images(name: str, hub_id: str, data_dir: Path | None) -> LargeImages:
+    return from_tables(name, open_hub(hub_id)) if data_dir is None else open_large_images(name, data_dir)
+
+
+@register("imagenet")
+def imagenet(data_dir: Path | None) -> LargeImages:
+    """ImageNet, 1.28 million training and 50,000 validation photographs, 1000 classes. Russakovsky et al. 2015.
+
+    Reads folders train/CLASS/*.JPEG and val/CLASS/*.JPEG, or parquet files with the columns image and label; the hub gives it
+    to those who have accepted its terms. Networks read 224x224 pixels.
+    """
+    return _large_images("imagenet", "ILSVRC/imagenet-1k", data_dir)
+
+
+@register("imagenette")
+def imagenette(data_dir: Path | None) -> LargeImages:
+    """Ten classes of ImageNet that are easy to tell apart. Howard, github.com/fastai/imagenette.
+
+    Read as imagenet is; a stand-in for it on small machines.
+    """
+    if data_dir is None:
+        raise UserError("imagenette needs the folder of its images or parquet files: give it with --data-dir.")
+    return _large_images("imagenette", "", data_dir)
 
 
 @register("ptb")

@@ -26,21 +26,22 @@ and target [T, B]."""
 
 MODELS: Registry[Builder] = Registry("model")
 _kinds: dict[str, Kind] = {}
+_min_sizes: dict[str, int] = {}
 
 
-def register(name: str, kind: Kind = "image") -> Callable[[Builder], Builder]:
+# The networks for small images halve the image three times (VGG five times, but its pools round up), which takes 8 pixels to 1.
+MIN_IMAGE_SIZE = 8
+
+
+def register(name: str, kind: Kind = "image", min_size: int = MIN_IMAGE_SIZE) -> Callable[[Builder], Builder]:
     """Decorator that enters a builder, called with the number of classes (text, translation: of tokens) and of input channels
-    (speech: of features; text, translation: 0)."""
+    (speech: of features; text, translation: 0). `min_size`: pixels of the smallest image."""
 
     def enter(builder: Builder) -> Builder:
-        _kinds[name] = kind
+        _kinds[name], _min_sizes[name] = kind, min_size
         return MODELS.register(name)(builder)
 
     return enter
-
-
-# The networks halve the image three times (VGG five times, but its pools round up), which takes 8 pixels to 1.
-MIN_IMAGE_SIZE = 8
 
 
 def names(kind: Kind | None = None) -> list[str]:
@@ -60,14 +61,20 @@ def kind_of(name: str) -> Kind:
     return _kinds[name]
 
 
-def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+def min_image_size(name: str) -> int:
+    """Pixels of the smallest image that a network takes, as far as that is known."""
+    return _min_sizes.get(name, 1)
+
+
+def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None) -> nn.Module:
     """A newly initialised network in full precision.
 
     Args:
         name: one of `names()`, or a network of another library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
         num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
-        image_size: height and width of the images that it will see, 8 or more. The weights do not depend on it.
+        image_size: height and width of the images that it will see, to check that it takes them (None: not). The weights of
+            our networks do not depend on it.
 
     Raises:
         UserError: unknown name (with the nearest names), or a number out of range.
@@ -84,10 +91,10 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         raise UserError(
             f"in_channels is {in_channels}: give 1 for grey or 3 for colour images, of speech the features."
         )
-    if kind == "image" and image_size < MIN_IMAGE_SIZE:
+    smallest = min_image_size(name)
+    if kind == "image" and image_size is not None and image_size < smallest:
         raise UserError(
-            f"image_size is {image_size}, too small for {name}: use images of at least "
-            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels."
+            f"image_size is {image_size}, too small for {name}: use images of at least {smallest}x{smallest} pixels."
         )
     if is_external(name):
         return build_external(name, num_classes, in_channels, image_size)

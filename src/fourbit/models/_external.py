@@ -44,7 +44,7 @@ def external_kind(name: str) -> Kind:
     return _hf_kind(_hf_config(rest), rest)
 
 
-def build_external(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def build_external(name: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """A network with so many classes (text: tokens).
 
     Raises:
@@ -156,7 +156,7 @@ def _hf_kind(config: Any, rest: str) -> Kind:
     )
 
 
-def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     import copy
 
     transformers = _import("hf")
@@ -173,7 +173,7 @@ def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int) ->
     else:
         config.num_labels = num_classes
         for key, value in (("num_channels", in_channels), ("image_size", image_size)):
-            if hasattr(config, key):
+            if value is not None and hasattr(config, key):
                 setattr(config, key, value)
     auto = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageClassification
     try:
@@ -184,7 +184,7 @@ def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int) ->
     return HfLanguageModel(model) if text else HfImageClassifier(model)
 
 
-def _build_timm(rest: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def _build_timm(rest: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     timm = _import("timm")
     try:
         return timm.create_model(rest, num_classes=num_classes, in_chans=in_channels)
@@ -192,7 +192,7 @@ def _build_timm(rest: str, num_classes: int, in_channels: int, image_size: int) 
         raise UserError(f"timm cannot build {rest} ({error}): timm.list_models() has the names.") from error
 
 
-def _build_torchvision(rest: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def _build_torchvision(rest: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     torchvision = _import("torchvision")
     if in_channels != 3:
         raise UserError(f"torchvision:{rest} takes images of 3 channels, not {in_channels}: choose another network.")
@@ -204,7 +204,7 @@ def _build_torchvision(rest: str, num_classes: int, in_channels: int, image_size
         ) from error
 
 
-BUILDERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
+BUILDERS: dict[str, Callable[[str, int, int, int | None], nn.Module]] = {
     "hf": _build_hf,
     "timm": _build_timm,
     "torchvision": _build_torchvision,

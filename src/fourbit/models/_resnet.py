@@ -1,4 +1,4 @@
-"""Residual networks for small images: ResNet-20 as published for CIFAR, ResNet-18 and ResNet-50 with a CIFAR stem.
+"""Residual networks: ResNet-20 as published for CIFAR, ResNet-18, 50 and 101 with a CIFAR stem, 18 and 50 for ImageNet.
 
 Two families from one paper (He et al., "Deep residual learning for image recognition", arXiv 1512.03385). The CIFAR
 family of section 4.2 has three narrow stages (16, 32, 64 channels) and parameter-free shortcuts (option A). The ImageNet
@@ -85,6 +85,7 @@ class ResNet(nn.Module):
         option: shortcut where the shape changes: "A" pads with zeros, "B" projects.
         num_classes: number of logits.
         in_channels: channels of the image.
+        large: images of about 224 pixels: the stem is a 7x7 convolution with stride 2 and a 3x3 max pool with stride 2.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class ResNet(nn.Module):
         option: str,
         num_classes: int,
         in_channels: int,
+        large: bool = False,
     ):
         super().__init__()
-        self.stem = conv_bn(in_channels, widths[0], 3)
+        self.stem = conv_bn(in_channels, widths[0], 7, 2) if large else conv_bn(in_channels, widths[0], 3)
+        self.large = large
         channels = widths[0]
         stages = []
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
@@ -114,7 +117,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, H, W]."""
-        y = self.stages(F.relu(self.stem(x)))
+        y = F.relu(self.stem(x))
+        y = self.stages(F.max_pool2d(y, 3, 2, 1) if self.large else y)
         return self.fc(self.pool(y).flatten(1))
 
 
@@ -153,3 +157,15 @@ def resnet101(num_classes: int, in_channels: int) -> nn.Module:
     42,512,970 parameters and 2,510.0M MACs for 32x32x3 and 10 classes.
     """
     return ResNet(Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), "B", num_classes, in_channels)
+
+
+@register("resnet18_imagenet", min_size=32)
+def resnet18_imagenet(num_classes: int, in_channels: int) -> nn.Module:
+    """ResNet-18 of table 1: 11,689,512 parameters and 1,814M MACs for 224x224x3 and 1000 classes."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), "B", num_classes, in_channels, large=True)
+
+
+@register("resnet50_imagenet", min_size=32)
+def resnet50_imagenet(num_classes: int, in_channels: int) -> nn.Module:
+    """ResNet-50 of table 1, stride in the 3x3 convolution: 25,557,032 parameters and 4,089M MACs for 224x224x3."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), "B", num_classes, in_channels, large=True)

@@ -114,6 +114,8 @@ class Settings:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+    workers: Annotated[int | None, EXECUTION, WHOLE] = None
+    """Processes that decode images which do not fit into memory. None: one less than there are cores, at most 8."""
     threads: Annotated[int | None, EXECUTION, WHOLE] = None
     """CPU threads of torch. None: torch's own choice, which is too many where other programs keep the cores busy:
     threads that wait for each other then cost more than they give."""

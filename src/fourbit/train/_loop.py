@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -151,7 +152,7 @@ class Loop:
         session, state = self.session, self.state
         start = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
-        texts: list[tuple[str, str]] = []
+        findings: list[Any] = []
         task, judged = session.task, not session.task.judged_at_the_end or state.step >= session.total_steps
         session.model.eval()
         with torch.no_grad():
@@ -164,10 +165,10 @@ class Loop:
                             task.evaluate(session.model, batch) if judged else (task.loss(session.model, batch)[1], [])
                         )
                     sums += counts
-                    texts += found
+                    findings += found
         loss_sum, correct, images = session.total(sums)
         state.test_loss, state.test_accuracy = loss_sum / images, correct / images
-        state.test_score = task.judge(session.gather(texts)) if judged else None
+        state.test_score = task.judge(session.gather(findings)) if judged else None
         elapsed = time.perf_counter() - start
         state.epoch_seconds += elapsed
         state.seconds += elapsed

@@ -19,7 +19,7 @@ class Result:
         step: optimizer steps done.
         epoch: epochs completed.
         test_accuracy, test_loss: of the last evaluation, which comes after the last step; None if there was none.
-        test_score: likewise, of whole texts: BLEU, or a word error rate as a fraction; None for other tasks.
+        test_score: likewise: BLEU, a word error rate or, with more than ten classes, top-5 accuracy as fractions; else None.
         seconds: training and evaluation, over all sittings.
         skipped: steps left out because of NaN or infinity.
     """

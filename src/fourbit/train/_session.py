@@ -77,13 +77,13 @@ class Session:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def gather(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def gather(self, items: list[Any]) -> list[Any]:
         """Those of all processes."""
         if self.accelerator.num_processes == 1:
-            return texts
+            return items
         from accelerate.utils import gather_object
 
-        return gather_object(texts)
+        return gather_object(items)
 
     def total(self, numbers: Tensor) -> list[float]:
         """Sums over all processes, as numbers: the one synchronisation of a step."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fourbit import data as datasets
 from fourbit import models
-from fourbit.data import ImageData, SpeechData, TextData, TranslationData
+from fourbit.data import ImageData, LargeImages, SpeechData, TextData, TranslationData
 from fourbit.errors import UserError
 from fourbit.train._config import Settings, TrainConfig
 
@@ -107,12 +107,12 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean loss, and float64 [loss summed, hits, number of predictions], which counts exactly."""
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
-        """The counts of `loss` for a test batch, and pairs of what the model says and what is right, for `judge`."""
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
+        """The counts of `loss` for a test batch, and what `judge` needs to know of each of its items."""
         return self.loss(model, batch)[1], []
 
-    def judge(self, texts: list[tuple[str, str]]) -> float | None:
-        """The score of all texts of `evaluate`; None where the metric needs none."""
+    def judge(self, findings: list[Any]) -> float | None:
+        """A score of all items, from what `evaluate` found; None where there is no such score."""
         return None
 
     def check(self) -> None:
@@ -134,7 +134,7 @@ class Classification(Task):
 
     metric = ACCURACY
 
-    def __init__(self, config: TrainConfig, data: ImageData, device: torch.device, rank: int, world: int):
+    def __init__(self, config: TrainConfig, data: ImageData | LargeImages, device: torch.device, rank: int, world: int):
         super().__init__(config, device, rank, world)
         self.data = data
 
@@ -154,11 +154,10 @@ class Classification(Task):
         config, size = self.config, self.config.eval_batch_size
         assert size is not None
         if split == "train":
-            found = datasets.batches(
-                self.data, split, config.batch_size, config.seed, epoch, augment=config.augment, start=start
-            )
+            options = {"augment": config.augment, "start": start, "workers": config.workers}
+            found = datasets.batches(self.data, split, config.batch_size, config.seed, epoch, **options)
         else:
-            found = datasets.batches(self.data, split, size)
+            found = datasets.batches(self.data, split, size, workers=config.workers)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         for batch in found:
             x, y = (t[self.rank :: self.world] if self.world > 1 else t for t in batch)
@@ -166,10 +165,24 @@ class Classification(Task):
 
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Over the images of the batch."""
+        return self._measure(model, batch, label_smoothing)[:2]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
+        """With a hit or not among the five most probable classes, if there are more than ten."""
+        _, counts, logits = self._measure(model, batch)
+        if self.data.num_classes <= 10:
+            return counts, []
+        return counts, (logits.topk(5).indices == batch[-1].unsqueeze(1)).any(1).tolist()
+
+    def judge(self, findings: list[Any]) -> float | None:
+        """Top-5 accuracy."""
+        return sum(findings) / len(findings) if findings else None
+
+    def _measure(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
         logits = model(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
-        return loss, _counts(loss, logits, y)
+        return loss, _counts(loss, logits, y), logits
 
 
 class LanguageModelling(Task):
@@ -260,20 +273,20 @@ class SpeechRecognition(Task):
         """Over the utterances of the batch."""
         return self._measure(model, batch, label_smoothing)[:2]
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
         """With the words heard and said."""
         _, counts, logits = self._measure(model, batch)
         heard, said = logits.argmax(-1).tolist(), batch[-1].tolist()
         names = self.data.classes
         return counts, [(names[a], names[b]) for a, b in zip(heard, said, strict=True)]
 
-    def judge(self, texts: list[tuple[str, str]]) -> float | None:
+    def judge(self, findings: list[Any]) -> float | None:
         """Word error rate."""
         try:
             import jiwer
         except ImportError as error:
             raise UserError("the word error rate needs the package jiwer: pip install 'fourbit[train]'.") from error
-        return float(jiwer.wer([said for _, said in texts], [heard for heard, _ in texts]))
+        return float(jiwer.wer([said for _, said in findings], [heard for heard, _ in findings]))
 
     def _measure(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, lengths, y = batch
@@ -324,7 +337,7 @@ class Translation(Task):
         count = there.sum().double()
         return loss, torch.stack([loss.detach().double() * count, hits.double(), count])
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[tuple[str, str]]]:
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
         """With the translations and the references."""
         source, rows, _ = batch
         network: Any = getattr(model, "module", model)  # what distributed training wraps is not needed here
@@ -334,13 +347,13 @@ class Translation(Task):
             (t, self.data.references[i]) for t, i in zip(texts, rows.tolist(), strict=True)
         ]
 
-    def judge(self, texts: list[tuple[str, str]]) -> float | None:
+    def judge(self, findings: list[Any]) -> float | None:
         """BLEU as sacrebleu defines it: its own tokens, case kept."""
         try:
             import sacrebleu
         except ImportError as error:
             raise UserError("BLEU needs the package sacrebleu: pip install 'fourbit[train]'.") from error
-        return sacrebleu.corpus_bleu([found for found, _ in texts], [[right for _, right in texts]]).score
+        return sacrebleu.corpus_bleu([found for found, _ in findings], [[right for _, right in findings]]).score
 
 
 def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) -> Task:

@@ -44,6 +44,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_clip": _POSITIVE,
     "grad_accumulation": _AT_LEAST_1,
     "threads": _AT_LEAST_1,
+    "workers": _NOT_NEGATIVE,
     "log_every": _AT_LEAST_1,
     "observe_every": _NOT_NEGATIVE,
     "checkpoint_every": _NOT_NEGATIVE,

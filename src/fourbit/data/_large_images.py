@@ -1,0 +1,254 @@
+"""Photographs of any size that do not fit into memory: decoded when a batch needs them, by worker processes.
+
+Training images are cut out at a random place, of 8 to 100 % of the area and an aspect from 3/4 to 4/3, scaled to the size
+that the network reads, and mirrored at random; test images are scaled so that the shorter side is 8/7 of it, and the middle is
+cut out (Szegedy et al., arXiv 1409.4842, and He et al., arXiv 1512.03385). What is drawn for an image depends on (seed, epoch,
+index of the image), not on workers or batches.
+
+Two layouts are read: folders train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet is unpacked, and parquet files with the
+columns image and label, as the hub has them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourbit.data._base import SPLITS, check_labels
+from fourbit.data._random import generator
+from fourbit.data._sources import find_parquet, open_folder
+from fourbit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's training images, per channel, of pixel/255."""
+FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class LargeImages:
+    """A labelled set of photographs on disk.
+
+    Args:
+        name: its name in the catalogue.
+        train, test: what `_open` takes: a path, or a table and a row of it.
+        train_y, test_y: int64 [N], class numbers from 0.
+        classes: name of each class.
+        image_size: height and width of what the network reads.
+    """
+
+    name: str
+    train: Sequence[Any]
+    train_y: Tensor
+    test: Sequence[Any]
+    test_y: Tensor
+    classes: tuple[str, ...]
+    image_size: int = 224
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    channels: int = 3
+
+    def __post_init__(self):
+        for split in SPLITS:
+            images, labels = self.split(split)
+            if not len(images):
+                raise UserError(f"{split} of {self.name} has no images: give the folder of the data set.")
+            check_labels(labels, self.num_classes, f"{split} of {self.name}")
+
+    def split(self, name: str) -> tuple[Sequence[Any], Tensor]:
+        """Images and labels of "train" or "test"; UserError for another name."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        return (self.train, self.train_y) if name == "train" else (self.test, self.test_y)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+class Rows:
+    """The images of a `datasets` table, by row."""
+
+    def __init__(self, table: Any, column: str):
+        self.table, self.column = table, column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.table[row][self.column]["bytes"] or b""
+
+
+def open_large_images(name: str, folder: Path) -> LargeImages:
+    """From either layout.
+
+    Raises:
+        UserError: neither, or classes that differ between the splits.
+    """
+    if any(
+        (folder / word).is_dir() and any(p.is_dir() for p in (folder / word).iterdir()) for word in FOLDERS["train"]
+    ):
+        return _from_folders(name, folder)
+    if not any(folder.rglob("*.parquet")):
+        raise UserError(
+            f"{folder} holds neither folders train/CLASS and val/CLASS nor parquet files: give the folder of {name} in one "
+            "of the two layouts."
+        )
+    return from_tables(name, open_folder(find_parquet(folder, {"test": "validation"})))
+
+
+def _from_folders(name: str, folder: Path) -> LargeImages:
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for split, words in FOLDERS.items():
+        below = next((folder / word for word in words if (folder / word).is_dir()), None)
+        if below is None:
+            raise UserError(
+                f"{folder} has no folder {' or '.join(words)}: need train/CLASS/*.JPEG and val/CLASS/*.JPEG."
+            )
+        found[split] = [
+            (path, sub.name)
+            for sub in sorted(p for p in below.iterdir() if p.is_dir())
+            for path in sorted(sub.iterdir())
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not found[split]:
+            raise UserError(f"{below} has no folders of images: need one folder per class, such as {below}/n01440764.")
+    classes = tuple(dict.fromkeys(label for _, label in found["train"]))
+    numbers = {label: number for number, label in enumerate(classes)}
+    for path, label in found["test"]:
+        if label not in numbers:
+            raise UserError(
+                f"{path} is of class {label}, which no training image has: are the folders of one data set?"
+            )
+    labels = {split: torch.tensor([numbers[label] for _, label in rows]) for split, rows in found.items()}
+    images = {split: [path for path, _ in rows] for split, rows in found.items()}
+    return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
+
+
+def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
+    """From `datasets` tables with the columns image and label.
+
+    Raises:
+        UserError: other columns.
+    """
+    from datasets import Image
+
+    images, labels, classes = {}, {}, ()
+    for split, table in tables.items():
+        if not {"image", "label"} <= set(table.column_names):
+            raise UserError(
+                f"{split} of {name} has no columns image and label, only {', '.join(table.column_names)}: is it {name}?"
+            )
+        try:
+            images[split] = Rows(table.cast_column("image", Image(decode=False)), "image")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"column image of {split} of {name} holds no images: is it {name}?") from error
+        labels[split] = torch.tensor(table["label"][:], dtype=torch.int64)
+        names = getattr(table.features["label"], "names", None)
+        classes = tuple(names) if names else tuple(map(str, range(int(labels[split].max()) + 1)))
+    return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
+
+
+def large_batches(
+    data: LargeImages,
+    split: str,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    indices: range,
+    workers: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `batches`, for the batches with these indices.
+
+    Args:
+        workers: processes that decode; None: one less than there are cores, at most 8.
+    """
+    labels = data.split(split)[1]
+    training = split == "train"
+    order = (
+        torch.randperm(len(labels), generator=generator("order", seed, epoch))
+        if training
+        else torch.arange(len(labels))
+    )
+    picked = [order[k * batch_size : (k + 1) * batch_size].tolist() for k in indices]
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
+    decoded = torch.utils.data.DataLoader(
+        _Decoded(data, split, seed, epoch, training and augment),  # type: ignore[arg-type]
+        batch_sampler=picked,
+        num_workers=workers,
+    )
+    offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)
+    factor = torch.tensor(data.std).mul(255).reciprocal().view(-1, 1, 1)
+    for rows, x in zip(picked, decoded, strict=True):
+        yield x.to(torch.float32).sub_(offset).mul_(factor), labels[rows]
+
+
+class _Decoded(torch.utils.data.Dataset[Tensor]):
+    """Image number i as the network reads it, uint8 [3, H, W]."""
+
+    def __init__(self, data: LargeImages, split: str, seed: int, epoch: int, augment: bool):
+        self.name, self.images, self.size = f"{split} of {data.name}", data.split(split)[0], data.image_size
+        self.seed, self.epoch, self.augment = seed, epoch, augment
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._open(index)
+        if self.augment:
+            image = _random_part(image, self.size, generator("augment", self.seed, self.epoch, index))
+        else:
+            image = _middle(image, self.size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _open(self, index: int) -> Image:
+        from PIL import Image as images
+
+        source = self.images[index]
+        where = str(source) if isinstance(source, Path) else f"image {index} in {self.name}"
+        try:
+            return images.open(source if isinstance(source, Path) else io.BytesIO(source)).convert("RGB")
+        except Exception as error:  # PIL raises half a dozen types for damaged files
+            raise UserError(f"{where} cannot be decoded: replace or remove the file ({error}).") from None
+
+
+def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
+    """A random part, scaled to `size`; after ten parts that do not fit, the largest middle one."""
+    width, height = image.size
+    for _ in range(10):
+        draw = torch.rand(4, generator=random).tolist()
+        area = width * height * (0.08 + 0.92 * draw[0])
+        aspect = math.exp(math.log(3 / 4) + draw[1] * math.log(16 / 9))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(draw[2] * (width - w + 1)), int(draw[3] * (height - h + 1))
+            break
+    else:
+        w = h = min(width, height)
+        left, top = (width - w) // 2, (height - h) // 2
+    from PIL import Image as images
+
+    part = image.resize((size, size), images.Resampling.BILINEAR, (left, top, left + w, top + h))
+    mirrored = float(torch.rand((), generator=random)) < 0.5
+    return part.transpose(images.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
+
+
+def _middle(image: Image, size: int) -> Image:
+    """The middle of the image, whose shorter side is scaled to 8/7 of `size` before."""
+    from PIL import Image as images
+
+    shorter = min(image.size) * 7 / 8
+    left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
+    return image.resize((size, size), images.Resampling.BILINEAR, (left, top, left + shorter, top + shorter))
