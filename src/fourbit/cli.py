@@ -251,7 +251,7 @@ def reproduce(
             table = make_table(f"{name} --row", "what", "", *SHORT, "scales")
             for r in rows_of(name).values():
                 numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
-                table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales) or "not yet")
+                table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales))
             show(table)
         say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
         return 0

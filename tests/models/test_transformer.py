@@ -63,7 +63,7 @@ def test_a_wide_beam_finds_the_most_probable_sentence_of_all():
     for seed in range(4):
         model = tiny(6, seed)
         source = torch.tensor([[3], [5], [4], [2]])
-        found = model.translate(source, beam_size=200, length_penalty=0.0, extra=-1)[:, 0]
+        found = model.translate(source, beam_size=200, length_penalty=0.0, longest=3)[:, 0]
         words = (3, 4, 5)
         every = [(*head, 2) for n in range(3) for head in itertools.product(words, repeat=n)]
         every += list(itertools.product(words, repeat=3))
@@ -75,7 +75,7 @@ def test_a_wide_beam_finds_the_most_probable_sentence_of_all():
 def test_greedy_takes_the_most_probable_token_each_time_and_batches_do_not_mix():
     model = tiny()
     source = torch.randint(3, 7, (4, 3))
-    together = model.translate(source, 1, extra=2)
+    together = model.translate(source, 1, longest=6)
     for column in range(3):
         tokens = [1]
         while len(tokens) <= len(together) and tokens[-1] != 2:

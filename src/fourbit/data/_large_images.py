@@ -194,8 +194,13 @@ def large_batches(
     )
     offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)
     factor = torch.tensor(data.std).mul(255).reciprocal().view(-1, 1, 1)
-    for rows, x in zip(picked, decoded, strict=True):
-        yield x.to(torch.float32).sub_(offset).mul_(factor), labels[rows]
+    try:
+        for rows, x in zip(picked, decoded, strict=True):
+            yield x.to(torch.float32).sub_(offset).mul_(factor), labels[rows]
+    except UserError as error:  # from a worker it comes with the worker's stack
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
 
 
 class _Decoded(torch.utils.data.Dataset[Tensor]):

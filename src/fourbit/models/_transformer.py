@@ -87,14 +87,16 @@ class Transformer(nn.Module):
         return F.dropout(x + self.positions[: len(tokens)].unsqueeze(1).to(x.dtype), self.dropout, self.training)
 
     @torch.no_grad()
-    def translate(self, source: Tensor, beam_size: int = 1, length_penalty: float = 0.6, extra: int = 50) -> Tensor:
+    def translate(
+        self, source: Tensor, beam_size: int = 1, length_penalty: float = 0.6, longest: int | None = None
+    ) -> Tensor:
         """The best translation of each sentence by beam search, int64 [T, B], padded with 0; without the begin mark.
 
         Args:
             source: [S, B].
             beam_size: hypotheses per sentence; 1 is greedy.
             length_penalty: alpha; hypotheses are compared by log p / ((5 + length) / 6)^alpha (Wu et al., arXiv 1609.08144).
-            extra: a translation has at most so many tokens more than its source (at most max_length in all).
+            longest: tokens that a translation may have; None: 10 more than twice those of the longest source.
         """
         batch, beams, device = source.shape[1], beam_size, source.device
         memory, source = self.encode(source).repeat_interleave(beams, 1), source.repeat_interleave(beams, 1)
@@ -102,13 +104,16 @@ class Transformer(nn.Module):
         scores = torch.full((batch, beams), -math.inf, device=device)
         scores[:, 0] = 0.0  # the hypotheses of a sentence are the same at first
         ended = torch.zeros(batch * beams, dtype=torch.bool, device=device)
-        for _ in range(min(len(source) + extra, self.max_length - 1)):
-            logits = self.classifier(self.decode(tokens, memory, source)[-1]).float()
+        num_tokens = self.classifier.out_features
+        steps = torch.full((batch * beams, num_tokens), -math.inf, device=device)
+        for _ in range(min(2 * len(source) + 10 if longest is None else longest, self.max_length - 1)):
+            going = ~ended
+            y = self.decode(tokens[:, going], memory[:, going], source[:, going])
+            logits = self.classifier(y[-1]).float()
             logits[:, [PAD, BEGIN]] = -math.inf
-            steps = logits.log_softmax(-1)
-            steps[ended] = -math.inf
+            steps.fill_(-math.inf)
             steps[ended, PAD] = 0.0
-            num_tokens = steps.shape[-1]
+            steps[going] = logits.log_softmax(-1)
             total = (scores.unsqueeze(-1) + steps.view(batch, beams, -1)).flatten(1)
             scores, best = total.topk(beams)
             parents = (best // num_tokens + beams * torch.arange(batch, device=device).unsqueeze(1)).flatten()

@@ -52,8 +52,8 @@ class TableRow:
         paper: {recipe of the column: the paper's number}; {} for a row of our own.
         bold: the recipe whose number the paper prints in bold.
         columns: recipes that run.
-        scales: {scale: fields of `fourbit.train.Settings`}, as far as this version can run the row.
-        missing: what is missing where it cannot.
+        scales: {scale: fields of `fourbit.train.Settings`}.
+        missing: why a scale is missing.
         higher_is_better: otherwise lower is.
     """
 
@@ -72,13 +72,12 @@ class TableRow:
         """Fields of `fourbit.train.Settings`.
 
         Raises:
-            UserError: an unknown scale, or a row that cannot run.
+            UserError: an unknown scale, or one that is missing.
         """
         if scale not in SCALES:
             raise unknown("scale", scale, SCALES)
         if scale not in self.scales:
-            when = f"at the scale {scale}" if self.scales else "yet"
-            raise UserError(f"{self.name} of {self.table} cannot run {when}: {self.missing}.")
+            raise UserError(f"{self.name} of {self.table} cannot run at the scale {scale}: {self.missing}.")
         return dict(self.scales[scale])
 
 
@@ -242,7 +241,7 @@ ROWS.append(
                 "warmup_steps": 4000,
                 "beam_size": 4,
             },
-            "small": {**_MULTI30K, "epochs": 10, "beam_size": 4},
+            "small": {**_MULTI30K, "epochs": 10},
             "smoke": {
                 **_MULTI30K,
                 "epochs": 1,
