@@ -217,8 +217,8 @@ ROWS.append(
     )
 )
 _TRANSLATION = {"optimizer": "adam", "beta2": 0.98, "label_smoothing": 0.1, "weight_decay": 0.0}
-_MULTI30K = {**_TRANSLATION, "model": "transformer_small", "data": "multi30k", "batch_size": 128, "lr": 3e-3}
-_MULTI30K |= {"schedule": "cosine", "warmup_steps": 500}
+_MULTI30K = {**_TRANSLATION, "model": "transformer_small", "data": "multi30k", "batch_size": 64, "lr": 3e-3}
+_MULTI30K |= {"schedule": "cosine", "warmup_steps": 400}
 ROWS.append(
     TableRow(
         "table3",
@@ -241,7 +241,7 @@ ROWS.append(
                 "warmup_steps": 4000,
                 "beam_size": 4,
             },
-            "small": {**_MULTI30K, "epochs": 10},
+            "small": {**_MULTI30K, "epochs": 6},
             "smoke": {
                 **_MULTI30K,
                 "epochs": 1,

@@ -22,7 +22,10 @@ from fourbit.train._config import Settings as Settings
 from fourbit.train._config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fourbit.train._compare import Comparison
+    from fourbit.train._load import Trained
     from fourbit.train._result import Result
 
 
@@ -44,6 +47,26 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
     from fourbit.train._run import run
 
     return run(config, resume=resume)
+
+
+def load(folder: Path, *, epoch: int | None = None, recipe: str | None = None, data_dir: Path | None = None) -> Trained:
+    """The network of a run, with its data.
+
+    Args:
+        folder: of the run.
+        epoch: of a checkpoint that was kept (`keep_every`); None: the newest one.
+        recipe: convert to another recipe than the run's, with the run's float weights.
+        data_dir: folder of the data; None: as in the run.
+
+    Returns:
+        Trained, with `model` and `task`; the model is in training mode.
+
+    Raises:
+        UserError: no run, no such checkpoint, or a damaged one.
+    """
+    from fourbit.train._load import load as load_run
+
+    return load_run(folder, epoch, recipe, data_dir)
 
 
 def compare(config: CompareConfig) -> Comparison:

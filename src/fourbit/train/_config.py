@@ -138,6 +138,8 @@ class Settings:
     None: about 20 of them in a run, and at most 100 steps between two."""
     checkpoint_every: Annotated[int, RECORDS, WHOLE] = 1
     """Epochs between two checkpoints; 0: only at the end or when interrupted."""
+    keep_every: Annotated[int, RECORDS, WHOLE] = 0
+    """Epochs between two checkpoints that stay, in checkpoints/epoch-N; 0: only the newest one stays, in checkpoint."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
     """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
     tensorboard: Annotated[bool, RECORDS] = True

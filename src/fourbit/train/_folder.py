@@ -21,7 +21,7 @@ from fourbit.train._config import TrainConfig
 
 MAY_DIFFER = frozenset(
     {"out", "data_dir", "progress", "tensorboard", "threads", "tune_malloc", "log_every", "observe_every"}
-    | {"checkpoint_every", "on_nonfinite"}
+    | {"checkpoint_every", "keep_every", "on_nonfinite", "workers"}
 )
 """Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""
 
@@ -71,6 +71,10 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """Folder of the checkpoint."""
         return self.path / "checkpoint"
+
+    def kept_checkpoint(self, epoch: int) -> Path:
+        """Folder of the checkpoint that is kept of the moment after so many epochs."""
+        return self.path / "checkpoints" / f"epoch-{epoch}"
 
     def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Start a new run.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,14 +60,17 @@ class Loop:
                 return self._end("interrupted")
             if state.step == (state.epoch + 1) * session.steps_per_epoch:
                 self._end_epoch()
+                keep = session.config.keep_every
+                if keep and state.epoch % keep == 0:
+                    self.save(self.recorder.folder.kept_checkpoint(state.epoch))
             if state.step >= session.total_steps:
                 return self._end("done" if state.epoch == session.config.epochs else "max_steps")
             every = session.config.checkpoint_every
             if every and state.epoch % every == 0:
                 self.save()
 
-    def save(self) -> None:
-        """Write a checkpoint of this very moment."""
+    def save(self, path: Path | None = None) -> None:
+        """Write a checkpoint of this very moment, to `path` or in place of the one before."""
         session, state = self.session, self.state
         session.accelerator.wait_for_everyone()
         folder = self.recorder.folder
@@ -80,7 +84,7 @@ class Loop:
             "metrics_bytes": folder.metrics_bytes(),
         }
         training = optimizer_tensors(session.optimizer) | rng_tensors(session.device) | carried
-        _checkpoint.save(folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
+        _checkpoint.save(path or folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
 
     def _train_epoch(self) -> None:
         """The rest of the epoch, until it is over, the run is over, or a stop is requested."""

@@ -48,6 +48,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log_every": _AT_LEAST_1,
     "observe_every": _NOT_NEGATIVE,
     "checkpoint_every": _NOT_NEGATIVE,
+    "keep_every": _NOT_NEGATIVE,
 }
 """Ranges; a field that is None is not tested."""
 

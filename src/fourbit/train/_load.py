@@ -1,0 +1,67 @@
+"""The network of a finished or unfinished run, for whoever wants to look into it or use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fourbit import recipes
+from fourbit.errors import UserError
+from fourbit.nn import quantized_layers
+from fourbit.train import _checkpoint
+from fourbit.train._config import TrainConfig
+from fourbit.train._folder import RunFolder, has_run
+from fourbit.train._tasks import Task, make_task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its task (data, batches, loss) and the configuration of its run."""
+
+    config: TrainConfig
+    model: nn.Module
+    task: Task
+
+
+def load(folder: Path, epoch: int | None = None, recipe: str | None = None, data_dir: Path | None = None) -> Trained:
+    """See `fourbit.train.load`."""
+    config = _config_of(folder)
+    config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)
+    run = RunFolder(folder, active=False)
+    path = _checkpoint.find(run.checkpoint if epoch is None else run.kept_checkpoint(epoch))
+    if path is None:
+        which = "" if epoch is None else f" of epoch {epoch}"
+        raise UserError(f"{folder} has no checkpoint{which}: name another run, or another epoch.")
+    checkpoint = _checkpoint.load(path)
+    task = make_task(config, torch.device("cpu"), 0, 1)
+    model = task.build()
+    options = {"seed": config.seed, "products": config.products, "fuse": config.fuse}
+    if recipe is None or recipe == config.recipe:
+        recipes.convert(model, config.recipe, **options)
+        _checkpoint.restore_model(model, checkpoint.model, path)
+    else:
+        recipes.convert(model, config.recipe, **options)
+        added = tuple(f"{name}.quant." for name in quantized_layers(model))
+        recipes.restore(model)
+        weights = {key: t for key, t in checkpoint.model.items() if not (added and key.startswith(added))}
+        _checkpoint.restore_model(model, weights, path)
+        recipes.convert(model, recipe, **options)
+    return Trained(config, model, task)
+
+
+def _config_of(folder: Path) -> TrainConfig:
+    if not has_run(folder):
+        raise UserError(f"there is no run in {folder}: name the folder of one.")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = {field.name: written[field.name] for field in dataclasses.fields(TrainConfig) if field.name in written}
+    for name in ("data_dir", "out"):
+        if fields.get(name) is not None:
+            fields[name] = Path(fields[name])
+    if "milestones" in fields:
+        fields["milestones"] = tuple(fields["milestones"])
+    return TrainConfig(**fields)
