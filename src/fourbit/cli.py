@@ -11,13 +11,13 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
 from fourbit._terminal import EXIT_INTERRUPTED, interrupted, interruptible_imports, make_table, program, say, show
 from fourbit._version import __version__
-from fourbit.errors import UserError
+from fourbit.errors import UserError, unknown
 from fourbit.train import CompareConfig, TrainConfig
 from fourbit.train._config import whole_numbers, words
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
     from torch.nn import Module
+
+    from fourbit.reproduce.catalog import TableName
 
 EXIT_USER_ERROR = 2
 
@@ -216,7 +218,7 @@ def memory(
 
 @app.command
 def reproduce(
-    what: Literal["list", "table1", "table2", "table3"],
+    what: str,
     *,
     row: str | None = None,
     scale: Literal["paper", "small", "smoke"] = "small",
@@ -227,12 +229,13 @@ def reproduce(
     progress: bool = True,
     out: Path = Path("runs/reproduce"),
 ) -> int:
-    """Reproduce a row of the paper's tables: all its columns, with the paper's numbers beside ours.
+    """Reproduce a row of the paper's tables, with the paper's numbers beside ours, a figure, or an open question.
 
     Started again, the command goes on where it was.
 
     Args:
-        what: list shows every row with the paper's numbers; table1, table2 or table3 runs a row of that table.
+        what: list: show everything there is. table1, table2, table3, questions: run a row of that table. Or a figure: fig1a,
+            fig1b, fig2b, fig3, fig4, fig5, fig6, sums, bias.
         row: Row, as the list calls it.
         scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
         seeds: Seeds, separated by commas.
@@ -244,34 +247,60 @@ def reproduce(
     """
     from fourbit.reproduce import reproduce as run
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES
+    from fourbit.reproduce.catalog import TABLES
 
     if what == "list":
-        for name in TABLES:
-            table = make_table(f"{name} --row", "what", "", *SHORT, "scales")
-            for r in rows_of(name).values():
-                numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
-                table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales))
-            show(table)
-        say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
-        return 0
-    if row is None:
-        raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
-    done = run(
-        what,
-        row,
-        scale=scale,
-        seeds=seeds,
-        columns=columns,
-        data_dir=data_dir,
-        out=out,
-        threads=threads,
-        progress=progress,
-    )
+        return _list_reproductions()
+    if what not in TABLES:
+        from fourbit.reproduce.figures import FIGURES, draw
+
+        if what not in FIGURES:
+            raise unknown("thing to reproduce", what, ("list", *TABLES, *FIGURES))
+        if row is not None or columns:
+            raise UserError(f"{what} is a figure and has neither rows nor columns: leave out --row and --columns.")
+        done = draw(what, scale=scale, data_dir=data_dir, out=out, threads=threads, progress=progress, seeds=seeds)
+    else:
+        if row is None:
+            raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
+        done = run(
+            cast("TableName", what),
+            row,
+            scale=scale,
+            seeds=seeds,
+            columns=columns,
+            data_dir=data_dir,
+            out=out,
+            threads=threads,
+            progress=progress,
+        )
     if done.interrupted:
         say("stopped; the same command goes on with it.")
         return EXIT_INTERRUPTED
     say(f"{done.text}\nfolder: {done.folder}")
+    return 0
+
+
+def _list_reproductions() -> int:
+    from fourbit.reproduce import rows_of
+    from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES, TITLES
+    from fourbit.reproduce.figures import FIGURES
+    from fourbit.reproduce.figures import title as figure_title
+
+    for name in TABLES[:-1]:
+        table = make_table(f"{name} --row", TITLES[name], "", *SHORT, "scales")
+        for r in rows_of(name).values():
+            numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
+            table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales))
+        show(table)
+    say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
+    table = make_table("questions --row", TITLES["questions"], "recipes")
+    for r in rows_of("questions").values():
+        table.add_row(r.name, r.title, ", ".join(r.columns))
+    show(table)
+    table = make_table("figure", "what it shows")
+    for name in FIGURES:
+        table.add_row(name, figure_title(name))
+    show(table)
     return 0
 
 

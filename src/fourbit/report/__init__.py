@@ -13,4 +13,8 @@ from fourbit.report._html import write_report as write_report
 from fourbit.report._number_line import draw_number_line as draw_number_line
 from fourbit.report._stats import RecipeSummary as RecipeSummary
 from fourbit.report._stats import summarize as summarize
+from fourbit.report._style import DPI as DPI
+from fourbit.report._style import panels as panels
+from fourbit.report._style import step_axis as step_axis
+from fourbit.report._style import style as style
 from fourbit.report._tables import markdown_table as markdown_table

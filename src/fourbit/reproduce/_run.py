@@ -1,4 +1,4 @@
-"""A row of a table: one comparison over the recipes of its columns, and the paper's numbers beside ours."""
+"""A row of a table: a comparison over the recipes of its columns, for each learning rate, and the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def reproduce(
         seeds: one run per column and seed.
         columns: recipes, some of the row's or any others to compare; (): all of the row's.
         data_dir: folder of the data set.
-        out: the row gets the folder TABLE-ROW-SCALE in it.
+        out: the row gets the folder TABLE-ROW-SCALE in it; the runs of questions are in networks-SCALE.
         threads: CPU threads.
         settings: other fields of `fourbit.train.Settings`, instead of the row's.
 
@@ -60,16 +60,27 @@ def reproduce(
     if row not in rows:
         raise unknown(f"row of {table}", row, rows)
     chosen = rows[row]
-    values = {**chosen.settings(scale), "data_dir": data_dir, "threads": threads, **settings}
+    values: dict[str, Any] = {**chosen.settings(scale), "data_dir": data_dir, "threads": threads, **settings}
+    if values["data"] == "digits":
+        values["data_dir"] = None
     recipes = tuple(columns) or chosen.columns
     folder = out / f"{table}-{row}-{scale}"
-    config = CompareConfig(**values, recipes=recipes, seeds=tuple(seeds), out=folder)
-    comparison = compare(config)
-    if comparison.interrupted:
-        return Reproduction(chosen, folder, "", True)
-    lines, content = _table(chosen, scale, comparison)
-    text = "\n".join(lines) + "\n"
+    parts, contents = [], []
+    for rate in chosen.rates or (None,):
+        varied: dict[str, Any] = values if rate is None else values | {"lr": rate}
+        place = _runs_folder(chosen, scale, out, varied["model"], rate)
+        comparison = compare(CompareConfig(**varied, recipes=recipes, seeds=tuple(seeds), out=place))
+        if comparison.interrupted:
+            return Reproduction(chosen, folder, "", True)
+        lines, content = _table(chosen, scale, comparison, rate)
+        parts.append("\n".join(lines))
+        contents.append(content)
+    content = contents[0] if len(contents) == 1 else contents
+    if chosen.rates:
+        parts.append(_best(chosen, contents))
+    text = "\n\n".join(parts) + "\n"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "reproduced.md").write_text(text)
         (folder / "reproduced.json").write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
@@ -77,15 +88,37 @@ def reproduce(
     return Reproduction(chosen, folder, text, False)
 
 
-def _table(row: TableRow, scale: str, comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
+def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float | None) -> Path:
+    """Of a row of the paper its own; questions and figures share the runs of a network."""
+    if row.table != "questions":
+        return out / f"{row.table}-{row.name}-{scale}"
+    shared = out / f"networks-{scale}" / model
+    return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{model}-lr-{rate:g}")
+
+
+def _best(row: TableRow, contents: Sequence[dict[str, Any]]) -> str:
+    """Every column at its best learning rate, by the mean over the seeds. (Chosen on the test data, for all alike.)"""
+    lines = ["| column | best learning rate | ours |", "|---|---:|---:|"]
+    for columns in zip(*(content["columns"] for content in contents), strict=True):
+        found = [
+            (c["mean"], content["lr"]) for c, content in zip(columns, contents, strict=True) if c["mean"] is not None
+        ]
+        if found:
+            mean, rate = max(found) if row.higher_is_better else min(found)
+            lines.append(f"| {columns[0]['column']} | {rate:g} | {mean:.2f} |")
+    return "\n".join(lines)
+
+
+def _table(row: TableRow, scale: str, comparison: Comparison, rate: float | None) -> tuple[list[str], dict[str, Any]]:
     factor = comparison.metric.factor
     values = {r.recipe: {seed: v * factor for seed, v in r.values.items()} for r in comparison.rows}
     reference = values.get(REFERENCE, {})
     lines = [
-        f"**{row.title}** ({row.table}), {row.metric}, scale {scale}",
+        f"**{row.title}** ({row.table}), {row.metric}, scale {scale}"
+        + ("" if rate is None else f", learning rate {rate:g}"),
         "",
-        "| column | recipe | paper | paper to FP32 | ours | n | ours to FP32 | 95 % interval |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| column | recipe |{' paper | paper to FP32 |' if row.paper else ''} ours | n | ours to FP32 | 95 % interval |",
+        f"|---|---|{'---:|---:|' if row.paper else ''}---:|---:|---:|---:|",
     ]
     sentences, content = [], []
     for found in comparison.rows:
@@ -101,8 +134,7 @@ def _table(row: TableRow, scale: str, comparison: Comparison) -> tuple[list[str]
         cells = (
             name,
             f"`{recipe}`",
-            _text(printed),
-            _text(gap, "+"),
+            *((_text(printed), _text(gap, "+")) if row.paper else ()),
             _text(mean),
             str(len(mine)),
             *_interval(differences),
@@ -124,7 +156,8 @@ def _table(row: TableRow, scale: str, comparison: Comparison) -> tuple[list[str]
             }
         )
     bold = [] if not row.bold else ["", "The paper prints the column in bold type in bold."]
-    described = {"table": row.table, "row": row.name, "scale": scale, "metric": row.metric, "columns": content}
+    described: dict[str, Any] = {} if rate is None else {"lr": rate}
+    described |= {"table": row.table, "row": row.name, "scale": scale, "metric": row.metric, "columns": content}
     if scale == "smoke":
         sentences = ["A smoke run trains for a few steps: its numbers say nothing about accuracy."]
     return [*lines, *bold, "", *sentences], described

@@ -1,4 +1,5 @@
-"""Every row of Tables 1 to 3: the paper's numbers, and the runs that stand for it at three scales.
+"""Every row of Tables 1 to 3, and of a table of questions that the paper leaves open: the paper's numbers, and the runs that
+stand for them at three scales.
 
     paper   the paper's schedule, as far as it is known, on its data set
     small   an hour or two on a CPU of two cores for all columns of a row and one seed
@@ -21,9 +22,10 @@ from typing import Any, Literal
 from fourbit.errors import UserError, unknown
 
 ScaleName = Literal["paper", "small", "smoke"]
-TableName = Literal["table1", "table2", "table3"]
+TableName = Literal["table1", "table2", "table3", "questions"]
 SCALES: tuple[ScaleName, ...] = ("paper", "small", "smoke")
-TABLES: tuple[TableName, ...] = ("table1", "table2", "table3")
+TABLES: tuple[TableName, ...] = ("table1", "table2", "table3", "questions")
+TITLES = {"table1": "CIFAR-10", "table2": "ImageNet", "table3": "speech and text", "questions": "beyond the paper"}
 
 COLUMNS: dict[str, str] = {
     "fp32": "FP32",
@@ -55,6 +57,7 @@ class TableRow:
         scales: {scale: fields of `fourbit.train.Settings`}.
         missing: why a scale is missing.
         higher_is_better: otherwise lower is.
+        rates: learning rates to run every column with, instead of the one of `scales`.
     """
 
     table: TableName
@@ -67,6 +70,7 @@ class TableRow:
     scales: Mapping[str, Settings]
     missing: str = ""
     higher_is_better: bool = True
+    rates: tuple[float, ...] = ()
 
     def settings(self, scale: str) -> dict[str, Any]:
         """Fields of `fourbit.train.Settings`.
@@ -252,6 +256,96 @@ ROWS.append(
             },
         },
     )
+)
+
+
+def _networks(paper: str, small: str, epochs: int = 5) -> dict[str, Settings]:
+    smoke = {"model": "digits_cnn", "data": "digits", "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "epochs": 4}
+    return {
+        "paper": {"model": paper, **_CIFAR, "epochs": 160, "keep_every": 8},
+        "small": {"model": small, **_CIFAR, "epochs": epochs, "keep_every": 1},
+        "smoke": {**smoke, "keep_every": 1},
+    }
+
+
+NETWORKS = {
+    "residual": _networks("resnet18", "resnet20"),
+    "bottleneck": _networks("resnet50", "resnet29"),
+    "depthwise": _networks("mobilenet_v2", "mobilenet_v2", epochs=1),
+}
+"""What the figures and questions train, in place of the paper's ResNet-18, ResNet-50 and MobileNetV2 on ImageNet. Runs of one
+network are shared by all of them."""
+
+
+def _question(name: str, title: str, *recipes: str, network: str = "residual", rates: tuple[float, ...] = ()) -> None:
+    columns, scales = ("fp32", *recipes), NETWORKS[network]
+    ROWS.append(TableRow("questions", name, title, "test accuracy %", {}, "", columns, scales, rates=rates))
+
+
+_question(
+    "radix",
+    "Radix 2, 4, 8, 16, one phase, GradScale for all",
+    "ibm2020-121",
+    "ibm2020-radix2",
+    "ibm2020-no-tpr",
+    "ibm2020-radix8",
+    "ibm2020-radix16",
+)
+_question(
+    "phases",
+    "Are two phases more than one extra bit, and than stochastic rounding?",
+    "ibm2020-no-tpr",
+    "ibm2020",
+    "ibm2020-swapped",
+    "ibm2020-fp5",
+    "ibm2020-stochastic",
+)
+_question(
+    "gradscale",
+    "One scale per channel, per layer, for all layers",
+    "ibm2020-channel-gradscale",
+    "ibm2020",
+    "ibm2020-global-scale",
+    "ibm2020-radix2",
+    "ibm2020-radix2-global-scale",
+)
+_question(
+    "fp8",
+    "Which convolutions need FP8 gradients: 1x1 (all, bottom, top) or 3x3?",
+    "ibm2020",
+    "ibm2020-1x1fp8",
+    "ibm2020-bottom1x1fp8",
+    "ibm2020-top1x1fp8",
+    "ibm2020-3x3fp8",
+    network="bottleneck",
+)
+_question(
+    "depthwise",
+    "A network with depthwise convolutions, which stay in FP16",
+    "int4-fwd",
+    "ibm2020",
+    "ibm2020-dw8",
+    "ibm2020-1x1fp8",
+    "ibm2020-luq",
+    network="depthwise",
+)
+_question(
+    "multiplier",
+    "Least error (1.6), no bias (1.85), or a correction behind the GEMM, each at its best learning rate?",
+    "ibm2020",
+    "ibm2020-m185",
+    "ibm2020-corrected",
+    rates=(0.05, 0.1, 0.2),
+)
+_question("zerosum", "Does restoring the channel sums of the gradient help?", "ibm2020", "ibm2020-zerosum")
+_question(
+    "luq",
+    "Stochastic rounding at equal cost",
+    "ibm2020",
+    "ibm2020-corrected",
+    "ibm2020-stochastic",
+    "ibm2020-luq",
+    "luq",
 )
 
 

@@ -49,7 +49,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
     return run(config, resume=resume)
 
 
-def load(folder: Path, *, epoch: int | None = None, recipe: str | None = None, data_dir: Path | None = None) -> Trained:
+def load(
+    folder: Path,
+    *,
+    epoch: int | None = None,
+    recipe: str | None = None,
+    data_dir: Path | None = None,
+    fuse: bool | None = None,
+) -> Trained:
     """The network of a run, with its data.
 
     Args:
@@ -57,6 +64,7 @@ def load(folder: Path, *, epoch: int | None = None, recipe: str | None = None, d
         epoch: of a checkpoint that was kept (`keep_every`); None: the newest one.
         recipe: convert to another recipe than the run's, with the run's float weights.
         data_dir: folder of the data; None: as in the run.
+        fuse: see `fourbit.convert`; None: as in the run.
 
     Returns:
         Trained, with `model` and `task`; the model is in training mode.
@@ -66,7 +74,7 @@ def load(folder: Path, *, epoch: int | None = None, recipe: str | None = None, d
     """
     from fourbit.train._load import load as load_run
 
-    return load_run(folder, epoch, recipe, data_dir)
+    return load_run(folder, epoch, recipe, data_dir, fuse)
 
 
 def compare(config: CompareConfig) -> Comparison:

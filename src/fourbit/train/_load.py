@@ -28,7 +28,7 @@ class Trained:
     task: Task
 
 
-def load(folder: Path, epoch: int | None = None, recipe: str | None = None, data_dir: Path | None = None) -> Trained:
+def load(folder: Path, epoch: int | None, recipe: str | None, data_dir: Path | None, fuse: bool | None) -> Trained:
     """See `fourbit.train.load`."""
     config = _config_of(folder)
     config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)
@@ -40,7 +40,7 @@ def load(folder: Path, epoch: int | None = None, recipe: str | None = None, data
     checkpoint = _checkpoint.load(path)
     task = make_task(config, torch.device("cpu"), 0, 1)
     model = task.build()
-    options = {"seed": config.seed, "products": config.products, "fuse": config.fuse}
+    options = {"seed": config.seed, "products": config.products, "fuse": config.fuse if fuse is None else fuse}
     if recipe is None or recipe == config.recipe:
         recipes.convert(model, config.recipe, **options)
         _checkpoint.restore_model(model, checkpoint.model, path)

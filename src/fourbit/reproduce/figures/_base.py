@@ -1,0 +1,138 @@
+"""What all figures share: the registry, the runs that they look into, and the folder that they write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fourbit._registry import Registry
+from fourbit.errors import UserError, unknown
+from fourbit.reproduce.catalog import NETWORKS, SCALES, ScaleName
+from fourbit.train import CompareConfig, compare
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Interrupted(Exception):
+    """A training run was stopped; the same call goes on with it."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that is finished, or `interrupted` before."""
+
+    name: str
+    folder: Path
+    text: str
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Studio:
+    """Where a figure is made.
+
+    Args:
+        scale: see `fourbit.reproduce.catalog`.
+        folder: of the figure.
+        runs: folder of the training runs, shared by all figures of the scale.
+        data_dir, threads, progress: as of `fourbit.train.Settings`.
+        seeds: of the runs, where a figure uses several.
+    """
+
+    scale: ScaleName
+    folder: Path
+    runs: Path
+    data_dir: Path | None = None
+    threads: int | None = None
+    progress: bool = False
+    seeds: tuple[int, ...] = (0,)
+
+    def train(
+        self, network: str, recipes: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> dict[tuple[str, int], Path]:
+        """The folder of each run, trained as far as it is not yet."""
+        settings: dict[str, Any] = dict(NETWORKS[network][self.scale])
+        data_dir = None if settings["data"] == "digits" else self.data_dir
+        config = CompareConfig(
+            **settings,
+            data_dir=data_dir,
+            threads=self.threads,
+            progress=self.progress,
+            recipes=tuple(recipes),
+            seeds=tuple(self.seeds if seeds is None else seeds),
+            out=self.runs / settings["model"],
+        )
+        if compare(config).interrupted:
+            raise Interrupted
+        return {(run.recipe, run.seed): run.out for run in config.runs() if run.out is not None}
+
+    def epochs(self, network: str) -> int:
+        """Of a run of `train`."""
+        return NETWORKS[network][self.scale]["epochs"]
+
+    def picture(self, figure: Figure, name: str) -> str:
+        """Save a picture; the line that shows it in Markdown."""
+        from fourbit.report import DPI
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.folder / f"{name}.png", dpi=DPI)
+        return f"![{name}]({name}.png)"
+
+
+Maker = Callable[[Studio], str]
+FIGURES: Registry[Maker] = Registry("figure")
+register = FIGURES.register
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, the first column to the left."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def draw(
+    name: str,
+    *,
+    scale: ScaleName = "small",
+    data_dir: Path | None = None,
+    out: Path = Path("runs/reproduce"),
+    threads: int | None = None,
+    progress: bool = False,
+    seeds: Sequence[int] = (0,),
+) -> Drawn:
+    """Make a figure: its pictures, and a text with its numbers, NAME.md.
+
+    Args:
+        name: of a figure.
+        scale: paper, small or smoke.
+        data_dir: folder of the data set; the scale smoke needs none.
+        out: the figure gets the folder NAME-SCALE in it, the runs networks-SCALE.
+        threads, progress: of the training runs.
+        seeds: of the runs, where a figure uses several.
+
+    Raises:
+        UserError: an unknown figure or scale, or as `fourbit.train.compare`.
+    """
+    maker = FIGURES[name]
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    folder = out / f"{name}-{scale}"
+    studio = Studio(scale, folder, out / f"networks-{scale}", data_dir, threads, progress, tuple(seeds))
+    try:
+        text = f"# {title(name)}\n\n{maker(studio)}\n"
+    except Interrupted:
+        return Drawn(name, folder, "", interrupted=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(text)
+    except OSError as error:
+        raise UserError(f"the figure could not be written to {folder}: {error.strerror or error}.") from error
+    return Drawn(name, folder, text)
+
+
+def title(name: str) -> str:
+    """What a figure shows, in a line."""
+    return (FIGURES[name].__doc__ or "").strip().splitlines()[0].rstrip(".")
