@@ -14,6 +14,7 @@ from fourbit.report._number_line import draw_number_line as draw_number_line
 from fourbit.report._stats import RecipeSummary as RecipeSummary
 from fourbit.report._stats import summarize as summarize
 from fourbit.report._style import DPI as DPI
+from fourbit.report._style import REFERENCE_COLOR as REFERENCE_COLOR
 from fourbit.report._style import panels as panels
 from fourbit.report._style import step_axis as step_axis
 from fourbit.report._style import style as style

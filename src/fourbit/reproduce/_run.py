@@ -1,4 +1,4 @@
-"""A row of a table: a comparison over the recipes of its columns, for each learning rate, and the paper's numbers beside ours."""
+"""A row of a table: a comparison over the recipes of its columns, the paper's numbers beside ours."""
 
 from __future__ import annotations
 

@@ -77,7 +77,6 @@ class Studio:
         """Save a picture; the line that shows it in Markdown."""
         from fourbit.report import DPI
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.folder / f"{name}.png", dpi=DPI)
         return f"![{name}]({name}.png)"
 
@@ -85,6 +84,13 @@ class Studio:
 Maker = Callable[[Studio], str]
 FIGURES: Registry[Maker] = Registry("figure")
 register = FIGURES.register
+
+
+def color(recipe: str) -> str | None:
+    """Dark grey for full precision, as in all reports; None, the next of the palette, for others."""
+    from fourbit.report import REFERENCE_COLOR
+
+    return REFERENCE_COLOR if recipe in ("fp32", "exact") else None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -122,12 +128,11 @@ def draw(
     folder = out / f"{name}-{scale}"
     studio = Studio(scale, folder, out / f"networks-{scale}", data_dir, threads, progress, tuple(seeds))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         text = f"# {title(name)}\n\n{maker(studio)}\n"
+        (folder / f"{name}.md").write_text(text)
     except Interrupted:
         return Drawn(name, folder, "", interrupted=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(text)
     except OSError as error:
         raise UserError(f"the figure could not be written to {folder}: {error.strerror or error}.") from error
     return Drawn(name, folder, text)

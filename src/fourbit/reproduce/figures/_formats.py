@@ -82,7 +82,8 @@ def fig1a(studio: Studio) -> str:
             studio.picture(figure, "fig1a"),
             table(("format", "range", "dB at sigma 1.5", "underflow at 1.5, %"), rows),
             "The range of radix 4 costs precision: on narrow distributions radix 2 has less noise, on wide ones it loses the "
-            "small numbers. What is lost by number is little by energy, so signal to noise alone does not show what training needs.",
+            "small numbers. What is lost by number is little by energy, so signal to noise alone does not show what training "
+            "needs.",
         )
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, stream_key
 from fourbit.report import panels, style
-from fourbit.reproduce.figures._base import Studio, register, table
+from fourbit.reproduce.figures._base import Studio, color, register, table
 from fourbit.reproduce.figures._formats import quantized
 from fourbit.reproduce.figures._probe import output_gradients, weight_gradients
 
@@ -66,8 +66,8 @@ def fig1b(studio: Studio) -> str:
             studio.picture(figure, "fig1b"),
             table(head, rows),
             f"Within a layer 98 % of the gradients that are not zero span 2^{min(within):.0f} to 2^{max(within):.0f}; radix 4 "
-            f"spans 2^12 and radix 2 2^6 (both in three exponent bits). The layers' medians differ by 2^{max(medians) - min(medians):.1f}: the "
-            "part that a scale per layer takes care of.",
+            f"spans 2^12 and radix 2 2^6 (both in three exponent bits). The layers' medians differ by "
+            f"2^{max(medians) - min(medians):.1f}: the part that a scale per layer takes care of.",
         )
     )
 
@@ -151,7 +151,7 @@ def sums(studio: Studio) -> str:
     with style():
         figure, (axis,) = panels(1, "Channel sums of rounded gradients", columns=1, height=3.8)
         for name, values in columns.items():
-            axis.plot(np.maximum(values, 1e-8), label=name)
+            axis.plot(np.maximum(values, 1e-8), label=name, color=color(name))
         axis.set_yscale("log")
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
         axis.set_ylabel("|sum| / sum of magnitudes, median channel")
@@ -160,8 +160,8 @@ def sums(studio: Studio) -> str:
         (
             studio.picture(figure, "sums"),
             table(("layer (values in %)", *columns), [*rows, means]),
-            "Whether restoring the sum repairs anything is a matter of training: recipe `ibm2020-zerosum`, row `zerosum` of the "
-            "questions.",
+            "Whether restoring the sum repairs anything is a matter of training: recipe `ibm2020-zerosum`, row `zerosum` of "
+            "the questions.",
         )
     )
 

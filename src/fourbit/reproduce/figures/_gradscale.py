@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fourbit.report import panels, step_axis, style
-from fourbit.reproduce.figures._base import Studio, register, table
+from fourbit.reproduce.figures._base import Studio, color, register, table
 
 RECIPES = ("ibm2020", "ibm2020-global-scale", "ibm2020-radix2", "ibm2020-radix2-global-scale")
 
@@ -51,7 +51,7 @@ def fig3(studio: Studio) -> str:
         step_axis(left)
         for recipe in ("fp32", *RECIPES):
             mean = np.mean([_accuracies(runs[recipe, s]) for s in studio.seeds], axis=0)
-            right.plot(range(1, len(mean) + 1), 100 * mean, label=recipe)
+            right.plot(range(1, len(mean) + 1), 100 * mean, label=recipe, color=color(recipe))
         right.set_xlabel("epoch")
         right.set_ylabel("test accuracy %")
         right.legend()

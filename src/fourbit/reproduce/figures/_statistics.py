@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fourbit.report import panels, style
-from fourbit.reproduce.figures._base import Studio, register, table
+from fourbit.reproduce.figures._base import Studio, color, register, table
 from fourbit.reproduce.figures._probe import one_batch
 from fourbit.train import load
 
@@ -57,9 +57,11 @@ def fig4(studio: Studio) -> str:
         for recipe in RECIPES:
             means = [found[recipe][n][0] for n in names]
             x = range(len(names))
-            line = left.plot(x, [np.median(m) for m in means], label=recipe)[0]
+            line = left.plot(x, [np.median(m) for m in means], label=recipe, color=color(recipe))[0]
             left.fill_between(x, [m.min() for m in means], [m.max() for m in means], color=line.get_color(), alpha=0.15)
-            right.plot(x, [np.sqrt(np.mean(found[recipe][n][1] ** 2)) for n in names], label=recipe)
+            right.plot(
+                x, [np.sqrt(np.mean(found[recipe][n][1] ** 2)) for n in names], label=recipe, color=color(recipe)
+            )
         left.set_ylabel("batch means: median, smallest and largest channel")
         right.set_ylabel("drift, running deviations")
         for axis in (left, right):
