@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -44,10 +46,19 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
     if words[0] in ("train", "compare"):
         words = [{"resnet20": "digits_cnn", "cifar10": "digits", "0,1,2": "0"}.get(word, word) for word in words]
         words += ["--max-steps", "1"]
-    if words[0] == "reproduce" and "--row" in words:
-        digits = data.load("digits")
-        monkeypatch.setattr(data, "load", lambda name, folder=None: digits)
-        words[words.index("--scale") + 1] = "smoke"
+    if words[0] == "reproduce" and words[1] != "list":
+        words = [{"0,1,2": "0", "multiplier": "zerosum"}.get(word, word) for word in words]
+        words += ["--scale", "smoke", "--threads", "1"]
+        if words[1] == "table1":
+            digits = data.load("digits")
+            monkeypatch.setattr(data, "load", lambda name, folder=None: digits)
+    for name in [w for w in words if w.startswith("path/to/")]:
+        folder = Path(name)
+        folder.mkdir(parents=True)
+        sentences = [f"a sentence with {n} words" for n in ("two", "three", "four")] * 20
+        (folder / "input.txt").write_text("\n".join(sentences * 20))
+        for split in ("train", "test"):
+            pq.write_table(pa.table({"en": sentences, "de": sentences}), folder / f"{split}.parquet")
     if words[0] == "report":
         assert (
             main(

@@ -55,10 +55,9 @@ class Studio:
     ) -> dict[tuple[str, int], Path]:
         """The folder of each run, trained as far as it is not yet."""
         settings: dict[str, Any] = dict(NETWORKS[network][self.scale])
-        data_dir = None if settings["data"] == "digits" else self.data_dir
         config = CompareConfig(
             **settings,
-            data_dir=data_dir,
+            data_dir=self.data_dir,
             threads=self.threads,
             progress=self.progress,
             recipes=tuple(recipes),
@@ -126,6 +125,7 @@ def draw(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     folder = out / f"{name}-{scale}"
+    data_dir = None if scale == "smoke" else data_dir
     studio = Studio(scale, folder, out / f"networks-{scale}", data_dir, threads, progress, tuple(seeds))
     try:
         folder.mkdir(parents=True, exist_ok=True)
