@@ -235,7 +235,7 @@ def reproduce(
 
     Args:
         what: list: show everything there is. table1, table2, table3, questions: run a row of that table. Or a figure: fig1a,
-            fig1b, fig2b, fig3, fig4, fig5, fig6, sums, bias.
+            fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
         row: Row, as the list calls it.
         scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
         seeds: Seeds, separated by commas.

@@ -40,11 +40,10 @@ def test_every_row_has_settings_that_are_valid_and_recipes_that_fit(row):
     assert {"small", "smoke"} <= set(row.scales)
     for scale in row.scales:
         config = validated(TrainConfig(**row.settings(scale), data_dir=Path("x"), recipe="fp32"))
-        assert config.model in models.names()
-    with torch.device("meta"):
-        model = models.build(config.model, num_classes=10)
-    for recipe in row.columns:
-        recipes.explain(model, recipe)
+        with torch.device("meta"):
+            model = models.build(config.model, num_classes=10)
+        for recipe in row.columns:
+            recipes.explain(model, recipe)
 
 
 def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypatch):

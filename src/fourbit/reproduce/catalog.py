@@ -325,7 +325,7 @@ _question(
     "int4-fwd",
     "ibm2020",
     "ibm2020-dw8",
-    "ibm2020-1x1fp8",
+    "ibm2020-bottom1x1fp8",
     "ibm2020-luq",
     network="depthwise",
 )

@@ -10,6 +10,7 @@ from fourbit.reproduce.figures import _bias as _bias
 from fourbit.reproduce.figures import _formats as _formats
 from fourbit.reproduce.figures import _gradients as _gradients
 from fourbit.reproduce.figures import _gradscale as _gradscale
+from fourbit.reproduce.figures import _macs as _macs
 from fourbit.reproduce.figures import _statistics as _statistics
 from fourbit.reproduce.figures._base import FIGURES as FIGURES
 from fourbit.reproduce.figures._base import Drawn as Drawn
