@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import fourbit as fb
 from fourbit import backends, recipes
 from fourbit.ops import LayerState, LinearMap, contract
-from fourbit.quantizers import ClipValue, GradScale, QuantSpec, Sawb
+from fourbit.ops._contract import quantize_weight, run_forward
+from fourbit.quantizers import Amax, ClipValue, GradScale, QuantSpec, Rounding, Sawb
 from fourbit.recipes import catalog
 
 TORCH = {fb.nn.LSTM: nn.LSTM, fb.nn.GRU: nn.GRU}
@@ -346,3 +347,19 @@ def test_an_lstm_does_not_keep_the_chains_beside_it_from_being_fused():
     from fourbit.recipes._fuse import fuse
 
     assert fuse(model) == [model]
+
+
+def test_every_time_step_draws_its_own_random_words():
+    """The same hidden state at three steps is rounded in three ways, and in the same three ways when it is done again."""
+    torch.manual_seed(0)
+    spec = fb.LayerSpec(x_fprop=QuantSpec("int4_sym", Amax(), rounding=Rounding.STOCHASTIC))
+    x, w = torch.randn(5, 40), torch.eye(40)
+    runs = []
+    for _ in range(2):
+        state = LayerState(spec, 40, seed=3)
+        state.begin()
+        weight = quantize_weight(w, LinearMap(), spec, state)
+        runs.append([run_forward(x, weight, LinearMap(), spec, state, torch.float32)[0] for _ in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    first, second, third = runs[0]
+    assert not torch.equal(first, second) and not torch.equal(second, third) and not torch.equal(first, third)

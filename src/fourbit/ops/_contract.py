@@ -191,6 +191,8 @@ def run_forward(
     x_codes = x_saved
     if spec.x_wgrad is not REUSE and over is None:
         _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
+    if isinstance(w, Weight):
+        state.next_piece()
     x_layout = over.layout if over is not None else Layout.of(x)
     codes = x_codes if learned[0] else None, weight.codes if learned[1] else None
     return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout)

@@ -109,6 +109,7 @@ class LayerState(nn.Module):
         self._signed: dict[str, bool] = {}
         self._undecided = False  # whether the forward pass that awaits its backward decided the form of x
         self._uses = 0
+        self._piece = 0
         self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
         self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
         for operand in ("x", "w"):
@@ -142,6 +143,7 @@ class LayerState(nn.Module):
 
     def begin(self) -> None:
         """Start of a forward pass: apply what the last backward pass voted for."""
+        self._piece = 0
         if torch._C._current_graph_task_id() != -1:
             return  # recomputation inside a backward pass
         self._uses = 0
@@ -162,6 +164,10 @@ class LayerState(nn.Module):
                 else:
                     exponent.copy_(scaling.step(exponent, scaling.vote(amax)))
             amax.fill_(-1.0)
+
+    def next_piece(self) -> None:
+        """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
+        self._piece += 1
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -371,7 +377,7 @@ class LayerState(nn.Module):
     def _key(self, slot: str, spec: QuantSpec) -> int | None:
         if not spec.stochastic or self.step is None:
             return None
-        use = self._uses if slot.startswith("g_") else 0
+        use = self._uses if slot.startswith("g_") else self._piece
         return stream_key(self.seed, self.index, self._step(), SLOTS.index(slot), use)
 
     def _step(self) -> int:
@@ -388,7 +394,7 @@ class LayerState(nn.Module):
             return None
         step = self._step()
         stream = len(SLOTS) + ("fprop", "dgrad", "wgrad").index(which)
-        return stream_key(self.seed, self.index, step, stream, 0 if which == "fprop" else self._uses)
+        return stream_key(self.seed, self.index, step, stream, self._piece if which == "fprop" else self._uses)
 
     def _form_known(self, operand: str) -> bool:
         """Whether a batch has decided between PACT's two forms; read from the buffer once, as after a resume."""
