@@ -53,7 +53,7 @@ def fig1b(studio: Studio) -> str:
             axis.set_title(name, loc="left")
             axis.set_xticks(list(x), list(gradients), rotation=90, fontsize=6)
             axis.set_ylabel("log2 |dL/dy|")
-            axis.legend()
+            axis.legend(loc="lower right", frameon=True, framealpha=0.85)
     for name in first:
         (a, zeros_a), (b, zeros_b) = _log2_quantiles(first[name]), _log2_quantiles(last[name])
         cells = (f"{q[1]:.1f} to {q[5]:.1f}" for q in (a, b))
