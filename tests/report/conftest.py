@@ -13,6 +13,14 @@ import pytest
 
 EVEN = [4.0**n for n in range(-3, 4)]
 
+METRICS: dict[str, Callable[[float], float]] = {
+    "accuracy %": lambda a: 100 * a,
+    "perplexity": lambda a: 100 / a,
+    "word error rate %": lambda a: 100 * (1 - a),
+    "BLEU": lambda a: 40 * a,
+}
+"""What a run shows as its metric, from the share of hits."""
+
 
 def layer_names(count: int) -> list[str]:
     return [f"layer{1 + i // 6}.{(i // 2) % 3}.conv{1 + i % 2}" for i in range(count)]
@@ -62,11 +70,13 @@ def write_run(
     steps_per_epoch: int = 100,
     layers: int = 0,
     accuracy: float = 0.9,
+    metric: str | None = "accuracy %",
     stopped: str | None = "done",
     diverges_at: int | None = None,
     **config: Any,
 ) -> Path:
-    """Write a plausible run folder; `layers=0` as for full precision, `stopped=None` for one that is still going."""
+    """Write a plausible run folder; `layers=0` as for full precision, `stopped=None` for one that is still going,
+    `metric=None` for one of a trainer that wrote no metric. BLEU is measured in the last epoch alone."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, *recipe.encode()])
     asked = {"model": "resnet20", "data": "cifar10", "recipe": recipe, "seed": seed, "out": str(folder), "epochs": 10}
@@ -101,9 +111,12 @@ def write_run(
             test = 0.1 if lost else accuracy * (1 - 0.6 * math.exp(-5 * done)) + 0.003 * rng.normal()
             lines.append({"kind": "epoch", "step": step, "epoch": epoch, "train_loss": loss, "train_accuracy": 0.8})
             lines[-1] |= {"test_loss": 0.5, "test_accuracy": float(test), "seconds": 30.0 + seed}
+            if metric:
+                known = metric != "BLEU" or step == total
+                lines[-1] |= {"metric": metric, "test_metric": METRICS[metric](float(test)) if known else None}
     if stopped:
-        last = lines[-1]
-        lines.append({"kind": "final", "step": total, "epoch": epochs - 1, "test_accuracy": last.get("test_accuracy")})
+        judged = {k: lines[-1][k] for k in ("test_accuracy", "metric", "test_metric") if k in lines[-1]}
+        lines.append({"kind": "final", "step": total, "epoch": epochs - 1, **judged})
         lines[-1] |= {"test_loss": 0.5, "seconds": 31.0 * epochs, "stopped": stopped}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

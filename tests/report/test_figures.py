@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import write_run
 
-from fourbit.report._curves import curves_beside_reference, final_accuracy, floor, training_curves
+from fourbit.report._curves import curves_beside_reference, final_result, limit, training_curves
 from fourbit.report._groups import group_runs
 from fourbit.report._histograms import gradient_histograms, parse
 from fourbit.report._layers import STATISTICS, clip_values, grad_scales, slot_map
@@ -53,14 +53,14 @@ def test_layer_names_do_not_touch_even_with_sixty_layers(many):
 
 
 def test_recipe_names_do_not_touch_even_with_thirteen_recipes(many):
-    plot = final_accuracy(many)
+    plot = final_result(many, "accuracy %")
     assert plot is not None
     assert visible_overlaps(plot.figure) == 0
     assert len(plot.figure.axes[0].get_yticklabels()) == 13
 
 
 def test_the_legend_lies_outside_the_axes(many):
-    plot = training_curves(many)
+    plot = training_curves(many, "accuracy %")
     assert plot is not None
     plot.figure.savefig(io.BytesIO(), format="png", dpi=60)
     (legend,) = plot.figure.legends
@@ -133,12 +133,47 @@ def test_a_run_that_ends_below_the_axis_is_marked_with_its_accuracy(make_run, tm
     for recipe, accuracy in (("fp32", 0.9), ("luq", 0.88), ("ibm2020", 0.87), ("lost", 0.2)):
         make_run(recipe, recipe=recipe, accuracy=accuracy)
     groups = group_runs(load_runs([tmp_path]))
-    plot = curves_beside_reference(groups)
+    plot = curves_beside_reference(groups, "accuracy %")
     assert plot is not None
     labels = {axis.get_title("left"): [t.get_text() for t in axis.texts] for axis in plot.figure.axes}
-    end = 100 * next(g for g in groups if g.label == "lost").runs[0].accuracy
+    end = next(g for g in groups if g.label == "lost").runs[0].result
     assert labels == {"ibm2020": [], "lost": [f"{end:.1f}"], "luq": []}
     assert "end below the axis" in plot.caption
+
+
+def test_a_lost_run_is_marked_at_the_end_of_the_worse_results(make_run, tmp_path):
+    for recipe, accuracy in (("fp32", 0.9), ("luq", 0.88), ("ibm2020", 0.87), ("lost", 0.1)):
+        make_run(recipe, recipe=recipe, accuracy=accuracy, metric="perplexity")
+    groups = group_runs(load_runs([tmp_path]))
+    end = next(g for g in groups if g.label == "lost").runs[0].result
+    plot = final_result(groups, "perplexity")
+    assert plot is not None
+    (axis,) = plot.figure.axes
+    assert (plot.title, axis.get_xlabel()) == ("Test perplexity by recipe", "test perplexity at the last evaluation")
+    assert [t.get_text() for t in axis.texts] == [f"{end:.1f}"]
+    shown = [line for line in axis.lines if len(line.get_xdata())]
+    assert max(shown, key=lambda line: max(line.get_xdata())).get_marker() == ">"
+    assert "runs far above the others, whose perplexity" in plot.caption
+    plot = curves_beside_reference(groups, "perplexity")
+    assert plot is not None
+    marks = [[line.get_marker() for line in axis.lines if line.get_marker() != "None"] for axis in plot.figure.axes]
+    assert marks == [[], ["^"], []]
+    assert plot.figure.axes[0].get_ylabel() == "test perplexity"
+    assert plot.figure.axes[0].get_ylim()[1] < end
+    assert "end above the axis, at the perplexity beside it" in plot.caption
+
+
+def test_a_metric_that_is_measured_once_is_a_point(make_run, tmp_path):
+    for recipe in ("fp32", "luq", "ibm2020"):
+        make_run(recipe, recipe=recipe, metric="BLEU")
+    groups = group_runs(load_runs([tmp_path]))
+    plot = training_curves(groups, "BLEU")
+    assert plot is not None
+    axis = plot.figure.axes[1]
+    assert axis.get_ylabel() == "test BLEU"
+    assert [line.get_marker() for line in axis.lines] == ["o"] * 3
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[500.0, g.runs[0].result]] for g in groups]
+    assert curves_beside_reference(groups, "BLEU") is None  # points make no curves
 
 
 def test_clip_values_are_counted_where_there_are_some(make_run, tmp_path):
@@ -170,8 +205,9 @@ def test_what_is_no_histogram_is_left_out(entry):
 
 
 def test_a_collapsed_run_does_not_squeeze_the_axis_of_the_others(many):
-    assert floor([90.0, 91.0, 92.0, 10.0]) > 80.0
-    assert floor([90.0, 91.0, 92.0]) < 90.0
+    assert limit([90.0, 91.0, 92.0, 10.0], 1) > 80.0
+    assert limit([90.0, 91.0, 92.0], 1) < 90.0
+    assert 92.0 < limit([90.0, 91.0, 92.0, 900.0], -1) < 110.0
 
 
 def test_long_labels_lose_their_middle_and_keep_both_ends():

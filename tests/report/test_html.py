@@ -17,7 +17,7 @@ from fourbit.errors import UserError
 from fourbit.report import write_report
 from fourbit.report._groups import group_runs
 from fourbit.report._html import summary_sentences, title
-from fourbit.report._read import load_runs
+from fourbit.report._read import load_run, load_runs
 from fourbit.report._stats import summarize_group
 
 
@@ -58,7 +58,7 @@ def test_the_page_lies_in_the_first_path_with_every_figure_beside_it(comparison,
     assert page == comparison / "report" / "index.html"
     figures = {p.name for p in (page.parent / "figures").iterdir()}
     assert figures == {
-        "accuracy.png", "curves.png", "curves-each.png", "gradscale.png", "alpha.png", "slots-over-time.png",
+        "result.png", "curves.png", "curves-each.png", "gradscale.png", "alpha.png", "slots-over-time.png",
         "map-underflow.png", "map-saturation.png", "map-sqnr-db.png", "gradients-01.png", "gradients-02.png",
     }  # fmt: skip
     assert Page(page).tags.count("img") == len(figures)
@@ -112,6 +112,7 @@ def test_strings_from_files_are_text_and_never_markup(make_run):
     nasty = '<script>alert("x")</script> $\\frac{$ & \'_x'
     run = make_run("run", recipe=nasty, epochs=2, layers=2, model="<img src=http://x>", note="<b>")
     metrics = (run / "metrics.jsonl").read_text().replace("layer1.0.conv1", "_<i>$x_{$</i>")
+    metrics = metrics.replace('"accuracy %"', '"<b>$x_{$ %"')
     (run / "metrics.jsonl").write_text(metrics)
     (run / "env.json").write_text(json.dumps({"cpu": "</dl><h1>"}))
     found = Page(write_report([run]))
@@ -130,7 +131,7 @@ def test_strings_from_files_are_text_and_never_markup(make_run):
         ([{"epochs": 3, "stopped": None, "recipe": "luq", "layers": 2}], "1 run not finished"),
         ([{"epochs": 3, "stopped": "interrupted"}], "1 run interrupted."),
         ([{"epochs": 3, "recipe": "luq", "diverges_at": 10, "layers": 1}], "1 run diverged"),
-        ([{"epochs": 1, "steps_per_epoch": 10, "recipe": "luq", "layers": 3}], "The result is"),
+        ([{"epochs": 1, "steps_per_epoch": 10, "recipe": "luq", "layers": 3}], "The accuracy is"),
         ([{"model": "a"}, {"model": "b", "recipe": "luq", "layers": 2}], "a, b on cifar10: 2 runs"),
     ],
 )
@@ -145,9 +146,48 @@ def test_a_report_of_a_run_without_a_single_line_says_so(make_run):
     (run / "metrics.jsonl").write_text("")
     (run / "env.json").unlink()
     text = Page(write_report([run])).text
-    assert "No test accuracy has been measured yet." in text
+    assert "No test result has been measured yet." in text
     assert "No run has logged a step yet." in text
     assert "No run recorded its environment." in text
+
+
+def test_a_page_about_perplexity_ranks_the_lowest_first_and_has_no_percent(make_run, tmp_path):
+    for recipe, accuracy in (("luq", 0.8), ("ibm2020", 0.9)):
+        make_run(recipe, recipe=recipe, accuracy=accuracy, metric="perplexity")
+    best = load_run(tmp_path / "ibm2020")
+    page = write_report([tmp_path])
+    assert f"The lowest perplexity is {best.result:.2f} (ibm2020)." in Page(page).text
+    assert Page(page).text.count("test perplexity") == 2  # results, runs
+    assert "%" not in page.read_text().split("<body>")[1]
+    assert "accuracy" not in page.read_text()
+
+
+def test_the_best_recipe_against_full_precision_has_the_lowest_error(make_run, tmp_path):
+    for recipe, accuracy in (("fp32", 0.9), ("luq", 0.8), ("ibm2020", 0.85)):
+        make_run(recipe, recipe=recipe, accuracy=accuracy, metric="word error rate %")
+    fp32, ibm, luq = (load_run(tmp_path / r).result for r in ("fp32", "ibm2020", "luq"))
+    assert fp32 < ibm < luq
+    text = Page(write_report([tmp_path])).text
+    assert f"fp32 reached a test word error rate of {fp32:.2f} %." in text
+    assert f"Best against full precision: ibm2020 with {ibm:.2f} % (+{ibm - fp32:.2f} points); worst: luq" in text
+
+
+def test_each_metric_has_its_own_sentences_tables_and_figures(make_run, tmp_path):
+    for recipe, accuracy in (("fp32", 0.9), ("luq", 0.8)):
+        make_run(f"{recipe}-c", recipe=recipe, accuracy=accuracy)
+        make_run(f"{recipe}-p", recipe=recipe, accuracy=accuracy, metric="perplexity", model="lstm", data="ptb")
+    page = write_report([tmp_path])
+    text = Page(page).text
+    assert {p.name for p in (page.parent / "figures").iterdir()} == {
+        "result.png", "result-2.png", "curves.png", "curves-2.png",
+    }  # fmt: skip
+    assert text.count("test accuracy (%)") == 2  # results, runs
+    assert text.count("test perplexity") == 3  # and a sentence
+    assert text.count("Best against full precision: ") == 2
+    assert "Test accuracy by recipe" in page.read_text()
+    assert "Test perplexity by recipe" in page.read_text()
+    fp32, luq = (load_run(tmp_path / f"{r}-p").result for r in ("fp32", "luq"))
+    assert f"luq, lstm, ptb with {luq:.2f} (+{luq - fp32:.2f})." in text
 
 
 def test_a_damaged_line_is_told_on_the_page(make_run):

@@ -44,7 +44,7 @@ def test_a_run_reads_back_as_it_was_written(make_run):
     assert (run.recipe, run.seed, run.status, run.num_steps) == ("ibm2020", "7", "done", 200)
     assert len(run.steps) == 20
     assert len(run.epochs) == 2
-    assert run.accuracy == run.epochs[-1]["test_accuracy"]
+    assert (run.metric, run.result) == ("accuracy %", run.epochs[-1]["test_metric"])
     assert run.seconds_per_epoch == 37.0
     assert run.trace.layers == ("layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1")
     assert run.trace.values("g_exponent").shape == (4, 3)
@@ -117,15 +117,32 @@ def test_the_final_evaluation_counts_where_no_epoch_was_completed(make_run):
     folder = make_run("run", epochs=1, stopped=None)
     append(folder, {"kind": "final", "step": 140, "epoch": 1, "test_accuracy": 0.25, "stopped": "max_steps"})
     run = load_run(folder)
-    assert run.accuracy == 0.25
-    assert run.evaluations[-1] == (1.0, 140.0, 0.25)
+    assert run.result == 25.0
+    assert run.evaluations[-1] == (1.0, 140.0, 25.0)
+
+
+def test_bleu_is_known_in_the_last_epoch_alone(make_run):
+    run = load_run(make_run("run", metric="BLEU", epochs=3))
+    assert run.metric == "BLEU"
+    assert [math.isnan(value) for *_, value in run.evaluations] == [True, True, False]
+    assert run.result == run.epochs[-1]["test_metric"]
+
+
+def test_an_older_run_that_a_newer_trainer_continued_shows_what_that_one_measured(make_run):
+    folder = make_run("run", metric=None, epochs=2, stopped=None)
+    line = {"kind": "epoch", "step": 300, "epoch": 2, "test_accuracy": 0.5, "metric": "perplexity", "test_metric": 80.5}
+    append(folder, line)
+    run = load_run(folder)
+    assert (run.metric, run.result) == ("perplexity", 80.5)
+    assert [math.isnan(value) for *_, value in run.evaluations] == [True, True, False]
 
 
 def test_a_run_that_has_only_just_begun_has_no_numbers(make_run):
     folder = make_run("run", epochs=1)
     (folder / "metrics.jsonl").write_text("")
     run = load_run(folder)
-    assert math.isnan(run.accuracy)
+    assert math.isnan(run.result)
+    assert run.metric is None
     assert (run.status, run.num_steps) == ("unfinished", 0)
 
 
@@ -161,7 +178,7 @@ def test_numbers_of_the_wrong_type_are_missing_numbers(make_run):
         '{"kind": "epoch", "step": 140, "epoch": 1, "test_accuracy": NaN, "train_loss": Infinity}\n',
     )
     run = load_run(folder)
-    assert math.isnan(run.accuracy)
+    assert math.isnan(run.result)
     assert not run.trace.has("g_exponent")
     assert not run.trace.has("x_alpha")
     assert not run.trace.has("g_wgrad", "underflow")

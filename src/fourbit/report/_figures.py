@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fourbit.report._curves import curves_beside_reference, final_accuracy, training_curves
-from fourbit.report._groups import Group
+from fourbit.report._curves import curves_beside_reference, final_result, training_curves
+from fourbit.report._groups import Group, metrics
 from fourbit.report._histograms import gradient_histograms
 from fourbit.report._layers import STATISTICS, clip_values, grad_scales, slot_lines, slot_map
+from fourbit.report._metric import name
 from fourbit.report._style import Plot
 
 
@@ -23,15 +24,22 @@ class Section:
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
-    """Every figure that the runs have data for."""
+    """Every figure that the runs have data for; those of results once for each metric."""
+    judged = metrics(groups)
+    names = ", ".join(map(name, judged))
     underflow, saturation, sqnr = STATISTICS
     no_layers = "No run has observations of quantized layers (full precision has none)."
     return [
-        _section("accuracy", "Accuracy", [final_accuracy(groups)], "No run has been evaluated yet."),
+        _section(
+            "metric",
+            names[:1].upper() + names[1:],
+            [final_result(groups, m) for m in judged],
+            "No run has been evaluated yet.",
+        ),
         _section(
             "curves",
             "Training curves",
-            [training_curves(groups), curves_beside_reference(groups)],
+            [draw(groups, m) for m in judged for draw in (training_curves, curves_beside_reference)],
             "No run has logged a step yet.",
         ),
         _section("gradscale", "Gradient scales", [grad_scales(groups)], "No run has a recipe with GradScale."),

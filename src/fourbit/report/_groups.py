@@ -1,7 +1,8 @@
 """Runs that differ by their seed alone form a group; a group is one line in a table and one colour in a figure.
 
 The label of a group is its recipe. Model and data set join the label where the page shows several of them, and any
-other setting where two groups share a recipe and differ in it, so that labels are short and never ambiguous.
+other setting where two groups share a recipe and differ in it, so that labels are short and never ambiguous. The metric
+by which runs are judged counts as a setting: numbers of different metrics never meet in a group.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ FP32 = "fp32"
 
 _ABSENT = "unset"
 
+_NO_METRIC = "result"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -36,6 +39,11 @@ class Group:
     def recipe(self) -> str:
         """Name of the recipe."""
         return text(self.config["recipe"])
+
+    @property
+    def metric(self) -> str:
+        """Title of the metric of all its runs; "result" as long as nobody knows."""
+        return text(self.config.get("metric", _NO_METRIC))
 
     @property
     def is_reference(self) -> bool:
@@ -66,18 +74,26 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group by every setting but seed and out; in the order of the comparison, or full precision first, then by label."""
-    by_settings: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    known = {_data(run): run.metric for run in runs if run.metric}
+    by_settings: dict[frozenset[tuple[str, str]], tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:  # by the text of the values, so that different groups always have different labels
         fields = settings(run.config)
-        by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), []).append(run)
-    members = [sorted(g, key=lambda r: _natural(r.seed)) for g in by_settings.values()]
-    configs = [settings(g[0].config) for g in members]
+        if metric := run.metric or known.get(_data(run)):
+            fields["metric"] = metric
+        by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), (fields, []))[1].append(run)
+    members = [sorted(g, key=lambda r: _natural(r.seed)) for _, g in by_settings.values()]
+    configs = [fields for fields, _ in by_settings.values()]
     groups = [
         Group(label, config, tuple(g)) for label, config, g in zip(labels(configs), configs, members, strict=True)
     ]
     order = planned_order(runs)
     rank = {recipe: i for i, recipe in enumerate(order)}
     return sorted(groups, key=lambda g: (rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)))
+
+
+def metrics(groups: Sequence[Group]) -> list[str]:
+    """The metrics of all groups, each once."""
+    return list(dict.fromkeys(g.metric for g in groups))
 
 
 def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,13 +113,19 @@ def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The full-precision group to compare with: same model and data, and of those the one with most equal settings."""
+    """The full-precision group to compare with: same model, data and metric; of those the one with most equal settings."""
     if group.is_reference:
         return None
+    fields = (*TASK, "metric")
     same_task = [
-        g for g in groups if g.is_reference and all(setting(g.config, k) == setting(group.config, k) for k in TASK)
+        g for g in groups if g.is_reference and all(setting(g.config, k) == setting(group.config, k) for k in fields)
     ]
     return min(same_task, key=lambda g: len(differing([g.config, group.config])), default=None)
+
+
+def _data(run: Run) -> tuple[str, ...]:
+    """What a run was trained on: runs on the same data are judged by the same metric."""
+    return tuple(setting(run.config, k) for k in TASK[1:])
 
 
 def _natural(label: str) -> list[tuple[int, float, str]]:

@@ -19,7 +19,8 @@ from fourbit._files import problem, replace_file
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._figures import Section, sections
-from fourbit.report._groups import TASK, Group, group_runs, setting
+from fourbit.report._groups import TASK, Group, group_runs, metrics, setting
+from fourbit.report._metric import name, sign, unit
 from fourbit.report._read import load_runs, text
 from fourbit.report._stats import RecipeSummary, summarize_group
 from fourbit.report._style import DPI, Plot, looks, style
@@ -95,14 +96,16 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[_Pictu
         title=title(groups),
         summary=summary_sentences(groups, summaries),
         notes=[note for r in runs for note in r.notes],
-        results=tables.result_rows(summaries),
+        results=tables.result_tables(summaries),
+        has_percent=any(unit(m) for m in metrics(groups)),
         looks=looks(groups),
         chapters=chapters,
         shared=tables.shared_settings(groups),
         differing_names=names,
         differing_rows=rows,
         environment=tables.environment(runs),
-        runs=tables.run_rows(groups),
+        runs=tables.run_tables(groups),
+        num_runs=len(runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -125,7 +128,8 @@ def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary
         + f" with {_count(len(recipes), 'recipe')} ({_listing(recipes, 12)}), "
         + f"seed{'s' if len(seeds) != 1 else ''} {_listing(seeds, 10)}."
     ]
-    parts.extend(_result(groups, summaries))
+    for metric in metrics(groups):
+        parts.extend(_result(metric, [(g, s) for g, s in zip(groups, summaries, strict=True) if g.metric == metric]))
     for status, words in (
         ("diverged", "diverged (loss is not finite)"),
         ("unfinished", "not finished: the numbers are those so far"),
@@ -149,32 +153,32 @@ def _length(groups: Sequence[Group]) -> str:
     return f" of {'different lengths: ' if len(lengths) > 1 else ''}{' or '.join(lengths)}" if lengths else ""
 
 
-def _result(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> list[str]:
+def _result(metric: str, results: Sequence[tuple[Group, RecipeSummary]]) -> list[str]:
     """The outcome in a sentence or two: full precision, the closest recipe to it, and the furthest."""
-    measured = [(g, s) for g, s in zip(groups, summaries, strict=True) if s.accuracy_mean is not None]
+    measured = [(g, s) for g, s in results if s.metric_mean is not None]
     if not measured:
-        return ["No test accuracy has been measured yet."]
-    said = [
-        f"{s.label} reached {tables.percent(s.accuracy_mean, s.accuracy_std)} % test accuracy."
-        for g, s in measured
-        if g.is_reference
-    ][:3]
-    compared = sorted((s for _, s in measured if s.diff_mean is not None), key=lambda s: -(s.diff_mean or 0.0))
+        return [f"No test {name(metric)} has been measured yet."]
+    said = [f"{s.label} reached a test {name(metric)} of {_reached(s)}." for g, s in measured if g.is_reference][:3]
+    better = sign(metric)
+    compared = sorted((s for _, s in measured if s.diff_mean is not None), key=lambda s: -better * (s.diff_mean or 0.0))
     if compared:
         best, worst = compared[0], compared[-1]
         contrast = f"; worst: {_against(worst)}" if worst is not best else ""
         said.append(f"Best against full precision: {_against(best)}{contrast}.")
     elif len(said) < len(measured):
-        best = max((s for _, s in measured), key=lambda s: s.accuracy_mean or 0.0)
-        lead = "The highest accuracy is" if len(measured) > 1 else "The result is"
-        said.append(f"{lead} {tables.percent(best.accuracy_mean, best.accuracy_std)} % ({best.label}).")
+        best = max((s for _, s in measured), key=lambda s: better * (s.metric_mean or 0.0))
+        extreme = ("highest " if better > 0 else "lowest ") if len(measured) > 1 else ""
+        said.append(f"The {extreme}{name(metric)} is {_reached(best)} ({best.label}).")
     return said
 
 
 def _against(summary: RecipeSummary) -> str:
-    points = tables.percent(summary.diff_mean, summary.diff_std, signed=True)
-    reached = tables.percent(summary.accuracy_mean, summary.accuracy_std)
-    return f"{summary.label} with {reached} % ({points} points)"
+    difference = tables.measured(summary.diff_mean, summary.diff_std, signed=True)
+    return f"{summary.label} with {_reached(summary)} ({difference}{' points' if unit(summary.metric) else ''})"
+
+
+def _reached(summary: RecipeSummary) -> str:
+    return tables.measured(summary.metric_mean, summary.metric_std) + unit(summary.metric)
 
 
 def _values(groups: Sequence[Group], *names: str) -> list[str]:

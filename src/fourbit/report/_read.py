@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fourbit.errors import UserError
+from fourbit.report._metric import ACCURACY
 
 Record = dict[str, Any]
 
@@ -103,19 +104,31 @@ class Run:
         return text(self.config.get("seed", "none"))
 
     @cached_property
+    def metric(self) -> str | None:
+        """Title of the metric by which the run is judged, as its newest line has it; None before the first evaluation."""
+        lines = [*self.epochs, *([self.final] if self.final else [])]
+        return _judged(lines[-1])[0] if lines else None
+
+    @cached_property
     def evaluations(self) -> list[tuple[float, float, float]]:
-        """(epoch, step, test accuracy) of every evaluation; the final one counts where no epoch line stands for it."""
-        found = [(number(r.get("epoch")), number(r.get("step")), number(r.get("test_accuracy"))) for r in self.epochs]
-        if self.final is not None and not math.isnan(number(self.final.get("test_accuracy"))):
-            last = self.final
-            point = (number(last.get("epoch")), number(last.get("step")), number(last.get("test_accuracy")))
-            if not found or point[1] > found[-1][1]:
+        """(epoch, step, metric) of every evaluation; the final one counts where no epoch line stands for it.
+
+        The metric is NaN where it was not measured, or where an older version of the trainer measured another.
+        """
+        found = [self._evaluation(r) for r in self.epochs]
+        if self.final is not None:
+            point = self._evaluation(self.final)
+            if not math.isnan(point[2]) and (not found or point[1] > found[-1][1]):
                 found.append(point)
         return found
 
+    def _evaluation(self, line: Record) -> tuple[float, float, float]:
+        metric, value = _judged(line)
+        return number(line.get("epoch")), number(line.get("step")), value if metric == self.metric else math.nan
+
     @property
-    def accuracy(self) -> float:
-        """Test accuracy of the last evaluation (never the best one), as a fraction; NaN before the first."""
+    def result(self) -> float:
+        """The metric at the last evaluation (never the best one), as it is shown; NaN before the first."""
         return self.evaluations[-1][2] if self.evaluations else math.nan
 
     @property
@@ -151,6 +164,13 @@ class Run:
         """Optimizer steps done at the newest line."""
         newest = [r["step"] for r in (*self.steps[-1:], *self.epochs[-1:])]
         return int(max([*newest, self.final["step"] if self.final else 0]))
+
+
+def _judged(line: Record) -> tuple[str, float]:
+    """Title and value of the metric in a line "epoch" or "final"; older lines have the accuracy alone."""
+    if isinstance(line.get("metric"), str):
+        return text(line["metric"]), number(line.get("test_metric"))
+    return ACCURACY, 100 * number(line.get("test_accuracy"))
 
 
 def text(value: object) -> str:

@@ -2,7 +2,7 @@
 
 Two runs with the same seed start from the same weights and see the same batches, so the difference *within* a seed is
 less noisy than the difference of two means. Standard deviations are those of a sample (n - 1 in the denominator) and
-are None for a single seed. Accuracies are fractions of 1 here, as in the files; tables print percent.
+are None for a single seed. Metrics are in the unit in which they are shown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fourbit.report._groups import Group, group_runs, reference_of
+from fourbit.report._metric import name
 from fourbit.report._read import Run, load_runs
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -28,8 +29,9 @@ class RecipeSummary:
     Attributes:
         label: recipe, with the settings that tell groups apart.
         n: number of runs (seeds).
-        accuracy_mean, accuracy_std: test accuracy of the last evaluation, fraction of 1.
-        diff_mean, diff_std: accuracy minus that of fp32, over the `num_pairs` seeds that both have at the same epoch.
+        metric: what is measured, with its unit, such as "accuracy %" or "perplexity".
+        metric_mean, metric_std: the metric at the last evaluation, in that unit.
+        diff_mean, diff_std: metric minus that of fp32, over the `num_pairs` seeds that both have at the same epoch.
         train_loss: mean training loss of the last epoch.
         seconds_per_epoch: mean over runs of the median epoch.
         notes: what a reader has to know, such as "1 of 3 diverged".
@@ -37,8 +39,9 @@ class RecipeSummary:
 
     label: str
     n: int
-    accuracy_mean: float | None
-    accuracy_std: float | None
+    metric: str
+    metric_mean: float | None
+    metric_std: float | None
     diff_mean: float | None
     diff_std: float | None
     train_loss: float | None
@@ -57,37 +60,39 @@ def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
     """
     finite = [v for v in values if math.isfinite(v)]
     mean = float(np.mean(finite)) if finite else None
-    return mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else None
+    with np.errstate(over="ignore"):  # of perplexities of runs that collapsed
+        return mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else None
 
 
 def paired_differences(runs: Sequence[Run], reference: Sequence[Run]) -> list[float]:
-    """Accuracy minus the reference's accuracy, seed by seed, where both were last evaluated at the same epoch.
+    """Metric minus the reference's metric, seed by seed, where both were last evaluated at the same epoch.
 
     A run that is half-way is not compared with one that is done. Runs that share a seed count as their mean.
     """
-    ours, theirs = _accuracy_by_seed(runs), _accuracy_by_seed(reference)
+    ours, theirs = _result_by_seed(runs), _result_by_seed(reference)
     return [ours[key] - theirs[key] for key in ours if key in theirs]
 
 
-def _accuracy_by_seed(runs: Sequence[Run]) -> dict[tuple[str, float], float]:
+def _result_by_seed(runs: Sequence[Run]) -> dict[tuple[str, float], float]:
     found: dict[tuple[str, float], list[float]] = {}
     for run in runs:
-        if math.isfinite(run.accuracy):
-            found.setdefault((run.seed, run.evaluations[-1][0]), []).append(run.accuracy)
+        if math.isfinite(run.result):
+            found.setdefault((run.seed, run.evaluations[-1][0]), []).append(run.result)
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def summarize_group(group: Group, groups: Sequence[Group]) -> RecipeSummary:
     """The numbers of one group; `groups` are all groups of the report, among them the fp32 one."""
-    accuracy_mean, accuracy_std = mean_std(r.accuracy for r in group.runs)
+    metric_mean, metric_std = mean_std(r.result for r in group.runs)
     reference = reference_of(group, groups)
     pairs = paired_differences(group.runs, reference.runs) if reference else []
     diff_mean, diff_std = mean_std(pairs)
     return RecipeSummary(
         label=group.label,
         n=len(group.runs),
-        accuracy_mean=accuracy_mean,
-        accuracy_std=accuracy_std,
+        metric=group.metric,
+        metric_mean=metric_mean,
+        metric_std=metric_std,
         diff_mean=diff_mean,
         diff_std=diff_std,
         train_loss=mean_std(r.train_loss for r in group.runs)[0],
@@ -101,9 +106,9 @@ def _notes(group: Group, num_pairs: int | None) -> tuple[str, ...]:
     n = len(group.runs)
     status = Counter(r.status for r in group.runs)
     notes = [f"{status[s]} of {n} {s}" for s in ("diverged", "unfinished", "interrupted") if status[s]]
-    without = sum(math.isnan(r.accuracy) for r in group.runs)
+    without = sum(math.isnan(r.result) for r in group.runs)
     if without:
-        notes.append(f"{without} of {n} without a test accuracy")
+        notes.append(f"{without} of {n} without a test {name(group.metric)}")
     if num_pairs is not None and num_pairs < n:
         notes.append(f"{num_pairs} of {n} comparable with fp32" if num_pairs else "no fp32 run to compare with")
     shared = [seed for seed, count in Counter(r.seed for r in group.runs).items() if count > 1]

@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fourbit.report._groups import Group, differing, setting, settings
+from fourbit.report._groups import Group, differing, metrics, setting, settings
+from fourbit.report._metric import decimal, heading
 from fourbit.report._read import Run, text
 from fourbit.report._stats import RecipeSummary
 
 DASH = "\N{EN DASH}"
 
-RESULT_HEADER = ("recipe", "seeds", "test accuracy (%)", "difference to fp32", "train loss", "s per epoch", "notes")
 
+def measured(mean: float | None, std: float | None, *, signed: bool = False) -> str:
+    """A mean with the sample standard deviation.
 
-def percent(mean: float | None, std: float | None, *, signed: bool = False) -> str:
-    """Fractions as percent with the sample standard deviation, to two decimals as published tables have it.
-
-    >>> percent(0.9271, 0.0012), percent(-0.0027, None, signed=True), percent(None, None)
+    >>> measured(92.71, 0.12), measured(-0.27, None, signed=True), measured(None, None)
     ('92.71 ± 0.12', '−0.27', '–')
     """
     if mean is None:
         return DASH
-    number = f"{100 * mean:+.2f}" if signed else f"{100 * mean:.2f}"
-    number = number.replace("-", "\N{MINUS SIGN}")
-    return number if std is None else f"{number} ± {100 * std:.2f}"
+    number = decimal(mean, signed=signed)
+    return number if std is None else f"{number} ± {decimal(std)}"
 
 
 def plain(value: float | None, digits: int) -> str:
@@ -32,30 +30,42 @@ def plain(value: float | None, digits: int) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def result_header(metric: str) -> tuple[str, ...]:
+    """The names of the columns of the result table."""
+    return ("recipe", "seeds", heading(metric), "difference to fp32", "train loss", "s per epoch", "notes")
+
+
 def result_row(summary: RecipeSummary) -> tuple[str, ...]:
-    """The cells of one line of the result table, in the order of `RESULT_HEADER`."""
+    """The cells of one line of the result table, in the order of `result_header`."""
     return (
         summary.label,
         str(summary.n),
-        percent(summary.accuracy_mean, summary.accuracy_std),
-        percent(summary.diff_mean, summary.diff_std, signed=True),
+        measured(summary.metric_mean, summary.metric_std),
+        measured(summary.diff_mean, summary.diff_std, signed=True),
         plain(summary.train_loss, 4),
         plain(summary.seconds_per_epoch, 1),
         "; ".join(summary.notes),
     )
 
 
-def result_rows(summaries: Sequence[RecipeSummary]) -> list[tuple[str, ...]]:
-    """The result table with its header as the first row; the column of notes only if there are any."""
-    rows = [RESULT_HEADER, *map(result_row, summaries)]
-    return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]
+def result_tables(summaries: Sequence[RecipeSummary]) -> list[list[tuple[str, ...]]]:
+    """A table for each metric, with its header as the first row; the column of notes only if there are any."""
+    found = []
+    for metric in dict.fromkeys(s.metric for s in summaries):
+        rows = [result_header(metric), *(result_row(s) for s in summaries if s.metric == metric)]
+        found.append(rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows])
+    return found
 
 
 def markdown_table(summaries: Sequence[RecipeSummary]) -> str:
-    """The result table as Markdown, aligned to be readable as plain text too."""
-    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in result_rows(summaries)]
+    """The result table as Markdown, aligned to be readable as plain text too; one under the other if metrics differ."""
+    return "\n\n".join(map(_markdown, result_tables(summaries)))
+
+
+def _markdown(table: Sequence[tuple[str, ...]]) -> str:
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in table]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    to_left = {0, len(RESULT_HEADER) - 1}
+    to_left = {0, 6}  # recipe and notes
 
     def line(row: Sequence[str]) -> str:
         cells = [c.ljust(w) if i in to_left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
@@ -95,18 +105,23 @@ def environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return rows
 
 
-def run_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    """One line per run: recipe, seed, status, steps, test accuracy, train loss, folder."""
-    return [
-        (
-            g.label,
-            r.seed,
-            r.status,
-            str(r.num_steps),
-            percent(None if math.isnan(r.accuracy) else r.accuracy, None),
-            plain(r.train_loss, 4),
-            str(r.path),
-        )
-        for g in groups
-        for r in g.runs
-    ]
+def run_tables(groups: Sequence[Group]) -> list[list[tuple[str, ...]]]:
+    """A table for each metric, with its header as the first row, and one row per run."""
+    found = []
+    for metric in metrics(groups):
+        rows = [("recipe", "seed", "status", "steps", heading(metric), "train loss", "folder")]
+        rows += [_run_row(g, r) for g in groups if g.metric == metric for r in g.runs]
+        found.append(rows)
+    return found
+
+
+def _run_row(group: Group, run: Run) -> tuple[str, ...]:
+    return (
+        group.label,
+        run.seed,
+        run.status,
+        str(run.num_steps),
+        measured(None if math.isnan(run.result) else run.result, None),
+        plain(run.train_loss, 4),
+        str(run.path),
+    )
