@@ -130,3 +130,31 @@ def test_imagenette_itself(shared_data):
     assert (len(found.train), len(found.test), found.num_classes) == (800, 250, 10)
     x, _ = next(batches(found, "test", 64, workers=0))
     assert float(x.mean().abs()) < 0.3 and 0.7 < float(x.std()) < 1.4
+
+
+def test_decoding_leaves_torchs_random_numbers_alone(photographs):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(batches(photographs, "train", 4, workers=0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_test_split_without_labels_gives_way_to_the_validation_split(tmp_path):
+    folder = write_tables(tmp_path / "hub")
+    cells = [{"bytes": photograph(i), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": cells, "label": [-1, -1, -1]}), folder / "test-00000-of-00001.parquet")
+    found = data.load("imagenet", folder)
+    assert isinstance(found, LargeImages)
+    assert len(found.test) == 4 and found.num_classes == 2
+
+
+def test_classes_without_names_are_counted_over_both_splits(tmp_path):
+    folder = write_tables(tmp_path / "data")
+    cells = [{"bytes": photograph(i), "path": None} for i in range(6)]
+    pq.write_table(pa.table({"image": cells, "label": [0, 1, 2, 0, 1, 2]}), folder / "train-00000-of-00001.parquet")
+    found = data.load("imagenet", folder)
+    assert isinstance(found, LargeImages) and found.num_classes == 3
+    pq.write_table(pa.table({"image": cells, "label": [None, 1, 2, 0, 1, 2]}), folder / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="column label of train of imagenet must hold whole numbers"):
+        data.load("imagenet", folder)

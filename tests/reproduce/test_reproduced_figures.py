@@ -17,7 +17,8 @@ from fourbit.reproduce.figures import FIGURES, draw
 from fourbit.reproduce.figures._base import Studio
 from fourbit.reproduce.figures._bias import calibration_error, predictions
 from fourbit.reproduce.figures._formats import MULTIPLIERS, _lognormal, quantized
-from fourbit.reproduce.figures._probe import one_batch, output_gradients, weight_gradients
+from fourbit.reproduce.figures._gradients import exact_gradients
+from fourbit.reproduce.figures._probe import one_batch, output_gradients, sample, weight_gradients
 from fourbit.reproduce.figures._statistics import batch_means
 from fourbit.train import load
 
@@ -145,3 +146,29 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match="could not be written"):
         draw("fig1a", out=blocked)
+
+
+def test_the_ends_of_the_line_between_two_checkpoints_are_the_checkpoints(out, run):
+    """The losses that fig5 writes at 0 and at 1, against the test loss of the two checkpoints."""
+    text = draw("fig5", scale="smoke", out=out, threads=1).text
+    row = next(line for line in text.splitlines() if line.startswith("| `fp32` | interpolated"))
+    at_0, at_1 = (float(cell) for cell in row.split("|")[3:5])
+    for epoch, found in ((4, at_0), (3, at_1)):
+        trained = load(run, epoch=epoch, fuse=False)
+        sums = sum(trained.task.loss(trained.model.eval(), b)[1] for b in trained.task.batches("test"))
+        assert found == pytest.approx(float(sums[0] / sums[2]), abs=6e-4)  # type: ignore[index]
+
+
+def test_exact_gradients_are_exact_under_the_forward_pass_of_the_recipe(run):
+    """The reference of fig6 against itself with 8-bit gradients: nearly the same, and both with the same FP16 layers."""
+    recipe = exact_gradients()
+    assert [r.spec.output for r in recipe.rules if r.spec] == [formats.FP16_169] * 3
+    reference = weight_gradients(run, None, recipe)
+    again = weight_gradients(run, None, recipe)
+    assert all(torch.equal(reference[n], again[n]) for n in reference)
+
+
+def test_samples_are_spread_over_all_columns():
+    x = torch.arange(64).repeat(4096).view(-1)
+    found = sample(x, 1 << 12)
+    assert len(found) == 1 << 12 and len(found.unique()) == 64

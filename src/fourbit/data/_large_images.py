@@ -89,7 +89,7 @@ class Rows:
         return len(self.table)
 
     def __getitem__(self, row: int) -> bytes:
-        return self.table[row][self.column]["bytes"] or b""
+        return (self.table[row][self.column] or {}).get("bytes") or b""
 
 
 def open_large_images(name: str, folder: Path) -> LargeImages:
@@ -107,7 +107,7 @@ def open_large_images(name: str, folder: Path) -> LargeImages:
             f"{folder} holds neither folders train/CLASS and val/CLASS nor parquet files: give the folder of {name} in one "
             "of the two layouts."
         )
-    return from_tables(name, open_folder(find_parquet(folder, {"test": "validation"})))
+    return from_tables(name, open_folder(find_parquet(folder, first={"test": "validation"})))
 
 
 def _from_folders(name: str, folder: Path) -> LargeImages:
@@ -144,9 +144,10 @@ def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
     Raises:
         UserError: other columns.
     """
+    import pyarrow as pa
     from datasets import Image
 
-    images, labels, classes = {}, {}, ()
+    images, labels, names = {}, {}, {}
     for split, table in tables.items():
         if not {"image", "label"} <= set(table.column_names):
             raise UserError(
@@ -154,11 +155,17 @@ def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
             )
         try:
             images[split] = Rows(table.cast_column("image", Image(decode=False)), "image")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, pa.ArrowException) as error:
             raise UserError(f"column image of {split} of {name} holds no images: is it {name}?") from error
-        labels[split] = torch.tensor(table["label"][:], dtype=torch.int64)
-        names = getattr(table.features["label"], "names", None)
-        classes = tuple(names) if names else tuple(map(str, range(int(labels[split].max()) + 1)))
+        try:
+            labels[split] = torch.tensor(table["label"][:], dtype=torch.int64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"column label of {split} of {name} must hold whole numbers: is it {name}?") from error
+        names[split] = tuple(getattr(table.features["label"], "names", None) or ())
+    if names["train"] != names["test"]:
+        raise UserError(f"train and test of {name} have different classes: are the files of one data set?")
+    largest = max(int(y.max()) if len(y) else 0 for y in labels.values())
+    classes = names["train"] or tuple(map(str, range(largest + 1)))
     return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
 
 
@@ -191,6 +198,7 @@ def large_batches(
         _Decoded(data, split, seed, epoch, training and augment),  # type: ignore[arg-type]
         batch_sampler=picked,
         num_workers=workers,
+        generator=torch.Generator(),  # else it draws from torch's global one, and dropout with it
     )
     offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)
     factor = torch.tensor(data.std).mul(255).reciprocal().view(-1, 1, 1)

@@ -23,11 +23,14 @@ INSTALL = "pip install 'fourbit[train]'"
 HUB_TIMEOUT_S = 10
 
 
-def find_parquet(folder: Path, instead: Mapping[str, str] | None = None) -> dict[str, list[Path]]:
+def find_parquet(
+    folder: Path, instead: Mapping[str, str] | None = None, first: Mapping[str, str] | None = None
+) -> dict[str, list[Path]]:
     """The parquet files of each split below `folder`, sorted by path.
 
     Args:
         instead: {split: the word in file names that stands for it where no file has its own}.
+        first: {split: the word in file names that stands for it where there are such files, before its own}.
 
     Raises:
         UserError: no parquet file, none for a split, or those of a split in several folders (several data sets).
@@ -40,8 +43,9 @@ def find_parquet(folder: Path, instead: Mapping[str, str] | None = None) -> dict
         split = _split_of(path.relative_to(folder))
         if split is not None:
             found[split].append(path)
-    for split, word in (instead or {}).items():
-        found[split] = found[split] or [path for path in files if _split_of(path.relative_to(folder), (word,))]
+    for split, word in {**(instead or {}), **(first or {})}.items():
+        others = [path for path in files if _split_of(path.relative_to(folder), (word,))]
+        found[split] = others or found[split] if split in (first or {}) else found[split] or others
     for split, paths in found.items():
         if not paths:
             example = files[0].relative_to(folder)

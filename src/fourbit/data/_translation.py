@@ -128,13 +128,15 @@ def pairs(
     """Source int64 [S, B], numbers of the pairs [B], and target [T, B] (behind its begin mark); padded with 0.
 
     Training pairs are shuffled by (seed, epoch); within every 50 batches they are then sorted by length and cut, and the
-    batches shuffled, so that little is padding. An incomplete last batch is left out. Test pairs come by length.
+    batches shuffled, so that little is padding. An incomplete last batch is left out. Test pairs are sorted by length, and
+    their batches mixed in a fixed order, so that the first few are not the shortest.
     """
     source, target = data.split(split)
     count = num_pair_batches(data, split, batch_size)
     length = target.lengths * 65536 + source.lengths
     if split == "test":
-        batches = length.argsort(stable=True).split(batch_size)
+        found = length.argsort(stable=True).split(batch_size)
+        batches = [found[k] for k in torch.randperm(count, generator=generator("test order")).tolist()]
     else:
         random = generator("order", seed, epoch)
         order = torch.randperm(len(source), generator=random)[: count * batch_size]

@@ -238,6 +238,7 @@ def multi30k(data_dir: Path | None) -> TranslationData:
 def wmt14(data_dir: Path | None) -> TranslationData:
     """WMT 2014, English to German: 4.5 million training and 3,003 test pairs, 37,000 pieces of words as in Vaswani et al.
 
-    Reads parquet files with the columns en and de, or with one column translation. Pairs of more than 250 pieces are left out.
+    Reads parquet files with the columns en and de, or with one column translation. Training pairs of 250 pieces or more are
+    left out.
     """
     return _translation("wmt14", data_dir, ("wmt/wmt14", "de-en"), ("en", "de"), 37_000)

@@ -72,7 +72,7 @@ FP4_R4_EVEN_185 = _add(
         "fp4_r4_even_185",
         4,
         4,
-        "the even grid, deciding at 4^n/1.85: magnitudes of normally distributed numbers keep their mean",
+        "the even grid, deciding at 4^n/1.85: magnitudes of log-normal numbers keep their mean",
         "variation on " + _PAPER,
         multiplier=_UNBIASED,
     )

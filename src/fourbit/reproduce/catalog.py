@@ -238,7 +238,7 @@ ROWS.append(
                 "model": "transformer_base",
                 "data": "wmt14",
                 "batch_size": 832,
-                "epochs": 18,
+                "epochs": 19,
                 "max_steps": 100_000,
                 "lr": 7e-4,
                 "schedule": "inverse_sqrt",

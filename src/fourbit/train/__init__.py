@@ -24,6 +24,7 @@ from fourbit.train._config import TrainConfig as TrainConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fourbit.recipes import Recipe
     from fourbit.train._compare import Comparison
     from fourbit.train._load import Trained
     from fourbit.train._result import Result
@@ -53,7 +54,7 @@ def load(
     folder: Path,
     *,
     epoch: int | None = None,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     data_dir: Path | None = None,
     fuse: bool | None = None,
 ) -> Trained:

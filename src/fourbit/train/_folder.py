@@ -82,9 +82,9 @@ class RunFolder:
         Raises:
             UserError: the folder is not empty, or cannot be written.
         """
-        require_free(self.path)
         if not self.active:
-            return
+            return  # and the folder may be there already, made by the process that writes
+        require_free(self.path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._write("config.json", config.as_dict() | {"fourbit_version": __version__})

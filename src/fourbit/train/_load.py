@@ -28,7 +28,9 @@ class Trained:
     task: Task
 
 
-def load(folder: Path, epoch: int | None, recipe: str | None, data_dir: Path | None, fuse: bool | None) -> Trained:
+def load(
+    folder: Path, epoch: int | None, recipe: str | recipes.Recipe | None, data_dir: Path | None, fuse: bool | None
+) -> Trained:
     """See `fourbit.train.load`."""
     config = _config_of(folder)
     config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)

@@ -158,16 +158,14 @@ class Loop:
         sums = torch.zeros(3, dtype=torch.float64, device=session.device)
         findings: list[Any] = []
         task, judged = session.task, not session.task.judged_at_the_end or state.step >= session.total_steps
-        session.model.eval()
+        model = session.bare.eval()  # without what keeps processes in step: one of them may have no batch
         with torch.no_grad():
             for batch in islice(task.batches("test"), session.config.max_test_batches):
                 if self.stop.requested:
                     return False
                 if batch[-1].numel():
                     with session.autocast():
-                        counts, found = (
-                            task.evaluate(session.model, batch) if judged else (task.loss(session.model, batch)[1], [])
-                        )
+                        counts, found = task.evaluate(model, batch) if judged else (task.loss(model, batch)[1], [])
                     sums += counts
                     findings += found
         loss_sum, correct, images = session.total(sums)

@@ -7,6 +7,7 @@ and losses and knows nothing else about data.
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -280,13 +281,17 @@ class SpeechRecognition(Task):
         names = self.data.classes
         return counts, [(names[a], names[b]) for a, b in zip(heard, said, strict=True)]
 
+    def check(self) -> None:
+        """jiwer is there."""
+        _package("jiwer", "the word error rate")
+
     def judge(self, findings: list[Any]) -> float | None:
         """Word error rate."""
-        try:
-            import jiwer
-        except ImportError as error:
-            raise UserError("the word error rate needs the package jiwer: pip install 'fourbit[train]'.") from error
-        return float(jiwer.wer([said for _, said in findings], [heard for heard, _ in findings]))
+        return float(
+            _package("jiwer", "the word error rate").wer(
+                [said for _, said in findings], [heard for heard, _ in findings]
+            )
+        )
 
     def _measure(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, lengths, y = batch
@@ -347,13 +352,17 @@ class Translation(Task):
             (t, self.data.references[i]) for t, i in zip(texts, rows.tolist(), strict=True)
         ]
 
+    def check(self) -> None:
+        """sacrebleu is there."""
+        _package("sacrebleu", "BLEU")
+
     def judge(self, findings: list[Any]) -> float | None:
         """BLEU as sacrebleu defines it: its own tokens, case kept."""
-        try:
-            import sacrebleu
-        except ImportError as error:
-            raise UserError("BLEU needs the package sacrebleu: pip install 'fourbit[train]'.") from error
-        return sacrebleu.corpus_bleu([found for found, _ in findings], [[right for _, right in findings]]).score
+        return (
+            _package("sacrebleu", "BLEU")
+            .corpus_bleu([found for found, _ in findings], [[right for _, right in findings]])
+            .score
+        )
 
 
 def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) -> Task:
@@ -380,6 +389,13 @@ def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) 
     if isinstance(data, TranslationData):
         return Translation(config, data, *processes)
     return Classification(config, data, *processes)
+
+
+def _package(name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{what} needs the package {name}: pip install 'fourbit[train]'.") from error
 
 
 def _counts(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:

@@ -64,8 +64,15 @@ class Studio:
             seeds=tuple(self.seeds if seeds is None else seeds),
             out=self.runs / settings["model"],
         )
-        if compare(config).interrupted:
+        comparison = compare(config)
+        if comparison.interrupted:
             raise Interrupted
+        for row in comparison.rows:
+            if row.diverged:
+                raise UserError(
+                    f"{row.recipe} diverged with seed {row.diverged[0]}, and this figure looks into runs that ended: choose "
+                    "other --seeds."
+                )
         return {(run.recipe, run.seed): run.out for run in config.runs() if run.out is not None}
 
     def epochs(self, network: str) -> int:
@@ -122,6 +129,8 @@ def draw(
         UserError: an unknown figure or scale, or as `fourbit.train.compare`.
     """
     maker = FIGURES[name]
+    if not seeds:
+        raise UserError("seeds is empty: name at least one.")
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     folder = out / f"{name}-{scale}"

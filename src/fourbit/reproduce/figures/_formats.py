@@ -13,16 +13,14 @@ from fourbit import formats
 from fourbit.quantizers import round_to_format
 from fourbit.report import panels, style
 from fourbit.reproduce.figures._base import Studio, register, table
-from fourbit.reproduce.figures._probe import output_gradients
+from fourbit.reproduce.figures._probe import output_gradients, sample
 
 FOUR_BITS = ("fp4_121", "fp4_r2", "fp4_r4_even", "fp4_r8", "fp4_r16")
 MULTIPLIERS = tuple(1.0 + 0.05 * i for i in range(61))
-LEVELS = 41
-"""Placements of the largest magnitude in (32, 64], over which errors of synthetic numbers are averaged."""
 
 
 def quantized(x: Tensor, format: formats.Format, amax: float | None = None) -> Tensor:
-    """`x` rounded to a format after GradScale: a power of two lifts max|x| into (max/2, max]; float64.
+    """`x` rounded to a format after GradScale: a power of two lifts max|x| into (32, 64]; float64.
 
     Args:
         amax: max|x|, if x is a part of the tensor.
@@ -34,7 +32,7 @@ def quantized(x: Tensor, format: formats.Format, amax: float | None = None) -> T
 
 
 def _lognormal(sigma: float, n: int = 1 << 16) -> Tensor:
-    """Magnitudes exp(sigma z) with random signs; largest 48 after scaling by the caller."""
+    """Magnitudes exp(sigma z) with random signs."""
     generator = torch.Generator().manual_seed(0)
     magnitude = (sigma * torch.randn(n, generator=generator, dtype=torch.float64)).exp()
     return magnitude * torch.randint(0, 2, (n,), generator=generator).mul(2).sub(1)
@@ -101,7 +99,7 @@ def fig2b(studio: Studio) -> str:
     sets = {name: g.flatten() for name, g in gradients.items()} | {"log-normal, sigma 1.5": _lognormal(1.5)}
     rows, errors, biases = [], {}, {}
     for name, x in sets.items():
-        x, amax = x[:: max(1, x.numel() // 65536)].double(), float(x.abs().max())
+        x, amax = sample(x, 1 << 16).double(), float(x.abs().max())
         error, bias = [], []
         for m in MULTIPLIERS:
             format = replace(formats.FP4_R4_EVEN, multiplier=Fraction(m).limit_denominator(100))

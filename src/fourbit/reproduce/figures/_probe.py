@@ -6,15 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fourbit.nn import Conv2d, Linear
+from fourbit.recipes import Recipe
 from fourbit.train import load
 
 
 def one_batch(task: Any) -> tuple[Tensor, ...]:
     """The first training batch of an epoch that no run has seen."""
     return next(iter(task.batches("train", epoch=10_000)))
+
+
+def sample(x: Tensor, count: int) -> Tensor:
+    """So many elements at random, the same for the same size. (A regular choice would meet the same column of every image.)"""
+    x = x.flatten()
+    if x.numel() <= count:
+        return x
+    return x[torch.randint(x.numel(), (count,), generator=torch.Generator().manual_seed(x.numel()))]
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,7 +35,7 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
 def output_gradients(
     folder: Path,
     data_dir: Path | None,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     epoch: int | None = None,
     change: Callable[[nn.Module], None] = lambda model: None,
 ) -> dict[str, Tensor]:
@@ -56,7 +66,7 @@ def output_gradients(
     return {name: found[name] for name in convolutions(model)}
 
 
-def weight_gradients(folder: Path, data_dir: Path | None, recipe: str) -> dict[str, Tensor]:
+def weight_gradients(folder: Path, data_dir: Path | None, recipe: str | Recipe) -> dict[str, Tensor]:
     """dL/dW of every quantized layer under a recipe, with the float weights of a run."""
     trained = load(folder, recipe=recipe, data_dir=data_dir)
     batch = one_batch(trained.task)

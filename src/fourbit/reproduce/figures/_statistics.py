@@ -14,7 +14,7 @@ from fourbit.reproduce.figures._probe import one_batch
 from fourbit.train import load
 
 RECIPES = ("fp32", "ibm2020-no-tpr", "ibm2020")
-POINTS = 21
+POINTS = 25
 NUM_BATCHES = 8
 """Of which statistics are recomputed, and on which losses are measured."""
 
@@ -111,7 +111,7 @@ def fig5(studio: Studio) -> str:
     runs = studio.train("residual", RECIPES, seeds=(seed,))
     epochs = studio.epochs("residual")
     earlier = round(epochs * 0.8)
-    steps = np.linspace(-0.1, 1.1, POINTS if studio.scale != "smoke" else 5)
+    steps = np.linspace(-0.1, 1.1, POINTS if studio.scale != "smoke" else 13)  # 0 and 1 are among them
     curves = {}
     for recipe in RECIPES:
         ends = [load(runs[recipe, seed], epoch=e, data_dir=studio.data_dir, fuse=False) for e in (epochs, earlier)]
@@ -140,7 +140,7 @@ def fig5(studio: Studio) -> str:
             axis.set_xlabel("alpha")
             axis.set_ylabel("test loss")
             axis.legend()
-    inside = (steps >= 0) & (steps <= 1)
+    inside = (steps > -1e-6) & (steps < 1 + 1e-6)
     rows = [
         (f"`{recipe}`", kind, f"{curve[inside][0]:.3f}", f"{curve[inside][-1]:.3f}", f"{curve[inside].max():.3f}")
         for (recipe, kind), curve in curves.items()
