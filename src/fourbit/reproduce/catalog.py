@@ -259,7 +259,7 @@ ROWS.append(
 )
 
 
-def _networks(paper: str, small: str, epochs: int = 5) -> dict[str, Settings]:
+def _networks(paper: str, small: str, epochs: int = 3) -> dict[str, Settings]:
     smoke = {"model": "digits_cnn", "data": "digits", "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "epochs": 4}
     return {
         "paper": {"model": paper, **_CIFAR, "epochs": 160, "keep_every": 8},
