@@ -19,6 +19,10 @@ and, without a reference, because the modules themselves are one:
     norm_supported   a tensor, format to round to or None      True, or None
     norm_forward     ops.NormForward                           o, its codes, what backward needs
     norm_backward    ops.NormBackward                          gradients
+    lstm_forward     gates_x, gates_h, c, kept                 h', c'
+    lstm_backward    dh, dc, gates, c, c', out                 gradient of c
+    lstm_run         ops.LstmForward                           Rounded of each step's hidden state
+    lstm_run_back    ops.LstmBackward                          max|g| of each step, gradient of the clip value
 
 Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
 """
@@ -48,6 +52,8 @@ OPERATIONS = (
     "norm_backward",
     "lstm_forward",
     "lstm_backward",
+    "lstm_run",
+    "lstm_run_back",
 )
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)

@@ -2,6 +2,8 @@
 
 from fourbit.ops._accumulation import Accumulation as Accumulation
 from fourbit.ops._accumulation import accumulate as accumulate
+from fourbit.ops._cells import GRU_CELL as GRU_CELL
+from fourbit.ops._cells import LSTM_CELL as LSTM_CELL
 from fourbit.ops._contract import contract as contract
 from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
@@ -23,8 +25,6 @@ from fourbit.ops._product import Layout as Layout
 from fourbit.ops._product import Operand as Operand
 from fourbit.ops._product import Products as Products
 from fourbit.ops._product import Raw as Raw
-from fourbit.ops._recurrent import GRU_CELL as GRU_CELL
-from fourbit.ops._recurrent import LSTM_CELL as LSTM_CELL
 from fourbit.ops._recurrent import Recurrence as Recurrence
 from fourbit.ops._recurrent import recurrent as recurrent
 from fourbit.ops._spec import REUSE as REUSE
@@ -33,5 +33,7 @@ from fourbit.ops._spec import LayerSpec as LayerSpec
 from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._state import Observer as Observer
+from fourbit.ops._steps import LstmBackward as LstmBackward
+from fourbit.ops._steps import LstmForward as LstmForward
 from fourbit.ops._watch import Watcher as Watcher
 from fourbit.ops._watch import watch as watch

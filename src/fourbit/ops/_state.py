@@ -240,7 +240,16 @@ class LayerState(nn.Module):
     def operand_request(self, x: Tensor) -> Request | None:
         """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
 
-        None where it cannot: the first batch has not decided PACT's form, the codes are not packed integers with nearest
+        None where it cannot: see `clip_request`, or the first batch has only just decided PACT's form.
+        """
+        if self._undecided and torch._C._current_graph_task_id() == -1 and self._uses:
+            self.settle()  # a backward pass lies between
+        return None if self._undecided else self.clip_request(x)  # recomputation must save what the first pass saved
+
+    def clip_request(self, x: Tensor) -> Request | None:
+        """How to quantize the input of a product in training, from its shape and layout alone.
+
+        None where that is not known: no batch has decided PACT's form, the codes are not packed integers with nearest
         rounding and a clip value, or the input is needed in another form.
         """
         spec = self.spec.x_fprop
@@ -254,12 +263,13 @@ class LayerState(nn.Module):
             or not self._form_known("x")
         ):
             return None
-        if self._undecided and torch._C._current_graph_task_id() == -1 and self._uses:
-            self.settle()  # a backward pass lies between
-        if self._undecided:
-            return None  # recomputation must save what the first forward pass saved
         format, alpha = self._clip("x", x, spec)
         return Request(x, spec, format, None, alpha, None, save=True) if has_integer_codes(format) else None
+
+    def gradient_request(self, g: Tensor) -> Request | None:
+        """How dgrad's operand is made of one output gradient like `g` after the other; None where `gradients` must do it."""
+        specs = self.gradient_specs(True, False)
+        return self._request("g_dgrad", g, specs[0], -1, self._exponent()) if specs else None
 
     def settle(self) -> None:
         """No backward pass will come for the forward pass that decided the form of x: the next one may use it in full."""
@@ -296,9 +306,9 @@ class LayerState(nn.Module):
             if self._count is not None:
                 self._count[1] = 1
 
-    def saw_operand(self, amax: float, x: Tensor | None, quantized: QTensor) -> None:
+    def saw_operand(self, amax: float, x: Tensor | None, quantized: QTensor | None) -> None:
         """A node before this layer has quantized its input `x` (given where somebody observes)."""
-        if self.observer is not None and x is not None:
+        if self.observer is not None and x is not None and quantized is not None:
             self.observer.record("x_fprop", x, quantized)
         if not math.isfinite(amax):
             self.nonfinite[0] += 1

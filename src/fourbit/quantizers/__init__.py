@@ -42,6 +42,7 @@ from fourbit.quantizers._spec import request_for as request_for
 from fourbit.quantizers._spec import require_numbers as require_numbers
 from fourbit.quantizers._spec import run as run
 from fourbit.quantizers._spec import run_pair as run_pair
+from fourbit.quantizers._spec import scale_of as scale_of
 from fourbit.quantizers._statistics import Moments as Moments
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense

@@ -191,6 +191,11 @@ def prepare(x: Tensor) -> Tensor:
     return x if is_dense(x) else x.contiguous()
 
 
+def scale_of(request: Request) -> Tensor:
+    """The scale that `run` would use, 0-d or with one number per channel."""
+    return request.spec.scaling.of(Statistics(request.x, request.dims), request.format, request.stored)
+
+
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
     statistics = Statistics(request.x, request.dims)

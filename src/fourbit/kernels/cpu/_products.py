@@ -140,7 +140,7 @@ def _own_multiply(
         left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
     )
     if cache is not None:
-        arguments.panels = _panels(arguments, cache).data_ptr()
+        arguments.panels = panels(arguments, cache).data_ptr()
     codes = None
     if finish is not None:
         grid = None if finish.output is None else float_grid(finish.output)
@@ -159,6 +159,17 @@ def _own_multiply(
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether the library has products of matrices on this machine."""
+    return bool(kernels().panel_count(ctypes.byref(c.MatMul(rows=1, columns=1, depth=1))))
+
+
+def multiplies_integers(w: Tensor) -> bool:
+    """Whether it multiplies small integers by this weight [N, K] exactly, in 32 bits."""
+    return multiplies_bfloat16() and w.shape[1] * 255 * 128 < 2**31
+
+
 def _own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor, None] | None:
     """A forward product of small integers with a weight that is multiplied several times: exact, finished at once."""
     x, w = g.a.q, g.b.q
@@ -170,7 +181,7 @@ def _own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tenso
         or not w.numel()
     ):
         return None
-    if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or w.shape[1] * 255 * 128 >= 2**31:
+    if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or not multiplies_integers(w):
         return None
     if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
         return None
@@ -186,13 +197,12 @@ def _own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tenso
     arguments.rounds = grid is not None
     if grid is not None:
         arguments.grid = grid
-    if not kernels().panel_count(ctypes.byref(arguments)):
-        return None
-    arguments.panels = _panels(arguments, cache).data_ptr()
+    arguments.panels = panels(arguments, cache).data_ptr()
     return (y, None) if kernels().multiply(ctypes.byref(arguments)) else None
 
 
-def _panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
+def panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
+    """The right operand of a product as the library multiplies it, made once."""
     if "panels" not in cache:
         cache["panels"] = torch.empty(kernels().panel_count(ctypes.byref(arguments)), dtype=torch.int32)
         kernels().pack_panels(ctypes.byref(arguments), cache["panels"].data_ptr())

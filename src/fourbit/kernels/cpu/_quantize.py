@@ -111,7 +111,8 @@ def _inverse(scale: Tensor) -> float:
     return float(scale.reciprocal())
 
 
-def _takes(request: Request, scale: Tensor) -> bool:
+def takes(request: Request, scale: Tensor) -> bool:
+    """Whether a kernel may round this, to a grid that it knows."""
     x = request.x
     return (
         x.device.type == "cpu"
@@ -127,7 +128,7 @@ def _takes(request: Request, scale: Tensor) -> bool:
 @backends.register("round", "cpu")
 def round_one(request: Request, scale: Tensor) -> Rounded | None:
     """One operand, to one format."""
-    if not _takes(request, scale):
+    if not takes(request, scale):
         return None
     grid, carrier = grid_of(request.format), carrier_dtype(request.format)
     bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
@@ -147,7 +148,7 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
 def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
     """Both phases of two-phase rounding from one read."""
     both = (first, second)
-    if not all(_takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
+    if not all(takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
         return None
     if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
         return None

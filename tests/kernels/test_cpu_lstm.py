@@ -1,0 +1,107 @@
+"""The native LSTM cell against float64, on every instruction set, and whole sequences against steps one by one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import instruction_set, isas, needs_library, threads
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fourbit as fb
+from fourbit import backends
+from fourbit.kernels.cpu import _lstm as cell
+from fourbit.ops import LSTM_CELL
+from fourbit.recipes import catalog
+
+pytestmark = needs_library
+
+
+def inputs(rows: int, size: int) -> list[Tensor]:
+    """Shares of the gates, cell state, and the gradients of h and c."""
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(rows, 4 * size, generator=generator) * 5
+    if size > 3:
+        x[0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 1e-6])
+        x[-1, 2 * size : 2 * size + 3] = torch.tensor([math.inf, -math.inf, 0.25])
+    return [x, *(torch.randn(rows, n * size, generator=generator) for n in (4, 1, 1, 1))]
+
+
+@pytest.mark.parametrize("isa", isas() or [None])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (7, 15), (3, 16), (33, 64), (9, 333)])
+def test_the_native_cell_agrees_with_float64(isa, num_threads, rows, size):
+    x, u, c, dh, dc = inputs(rows, size)
+    gates, d_gates = torch.empty_like(x), torch.empty_like(x)
+    with instruction_set(isa), threads(num_threads):
+        forward = cell.lstm_forward(x, u, c, gates)
+        assert forward is not None
+        before = cell.lstm_backward(dh, dc, gates, c, forward[1], d_gates)
+    kept, out = torch.empty_like(x).double(), torch.empty_like(x).double()
+    with backends.without():
+        expected = LSTM_CELL.forward(x.double(), u.double(), None, c.double(), kept)
+        states = c.double(), forward[1].double(), out
+        d = LSTM_CELL.backward(dh.double(), dc.double(), gates.double(), None, None, *states)
+    for a, b in zip((*forward, gates), (*expected, kept), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
+    for a, b in zip((d_gates, before), (out, d.c), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=5e-6, atol=2e-6, equal_nan=True)
+
+
+def test_other_dtypes_and_layouts_are_left_to_the_reference():
+    x, u, c, dh, dc = inputs(4, 8)
+    assert cell.lstm_forward(x.double(), u.double(), c.double(), x.double()) is None
+    assert cell.lstm_forward(x.t().contiguous().t(), u, c, x) is None
+    assert cell.lstm_backward(dh.t().contiguous().t(), dc, x, c, c, x) is None
+
+
+def trained(lengths: list[int] | None, size: int, spec, poison: str, last_only: bool) -> list[Tensor]:
+    """Everything that three steps of a layer leave."""
+    torch.manual_seed(0)
+    rnn = fb.convert(torch.nn.Sequential(torch.nn.LSTM(6, size, bidirectional=True)), fb.Recipe("x", (fb.Rule(spec),)))
+    found = []
+    for step in range(3):
+        x = torch.randn(5, 4, 6).requires_grad_()
+        given = x if lengths is None else pack_padded_sequence(x, lengths)
+        y, (h, c) = rnn(given)
+        y = y.data if isinstance(y, PackedSequence) else y
+        bad = torch.ones(())
+        if poison == "gradient" and step == 1:
+            bad = torch.tensor(math.nan)
+        rnn.zero_grad()
+        ((0 if last_only else (y.sin() * bad).sum()) + h.square().sum() * bad + c.sum()).backward()
+        found += [y, h, c, x.grad, *(p.grad for p in rnn.parameters())]
+        if poison == "state" and step == 1:
+            with torch.no_grad():
+                rnn[0].bias_hh_l0[0] = math.nan
+        with torch.no_grad():
+            for parameter in rnn.parameters():
+                parameter -= 0.01 * parameter.grad.nan_to_num()
+    return [t.detach().clone() for t in (*found, *rnn.buffers())]
+
+
+@pytest.mark.parametrize("spec", [catalog.TPR, catalog.IBM2020_DW8.rules[-1].spec], ids=["radix-4", "FP8 in wgrad"])
+@pytest.mark.parametrize("size", [7, 16, 40])
+@pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1]])
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("poison", ["", "gradient", "state"])
+def test_all_steps_at_once_give_the_bits_of_single_steps(spec, size, lengths, last_only, poison, monkeypatch):
+    calls = []
+    for name in ("lstm_run", "lstm_run_back"):
+        function = getattr(cell, name)
+
+        def spy(task, function=function, name=name):
+            done = function(task)
+            calls.append((name, done is not None))
+            return done
+
+        monkeypatch.setitem(backends._active, name, (spy,))
+    at_once = trained(lengths, size, spec, poison, last_only)
+    assert {name for name, done in calls if done} == {"lstm_run", "lstm_run_back"}
+    monkeypatch.setitem(backends._active, "lstm_run", ())
+    monkeypatch.setitem(backends._active, "lstm_run_back", ())
+    one_by_one = trained(lengths, size, spec, poison, last_only)
+    for a, b in zip(at_once, one_by_one, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
