@@ -1,4 +1,4 @@
-"""The networks of the benchmarks, each with its data: the product's own, a perceptron, and a small GPT."""
+"""The networks of the benchmarks, each with its data: the product's own, a perceptron, a small GPT, and two LSTM layers."""
 
 from __future__ import annotations
 
@@ -110,6 +110,29 @@ def gpt(width: int = 512, depth: int = 4, length: int = 128) -> Network:
     )
 
 
+class Characters(nn.Module):
+    """Embedding, two LSTM layers, a linear head: [time, batch] to logits."""
+
+    def __init__(self, width: int, vocabulary: int = 256):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, width, 2)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+def lstm(width: int = 650, length: int = 35) -> Network:
+    """Two LSTM layers in the size of the medium model of the Penn Treebank."""
+
+    def data(batch: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(0, 256, (length + 1, batch))
+        return tokens[:-1], tokens[1:]
+
+    return Network("lstm", f"LSTM 2x{width}, {length} steps", 20, lambda: Characters(width), data, False)
+
+
 def _model(name: str, title: str, batch: int, image_size: int = 32) -> Callable[[], Network]:
     build = lambda: models.build(name, num_classes=10, image_size=image_size)  # noqa: E731
     return lambda: Network(name, title, batch, build, _images(image_size))
@@ -121,9 +144,10 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "mobilenet_v2": _model("mobilenet_v2", "MobileNetV2, CIFAR", 64),
     "mlp": mlp,
     "gpt": gpt,
+    "lstm": lstm,
     "digits_cnn": _model("digits_cnn", "small CNN on 8x8 images", 64, 8),
 }
-"""By name; resnet20, mlp and gpt take a width."""
+"""By name; resnet20, mlp, gpt and lstm take a width."""
 
 
 def get(name: str, width: int | None = None) -> Network:

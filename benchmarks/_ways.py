@@ -30,7 +30,13 @@ def _recipe(name: str, fuse: bool = True) -> Change:
 
 
 def _four_bit_layers(change: Callable[[nn.Module, Sequence[str]], nn.Module]) -> Change:
-    return lambda model, network: change(model, four_bit_names(network))
+    def checked(model: nn.Module, network: Network) -> nn.Module:
+        names = four_bit_names(network)
+        if any(isinstance(model.get_submodule(name), nn.RNNBase) for name in names):
+            raise Skip("it has no recurrent layers")
+        return change(model, names)
+
+    return checked
 
 
 def _microxcaling(elements: str) -> Change:
@@ -90,8 +96,10 @@ def base_of(network: Network) -> str:
 
 
 def four_bit_names(network: Network) -> list[str]:
-    """The layers that the recipes put in 4 bits: what LUQ quantizes at all."""
-    return list(fb.quantized_layers(fb.convert(network.build(), "luq")))
+    """The layers that the recipes put in 4 bits: what LUQ quantizes at all. The parts of an LSTM count as the LSTM."""
+    modules = dict(network.build().named_modules())
+    names = fb.quantized_layers(fb.convert(network.build(), "luq"))
+    return list(dict.fromkeys(name if name in modules else name.rpartition(".")[0] for name in names))
 
 
 class Training:

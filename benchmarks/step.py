@@ -28,7 +28,7 @@ from benchmarks._harness import (
     write,
 )
 
-NETWORKS = ("resnet20", "resnet18", "mobilenet_v2", "mlp", "gpt")
+NETWORKS = ("resnet20", "resnet18", "mobilenet_v2", "mlp", "gpt", "lstm")
 SHORT = ("resnet20", "mlp")
 PROFILED = ("bf16 autocast", "ours ibm2020")
 """Beside the way that ratios are taken to."""
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--networks", help="comma-separated (default: all; with --short: resnet20, mlp)")
     options.add_argument("--ways", help="names separated by semicolons (default: all)")
     options.add_argument("--batch", type=int)
-    options.add_argument("--width", type=int, help="of resnet20, mlp, gpt")
+    options.add_argument("--width", type=int, help="of resnet20, mlp, gpt, lstm")
     options.add_argument("--budget", type=float, default=30.0, help="seconds after which an entrant has 5 turns only")
     options.add_argument(
         "--no-memory", action="store_true", help="no peaks of memory (one process per way and network)"
