@@ -74,6 +74,15 @@ def test_what_is_drawn_depends_on_image_and_epoch_alone(photographs):
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, apart, strict=True))
 
 
+def test_processes_decode_their_own_share_of_each_batch(photographs):
+    whole = list(batches(photographs, "test", 3, workers=0))
+    parts = [list(batches(photographs, "test", 3, workers=0, part=slice(rank, None, 3))) for rank in range(3)]
+    assert [len(x) for x, _ in parts[2]] == [1, 0]  # the last batch has one image
+    for k, (x, y) in enumerate(whole):
+        shares = [part[k] for part in parts]
+        assert torch.equal(torch.cat([s for s, _ in shares]), x) and torch.equal(torch.cat([s for _, s in shares]), y)
+
+
 def test_the_middle_is_what_pil_gives_step_by_step():
     image = Image.open(io.BytesIO(photograph(1, 512, 256)))
     found = np.asarray(_middle(image, 224), dtype=float)

@@ -11,6 +11,7 @@ import torch
 
 from fourbit import data
 from fourbit.data import PAD, TranslationData, num_pair_batches, pairs
+from fourbit.data._translation import Sentences
 from fourbit.errors import UserError
 
 WORDS = ("ein", "Hund", "läuft", "über", "die", "Wiese", "und", "bellt")
@@ -72,6 +73,14 @@ def test_empty_and_overlong_training_pairs_are_left_out(tmp_path):
     found = data.load("multi30k", write_pairs(tmp_path / "data", **rows))
     assert isinstance(found, TranslationData)
     assert len(found.train[0]) == 2 and len(found.test[0]) == 4
+
+
+def test_sentences_in_one_row():
+    found = Sentences.of([[5, 6], [], [7], [8, 9, 10]])
+    kept = found.only(torch.tensor([True, False, False, True]))
+    assert [found[i].tolist() for i in range(4)] == [[5, 6], [], [7], [8, 9, 10]] and found.tokens.dtype == torch.int32
+    assert [kept[i].tolist() for i in range(len(kept))] == [[5, 6], [8, 9, 10]]
+    assert len(Sentences.of([])) == 0
 
 
 def test_the_cache_and_a_tokenizer_of_ones_own(tmp_path, pairs_of_text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fourbit as fb
 from fourbit import models
 from fourbit.errors import UserError
+from fourbit.models import _external
 from fourbit.train import TrainConfig
 from fourbit.train._validate import validated
 
@@ -20,7 +22,16 @@ BERT = "hf:bert?num_hidden_layers=1&hidden_size=32&num_attention_heads=2&interme
 VIT = "hf:vit?num_hidden_layers=1&hidden_size=32&num_attention_heads=2&intermediate_size=64&patch_size=4"
 
 
-@pytest.mark.parametrize("name", [GPT2, BERT])
+SMALL = "num_hidden_layers=1&hidden_size=32&num_attention_heads=2"
+OTHERS = [
+    f"hf:roberta?{SMALL}",
+    f"hf:opt?{SMALL}&word_embed_proj_dim=32",
+    "hf:xlm?n_layers=1&emb_dim=32&n_heads=2",
+    "hf:xlnet?n_layer=1&d_model=32&n_head=2",
+]
+
+
+@pytest.mark.parametrize("name", [GPT2, BERT, *OTHERS])
 def test_language_models_have_our_interface_and_see_no_later_token(name):
     assert models.kind_of(name) == "text"
     model = models.build(name, num_classes=50).eval()
@@ -31,6 +42,33 @@ def test_language_models_have_our_interface_and_see_no_later_token(name):
     assert logits.shape == (9, 3, 50) and state == ()
     assert torch.allclose(logits[:5], changed[:5], atol=1e-5)
     assert not torch.allclose(logits[5:], changed[5:], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [BERT, *OTHERS])
+def test_every_token_and_position_is_an_ordinary_one(name):
+    """Number 1 or 2 is padding for these models, but a word in our vocabularies."""
+    model = models.build(name, num_classes=7)
+    tokens = torch.arange(7).repeat(2).unsqueeze(1)
+    model(tokens)[0].square().sum().backward()
+    embedding = model.model.get_input_embeddings()
+    assert (embedding.weight.norm(dim=1) > 0).all() and (embedding.weight.grad.norm(dim=1) > 0).all()
+    for key, parameter in model.named_parameters():
+        if "position" in key and parameter.dim() == 2:
+            used = parameter.grad.norm(dim=1) > 0
+            assert used.sum() == 14
+
+
+def test_a_model_that_sees_what_it_is_to_predict():
+    looked_at = torch.nn.Sequential()
+    looked_at.config = transformers.GPT2Config()
+    looked_at.forward = lambda input_ids, use_cache: SimpleNamespace(logits=input_ids.float().flip(1).unsqueeze(-1))
+    with pytest.raises(UserError, match="sees the tokens that it is to predict"):
+        _external._require_causal(_external.HfLanguageModel(looked_at), "x", 9)
+
+
+def test_images_smaller_than_a_patch():
+    with pytest.raises(UserError, match=r"patches of 16x16 pixels, but these have 8x8: set a smaller patch"):
+        models.build("hf:vit", num_classes=7, in_channels=1, image_size=8)
 
 
 def test_image_classifiers_take_the_size_of_the_data():

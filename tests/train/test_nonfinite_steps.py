@@ -21,7 +21,7 @@ def poison(monkeypatch):
     clean = data.batches
 
     def arrange(steps, value=math.nan):
-        def batches(source, split, batch_size, seed=0, epoch=0, augment=True, start=0, drop_last=None, workers=None):
+        def batches(source, split, batch_size, seed=0, epoch=0, augment=True, start=0, drop_last=None, **shared):
             stream = clean(source, split, batch_size, seed, epoch, augment=augment, start=start)
             for number, (x, y) in enumerate(stream, start):
                 if split == "train" and epoch * STEPS_PER_EPOCH + number in steps:

@@ -121,10 +121,11 @@ def test_a_finished_run_is_left_as_it_is(make_config):
     assert snapshot(config.out) == before
 
 
-def test_a_constant_schedule_lets_a_finished_run_be_prolonged(make_config):
-    train(make_config("a", epochs=1, schedule="constant"))
-    assert train(make_config("a", epochs=2, schedule="constant"), resume=True).step == 2 * STEPS_PER_EPOCH
-    train(whole := make_config("b", epochs=2, schedule="constant"))
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_a_schedule_without_an_end_lets_a_finished_run_be_prolonged(make_config, schedule):
+    train(make_config("a", epochs=1, schedule=schedule))
+    assert train(make_config("a", epochs=2, schedule=schedule), resume=True).step == 2 * STEPS_PER_EPOCH
+    train(whole := make_config("b", epochs=2, schedule=schedule))
     assert tensors(whole.out.parent / "a") == tensors(whole.out)
 
 

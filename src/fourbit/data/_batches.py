@@ -46,6 +46,7 @@ def batches(
     start: int = 0,
     drop_last: bool | None = None,
     workers: int | None = None,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of one epoch: x float32 [B, C, H, W], (pixel/255 - mean)/std, contiguous, and y int64 [B].
 
@@ -59,6 +60,7 @@ def batches(
         start: index of the first batch to yield; earlier ones cost nothing.
         drop_last: leave out a last batch of less than `batch_size` images. None: for "train" only.
         workers: processes that decode images which are not in memory; None: one less than there are cores, at most 8.
+        part: images of each batch to yield, where several processes share it.
 
     Raises:
         UserError: unknown split, batch size below 1 or above the number of training images, start out of range.
@@ -73,7 +75,9 @@ def batches(
     if not 0 <= start <= count:
         raise UserError(f"cannot start at batch {start}: an epoch of {data.name} has batches 0 to {count - 1}.")
     values = (split, batch_size, int(seed), int(epoch), augment, range(start, count))
-    return _generate(data, *values) if isinstance(data, ImageData) else large_batches(data, *values, workers)
+    if isinstance(data, LargeImages):
+        return large_batches(data, *values, workers, part)
+    return ((x[part], y[part]) for x, y in _generate(data, *values))
 
 
 def _generate(

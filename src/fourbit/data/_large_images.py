@@ -178,11 +178,13 @@ def large_batches(
     augment: bool,
     indices: range,
     workers: int | None = None,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """As `batches`, for the batches with these indices.
 
     Args:
         workers: processes that decode; None: one less than there are cores, at most 8.
+        part: of each batch; the rest is not decoded.
     """
     labels = data.split(split)[1]
     training = split == "train"
@@ -191,19 +193,21 @@ def large_batches(
         if training
         else torch.arange(len(labels))
     )
-    picked = [order[k * batch_size : (k + 1) * batch_size].tolist() for k in indices]
+    picked = [order[k * batch_size : (k + 1) * batch_size][part].tolist() for k in indices]
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
     decoded = torch.utils.data.DataLoader(
         _Decoded(data, split, seed, epoch, training and augment),  # type: ignore[arg-type]
-        batch_sampler=picked,
+        batch_sampler=[rows for rows in picked if rows],
         num_workers=workers,
         generator=torch.Generator(),  # else it draws from torch's global one, and dropout with it
     )
     offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)
     factor = torch.tensor(data.std).mul(255).reciprocal().view(-1, 1, 1)
     try:
-        for rows, x in zip(picked, decoded, strict=True):
+        images = iter(decoded)
+        for rows in picked:
+            x = next(images) if rows else torch.empty(0, data.channels, data.image_size, data.image_size)
             yield x.to(torch.float32).sub_(offset).mul_(factor), labels[rows]
     except UserError as error:  # from a worker it comes with the worker's stack
         raise UserError(

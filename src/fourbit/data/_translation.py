@@ -7,7 +7,8 @@ and 2 are padding, begin and end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from fourbit.errors import UserError, unknown
 PAD, BEGIN, END = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 TOKENIZER_FILE = "tokenizer.json"
+PIECE = 8192
+"""Sentences that are encoded together."""
 POOL = 50
 """Batches among whose sentences similar lengths are looked for."""
 
@@ -35,10 +38,18 @@ class Sentences:
     starts: Tensor
 
     @staticmethod
-    def of(sentences: Sequence[Sequence[int]]) -> Sentences:
-        """From one list per sentence."""
-        lengths = torch.tensor([0, *map(len, sentences)])
-        return Sentences(torch.tensor([t for s in sentences for t in s], dtype=torch.int32), lengths.cumsum(0))
+    def of(sentences: Iterable[Sequence[int]]) -> Sentences:
+        """From one list per sentence; of those before the one at hand only the numbers are kept."""
+        tokens, starts = array("i"), array("q", [0])
+        for sentence in sentences:
+            tokens.extend(sentence)
+            starts.append(len(tokens))
+        return Sentences(_tensor(tokens, torch.int32), _tensor(starts, torch.int64))
+
+    def only(self, kept: Tensor) -> Sentences:
+        """Those for which `kept`, bool [number of sentences], is set."""
+        starts = torch.cat((self.starts[:1], self.lengths[kept].cumsum(0)))
+        return Sentences(self.tokens[kept.repeat_interleave(self.lengths)], starts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -187,22 +198,26 @@ def encode_pairs(
     tokenizer = _new_tokenizer(rows["train"], num_tokens) if file is None else load_tokenizer(file)
     tensors: dict[str, Tensor] = {}
     for split, found in rows.items():
-        sides = [
-            [[*e.ids, END] for e in tokenizer.encode_batch([row[side] for row in found], add_special_tokens=False)]
-            for side in (0, 1)
-        ]
+        sides = [Sentences.of(_encoded(tokenizer, found, side)) for side in (0, 1)]
         if split == "train":
-            kept = [
-                i
-                for i, (a, b) in enumerate(zip(*sides, strict=True))
-                if 1 < len(a) <= longest and 1 < len(b) <= longest
-            ]
-            sides = [[side[i] for i in kept] for side in sides]
-        for name, side in zip(("source", "target"), sides, strict=True):
-            sentences = Sentences.of(side)
+            fits = [(s.lengths > 1) & (s.lengths <= longest) for s in sides]
+            sides = [s.only(fits[0] & fits[1]) for s in sides]
+        for name, sentences in zip(("source", "target"), sides, strict=True):
             tensors |= {f"{split}.{name}.tokens": sentences.tokens, f"{split}.{name}.starts": sentences.starts}
     references = "\n".join(" ".join(target.split()) for _, target in rows["test"])
     return tensors | {"references": _bytes(references), "tokenizer": _bytes(tokenizer.to_str())}
+
+
+def _encoded(tokenizer: Any, rows: Sequence[tuple[str, str]], side: int) -> Iterator[list[int]]:
+    """Token numbers of one side, sentence by sentence; a few thousand of them are in memory at a time."""
+    for start in range(0, len(rows), PIECE):
+        texts = [row[side] for row in rows[start : start + PIECE]]
+        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+            yield [*encoding.ids, END]
+
+
+def _tensor(numbers: array[int], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(numbers, dtype=dtype).clone() if len(numbers) else torch.empty(0, dtype=dtype)
 
 
 def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> TranslationData:

@@ -14,6 +14,7 @@ else images, if there is a classifier. The libraries are not needed for anything
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from functools import lru_cache
@@ -61,17 +62,25 @@ class HfLanguageModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        # some models number and mask by what is not padding, which here are all tokens
+        self._takes = inspect.signature(model.forward).parameters
 
     def forward(self, tokens: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Raises UserError for more tokens than the model has positions."""
         config: Any = self.model.config
         longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and len(tokens) > longest:
+        if isinstance(longest, int) and 0 < longest < len(tokens):
             raise UserError(
                 f"a row of {len(tokens)} tokens is longer than the {longest} positions of {config.model_type}: set a smaller "
                 "sequence_length."
             )
-        return self.model(input_ids=tokens.t(), use_cache=False).logits.transpose(0, 1), ()
+        ids = tokens.t()
+        given = {}
+        if "position_ids" in self._takes:
+            given["position_ids"] = torch.arange(len(tokens), device=ids.device).expand_as(ids)
+        if "lengths" in self._takes:
+            given["lengths"] = ids.new_full((len(ids),), len(tokens))
+        return self.model(input_ids=ids, use_cache=False, **given).logits.transpose(0, 1), ()
 
 
 class HfImageClassifier(nn.Module):
@@ -170,8 +179,18 @@ def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int | N
                 setattr(config, key, None)
         if type(config) in transformers.AutoModelForMaskedLM._model_mapping:
             config.is_decoder = True  # it would see the words that it is to predict
+        if hasattr(config, "causal"):  # the same in XLM's words, and in XLNet's
+            config.causal = True
+        if hasattr(config, "attn_type"):
+            config.attn_type = "uni"
     else:
         config.num_labels = num_classes
+        patch = getattr(config, "patch_size", None)
+        if isinstance(patch, int) and image_size is not None and image_size < patch:
+            raise UserError(
+                f"hf:{rest} cuts images into patches of {patch}x{patch} pixels, but these have {image_size}x{image_size}: "
+                f"set a smaller patch, as in hf:{rest.partition('?')[0]}?patch_size={max(1, image_size // 8)}."
+            )
         for key, value in (("num_channels", in_channels), ("image_size", image_size)):
             if value is not None and hasattr(config, key):
                 setattr(config, key, value)
@@ -181,7 +200,32 @@ def _build_hf(rest: str, num_classes: int, in_channels: int, image_size: int | N
     except Exception as error:  # whatever the model's code meets in a configuration that does not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"hf:{rest} cannot be built ({reason}): change its configuration.") from error
-    return HfLanguageModel(model) if text else HfImageClassifier(model)
+    if not text:
+        return HfImageClassifier(model)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            row, module.padding_idx = module.padding_idx, None  # its number is that of an ordinary token here
+            with torch.no_grad():
+                module.weight[row].normal_(0.0, float(module.weight.std()))
+    found = HfLanguageModel(model)
+    _require_causal(found, rest, num_classes)
+    return found
+
+
+def _require_causal(model: HfLanguageModel, rest: str, num_tokens: int) -> None:
+    """UserError if the prediction for one token depends on the next."""
+    training = model.training
+    tokens = torch.zeros(3, 2, dtype=torch.int64)
+    tokens[2, 1] = num_tokens - 1
+    try:
+        with torch.no_grad():
+            logits, _ = model.eval()(tokens)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"hf:{rest} cannot read text as rows of tokens ({reason}): choose another model.") from error
+    model.train(training)
+    if num_tokens > 1 and not torch.allclose(logits[:2, 0], logits[:2, 1], rtol=1e-3, atol=1e-5):
+        raise UserError(f"hf:{rest} sees the tokens that it is to predict: choose a causal language model.")
 
 
 def _build_timm(rest: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:

@@ -17,11 +17,14 @@ def restored(g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, axi
     if quantized is None or spec is None or not spec.restore:
         return quantized
     q, scale, _ = quantized.tensor
-    exact, numbers = g.to(torch.float32), q.to(torch.float32)
+    exact, numbers = (
+        g.to(torch.float32) / scale,
+        q.to(torch.float32),
+    )  # in units of the scale, where squares do not underflow
     if spec.restore == "magnitude":
-        projection = (exact * numbers * scale).sum()
+        projection = (exact * numbers).sum()
         factor = torch.where(projection > 0, exact.square().sum() / projection, 1.0)
         return quantized._replace(tensor=quantized.tensor._replace(scale=scale * factor))
     dims = [d for d in range(g.dim()) if d != axis % g.dim()]
-    lost = (exact / scale - numbers).mean(dims, keepdim=True)
+    lost = (exact - numbers).mean(dims, keepdim=True)
     return quantized._replace(tensor=quantized.tensor._replace(q=numbers + lost))

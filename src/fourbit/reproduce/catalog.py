@@ -10,7 +10,8 @@ rate at about 82; ResNet-18 and ResNet-50 on ImageNet: 256 and 100, drops at 30,
 for the rest. Those are our choice, written in `TableRow.scales`: the residual networks' own (learning rate 0.1, momentum
 0.9, weight decay 1e-4, divided by 10 at half and at three quarters) for CIFAR-10, Zaremba et al.'s model with plain SGD
 for the Penn Treebank, Vaswani et al.'s schedule (100,000 steps of about 25,000 tokens) for translation, and for ImageNet
-those of torchvision's references, with the paper's 100 epochs and drops for the residual networks.
+momentum 0.9 with the learning rate and weight decay written there, with the paper's 100 epochs and drops for the residual
+networks.
 """
 
 from __future__ import annotations

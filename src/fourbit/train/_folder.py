@@ -95,7 +95,7 @@ class RunFolder:
         """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
         if not self.active:
             return
-        first = _read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
+        first = read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
         first.setdefault("resumed", []).append(environment)
         self._write("env.json", first)
         self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
@@ -154,11 +154,12 @@ def require_same(path: Path, config: TrainConfig) -> None:
     """
     if not has_run(path):
         raise UserError(f"there is no run to go on with in {path}: check --out, or leave out --resume to start one.")
-    written, now = _read_json(path / "config.json"), config.as_dict()
+    written, now = read_json(path / "config.json"), config.as_dict()
     if "recipe" not in written:
         raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
     before = TrainConfig().as_dict() | written
-    free = MAY_DIFFER | (LENGTH if before.get("schedule") == config.schedule == "constant" else frozenset())
+    extends = before.get("schedule") == config.schedule and config.schedule in ("constant", "inverse_sqrt")
+    free = MAY_DIFFER | (LENGTH if extends else frozenset())
     for field, value in now.items():
         if field not in free and before.get(field) != value:
             raise UserError(
@@ -169,7 +170,7 @@ def require_same(path: Path, config: TrainConfig) -> None:
 
 def same_length(path: Path, config: TrainConfig) -> bool:
     """Whether the run in `path` was to be as long as `config` has it."""
-    before, now = _read_json(path / "config.json"), config.as_dict()
+    before, now = read_json(path / "config.json"), config.as_dict()
     return all(before.get(field) == now[field] for field in LENGTH)
 
 
@@ -195,7 +196,8 @@ def last_record(path: Path, kind: str) -> dict[str, Any] | None:
     return next(reversed(records(path, kind)), None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that a run has written; UserError for another one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

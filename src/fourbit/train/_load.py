@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from fourbit.errors import UserError
 from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
-from fourbit.train._folder import RunFolder, has_run
+from fourbit.train._folder import RunFolder, has_run, read_json
 from fourbit.train._tasks import Task, make_task
 
 
@@ -32,6 +31,7 @@ def load(
     folder: Path, epoch: int | None, recipe: str | recipes.Recipe | None, data_dir: Path | None, fuse: bool | None
 ) -> Trained:
     """See `fourbit.train.load`."""
+    folder = Path(folder)
     config = _config_of(folder)
     config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)
     run = RunFolder(folder, active=False)
@@ -59,7 +59,7 @@ def load(
 def _config_of(folder: Path) -> TrainConfig:
     if not has_run(folder):
         raise UserError(f"there is no run in {folder}: name the folder of one.")
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written = read_json(folder / "config.json")
     fields = {field.name: written[field.name] for field in dataclasses.fields(TrainConfig) if field.name in written}
     for name in ("data_dir", "out"):
         if fields.get(name) is not None:

@@ -154,14 +154,14 @@ class Classification(Task):
         """Training images shuffled and augmented; every process takes each n-th image."""
         config, size = self.config, self.config.eval_batch_size
         assert size is not None
+        shared: dict[str, Any] = {"workers": config.workers, "part": slice(self.rank, None, self.world)}
         if split == "train":
-            options = {"augment": config.augment, "start": start, "workers": config.workers}
-            found = datasets.batches(self.data, split, config.batch_size, config.seed, epoch, **options)
+            shared |= {"augment": config.augment, "start": start}
+            found = datasets.batches(self.data, split, config.batch_size, config.seed, epoch, **shared)
         else:
-            found = datasets.batches(self.data, split, size, workers=config.workers)
+            found = datasets.batches(self.data, split, size, **shared)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        for batch in found:
-            x, y = (t[self.rank :: self.world] if self.world > 1 else t for t in batch)
+        for x, y in found:
             yield x.to(self.device, memory_format=layout), y.to(self.device)
 
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -340,7 +340,12 @@ class Translation(Task):
         loss = F.cross_entropy(logits.float(), y, ignore_index=datasets.PAD, label_smoothing=label_smoothing)
         hits = (logits.detach().argmax(-1) == y)[there].sum()
         count = there.sum().double()
-        return loss, torch.stack([loss.detach().double() * count, hits.double(), count])
+        counts = torch.stack([loss.detach().double() * count, hits.double(), count])
+        if self.world > 1 and model.training:  # the mean over processes is to be one over tokens
+            everywhere = count.clone()
+            torch.distributed.all_reduce(everywhere)
+            loss = loss * (count * self.world / everywhere).to(loss.dtype)
+        return loss, counts
 
     def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
         """With the translations and the references."""

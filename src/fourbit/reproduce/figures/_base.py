@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,8 @@ class Studio:
         """Save a picture; the line that shows it in Markdown."""
         from fourbit.report import DPI
 
-        figure.savefig(self.folder / f"{name}.png", dpi=DPI)
+        with _writing(self.folder):
+            figure.savefig(self.folder / f"{name}.png", dpi=DPI)
         return f"![{name}]({name}.png)"
 
 
@@ -136,15 +138,23 @@ def draw(
     folder = out / f"{name}-{scale}"
     data_dir = None if scale == "smoke" else data_dir
     studio = Studio(scale, folder, out / f"networks-{scale}", data_dir, threads, progress, tuple(seeds))
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    try:
         text = f"# {title(name)}\n\n{maker(studio)}\n"
-        (folder / f"{name}.md").write_text(text)
     except Interrupted:
         return Drawn(name, folder, "", interrupted=True)
+    with _writing(folder):
+        (folder / f"{name}.md").write_text(text)
+    return Drawn(name, folder, text)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"the figure could not be written to {folder}: {error.strerror or error}.") from error
-    return Drawn(name, folder, text)
 
 
 def title(name: str) -> str:
