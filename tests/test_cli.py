@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fourbit import formats
-from fourbit._terminal import program
 from fourbit._version import __version__
 from fourbit.cli import main
+from fourbit.cli._terminal import program
 from fourbit.train import CompareConfig, TrainConfig
 
 DIGITS = ("--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--no-tensorboard")
@@ -109,7 +109,7 @@ def test_a_wrong_setting_is_one_line_and_nothing_is_written(capsys, flags, words
     ("command", "words"),
     [
         ("tarin", 'Did you mean "train"'),
-        ("tarin", "explain. See "),
+        ("tarin", "compare. See "),
         ("compare --model digits_cnn --data digits --recipes fp32,ibm", "unknown recipe 'ibm'"),
         ("compare --recipes ,", "recipes is empty"),
         ("compare --seeds 0,x", '"0,x" is not a list of whole numbers'),
@@ -171,7 +171,7 @@ def test_compare_prints_a_table_and_skips_what_is_done(capsys):
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(capsys):
-    command = [sys.executable, "-m", "fourbit.cli", "train", *DIGITS, "--batch-size", "32", "--max-steps", "250"]
+    command = [sys.executable, "-m", "fourbit", "train", *DIGITS, "--batch-size", "32", "--max-steps", "250"]
     command += ["--epochs", "50", "--threads", "1", "--out", "a folder", "--log-every", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = Path("a folder/metrics.jsonl")
@@ -209,7 +209,7 @@ def test_the_program_is_named_as_the_shell_finds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "cli.py")])
     assert program() == "fourbit"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert program() == f"{shlex.quote(sys.executable)} -m fourbit.cli"
+    assert program() == f"{shlex.quote(sys.executable)} -m fourbit"
 
 
 @pytest.mark.parametrize("reaction", ["pass", "raise ImportError('cannot load module more than once')"])
@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read_is_one_line(capsys, monkeypatch):
 
 
 def test_the_reader_of_a_pipe_may_leave_early():
-    command = f"{shlex.quote(sys.executable)} -m fourbit.cli formats fp8_152 | head -1"
+    command = f"{shlex.quote(sys.executable)} -m fourbit formats fp8_152 | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("fp8_152")
     assert done.stderr == ""

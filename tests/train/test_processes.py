@@ -22,7 +22,10 @@ def final(out) -> dict:
 def test_two_processes_train_as_one_does(tmp_path):
     """The last test batch has one image, so the second process gets none of it."""
     started = {}
-    for name, launcher in (("one", ()), ("two", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))):
+    for name, launcher in (
+        ("one", ()),
+        ("two", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
+    ):
         command = [sys.executable, "-m", *launcher, "fourbit", "train", *OPTIONS, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

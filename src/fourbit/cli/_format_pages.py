@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from fourbit._files import problem, replace_file
-from fourbit._terminal import make_table, say, show
+from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError
 from fourbit.formats import CATALOG, Format
 

@@ -47,8 +47,8 @@ def make_table(*columns: str) -> Table:
 def program() -> str:
     """How to call fourbit again: by its name where the shell finds it, else as it was called."""
     called, found = Path(sys.argv[0]), shutil.which("fourbit")
-    if called.name != "fourbit":  # python -m fourbit.cli
-        return "fourbit" if found else f"{shlex.quote(sys.executable)} -m fourbit.cli"
+    if called.name != "fourbit":  # python -m fourbit
+        return "fourbit" if found else f"{shlex.quote(sys.executable)} -m fourbit"
     return "fourbit" if found and os.path.realpath(found) == os.path.realpath(called) else shlex.quote(str(called))
 
 

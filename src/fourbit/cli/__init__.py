@@ -1,0 +1,71 @@
+"""The command line: `fourbit train`, `compare`, `report`, and commands that show what there is to choose from.
+
+Each command is a thin wrapper around the library, in the module of its group. Whatever a user can get wrong ends in one
+line on standard error and exit code 2; an interrupted run in 130. Torch is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError
+
+from fourbit.cli import _catalogues as _catalogues
+from fourbit.cli import _networks as _networks
+from fourbit.cli import _runs as _runs
+from fourbit.cli._app import EXIT_USER_ERROR, app
+from fourbit.cli._terminal import interrupted, interruptible_imports, program, say
+from fourbit.errors import UserError
+
+
+@app.command
+def doctor() -> int:
+    """Show versions and hardware, and test the quantizers against the definition of every format."""
+    from fourbit.train._doctor import examine
+
+    healthy = True
+    for line, good in examine():
+        healthy &= good
+        say(line)
+    return 0 if healthy else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors of the user are one line on standard error."""
+    with warnings.catch_warnings(), interruptible_imports():
+        warnings.showwarning = _show_warning
+        try:
+            code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except KeyboardInterrupt:
+            return interrupted()
+        except Exception as error:
+            return _failed(error, (arguments or sys.argv[1:] or [""])[0])
+
+
+def _failed(error: Exception, command: str) -> int:
+    """Say in one line what went wrong, where a user can mend it; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    text = " ".join(str(error).split())
+    if isinstance(error, CycloptsError):
+        page = f"{program()} {command} --help" if command in app else f"{program()} --help"
+        text = text.removesuffix(", ...").rstrip(". ")
+        text = f"{text}{'' if text.endswith('?') else '.'} See {page}."
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("", "fourbit"):
+        text = f"this command needs {error.name}: pip install 'fourbit[train]'"
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'a file'}: {error.strerror or error}."
+    elif not isinstance(error, UserError):
+        raise error
+    print(f"fourbit: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"fourbit: warning: {message}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""Commands that show what there is to choose from: formats, recipes, models, data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fourbit.cli._app import app
+from fourbit.cli._terminal import make_table, say, show
+from fourbit.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@app.command
+def formats(name: str | None = None, *, png: Path | None = None) -> None:
+    """List the number formats, or show one code by code.
+
+    Args:
+        name: Format to show in full: every code with its value (of wide formats: every binade), and where rounding decides.
+        png: Draw the format to this file.
+    """
+    from fourbit.cli._format_pages import list_formats, show_format
+    from fourbit.formats import get
+
+    if name is not None:
+        return show_format(get(name), png)
+    if png is not None:
+        raise UserError("--png needs the name of a format, as in: fourbit formats fp4_r4_even --png grid.png.")
+    return list_formats()
+
+
+@app.command
+def recipes(name: str | None = None) -> None:
+    """List the recipes, or show the rules of one.
+
+    Args:
+        name: Recipe to show in full.
+    """
+    from fourbit.ops import SLOTS
+    from fourbit.recipes import CATALOG
+
+    if name is None:
+        table = make_table("recipe", "what it does", "source")
+        for each in CATALOG.values():
+            table.add_row(each.name, each.summary, each.source)
+        return show(table)
+    recipe = CATALOG[name]
+    say(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source or '-'}\nthe first rule that matches a layer wins:")
+    for number, rule in enumerate(recipe.rules, 1):
+        say(f"\n{number}. {rule}{' (may match nothing)' if rule.optional else ''}")
+        if rule.spec is None:
+            say("   full precision")
+            continue
+        for slot in SLOTS:
+            value = getattr(rule.spec, slot)
+            say(f"   {slot:8} {'full precision' if value is None else value}")
+        say(f"   output   {rule.spec.output or 'float32'}")
+    return None
+
+
+@app.command
+def models() -> None:
+    """List the networks."""
+    from fourbit.models._base import MODELS
+
+    show(_documented("model", MODELS))
+
+
+@app.command
+def data() -> None:
+    """List the data sets."""
+    from fourbit.data._base import DATASETS
+
+    show(_documented("data set", DATASETS))
+
+
+def _documented(kind: str, functions: Mapping[str, object]) -> Table:
+    """Names, and the first sentence of the docstring of what is registered under them."""
+    table = make_table(kind, "description")
+    for name, function in functions.items():
+        table.add_row(name, (function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "))
+    return table

@@ -1,0 +1,171 @@
+"""Commands that train, and that look at what was trained: train, compare, report, reproduce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from cyclopts import Parameter
+
+from fourbit.cli._app import EXIT_USER_ERROR, app
+from fourbit.cli._terminal import EXIT_INTERRUPTED, make_table, program, say, show
+from fourbit.errors import UserError, unknown
+from fourbit.train import CompareConfig, TrainConfig
+from fourbit.train._config import whole_numbers, words
+
+if TYPE_CHECKING:
+    from fourbit.reproduce.catalog import TableName
+
+
+@app.command
+def train(
+    config: Annotated[TrainConfig | None, Parameter(name="*")] = None,
+    *,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Train a network with one recipe.
+
+    Everything about the run goes into the folder --out. Ctrl-C ends the run after the step in progress and prints the
+    command that continues it, bit for bit.
+
+    Args:
+        resume: Go on with the run in --out, which must have been made with the same settings.
+    """
+    from fourbit.train import train as run
+    from fourbit.train._tasks import metric_of
+
+    config = config or TrainConfig()
+    result = run(config, resume=resume)
+    if result.stopped == "interrupted":
+        say(
+            f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume', program=program())}"
+        )
+        return EXIT_INTERRUPTED
+    metric = metric_of(config)
+    value = metric.of(result.test_loss, result.test_accuracy, result.test_score)
+    found = f"test {metric.name} {'unknown' if value is None else metric.text(value)}"
+    skipped = f", {result.skipped} of them left out" if result.skipped else ""
+    say(f"{result.stopped}: {found} after {result.step} steps{skipped}, {result.seconds:.1f} s")
+    say(f"folder: {result.folder}")
+    return 0
+
+
+@app.command
+def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None) -> int:
+    """Train one network with several recipes and seeds, and print a table.
+
+    All runs start from the same weights per seed and see the same batches. Started again, the command skips the runs that
+    are finished and goes on with the others.
+    """
+    from fourbit.train import compare as run
+
+    config = config or CompareConfig()
+    comparison = run(config)
+    if comparison.interrupted:
+        say(f"stopped; the comparison goes on with:\n  {config.command(program=program())}")
+        return EXIT_INTERRUPTED
+    say(f"folder: {comparison.folder}")
+    return 0 if any(row.values for row in comparison.rows) else EXIT_USER_ERROR
+
+
+@app.command
+def report(*paths: Path, out: Path | None = None) -> None:
+    """Write a page with tables and figures about runs.
+
+    Args:
+        paths: Run folders, or folders that contain run folders.
+        out: Folder of index.html and figures/, or X.html for that page and X_figures/. None: report in the first path.
+    """
+    from fourbit.report import write_report
+
+    if not paths:
+        raise UserError("report needs at least one run folder: fourbit report runs/compare.")
+    say(str(write_report(list(paths), out)))
+
+
+@app.command
+def reproduce(
+    what: str,
+    *,
+    row: str | None = None,
+    scale: Literal["paper", "small", "smoke"] = "small",
+    seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (0,),
+    columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
+    data_dir: Path | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+    out: Path = Path("runs/reproduce"),
+) -> int:
+    """Reproduce a row of the paper's tables, with the paper's numbers beside ours, a figure, or an open question.
+
+    Started again, the command goes on where it was.
+
+    Args:
+        what: list: show everything there is. table1, table2, table3, questions: run a row of that table. Or a figure: fig1a,
+            fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
+        row: Row, as the list calls it.
+        scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
+        seeds: Seeds, separated by commas.
+        columns: Recipes, separated by commas. None: the row's columns.
+        data_dir: Folder with the files of the data set. None: the Hugging Face hub.
+        threads: CPU threads. None: torch's own choice.
+        progress: Show a progress bar, if the output is a terminal.
+        out: Folder; each row has a folder of its own in it.
+    """
+    from fourbit.reproduce import reproduce as run
+    from fourbit.reproduce import rows_of
+    from fourbit.reproduce.catalog import TABLES
+
+    if what == "list":
+        return _list_reproductions()
+    if what not in TABLES:
+        from fourbit.reproduce.figures import FIGURES, draw
+
+        if what not in FIGURES:
+            raise unknown("thing to reproduce", what, ("list", *TABLES, *FIGURES))
+        if row is not None or columns:
+            raise UserError(f"{what} is a figure and has neither rows nor columns: leave out --row and --columns.")
+        done = draw(what, scale=scale, data_dir=data_dir, out=out, threads=threads, progress=progress, seeds=seeds)
+    else:
+        if row is None:
+            raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
+        done = run(
+            cast("TableName", what),
+            row,
+            scale=scale,
+            seeds=seeds,
+            columns=columns,
+            data_dir=data_dir,
+            out=out,
+            threads=threads,
+            progress=progress,
+        )
+    if done.interrupted:
+        say("stopped; the same command goes on with it.")
+        return EXIT_INTERRUPTED
+    say(f"{done.text}\nfolder: {done.folder}")
+    return 0
+
+
+def _list_reproductions() -> int:
+    from fourbit.reproduce import rows_of
+    from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES, TITLES
+    from fourbit.reproduce.figures import FIGURES
+    from fourbit.reproduce.figures import title as figure_title
+
+    for name in TABLES[:-1]:
+        table = make_table(f"{name} --row", TITLES[name], "", *SHORT, "scales")
+        for r in rows_of(name).values():
+            numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
+            table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales))
+        show(table)
+    say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
+    table = make_table("questions --row", TITLES["questions"], "recipes")
+    for r in rows_of("questions").values():
+        table.add_row(r.name, r.title, ", ".join(r.columns))
+    show(table)
+    table = make_table("figure", "what it shows")
+    for name in FIGURES:
+        table.add_row(name, figure_title(name))
+    show(table)
+    return 0
