@@ -1,4 +1,4 @@
-"""Commands that train, and that look at what was trained: train, compare, report, reproduce."""
+"""Commands that train, and that look at what was trained: train, compare, report, fidelity, reproduce."""
 
 from __future__ import annotations
 
@@ -81,6 +81,49 @@ def report(*paths: Path, out: Path | None = None) -> None:
     if not paths:
         raise UserError("report needs at least one run folder: fourbit report runs/compare.")
     say(str(write_report(list(paths), out)))
+
+
+@app.command
+def fidelity(
+    run: Path,
+    *,
+    recipes: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (
+        "ibm2020",
+        "ibm2020-dw8",
+        "ibm2020-luq",
+    ),
+    data_dir: Path | None = None,
+    markdown: Path | None = None,
+) -> None:
+    """Show how much of the exact gradient of each weight is left in 4 bits, layer by layer.
+
+    Every recipe gets the weights of the run and the same batch. Two numbers per layer: the projection on the exact gradient (1:
+    all of it, below 1: it shrinks on the way to the input), and the cosine of the angle between both.
+
+    Args:
+        run: Folder of a run that has a checkpoint.
+        recipes: Recipes, separated by commas.
+        data_dir: Folder with the files of the data set. None: as in the run.
+        markdown: Write the table to this file as well.
+    """
+    from fourbit.train import gradient_fidelity
+
+    if not recipes:
+        raise UserError("recipes is empty: name at least one; fourbit recipes lists them.")
+    found = gradient_fidelity(run, recipes, data_dir=data_dir)
+    rows = []
+    for layer in dict.fromkeys(layer for each in found.values() for layer in each):
+        both = (each.get(layer) for each in found.values())
+        rows.append((layer, *("-" if f is None else f"{f.projection:.2f}, {f.cosine:.2f}" for f in both)))
+    table = make_table("layer", *found)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+    say("projection on the exact gradient (1: all of it), and cosine")
+    if markdown is not None:
+        lines = ["| layer | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        markdown.write_text("\n".join(lines) + "\n")
 
 
 @app.command

@@ -22,10 +22,12 @@ from fourbit.train._config import Settings as Settings
 from fourbit.train._config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from fourbit.recipes import Recipe
     from fourbit.train._compare import Comparison
+    from fourbit.train._fidelity import Fidelity
     from fourbit.train._load import Trained
     from fourbit.train._result import Result
 
@@ -76,6 +78,34 @@ def load(
     from fourbit.train._load import load as load_run
 
     return load_run(folder, epoch, recipe, data_dir, fuse)
+
+
+def gradient_fidelity(
+    folder: Path, recipes: Sequence[str], *, data_dir: Path | None = None
+) -> dict[str, dict[str, Fidelity]]:
+    """How much of each weight's exact gradient recipes leave, on the weights of a run and one batch.
+
+    For every recipe the reference is its own forward pass with gradients in full precision, so that only what it does to
+    gradients counts.
+
+        projection = <dw_q, dw> / |dw|^2        1: unbiased; below 1 the layer learns more slowly than its learning rate says
+        cosine     = <dw_q, dw> / (|dw_q| |dw|)   1: the same direction
+
+    Args:
+        folder: of a run that has a checkpoint.
+        recipes: names.
+        data_dir: folder of the data; None: as in the run.
+
+    Returns:
+        {recipe: {layer: Fidelity}}, from the input to the output as the network lists its layers; without layers whose exact
+        gradient is zero.
+
+    Raises:
+        UserError: an unknown recipe, or as `load`.
+    """
+    from fourbit.train._fidelity import fidelity
+
+    return fidelity(folder, recipes, data_dir)
 
 
 def compare(config: CompareConfig) -> Comparison:

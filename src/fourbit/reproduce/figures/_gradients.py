@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from fourbit import recipes
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, stream_key
-from fourbit.recipes import Recipe
 from fourbit.report import panels, style
 from fourbit.reproduce.figures._base import Studio, color, register, table
 from fourbit.reproduce.figures._formats import quantized
-from fourbit.reproduce.figures._probe import output_gradients, weight_gradients
+from fourbit.reproduce.figures._probe import output_gradients
+from fourbit.train import gradient_fidelity
+from fourbit.train._fidelity import exact_gradients
 
 FRACTIONS = (0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 
@@ -80,18 +79,6 @@ FIG6 = ("ibm2020", "ibm2020-bottom1x1fp8", "ibm2020-top1x1fp8", "ibm2020-1x1fp8"
 MORE = ("ibm2020-corrected", "ibm2020-m185", "ibm2020-luq")
 
 
-def exact_gradients() -> Recipe:
-    """The forward pass of `ibm2020`, FP16 layers and rounded results included, and gradients in full precision."""
-    base = recipes.get("ibm2020")
-    return replace(
-        base,
-        name="exact gradients",
-        rules=tuple(
-            replace(r, spec=None if r.spec is None else replace(r.spec, g_dgrad=None, g_wgrad=None)) for r in base.rules
-        ),
-    )
-
-
 @register("fig6")
 def fig6(studio: Studio) -> str:
     """Figure 6a: the variance of dL/dy from the output to the input, for each choice of FP8 layers.
@@ -104,24 +91,23 @@ def fig6(studio: Studio) -> str:
     cosine likewise.
     """
     folder = next(iter(studio.train("bottleneck", ["fp32"], seeds=(studio.seeds[0],)).values()))
-    exact = output_gradients(folder, studio.data_dir, exact_gradients())
-    exact_dw = weight_gradients(folder, studio.data_dir, exact_gradients())
+    exact = output_gradients(folder, studio.data_dir, exact_gradients(recipes.get("ibm2020")))
+    left = gradient_fidelity(folder, (*FIG6, *MORE), data_dir=studio.data_dir)
     rows, curves = [], {}
     for recipe in (*FIG6, *MORE):
         found = output_gradients(folder, studio.data_dir, recipe)
         ratios = np.array([float(found[n].double().var() / exact[n].double().var()) for n in exact])
         curves[recipe] = ratios
-        dw = weight_gradients(folder, studio.data_dir, recipe)
-        names = [n for n in dw if n in exact_dw][: max(1, len(exact_dw) // 3)]
-        projection = np.mean([float(dw[n] @ exact_dw[n] / (exact_dw[n] @ exact_dw[n])) for n in names])
-        cosine = np.mean([float(torch.nn.functional.cosine_similarity(dw[n], exact_dw[n], dim=0)) for n in names])
+        layers = list(left[recipe].values())
+        first = layers[: max(1, len(layers) // 3)]
+        projection, cosine = np.mean([f.projection for f in first]), np.mean([f.cosine for f in first])
         rows.append((f"`{recipe}`", f"{1 / ratios[0]:.1f}", f"{projection:.2f}", f"{cosine:.2f}"))
     with style():
         figure, axes = panels(2, "Variance of dL/dy, relative to exact gradients", columns=2, height=3.8)
-        for axis, recipes, name in zip(
+        for axis, names, name in zip(
             axes, (FIG6, ("ibm2020", *MORE)), ("FP8 in some layers", "all in 4 bits"), strict=True
         ):
-            for recipe in recipes:
+            for recipe in names:
                 axis.plot(curves[recipe], label=recipe)
             axis.axhline(1, color="#333333", linewidth=0.8)
             axis.set_yscale("log", base=2)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourbit.nn import Conv2d, Linear
 from fourbit.recipes import Recipe
 from fourbit.train import load
 
@@ -64,18 +63,3 @@ def output_gradients(
     found.clear()
     trained.task.loss(model, batch)[0].backward()
     return {name: found[name] for name in convolutions(model)}
-
-
-def weight_gradients(folder: Path, data_dir: Path | None, recipe: str | Recipe) -> dict[str, Tensor]:
-    """dL/dW of every quantized layer under a recipe, with the float weights of a run."""
-    trained = load(folder, recipe=recipe, data_dir=data_dir)
-    batch = one_batch(trained.task)
-    trained.task.loss(trained.model, batch)[0].backward()
-    for parameter in trained.model.parameters():
-        parameter.grad = None
-    trained.task.loss(trained.model, batch)[0].backward()
-    return {
-        name: m.weight.grad.detach().double().flatten()
-        for name, m in trained.model.named_modules()
-        if isinstance(m, (Conv2d, Linear)) and m.weight.grad is not None
-    }

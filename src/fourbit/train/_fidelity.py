@@ -1,0 +1,69 @@
+"""How much of the exact gradient of each weight is left under a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourbit import recipes
+from fourbit.train._load import load
+
+
+class Fidelity(NamedTuple):
+    """See `fourbit.train.gradient_fidelity`."""
+
+    projection: float
+    cosine: float
+
+
+def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The forward pass of a recipe, and gradients in full precision."""
+    rules = tuple(
+        replace(rule, spec=None if rule.spec is None else replace(rule.spec, g_dgrad=None, g_wgrad=None))
+        for rule in recipe.rules
+    )
+    return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules)
+
+
+def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None) -> dict[str, Tensor]:
+    """dL/dW of every matrix and kernel, float64, flat: of one training batch that no epoch of the run has seen, under a recipe
+    with the float weights of the run. A pass before it sets clip values and exponents."""
+    trained = load(folder, None, recipe, data_dir, None)
+    model, task = trained.model, trained.task
+    batch = next(iter(task.batches("train", epoch=10_000)))
+    for _ in range(2):
+        torch.manual_seed(trained.config.seed)  # dropout
+        for parameter in model.parameters():
+            parameter.grad = None
+        task.loss(model, batch)[0].backward()
+    return {
+        name.removesuffix(".weight"): parameter.grad.detach().double().flatten()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.dim() > 1
+    }
+
+
+def fidelity(folder: Path, names: Sequence[str], data_dir: Path | None) -> dict[str, dict[str, Fidelity]]:
+    """See `fourbit.train.gradient_fidelity`."""
+    found: dict[str, dict[str, Fidelity]] = {}
+    known: dict[recipes.Recipe, dict[str, Tensor]] = {}
+    for name in names:
+        recipe = recipes.get(name)
+        reference = exact_gradients(recipe)
+        same_forward = replace(reference, name="", summary="", source="")
+        if same_forward not in known:
+            known[same_forward] = weight_gradients(folder, reference, data_dir)
+        rounded = weight_gradients(folder, recipe, data_dir)
+        found[name] = {}
+        for layer, exact in known[same_forward].items():
+            dw = rounded[layer]
+            square, product = float(exact @ exact), float(dw @ exact)
+            if square:
+                length = float(dw.norm()) * square**0.5
+                found[name][layer] = Fidelity(product / square, product / length if length else 0.0)
+    return found
