@@ -17,8 +17,7 @@ from fourbit.reproduce.figures import FIGURES, draw
 from fourbit.reproduce.figures._base import Studio
 from fourbit.reproduce.figures._bias import calibration_error, predictions
 from fourbit.reproduce.figures._formats import MULTIPLIERS, _lognormal, quantized
-from fourbit.reproduce.figures._gradients import exact_gradients
-from fourbit.reproduce.figures._probe import one_batch, output_gradients, sample, weight_gradients
+from fourbit.reproduce.figures._probe import one_batch, output_gradients, sample
 from fourbit.reproduce.figures._statistics import batch_means
 from fourbit.train import load
 
@@ -88,13 +87,6 @@ def test_output_gradients_are_those_of_autograd(run):
     assert torch.allclose(found, exact, rtol=1e-4, atol=1e-8)
 
 
-def test_what_a_recipe_does_to_gradients_shows(run):
-    exact, rounded = (weight_gradients(run, None, recipe) for recipe in ("int4-fwd", "ibm2020"))
-    shared = [name for name in rounded if name in exact]
-    ratios = [float(rounded[n] @ exact[n] / (exact[n] @ exact[n])) for n in shared]
-    assert len(shared) >= 3 and min(ratios) < 0.9
-
-
 def test_batch_means_are_those_of_the_inputs_of_each_norm(run):
     found = batch_means(run, None)
     trained = load(run, fuse=False)
@@ -157,15 +149,6 @@ def test_the_ends_of_the_line_between_two_checkpoints_are_the_checkpoints(out, r
         trained = load(run, epoch=epoch, fuse=False)
         sums = sum(trained.task.loss(trained.model.eval(), b)[1] for b in trained.task.batches("test"))
         assert found == pytest.approx(float(sums[0] / sums[2]), abs=6e-4)  # type: ignore[index]
-
-
-def test_exact_gradients_are_exact_under_the_forward_pass_of_the_recipe(run):
-    """The reference of fig6 against itself with 8-bit gradients: nearly the same, and both with the same FP16 layers."""
-    recipe = exact_gradients()
-    assert [r.spec.output for r in recipe.rules if r.spec] == [formats.FP16_169] * 3
-    reference = weight_gradients(run, None, recipe)
-    again = weight_gradients(run, None, recipe)
-    assert all(torch.equal(reference[n], again[n]) for n in reference)
 
 
 def test_samples_are_spread_over_all_columns():
