@@ -104,15 +104,15 @@ def test_clip_keeps_to_its_codes_packed_codes_and_mask(isa, n):
 
 @every_isa
 @every_size
-@pytest.mark.parametrize("stochastic", [0, 1])
-def test_log_round_keeps_to_its_outputs(isa, n, stochastic):
+@pytest.mark.parametrize("rule", [0, 1, 2])
+def test_log_round_keeps_to_its_outputs(isa, n, rule):
     grids = [log_grid(formats.FP4_R4_EVEN), log_grid(formats.FP4_R4_ODD)]
     for x in sources(n):
         for num in (1, 2):
 
             def call(memory, x=x, num=num):
                 arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=n, inv_scale=1.0, num=num)
-                arguments.stochastic = stochastic
+                arguments.rule = rule
                 for i in range(num):
                     arguments.grid[i], arguments.out[i], arguments.key[i] = grids[i], memory.output(2 * n), 5 + i
                 return library().log_round(ctypes.byref(arguments))

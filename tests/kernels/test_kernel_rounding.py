@@ -76,6 +76,8 @@ OPERANDS = {
     "radix 4": (QuantSpec("fp4_r4_even", GradScale()), torch.tensor(3)),
     "LUQ": (QuantSpec("fp4_r2", Amax(), rounding=Rounding.STOCHASTIC), None),
     "radix 4, stochastic": (QuantSpec("fp4_r4_odd", Amax(), rounding=Rounding.STOCHASTIC), None),
+    "radix 2, stochastic underflow": (QuantSpec("fp4_r2_139", Amax(), rounding=Rounding.UNDERFLOW), None),
+    "E2M1, stochastic underflow": (QuantSpec("fp4_e2m1", Amax(), rounding=Rounding.UNDERFLOW), None),
     "FP8": (QuantSpec("fp8_152", GradScale()), torch.tensor(-2)),
     "E2M1": (QuantSpec("fp4_e2m1", Amax()), None),
     "FP16 1-6-9": (QuantSpec("fp16_169"), None),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fourbit import formats
 from fourbit.errors import UserError
-from fourbit.quantizers import Rounding, round_to_format
+from fourbit.formats import get
+from fourbit.quantizers import Rounding, random_words, round_to_format
 
 ALL = [formats.get(name) for name in formats.names()]
 EXTRA = [
@@ -84,6 +85,26 @@ def test_stochastic_rounding_is_unbiased_below_the_smallest_number_too():
         for x in (format.smallest / 8, -format.smallest * 0.375):
             y = round_to_format(torch.full((n,), x), format, Rounding.STOCHASTIC, words)
             assert float(y.double().mean()) == pytest.approx(x, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp4_r2_139", "fp4_r4_even", "fp4_e2m1", "int4_sym", "fp8_152"])
+def test_underflow_draws_below_the_smallest_number_and_nowhere_else(name):
+    format = get(name)
+    x = torch.cat((torch.linspace(-1.2, 1.2, 4001) * format.smallest, torch.linspace(-1.2, 1.2, 4001) * format.max))
+    words = random_words(7, x.shape)
+    found = round_to_format(x, format, Rounding.UNDERFLOW, words)
+    small = x.abs() < format.smallest
+    assert torch.equal(found[small], round_to_format(x, format, Rounding.STOCHASTIC, words)[small])
+    assert torch.equal(found[~small], round_to_format(x, format)[~small])
+    assert 1500 < int(small.sum()) < 5000
+
+
+def test_the_two_decision_points_of_radix_2_move_the_mean_of_log_uniform_numbers():
+    """Within one octave, for numbers of density 1/x: E[q] = ln t + 2 (ln 2 - ln t) where E[x] = 1, deciding at t."""
+    x = 2.0 ** torch.linspace(0, 6, 600_001)[:-1]
+    kept = {name: float(round_to_format(x, get(name)).sum() / x.sum()) for name in ("fp4_r2", "fp4_r2_139")}
+    assert kept["fp4_r2"] == pytest.approx(2 * math.log(2) - math.log(1.5), abs=5e-3)
+    assert kept["fp4_r2_139"] == pytest.approx(2 * math.log(2) - math.log(23 / 16), abs=5e-3)
 
 
 def test_stochastic_rounding_needs_words_of_the_same_shape():

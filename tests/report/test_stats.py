@@ -11,7 +11,7 @@ from fourbit.report import markdown_table, summarize
 from fourbit.report._metric import sign
 from fourbit.report._read import load_run
 from fourbit.report._stats import RecipeSummary, across, mean_std, smooth
-from fourbit.train import _tasks
+from fourbit.train.tasks import Metric, _metric
 
 
 def test_mean_and_deviation_are_those_of_a_sample():
@@ -105,7 +105,7 @@ def test_a_run_without_an_evaluation_waits_in_the_group_of_its_seed_mates(make_r
 
 
 def test_lower_is_better_where_the_trainer_says_so():
-    kinds = [m for m in vars(_tasks).values() if isinstance(m, _tasks.Metric)]
+    kinds = [m for m in vars(_metric).values() if isinstance(m, Metric)]
     assert len(kinds) == 4
     assert {m.title: sign(m.title) for m in kinds} == {m.title: 1 if m.higher_is_better else -1 for m in kinds}
 

@@ -11,8 +11,8 @@ import torch
 
 from fourbit.errors import UserError
 from fourbit.train import CompareConfig, TrainConfig, compare, train
-from fourbit.train._tasks import make_task
 from fourbit.train._validate import validated
+from fourbit.train.tasks import make_task
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def train(
         resume: Go on with the run in --out, which must have been made with the same settings.
     """
     from fourbit.train import train as run
-    from fourbit.train._tasks import metric_of
+    from fourbit.train.tasks import metric_of
 
     config = config or TrainConfig()
     result = run(config, resume=resume)

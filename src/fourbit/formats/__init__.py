@@ -18,6 +18,7 @@ from fourbit.formats.catalog import FP4_121 as FP4_121
 from fourbit.formats.catalog import FP4_E2M1 as FP4_E2M1
 from fourbit.formats.catalog import FP4_R2 as FP4_R2
 from fourbit.formats.catalog import FP4_R2_5 as FP4_R2_5
+from fourbit.formats.catalog import FP4_R2_139 as FP4_R2_139
 from fourbit.formats.catalog import FP4_R4_EVEN as FP4_R4_EVEN
 from fourbit.formats.catalog import FP4_R4_EVEN_185 as FP4_R4_EVEN_185
 from fourbit.formats.catalog import FP4_R4_ODD as FP4_R4_ODD

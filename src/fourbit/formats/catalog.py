@@ -89,6 +89,16 @@ FP4_R4_ODD_185 = _add(
     )
 )
 FP4_R2 = _add(_logarithmic("fp4_r2", 2, 1, "radix-2 [1,3,0]: 0, +-{2^0 .. 2^6}; also LUQ's format", _PAPER))
+FP4_R2_139 = _add(
+    _logarithmic(
+        "fp4_r2_139",
+        2,
+        1,
+        "the same, deciding at 23/16 of each number, not 3/2: gradients keep their magnitude over many layers",
+        "variation on " + _PAPER,
+        multiplier=Fraction(32, 23),
+    )
+)
 FP4_R8 = _add(_logarithmic("fp4_r8", 8, 5, "radix-8 [1,3,0]: 0, +-{8^-4 .. 8^2}", "variation on " + _PAPER))
 FP4_R16 = _add(
     _logarithmic("fp4_r16", 16, 6, "radix-16 [1,3,0]: 0, +-{2^-20 .. 2^4}, times 4", "variation on " + _PAPER, 2)

@@ -5,6 +5,8 @@ A rounding rule chooses between the two grid neighbours of a number, so every ru
     NEAREST      the format's decision points and tie rule (ties to the even code; 4^n/1.6 for radix-4 FP4)
     STOCHASTIC   up with probability (x - low) / (high - low), decided by a random word that the caller supplies
     TRUNCATE     the neighbour towards zero
+    UNDERFLOW    STOCHASTIC below the smallest magnitude, where NEAREST would lose numbers for good, and NEAREST above it, where
+                 that has a third of the error
 
 The arithmetic is chosen by the structure of the grid, never by a format's name: integers are rounded by `round`, powers
 of a radix by their exponent bits, binary floats by scaling to an integer, and any other grid by a search in a table.
@@ -36,6 +38,12 @@ class Rounding(Enum):
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
     TRUNCATE = "truncate"
+    UNDERFLOW = "underflow"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs random words."""
+        return self in (Rounding.STOCHASTIC, Rounding.UNDERFLOW)
 
 
 def round_to_format(
@@ -45,7 +53,7 @@ def round_to_format(
 
     Args:
         x: any shape; computed in float32.
-        words: int32, one per element, for STOCHASTIC: `u = (word >> 8) mod 2^24` rounds up where
+        words: int32, one per element, for STOCHASTIC and UNDERFLOW: `u = (word >> 8) mod 2^24` rounds up where
             u < 2^24 (x - low) / (high - low).
 
     Returns:
@@ -53,7 +61,7 @@ def round_to_format(
         magnitude (or infinity for NEAREST in a format whose `overflow` says so).
 
     Raises:
-        UserError: STOCHASTIC without words, or words of another shape.
+        UserError: a rule that draws without words, or words of another shape.
 
     >>> from fourbit.formats import FP4_R4_EVEN
     >>> round_to_format(torch.tensor([0.3, 2.5, 100.0]), FP4_R4_EVEN)
@@ -71,7 +79,10 @@ def round_to_format(
         raise UserError("stochastic rounding needs one random word per element: pass words of the shape of x")
     u = ((words >> 8) & 0xFFFFFF).to(torch.float32)
     threshold = (x.clamp(format.min, format.max) - low).div_(high - low).mul_(2.0**WORD_BITS)  # 0/0: low == high
-    return torch.where(x.isnan(), x, torch.where(u < threshold, high, low)).add_(0.0)
+    y = torch.where(u < threshold, high, low)
+    if rounding is Rounding.UNDERFLOW:
+        y = torch.where(x.abs() < format.smallest, y, nearest_number(x, format))
+    return torch.where(x.isnan(), x, y).add_(0.0)
 
 
 def nearest_number(x: Tensor, format: Format) -> Tensor:

@@ -64,7 +64,7 @@ class QuantSpec:
             raise UserError(f"restore must be '', 'magnitude' or 'sum', not {self.restore!r}")
         if self.granularity not in ("tensor", "channel"):
             raise UserError(f"granularity must be 'tensor' or 'channel', not {self.granularity!r}")
-        if self.samples < 1 or (self.samples > 1 and self.rounding is not Rounding.STOCHASTIC):
+        if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
         if self.scaling.stored_kind == "alpha" and self.granularity != "tensor":
             raise UserError("PACT has one clip value per layer: use granularity='tensor'")
@@ -72,7 +72,7 @@ class QuantSpec:
     @property
     def stochastic(self) -> bool:
         """Whether it needs random words."""
-        return self.rounding is Rounding.STOCHASTIC
+        return self.rounding.draws
 
     def __str__(self) -> str:
         parts = [self.format.name, str(self.scaling)]

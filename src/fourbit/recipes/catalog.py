@@ -247,6 +247,15 @@ LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed
 IBM2020_LUQ = _ibm("ibm2020-luq", "ibm2020 with LUQ's gradients: all else equal, to compare the two", _luq(around=TPR))
 
 
+FOURBIT_GRADIENT = QuantSpec(f.FP4_R2_139, Amax(), rounding=Rounding.UNDERFLOW)
+FOURBIT = _ibm(
+    "fourbit",
+    "INT4 forward as ibm2020; radix-2 FP4 gradients, stochastic where they underflow, else to the nearest without bias",
+    replace(TPR, g_dgrad=FOURBIT_GRADIENT, g_wgrad=REUSE),
+    source="this project, from parts of the two papers above",
+)
+
+
 def get(recipe: str) -> Recipe:
     """The recipe of that name.
 

@@ -32,6 +32,8 @@ ROUNDING = {
     "in the grey area become zero.",
     "stochastic": "Rounding is stochastic: an element between two numbers becomes one of them at random, the nearer the "
     "likelier, so that the mean is kept; below the smallest number it becomes that or zero in the same way.",
+    "underflow": "Rounding is to the nearest number: a dotted line is where it changes from one to the next. Below the "
+    "smallest number an element becomes that or zero at random, the nearer the likelier, so that the mean is kept.",
     "truncate": "Rounding is towards zero, and elements in the grey area become zero.",
 }
 LINES_AT_MOST = 24  # an 8-bit grid has over a hundred values: drawn, they would be a wall

@@ -347,6 +347,7 @@ _question(
     "ibm2020-stochastic",
     "ibm2020-luq",
     "luq",
+    "fourbit",
 )
 
 

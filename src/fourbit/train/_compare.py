@@ -21,8 +21,8 @@ from fourbit.train._folder import RunFolder, has_run, last_record, records, requ
 from fourbit.train._result import Result
 from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
-from fourbit.train._tasks import Metric, metric_of
 from fourbit.train._validate import validated_comparison
+from fourbit.train.tasks import Metric, metric_of
 
 REFERENCE = "fp32"
 

@@ -15,7 +15,7 @@ from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
 from fourbit.train._folder import RunFolder, has_run, read_json
-from fourbit.train._tasks import Task, make_task
+from fourbit.train.tasks import Task, make_task
 
 
 @dataclass(frozen=True)

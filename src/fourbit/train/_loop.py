@@ -29,7 +29,7 @@ from fourbit.train._schedule import learning_rate
 from fourbit.train._session import Session
 from fourbit.train._signals import StopRequest
 from fourbit.train._state import LoopState, Tally, optimizer_tensors, rng_tensors
-from fourbit.train._tasks import Batch
+from fourbit.train.tasks import Batch
 
 
 class Loop:

@@ -17,8 +17,8 @@ from fourbit.train._folder import RunFolder
 from fourbit.train._observe import histogram_lines, layer_lines, scales
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
-from fourbit.train._tasks import metric_of
 from fourbit.train._tensorboard import Board
+from fourbit.train.tasks import metric_of
 
 
 class Recorder:

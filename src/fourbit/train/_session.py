@@ -23,7 +23,7 @@ from fourbit.errors import UserError
 from fourbit.recipes import LossScaler
 from fourbit.train._config import TrainConfig
 from fourbit.train._environment import prepare_process
-from fourbit.train._tasks import Batch, Task, make_task
+from fourbit.train.tasks import Batch, Task, make_task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourbit.train._folder import finite, replace_file
-from fourbit.train._tasks import Metric
+from fourbit.train.tasks import Metric
 
 if TYPE_CHECKING:
     from fourbit.train._compare import Comparison, Row

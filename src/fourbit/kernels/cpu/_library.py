@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 6
+ABI = 7
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -54,7 +54,7 @@ LogRound = _structure(
     grid=LogGrid * 2,
     out=c_void_p * 2,
     key=c_uint64 * 2,
-    stochastic=c_int32,
+    rule=c_int32,
 )
 FloatRound = _structure("FloatRound", **_tensor, inv_scale=c_float, grid=FloatGrid, out=c_void_p, out_dtype=c_int32)
 TableRound = _structure(

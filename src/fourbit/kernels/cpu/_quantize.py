@@ -41,6 +41,8 @@ from fourbit.quantizers import (
 
 RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
 """Clip ranges as the library numbers them."""
+RULE_OF = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.UNDERFLOW: 2}
+"""Rounding rules likewise."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,6 +140,8 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
         return None
     if log_grid(request.format) is not None and carrier is torch.bfloat16:
         return _log(request.x, (request,), scale)[0]
+    if request.spec.rounding is Rounding.UNDERFLOW:
+        return None
     parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
     if parameters is not None:
         return _float(request, scale, parameters)
@@ -190,14 +194,14 @@ def _pointer(t: Tensor | None) -> int | None:
 def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
     grids = [log_grid(r.format) for r in requests]
-    stochastic = requests[0].spec.stochastic
+    rounding = requests[0].spec.rounding
     outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
     arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=x.numel(), inv_scale=_inverse(scale))
-    arguments.num, arguments.stochastic = len(requests), int(stochastic)
+    arguments.num, arguments.rule = len(requests), RULE_OF[rounding]
     for i, (grid, out, request) in enumerate(zip(grids, outputs, requests, strict=True)):
         arguments.grid[i] = grid
         arguments.out[i] = out.data_ptr()
-        arguments.key[i] = stream_key(request.key, 0) if stochastic and request.key is not None else 0
+        arguments.key[i] = stream_key(request.key, 0) if rounding.draws and request.key is not None else 0
     amax = kernels().log_round(ctypes.byref(arguments))
     return tuple(Rounded(out, amax) for out in outputs)
 

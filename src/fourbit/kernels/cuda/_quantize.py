@@ -47,7 +47,7 @@ def _takes(request: Request, scale: Tensor) -> bool:
         and scale.dtype == torch.float32
         and scale.device == x.device
         and spec.samples == 1
-        and spec.rounding is not Rounding.TRUNCATE
+        and spec.rounding in (Rounding.NEAREST, Rounding.STOCHASTIC)
         and (request.key is not None or not spec.stochastic)
         and parameters(request.format, spec.stochastic) is not None
         and kernels() is not None

@@ -61,7 +61,7 @@ struct LogRound {
   LogGrid grid[2];
   uint16_t* out[2];   // bfloat16
   uint64_t key[2];    // of the random words
-  int32_t stochastic;
+  int32_t rule;       // 0: nearest; 1: stochastic; 2: stochastic below the smallest magnitude, nearest above
 };
 
 struct FloatRound {

@@ -54,7 +54,7 @@ FOURBIT_BLOCK void log_block(const LogRound& r, const T* x, int64_t begin, int r
   for (int k = 0; k < r.num; ++k) {
     const LogGrid g = r.grid[k];
     uint16_t* out = r.out[k] + begin;
-    if (!r.stochastic) {
+    if (r.rule == 0) {
       for (int i = 0; i < count; ++i)
         out[i] = static_cast<uint16_t>((log_nearest(bits[i], g) >> 16) | ((bits[i] >> 16) & 0x8000));
       continue;
@@ -76,7 +76,9 @@ FOURBIT_BLOCK void log_block(const LogRound& r, const T* x, int64_t begin, int r
       const float inside = clamp(s, -most, most);
       const float threshold = (inside - low) / (high - low) * 16777216.0f;
       const float q = u[i] < threshold ? high : low;
-      out[i] = static_cast<uint16_t>(static_cast<uint32_t>(as_bits(q)) >> 16);
+      const int32_t nearest = log_nearest(bits[i], g) | (bits[i] & static_cast<int32_t>(0x80000000));
+      const int32_t chosen = r.rule == 2 && magnitude >= g.smallest ? nearest : as_bits(q);
+      out[i] = static_cast<uint16_t>(static_cast<uint32_t>(chosen) >> 16);
     }
   }
 }

@@ -1,0 +1,75 @@
+"""The next token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourbit import data as datasets
+from fourbit import models
+from fourbit.data import TextData
+from fourbit.train._config import TrainConfig
+from fourbit.train.tasks._base import Batch, Task, counts_of
+from fourbit.train.tasks._metric import PERPLEXITY
+
+
+class LanguageModelling(Task):
+    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of the network goes from window to
+    window, but gradients do not."""
+
+    metric = PERPLEXITY
+
+    def __init__(self, config: TrainConfig, data: TextData, device: torch.device, rank: int, world: int):
+        super().__init__(config, device, rank, world)
+        self.data = data
+        self._carried: dict[str, tuple[Tensor, ...]] = {}
+
+    def build(self) -> nn.Module:
+        """With as many outputs as the vocabulary has tokens."""
+        return models.build(self.config.model, num_classes=len(self.data.vocabulary))
+
+    def num_batches(self) -> int:
+        """Windows, the last shorter one among them."""
+        return datasets.num_windows(self.data, "train", self.config.batch_size, self.config.sequence_length)
+
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Windows in the order of the text; every process takes each n-th row."""
+        config, size = self.config, self.config.batch_size if split == "train" else self.config.eval_batch_size
+        assert size is not None
+        if start == 0:
+            self._carried.pop(split, None)
+        for batch in datasets.windows(self.data, split, size, config.sequence_length, start):
+            x, y = (t[:, self.rank :: self.world] if self.world > 1 else t for t in batch)
+            yield x.to(self.device), y.to(self.device)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Over the tokens of the window."""
+        x, y = batch
+        split = "train" if model.training else "test"
+        logits, state = model(x, self._carried.get(split))
+        self._carried[split] = tuple(t.detach() for t in state)
+        logits, y = logits.flatten(0, 1), y.flatten()
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+        return loss, counts_of(loss, logits, y)
+
+    def check(self) -> None:
+        """There is a window of test text."""
+        size = self.config.eval_batch_size
+        assert size is not None
+        datasets.num_windows(self.data, "test", size, self.config.sequence_length)
+
+    def state_tensors(self, gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+        """The state behind the last training window, [rows of all processes, layers, units]."""
+        carried = enumerate(self._carried.get("train", ()))
+        return {f"carried.{i}": gather(t.transpose(0, 1).contiguous()) for i, t in carried}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse."""
+        found = sorted((key, t) for key, t in tensors.items() if key.startswith("carried."))
+        if found:
+            own = (t.chunk(self.world)[self.rank].transpose(0, 1).contiguous() for _, t in found)
+            self._carried["train"] = tuple(t.to(self.device) for t in own)
