@@ -139,9 +139,9 @@ def test_float_round_keeps_to_its_output(isa, n):
 
 @every_isa
 @every_size
-@pytest.mark.parametrize("stochastic", [0, 1])
+@pytest.mark.parametrize("rule", [0, 1, 2])
 @pytest.mark.parametrize("format", [formats.FP4_R2, formats.FP8_152], ids=str)  # counting edges, searching among them
-def test_table_round_keeps_to_its_output(isa, n, stochastic, format):
+def test_table_round_keeps_to_its_output(isa, n, rule, format):
     boundaries, levels = (input(t) for t in _table(format))
     for x in sources(n):
         for dtype in (torch.int8, torch.float32, torch.bfloat16):
@@ -153,7 +153,8 @@ def test_table_round_keeps_to_its_output(isa, n, stochastic, format):
                 arguments.boundaries, arguments.levels = boundaries.data_ptr(), levels.data_ptr()
                 arguments.num_levels, arguments.overflow = len(levels), math.nan
                 arguments.out, arguments.out_dtype = memory.output(dtype.itemsize * n), c.CODES[dtype]
-                arguments.key, arguments.stochastic = 5, stochastic
+                arguments.key, arguments.rule = 5, rule
+                arguments.zero, arguments.smallest = format.grid.index(0.0), format.smallest
                 return library().table_round(ctypes.byref(arguments))
 
             outputs, found = check(isa, call)

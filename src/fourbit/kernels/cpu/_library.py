@@ -68,7 +68,9 @@ TableRound = _structure(
     out=c_void_p,
     out_dtype=c_int32,
     key=c_uint64,
-    stochastic=c_int32,
+    rule=c_int32,
+    zero=c_int32,
+    smallest=c_float,
 )
 Unpack = _structure("Unpack", packed=c_void_p, n=c_int64, is_signed=c_int32, out=c_void_p, out_dtype=c_int32)
 Epilogue = _structure(

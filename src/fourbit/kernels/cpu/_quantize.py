@@ -140,8 +140,6 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
         return None
     if log_grid(request.format) is not None and carrier is torch.bfloat16:
         return _log(request.x, (request,), scale)[0]
-    if request.spec.rounding is Rounding.UNDERFLOW:
-        return None
     parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
     if parameters is not None:
         return _float(request, scale, parameters)
@@ -215,9 +213,12 @@ def _float(request: Request, scale: Tensor, parameters: Any) -> Rounded:
     return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
 
-def _by_table(request: Request, scale: Tensor) -> Rounded:
+def _by_table(request: Request, scale: Tensor) -> Rounded | None:
     x, format = readable(request.x), request.format
     boundaries, levels = _table(format)  # type: ignore[misc]
+    rounding = request.spec.rounding
+    if rounding is Rounding.UNDERFLOW and 0.0 not in format.grid:
+        return None
     out = torch.empty_like(x, dtype=carrier_dtype(format))
     arguments: Any = c.TableRound(
         x.data_ptr(),
@@ -230,9 +231,11 @@ def _by_table(request: Request, scale: Tensor) -> Rounded:
         _overflow(format),
         out.data_ptr(),
         c.CODES[out.dtype],
-        stream_key(request.key, 0) if request.spec.stochastic and request.key is not None else 0,
-        int(request.spec.stochastic),
+        stream_key(request.key, 0) if rounding.draws and request.key is not None else 0,
+        RULE_OF[rounding],
     )
+    if rounding is Rounding.UNDERFLOW:
+        arguments.zero, arguments.smallest = format.grid.index(0.0), format.smallest
     return Rounded(out, kernels().table_round(ctypes.byref(arguments)))
 
 

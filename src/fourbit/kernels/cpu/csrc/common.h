@@ -86,7 +86,9 @@ struct TableRound {
   void* out;
   int32_t out_dtype;
   uint64_t key;
-  int32_t stochastic;
+  int32_t rule;             // as in LogRound
+  int32_t zero;             // for rule 2: levels[zero] is 0, and `smallest` the smallest magnitude
+  float smallest;
 };
 
 struct Unpack {

@@ -153,11 +153,12 @@ float table_typed(const TableRound* r) {
         s[j] = v * r.inv_scale;
         index[j] = 0;
       }
-      const float* edges = r.stochastic ? levels + 1 : r.boundaries;
+      const bool draws = r.rule == 1;
+      const float* edges = draws ? levels + 1 : r.boundaries;
       if (last <= 32) {  // count the edges below: vectorises over the elements
         for (int k = 0; k < last; ++k) {
           const float edge = edges[k];
-          if (r.stochastic)
+          if (draws)
             for (int j = 0; j < count; ++j) index[j] += s[j] >= edge;
           else
             for (int j = 0; j < count; ++j) index[j] += s[j] > edge;
@@ -167,13 +168,13 @@ float table_typed(const TableRound* r) {
           int low = 0, high = last;
           while (low < high) {
             const int middle = (low + high) / 2;
-            if (r.stochastic ? s[j] >= edges[middle] : s[j] > edges[middle]) low = middle + 1;
+            if (draws ? s[j] >= edges[middle] : s[j] > edges[middle]) low = middle + 1;
             else high = middle;
           }
           index[j] = low;
         }
       }
-      if (r.stochastic) {
+      if (draws) {
         draw(r.key, i, count, u);
         for (int j = 0; j < count; ++j) {
           const float inside = clamp(s[j], lowest, highest);
@@ -189,6 +190,16 @@ float table_typed(const TableRound* r) {
           const float size = as_float(as_bits(s[j]) & 0x7FFFFFFF);
           y = size >= r.overflow ? (s[j] < 0.0f ? -infinity : infinity) : y;
           store(out + i + j, s[j] != s[j] ? s[j] : y);
+        }
+        if (r.rule == 2) {
+          draw(r.key, i, count, u);
+          for (int j = 0; j < count; ++j) {
+            if (!(as_float(as_bits(s[j]) & 0x7FFFFFFF) < r.smallest)) continue;
+            const int at = s[j] < 0.0f ? max_of(r.zero - 1, 0) : r.zero;
+            const float low = levels[at], high = at == last || (s[j] < 0.0f && r.zero == 0) ? low : levels[at + 1];
+            const float threshold = (clamp(s[j], lowest, highest) - low) / (high - low) * 16777216.0f;
+            store(out + i + j, u[j] < threshold ? high : low);
+          }
         }
       }
     }
