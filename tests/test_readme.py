@@ -59,6 +59,8 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
         (folder / "input.txt").write_text("\n".join(sentences * 20))
         for split in ("train", "test"):
             pq.write_table(pa.table({"en": sentences, "de": sentences}), folder / f"{split}.parquet")
+    if words[0] == "fidelity":
+        assert main(["train", "--model", "digits_cnn", "--data", "digits", "--max-steps", "1", "--out", words[1]]) == 0
     if words[0] == "report":
         assert (
             main(
