@@ -82,6 +82,24 @@ def trained(lengths: list[int] | None, size: int, spec, poison: str, last_only: 
     return [t.detach().clone() for t in (*found, *rnn.buffers())]
 
 
+def test_a_transposed_weight_is_not_read_as_if_it_lay_in_order():
+    torch.manual_seed(0)
+    rnn = fb.convert(torch.nn.Sequential(torch.nn.LSTM(6, 16)), fb.Recipe("x", (fb.Rule(catalog.TPR),)))
+    weight = rnn[0].weight_hh_l0
+    x, found = torch.randn(5, 4, 6), []
+    for transposed in (False, True):
+        if transposed:
+            weight.data = weight.data.t().contiguous().t()
+        for _ in range(2):
+            y = rnn(x)[0]
+            rnn.zero_grad()
+            y.square().sum().backward()
+        found.append((y.detach(), weight.grad.clone()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+    assert rnn(torch.randn(5, 0, 6))[0].shape == (5, 0, 16)
+
+
 @pytest.mark.parametrize("spec", [catalog.TPR, catalog.IBM2020_DW8.rules[-1].spec], ids=["radix-4", "FP8 in wgrad"])
 @pytest.mark.parametrize("size", [7, 16, 40])
 @pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1]])

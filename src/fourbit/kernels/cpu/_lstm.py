@@ -55,7 +55,9 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
         return None
     if not _takes(s.gates_x, s.h, s.c, s.kept, s.cells, s.outputs) or (s.output is not None and output is None):
         return None
-    if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not multiplies_integers(w.q) or w.cache is None:
+    if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
+        return None
+    if not multiplies_integers(w.q):
         return None
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
     codes = torch.empty(num, size, dtype=carrier_dtype(request.format))
@@ -114,7 +116,9 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
         return None
     if not _takes(s.dh, s.dc, s.gates, s.cells, s.d_gates) or (s.output is not None and output is None):
         return None
-    if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not multiplies_bfloat16() or w.cache is None:
+    if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
+        return None
+    if not multiplies_bfloat16():
         return None
     if any(q is not None and (q.grid is not None or mask is None) for q, mask in zip(s.codes, s.masks, strict=True)):
         return None
