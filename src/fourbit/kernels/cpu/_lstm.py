@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.kernels.cpu import _library as lib
-from fourbit.kernels.cpu._products import multiplies_bfloat16, multiplies_integers, panels
+from fourbit.kernels.cpu._matrices import multiplies_bfloat16, multiplies_integers, panels
 from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
 from fourbit.ops import LstmBackward, LstmForward
 from fourbit.quantizers import BLOCK, Integers, Packed, Rounded, carrier_dtype, grid_of, has_integer_codes

@@ -1,0 +1,158 @@
+"""Convolutions in two dimensions: ours, oneDNN's, and 1x1 ones as products of matrices."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu._matrices import has_bfloat16, has_int8, int8, multiply
+from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
+from fourbit.ops import Convolution, Gemm, Layout, Operand, Raw
+from fourbit.quantizers import Packed, carrier_dtype
+
+
+def pointwise(g: Gemm) -> Raw | None:
+    """A 1x1 convolution as a product of matrices: channels_last makes its pixels the rows."""
+    a = Operand(_channels_last_rows(g.a.q), g.a.scale, g.a.format)
+    if g.which == "dgrad":
+        w = int8(g.b).flatten(1)
+        raw = multiply(a, w, g, lambda t: t)
+        if raw is None:
+            return None
+        n, _, h, width = g.layout.shape  # type: ignore[union-attr]
+        return raw._replace(
+            y=_image(raw.y, n, h, width), high=None if raw.high is None else _image(raw.high, n, h, width)
+        )
+    x = _channels_last_rows(int8(g.b))
+    raw = multiply(a, x, g, lambda t: t.t())
+    if raw is None:
+        return None
+    shape = g.layout.shape  # type: ignore[union-attr]
+    return raw._replace(y=raw.y.view(shape), high=None if raw.high is None else raw.high.view(shape))
+
+
+def _channels_last_rows(t: Tensor | Packed) -> Tensor:
+    assert isinstance(t, Tensor)
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+_ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+
+def convolve(g: Gemm, con: Convolution) -> Raw | None:
+    """Ours, or oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
+    if not has_int8() or g.a.format is None or carrier_dtype(g.a.format).itemsize != 1:
+        return None
+    x, w = g.a.q, g.b.q
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
+        return None
+    if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
+        return None
+    w = int8(g.b)
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], con.padding, con.dilation, w.shape[2:], con.stride, strict=True)
+    ]
+    if w.shape[1] != x.shape[1] or min(size) < 1:
+        return None  # the reference says what is wrong; oneDNN does not always
+    found = _own_forward(g, con, x, w, size)
+    if found is not None:
+        return found
+    zero = 0
+    if x.dtype == torch.int8:
+        x, zero = x.view(torch.uint8) ^ 128, 128
+    geometry = (list(con.stride), list(con.padding), list(con.dilation), con.groups)
+    packed = torch.ops.onednn.qconv_prepack(w, _ONE, 1.0, zero, *geometry, list(x.shape))
+    y = torch.ops.onednn.qconv_pointwise(
+        x, 1.0, zero, packed, _ONE, _ZERO, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return Raw(y)
+
+
+def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int]) -> Raw | None:
+    """Unsigned activations; scaled, rounded and in 16-bit codes where the taker knows them."""
+    num, in_channels, height, width = x.shape
+    out_channels, _, *kernel = w.shape
+    if x.dtype != torch.uint8 or con.dilation != (1, 1) or in_channels % 4 or out_channels % 16:
+        return None
+    if num < torch.get_num_threads():  # which share the images
+        return None
+    if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
+        return None
+    scale = 1.0 if g.scale is None else float(g.scale)
+    halves = is_half(g.output) and math.isfinite(scale)
+    y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    arguments = c.ConvFprop(
+        x.data_ptr(),
+        w.data_ptr(),
+        y.data_ptr(),
+        halves,
+        scale if halves else 1.0,
+        float_grid(g.output) if halves else c.FloatGrid(),
+        *(num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride),
+    )
+    return Raw(y, rounded=halves) if kernels().conv_fprop(ctypes.byref(arguments)) else None
+
+
+FEW_CHANNELS = 64
+"""Up to here our own wgrad is at least as fast as oneDNN's (measured on Zen 4)."""
+
+
+def convolve_backward(g: Gemm, con: Convolution) -> Raw | None:
+    """Our own convolution, with float32 results, or oneDNN's in bfloat16, which rounds its results to that."""
+    found = _own_backward(g, con)
+    if found is not None:
+        return found
+    if g.products != "fast" or not has_bfloat16() or g.a.format is None or g.layout is None:
+        return None
+    if not carrier_dtype(g.a.format).itemsize <= 2 or g.a.q.shape.numel() == 0:
+        return None
+    if isinstance(g.a.q, Tensor) and g.a.q.dtype == torch.float32:
+        return None
+    gradient, other = g.a.to(torch.bfloat16), g.b.to(torch.bfloat16)
+    like = Layout(*g.layout).empty(torch.bfloat16, gradient.device)
+    multiply = con.dgrad if g.which == "dgrad" else con.wgrad
+    return Raw(multiply(gradient, other, like), rounded=True)
+
+
+def _own_backward(g: Gemm, con: Convolution) -> Raw | None:
+    """Stride 1 and channels in sixteens: exact wherever it is asked for, and where it costs no time."""
+    if con.stride != (1, 1) or con.dilation != (1, 1) or g.layout is None or not isinstance(g.a.q, Tensor):
+        return None
+    if g.b.format is None or g.b.format.max > 127:
+        return None
+    fast = g.products == "fast" and has_bfloat16()
+    if g.a.q.dtype != torch.bfloat16 or g.a.q.numel() == 0 or (fast and g.which == "dgrad"):
+        return None
+    other = g.b.q.shape
+    x_shape, w_shape = (g.layout.shape, other) if g.which == "dgrad" else (other, g.layout.shape)
+    num, in_channels, height, width = x_shape
+    out_channels, _, *kernel = w_shape
+    if in_channels % 16 or out_channels % 16 or (fast and max(in_channels, out_channels) > FEW_CHANNELS):
+        return None
+    if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
+        return None
+    gradient = g.a.q.contiguous(memory_format=torch.channels_last)
+    operand = int8(g.b).contiguous(memory_format=torch.channels_last)
+    y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
+    out_height, out_width = gradient.shape[2:]
+    geometry = (num, height, width, in_channels, out_height, out_width, out_channels, *kernel, *con.padding)
+    if g.which == "dgrad":
+        arguments = c.ConvDgrad(
+            gradient.data_ptr(), operand.data_ptr(), y.data_ptr(), c.CODES[torch.float32], *geometry
+        )
+        done = kernels().conv_dgrad(ctypes.byref(arguments))
+    else:
+        done = kernels().conv_wgrad(
+            ctypes.byref(c.ConvWgrad(operand.data_ptr(), gradient.data_ptr(), y.data_ptr(), *geometry))
+        )
+    return Raw(y) if done else None

@@ -1,0 +1,182 @@
+"""Products of two matrices: integers exactly, gradients in bfloat16 or as two int8."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.formats import Format
+from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu._quantize import float_grid, kernels
+from fourbit.ops import Finish, Gemm, Operand, Raw
+from fourbit.quantizers import Packed
+
+
+@lru_cache(maxsize=1)
+def has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@lru_cache(maxsize=1)
+def has_int8() -> bool:
+    supported = getattr(torch.cpu, "_is_vnni_supported", getattr(torch.cpu, "_is_avx512_vnni_supported", None))
+    return supported is None or bool(supported())
+
+
+@lru_cache(maxsize=64)
+def _halves(format: Format | None) -> float | None:
+    """1 / unit if every number of the format is unit * (256 high + low) with both in int8; None otherwise."""
+    if format is None or format.bits > 8:
+        return None
+    for value in format.grid:
+        number = value / format.smallest
+        high = int(number / 256)
+        low = number - 256 * high
+        if number != int(number) or not (-128 <= high <= 127 and -128 <= low <= 127):
+            return None
+    return 1.0 / format.smallest
+
+
+def matrices(g: Gemm) -> Raw | None:
+    a, b = g.a, g.b
+    if g.which == "fprop":
+        return multiply(a, int8(b).t(), g, lambda t: t)
+    if g.which == "dgrad":
+        return multiply(a, int8(b), g, lambda t: t)
+    return multiply(a, rows_of(int8(b)), g, lambda t: t.t())
+
+
+def int8(operand: Operand) -> Tensor:
+    """int8 numbers; unsigned ones are 4-bit here, or refused."""
+    return operand.to(torch.int8)
+
+
+def rows_of(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
+    """turn(rows of a) @ right."""
+    q = a.q
+    assert isinstance(q, Tensor) or g.which == "fprop"
+    left = a.to(torch.int8) if isinstance(q, Packed) else q
+    if left.numel() == 0 or right.numel() == 0 or g.b.format.max > 127:  # type: ignore[union-attr]
+        return None
+    shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
+    rows = rows_of(left)
+    depth = rows.shape[0] if g.which == "wgrad" else rows.shape[1]
+    if left.dtype in (torch.int8, torch.uint8):
+        if not has_int8() or depth * 128 * 128 >= 2**31 or a.format.max > 127:  # type: ignore[union-attr]
+            return None
+        return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
+    if left.dtype == torch.bfloat16:
+        found = own_multiply(rows, right, g.which == "wgrad", None, g.b.cache)
+        if found is not None:
+            return Raw(found[0].view(shape))
+    unit = _halves(a.format)
+    if left.dtype == torch.bfloat16 and unit is not None and has_int8() and depth * 128 * 128 < 2**31:
+        high, low = _split(rows, unit)
+        high, low = _int_mm(turn(high), right), _int_mm(turn(low), right)
+        return Raw(low.view(shape), high.view(shape), 1.0 / unit)
+    if left.dtype == torch.bfloat16 and g.products == "fast" and has_bfloat16():
+        return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
+    return None
+
+
+def own_multiply(
+    left: Tensor, right: Tensor, turned: bool, finish: Finish | None = None, cache: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor | None] | None:
+    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped. `cache`: of the
+    right operand, whose panels are packed once."""
+    left, right = left.contiguous(), right.contiguous()
+    depth, columns = right.shape
+    num_rows = left.shape[1] if turned else left.shape[0]
+    y = left.new_empty(num_rows, columns, dtype=torch.float32)
+    arguments: Any = c.MatMul(
+        left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
+    )
+    if cache is not None:
+        arguments.panels = panels(arguments, cache).data_ptr()
+    codes = None
+    if finish is not None:
+        grid = None if finish.output is None else float_grid(finish.output)
+        arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
+        arguments.post = 1.0 if finish.late is None else float(finish.late)
+        arguments.rounds = grid is not None
+        if grid is not None:
+            arguments.grid = grid
+        if finish.mask is not None:
+            arguments.mask = finish.mask.data_ptr()
+            codes = finish.codes if isinstance(finish.codes, Packed) else None
+        if codes is not None:
+            arguments.packed, arguments.is_signed = codes.data.data_ptr(), codes.signed
+    if not kernels().multiply(ctypes.byref(arguments)):
+        return None
+    return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether the library has products of matrices on this machine."""
+    return bool(kernels().panel_count(ctypes.byref(c.MatMul(rows=1, columns=1, depth=1))))
+
+
+def multiplies_integers(w: Tensor) -> bool:
+    """Whether it multiplies small integers by this weight [N, K] exactly, in 32 bits."""
+    return multiplies_bfloat16() and w.shape[1] * 255 * 128 < 2**31
+
+
+def own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor, None] | None:
+    """A forward product of small integers with a weight that is multiplied several times: exact, finished at once."""
+    x, w = g.a.q, g.b.q
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(w, Tensor)
+        or x.device.type != "cpu"
+        or not x.numel()
+        or not w.numel()
+    ):
+        return None
+    if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or not multiplies_integers(w):
+        return None
+    if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
+        return None
+    grid = None if finish.output is None else float_grid(finish.output)
+    if finish.output is not None and grid is None:
+        return None
+    x, w = x.contiguous(), w.contiguous()
+    y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
+    sizes = x.shape[:-1].numel(), w.shape[0], w.shape[1]
+    arguments: Any = c.MatMul(x.data_ptr(), 0, w.data_ptr(), y.data_ptr(), *sizes, scale=1.0, post=1.0)
+    arguments.integers, arguments.is_unsigned = True, x.dtype == torch.uint8
+    arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
+    arguments.rounds = grid is not None
+    if grid is not None:
+        arguments.grid = grid
+    arguments.panels = panels(arguments, cache).data_ptr()
+    return (y, None) if kernels().multiply(ctypes.byref(arguments)) else None
+
+
+def panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
+    """The right operand of a product as the library multiplies it, made once."""
+    if "panels" not in cache:
+        cache["panels"] = torch.empty(kernels().panel_count(ctypes.byref(arguments)), dtype=torch.int32)
+        kernels().pack_panels(ctypes.byref(arguments), cache["panels"].data_ptr())
+    return cache["panels"]
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """torch._int_mm. It reads wrong memory where the stride of an axis of length 1 is odd (a column, transposed)."""
+    a, b = (t.reshape(-1).view(t.shape) if 1 in t.shape else t for t in (a, b))
+    return torch.ops.aten._int_mm.default(a, b)
+
+
+def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    high, low = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x, dtype=torch.int8)
+    kernels().split(ctypes.byref(c.Split(x.data_ptr(), x.numel(), unit, high.data_ptr(), low.data_ptr())))
+    return high, low
