@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fourbit import data
-from fourbit.data import SpeechData, num_utterance_batches, utterances
+from fourbit.data import SpeechData, num_batches, utterances
 from fourbit.data._speech import decode_wav, log_mel, mel_bands
 from fourbit.errors import UserError
 
@@ -87,7 +87,7 @@ def test_folders_become_normalised_utterances_and_padded_batches(tmp_path):
     assert (len(speech.train_x), len(speech.test_x), speech.num_features) == (30, 20, 40)
     for t in speech.train_x:
         torch.testing.assert_close(t.mean(0), torch.zeros(40), rtol=0, atol=5e-3)  # bands of a steady tone hardly vary
-    assert num_utterance_batches(speech, "train", 8) == 3 and num_utterance_batches(speech, "test", 8) == 3
+    assert num_batches(speech, "train", 8) == 3 and num_batches(speech, "test", 8) == 3
     seen = []
     for x, lengths, y in utterances(speech, "train", 8, seed=1):
         assert x.shape == (int(lengths.max()), 8, 40) and y.shape == (8,)
@@ -145,8 +145,8 @@ def test_folders_of_another_layout_are_named(tmp_path):
 
 def test_too_large_batches_are_named(tmp_path):
     speech = data.load("spoken_digits", write_folder(tmp_path))
-    with pytest.raises(UserError, match="batch size 31 is larger than spoken_digits's 30 utterances"):
-        num_utterance_batches(speech, "train", 31)
+    with pytest.raises(UserError, match="batch size 31 is larger than spoken_digits's 30 training utterances"):
+        num_batches(speech, "train", 31)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no spoken digits beside the repository")

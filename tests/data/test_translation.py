@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fourbit import data
-from fourbit.data import PAD, TranslationData, num_pair_batches, pairs
+from fourbit.data import PAD, TranslationData, num_batches, pairs
 from fourbit.data._translation import Sentences
 from fourbit.errors import UserError
 
@@ -52,7 +52,7 @@ def test_every_training_pair_comes_once_with_its_partner(pairs_of_text):
                 kept = side[:, column]
                 assert torch.equal(kept[kept != PAD], sentences[row])
             seen.append(row)
-    assert len(seen) == len(set(seen)) == 20 == 4 * num_pair_batches(pairs_of_text, "train", 4)
+    assert len(seen) == len(set(seen)) == 20 == 4 * num_batches(pairs_of_text, "train", 4)
     again = [rows.tolist() for _, rows, _ in pairs(pairs_of_text, "train", 4, seed=1)]
     other = [rows.tolist() for _, rows, _ in pairs(pairs_of_text, "train", 4, seed=1, epoch=1)]
     late = [rows.tolist() for _, rows, _ in pairs(pairs_of_text, "train", 4, seed=1, start=2)]
@@ -106,8 +106,8 @@ def test_bad_input_is_named_with_the_remedy(tmp_path, pairs_of_text):
     (folder / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")).to_str())
     with pytest.raises(UserError, match="does not match: its tokens 0, 1, 2 are a, b, c"):
         data.load("multi30k", folder)
-    with pytest.raises(UserError, match="batch size 24 is larger than multi30k's 23 pairs"):
-        num_pair_batches(pairs_of_text, "train", 24)
+    with pytest.raises(UserError, match="batch size 24 is larger than multi30k's 23 training pairs"):
+        num_batches(pairs_of_text, "train", 24)
     with pytest.raises(UserError, match=r"source sentence \d+ in train of multi30k has \d+ tokens, but small takes 3"):
         pairs_of_text.check_length(3, "small")
 

@@ -15,12 +15,11 @@ from fourbit.data._base import Augment as Augment
 from fourbit.data._base import ImageData as ImageData
 from fourbit.data._base import load as load
 from fourbit.data._base import names as names
+from fourbit.data._base import num_batches as num_batches
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
-from fourbit.data._batches import num_batches as num_batches
 from fourbit.data._large_images import LargeImages as LargeImages
 from fourbit.data._speech import SpeechData as SpeechData
-from fourbit.data._speech import num_utterance_batches as num_utterance_batches
 from fourbit.data._speech import utterances as utterances
 from fourbit.data._text import TextData as TextData
 from fourbit.data._text import num_windows as num_windows
@@ -28,5 +27,4 @@ from fourbit.data._text import windows as windows
 from fourbit.data._translation import BEGIN as BEGIN
 from fourbit.data._translation import PAD as PAD
 from fourbit.data._translation import TranslationData as TranslationData
-from fourbit.data._translation import num_pair_batches as num_pair_batches
 from fourbit.data._translation import pairs as pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment = Augment()
+    examples: ClassVar[str] = "images"
 
     def __post_init__(self):
         for split in SPLITS:
@@ -106,6 +107,32 @@ class ImageData:
     def image_size(self) -> int:
         """Height of an image in pixels; the images of the catalogue are square."""
         return self.train_x.shape[2]
+
+
+def num_batches(
+    data: ImageData | LargeImages | SpeechData | TranslationData,
+    split: str,
+    batch_size: int,
+    drop_last: bool | None = None,
+) -> int:
+    """Number of batches in an epoch of images, utterances or pairs of sentences.
+
+    Args:
+        drop_last: leave out a last batch of less than `batch_size` examples. None: for "train" only.
+
+    Raises:
+        UserError: a batch size below 1, or more than there are examples to train on.
+    """
+    count = len(data.split(split)[1])
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: give a number of at least 1.")
+    if split == "train" and batch_size > count:
+        raise UserError(
+            f"batch size {batch_size} is larger than {data.name}'s {count} training {data.examples}: give a smaller one."
+        )
+    if drop_last is None:
+        drop_last = split == "train"
+    return count // batch_size if drop_last else -(-count // batch_size)
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:

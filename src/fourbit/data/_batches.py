@@ -16,24 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourbit.data._base import Augment, ImageData
+from fourbit.data._base import Augment, ImageData, num_batches
 from fourbit.data._large_images import LargeImages, large_batches
 from fourbit.data._random import generator
 from fourbit.errors import UserError
-
-
-def num_batches(data: ImageData | LargeImages, split: str, batch_size: int, drop_last: bool | None = None) -> int:
-    """Number of batches that `batches` yields from the start of an epoch; same arguments and errors."""
-    num_images = len(data.split(split)[1])
-    if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}: give a number of at least 1.")
-    if split == "train" and batch_size > num_images:
-        raise UserError(
-            f"batch size {batch_size} is larger than {data.name}'s {num_images} training images: give a smaller one."
-        )
-    if drop_last is None:
-        drop_last = split == "train"
-    return num_images // batch_size if drop_last else -(-num_images // batch_size)
 
 
 def batches(

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ class LargeImages:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channels: int = 3
+    examples: ClassVar[str] = "images"
 
     def __post_init__(self):
         for split in SPLITS:

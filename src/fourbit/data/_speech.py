@@ -16,12 +16,13 @@ import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fourbit.data._base import SPLITS, check_labels
+from fourbit.data._base import SPLITS, check_labels, num_batches
 from fourbit.data._random import generator
 from fourbit.errors import UserError, unknown
 
@@ -51,6 +52,7 @@ class SpeechData:
     test_x: tuple[Tensor, ...]
     test_y: Tensor
     classes: tuple[str, ...]
+    examples: ClassVar[str] = "utterances"
 
     def __post_init__(self):
         for split in SPLITS:
@@ -77,18 +79,6 @@ class SpeechData:
         return self.train_x[0].shape[1]
 
 
-def num_utterance_batches(data: SpeechData, split: str, batch_size: int) -> int:
-    """Number of batches that `utterances` yields from the start of an epoch.
-
-    Raises:
-        UserError: more than there are utterances to train on.
-    """
-    count = len(data.split(split)[1])
-    if split == "train" and batch_size > count:
-        raise UserError(f"batch size {batch_size} is larger than {data.name}'s {count} utterances: give a smaller one.")
-    return count // batch_size if split == "train" else -(-count // batch_size)
-
-
 def utterances(
     data: SpeechData,
     split: str,
@@ -108,7 +98,7 @@ def utterances(
     order = (
         torch.randperm(len(y), generator=generator("order", seed, epoch)) if split == "train" else torch.arange(len(y))
     )
-    for k in range(start, num_utterance_batches(data, split, batch_size)):
+    for k in range(start, num_batches(data, split, batch_size)):
         picked = order[k * batch_size : (k + 1) * batch_size]
         features = [x[i] for i in picked.tolist()]
         if split == "train" and augment:

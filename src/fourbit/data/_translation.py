@@ -11,13 +11,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fourbit.data._base import SPLITS
+from fourbit.data._base import SPLITS, num_batches
 from fourbit.data._random import generator
 from fourbit.errors import UserError, unknown
 
@@ -83,6 +83,7 @@ class TranslationData:
     test: tuple[Sentences, Sentences]
     references: tuple[str, ...]
     tokenizer: Any
+    examples: ClassVar[str] = "pairs"
 
     def __post_init__(self):
         for split in SPLITS:
@@ -121,18 +122,6 @@ class TranslationData:
                     )
 
 
-def num_pair_batches(data: TranslationData, split: str, batch_size: int) -> int:
-    """Number of batches that `pairs` yields from the start of an epoch.
-
-    Raises:
-        UserError: more than there are pairs to train on.
-    """
-    count = len(data.split(split)[0])
-    if split == "train" and batch_size > count:
-        raise UserError(f"batch size {batch_size} is larger than {data.name}'s {count} pairs: give a smaller one.")
-    return count // batch_size if split == "train" else -(-count // batch_size)
-
-
 def pairs(
     data: TranslationData, split: str, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -143,7 +132,7 @@ def pairs(
     their batches mixed in a fixed order, so that the first few are not the shortest.
     """
     source, target = data.split(split)
-    count = num_pair_batches(data, split, batch_size)
+    count = num_batches(data, split, batch_size)
     length = target.lengths * 65536 + source.lengths
     if split == "test":
         found = length.argsort(stable=True).split(batch_size)

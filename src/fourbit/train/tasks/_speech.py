@@ -33,7 +33,7 @@ class SpeechRecognition(Task):
 
     def num_batches(self) -> int:
         """Whole ones only."""
-        return datasets.num_utterance_batches(self.data, "train", self.config.batch_size)
+        return datasets.num_batches(self.data, "train", self.config.batch_size)
 
     def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Training utterances shuffled; every process takes each n-th."""

@@ -37,7 +37,7 @@ class Translation(Task):
 
     def num_batches(self) -> int:
         """Whole ones only."""
-        return datasets.num_pair_batches(self.data, "train", self.config.batch_size)
+        return datasets.num_batches(self.data, "train", self.config.batch_size)
 
     def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Training pairs shuffled; every process takes each n-th."""
