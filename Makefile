@@ -12,7 +12,7 @@ KERNELS := $(wildcard src/fourbit/kernels/cpu/csrc/* src/fourbit/kernels/cpu/_bu
 $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,hardware,dev]'
 	touch $@
 
 # The main job: FP32 against three 4-bit recipes on real images, several seeds, then the report.

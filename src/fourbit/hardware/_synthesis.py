@@ -1,0 +1,201 @@
+"""Synthesis with yosys and ABC (the package `pyosys`): from a unit to gates, and from gates to cells of a library.
+
+Every unit is treated alike: sums become carry-save trees, then ABC maps them by each of `SCRIPTS`, those with a target once
+per target. What is kept are the points that no other one beats in both area and delay. Delays are `Netlist.delay`, from the
+library's tables, not ABC's own estimates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fourbit.errors import UserError
+from fourbit.hardware._liberty import Library
+from fourbit.hardware._netlist import LOAD_FF, Netlist
+from fourbit.hardware._simulate import circuit
+from fourbit.hardware._unit import UNITS, Unit
+
+UNUSED = ("sky130_fd_sc_hd__lpflow_*", "sky130_fd_sc_hd__probe*", "*__dly*", "*_dlygate*", "*decap*", "*__clkdly*")
+"""Cells that are no logic: delays, probes, isolation."""
+
+_OPTIMISE = ("strash", "ifraig", "scorr", "dc2", "fraig", "strash")
+_SIZE = ("buffer -c -N 8", "topo", "upsize -D {target}", "dnsize -D {target}")
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "small": ("strash", "dch", "amap", "topo"),
+    "flow": ("&get -n", "&st", "&dch", "&nf", "&put", *_SIZE),
+    "map": (*_OPTIMISE, "dch -f", "map -B 0.9 -D {target}", *_SIZE),
+    "rebalance": (*_OPTIMISE, "if -g -K 6 -C 8", "strash", "dch -f", "map -B 0.9 -D {target}", *_SIZE),
+}
+"""ABC's commands: the least area; area and delay between; and depth rebuilt for speed."""
+
+
+def require_yosys() -> Any:
+    """The package's module.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        from pyosys import libyosys  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise UserError(
+            "synthesis needs yosys: pip install 'fourbit[hardware]'. Reports work without it, from the stored results."
+        ) from error
+    return libyosys
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Yosys writes to the process's standard output, and ends the process at an error."""
+    saved, sink = os.dup(1), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(sink)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A unit, mapped once.
+
+    Args:
+        unit, cuts: its name and pipeline.
+        script, target: how; the target in ps.
+        area, register_area: in um^2, all and flip-flops.
+        delay: the longest way, in ps.
+    """
+
+    unit: str
+    cuts: tuple[str, ...]
+    script: str
+    target: float | None
+    area: float
+    register_area: float
+    delay: float
+
+
+class Design:
+    """A unit in yosys.
+
+    Args:
+        unit: what to build.
+        folder: for intermediate files and yosys's log.
+
+    Raises:
+        UserError: Amaranth or yosys is missing.
+    """
+
+    def __init__(self, unit: Unit, folder: Path):
+        self.unit, self.folder = unit, folder
+        self.yosys = require_yosys()
+        module, inputs, outputs = circuit(unit)
+        from amaranth.back import rtlil
+
+        self.source = folder / "unit.il"
+        self.source.write_text(rtlil.convert(module, name="top", ports=[*inputs.values(), *outputs.values()]))
+
+    def _run(self, *commands: str) -> None:
+        design = self.yosys.Design()
+        with _log_to(self.folder / "yosys.log"):
+            for command in (f"read_rtlil {self.source}", "hierarchy -top top", "proc", "flatten", *commands):
+                self.yosys.run_pass(command, design)
+
+    def gates(self) -> Netlist:
+        """In yosys's own gates, as written: nothing is optimised, so what is simulated is the circuit itself."""
+        path = self.folder / "gates.json"
+        self._run("opt_clean", "techmap", "opt_clean", f"write_json {path}")
+        return Netlist.read(path)
+
+    def map(self, library: Library, script: str = "small", target: float | None = None) -> Netlist:
+        """In cells of a library, by one of `SCRIPTS`."""
+        constraints, commands = self.folder / "abc.constr", self.folder / "abc.script"
+        constraints.write_text(f"set_load {LOAD_FF}\n")
+        commands.write_text("".join(line.format(target=target) + "\n" for line in SCRIPTS[script]))
+        path, plain = self.folder / "mapped.json", library.plain(self.folder)
+        unused = " ".join(f"-dont_use {pattern}" for pattern in UNUSED)
+        self._run(
+            *("opt_expr", "opt_clean", "wreduce", "peepopt", "opt_clean", "alumacc", "maccmap", "opt"),
+            *("techmap", "opt -fast", "opt_clean"),
+            f"dfflibmap -liberty {plain} {unused}",
+            f"abc -liberty {plain} {unused} -constr {constraints} -script {commands}",
+            *("opt_clean", f"write_json {path}"),
+        )
+        return Netlist.read(path, library)
+
+    def points(self, library: Library, targets: Sequence[float]) -> list[Point]:
+        """By every script and target; those that no other beats."""
+        found = []
+        for script, commands in SCRIPTS.items():
+            timed = any("{target}" in line for line in commands)
+            for target in targets if timed else (None,):
+                n = self.map(library, script, target)
+                point = Point(self.unit.name, self.unit.cuts, script, target, n.area, n.register_area, n.delay)
+                found.append(replace(point, area=round(n.area, 3), delay=round(n.delay, 1)))
+        return front(found)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those of which no other one is both as small and as fast, from the smallest to the fastest."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.area, p.delay)):
+        if not kept or point.delay < kept[-1].delay:
+            kept.append(point)
+    return kept
+
+
+def _points(task: tuple[str, tuple[str, ...], str, Sequence[float], str]) -> list[Point]:
+    name, cuts, liberty, targets, folder = task
+    own = Path(tempfile.mkdtemp(dir=folder))
+    (own / "unit").write_text(name)
+    return Design(replace(UNITS[name], cuts=cuts), own).points(Library(liberty), targets)
+
+
+def synthesize(
+    units: Sequence[tuple[str, tuple[str, ...]]],
+    liberty: str | Path,
+    targets: Sequence[float] = (1000.0, 3000.0, 6000.0),
+    processes: int | None = None,
+) -> list[Point]:
+    """Every unit (its name and cuts) mapped to a library; the points of each that no other one of it beats.
+
+    Args:
+        liberty: a Liberty file.
+        targets: delays to try for, in ps.
+        processes: at a time; None: one per core.
+
+    Raises:
+        UserError: an unknown unit, a damaged library or one without the cells that it takes, a missing tool, or yosys broke
+            off.
+    """
+    require_yosys()
+    library = Library(liberty)
+    library.check()
+    for name, _ in units:
+        UNITS[name]
+    with tempfile.TemporaryDirectory(prefix="fourbit-synth-") as folder:
+        tasks = [(name, cuts, str(liberty), tuple(targets), folder) for name, cuts in units]
+        try:
+            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+                return [point for points in pool.map(_points, tasks) for point in points]
+        except BrokenProcessPool as error:
+            raise UserError(f"yosys broke off: {_last_error(Path(folder))}") from error
+
+
+def _last_error(folder: Path) -> str:
+    for log in sorted(folder.glob("*/yosys.log"), key=os.path.getmtime, reverse=True):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+        if lines:
+            return f"{(log.parent / 'unit').read_text()}: {lines[-1].strip()}"
+    return "it left no message; is there enough memory?"

@@ -1,0 +1,78 @@
+"""What every unit is to simulation, synthesis and report: bits in, bits out, and the arithmetic that they stand for.
+
+A unit is a value. `build` makes its circuit (which needs Amaranth); `reference` says in exact arithmetic what the circuit
+must do; `vectors` makes inputs that reach its corners.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fourbit._registry import Registry
+
+if TYPE_CHECKING:
+    from amaranth.hdl import Module, Value
+
+    from fourbit.hardware.units._bits import Stages
+
+Bits = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Unit(ABC):
+    """One arithmetic unit.
+
+    Args:
+        name: what commands call it.
+        title: one line for tables.
+        cuts: stages behind which it has pipeline registers, of `stages`.
+    """
+
+    name: str
+    title: str = ""
+    cuts: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def macs(self) -> int:
+        """Multiplications and additions that a unit starts in each cycle; 0 where that is not what it does."""
+        return 0
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages behind which there may be registers, from the inputs to the outputs."""
+        return ()
+
+    @property
+    @abstractmethod
+    def inputs(self) -> dict[str, int]:
+        """Width of each input."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> dict[str, int]:
+        """Width of each output."""
+
+    @property
+    def late(self) -> dict[str, str]:
+        """Inputs that enter behind a stage: they come as many cycles later as there are registers before it."""
+        return {}
+
+    @abstractmethod
+    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
+        """The circuit: outputs of inputs."""
+
+    @abstractmethod
+    def reference(self, inputs: Bits) -> dict[str, int]:
+        """The outputs in exact arithmetic."""
+
+    @abstractmethod
+    def vectors(self, rng: random.Random, count: int) -> list[dict[str, int]]:
+        """Inputs, random and near corners."""
+
+
+UNITS: Registry[Unit] = Registry("unit")
+"""Every unit by name."""

@@ -1,0 +1,59 @@
+"""The units by name. A new unit is one entry here; simulation, synthesis, tables and tests follow by themselves.
+
+Formats of operands are those of `fourbit.formats`. Units whose name ends in `_fixed` add into a fixed-point register that
+holds 256 cycles of the largest products without overflow; `converter` turns such a register into FP16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fourbit.formats import (
+    BFLOAT16,
+    BINARY16,
+    E8M0,
+    FP4_E2M1,
+    FP4_R2,
+    FP4_R4_EVEN,
+    FP4_R4_ODD,
+    FP8_143,
+    FP8_152,
+    FP8_E4M3FN,
+    FP16_169,
+    INT4_SYM,
+    UINT4,
+    Format,
+)
+from fourbit.hardware._converter import Converter
+from fourbit.hardware._inner import InnerProduct
+from fourbit.hardware._unit import UNITS, Unit
+
+CYCLES = 256
+"""That a fixed-point register must hold."""
+
+
+def _add(unit: Unit) -> Unit:
+    return UNITS.add(unit.name, unit)
+
+
+def _pair(name: str, title: str, a: Format, b: Format, ways: int) -> None:
+    """Adding into FP16 every cycle, and into a wide register."""
+    unit = InnerProduct(name, f"{title}, FP16 sums", a, b, ways)
+    _add(unit)
+    width = unit.sum_bits + (CYCLES - 1).bit_length()
+    _add(replace(unit, name=f"{name}_fixed", title=f"{title}, {width}-bit register", accumulator=width))
+
+
+_add(InnerProduct("fma_fp16", "FP16 1-6-9 fused multiply-add: the baseline", FP16_169, FP16_169))
+_add(InnerProduct("fma_binary16", "IEEE binary16 fused multiply-add", BINARY16, BINARY16, accumulator="binary16"))
+_add(InnerProduct("fma_bf16", "bfloat16 x bfloat16 + FP32", BFLOAT16, BFLOAT16, accumulator="float32"))
+_pair("int4_fp4", "4-way INT4 x FP4 radix-4", INT4_SYM, FP4_R4_EVEN, 4)
+_pair("uint4_fp4", "4-way UINT4 x FP4 radix-4, odd phase", UINT4, FP4_R4_ODD, 4)
+_pair("int4_int4", "4-way INT4 x INT4", INT4_SYM, INT4_SYM, 4)
+_pair("uint4_int4", "4-way UINT4 x INT4", UINT4, INT4_SYM, 4)
+_pair("int4_fp4r2", "4-way INT4 x FP4 radix-2 (LUQ)", INT4_SYM, FP4_R2, 4)
+_add(InnerProduct("int4_fp8", "2-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8_152, 2))
+_add(InnerProduct("fp8", "2-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 2))
+_add(InnerProduct("mxfp4", "4-way E2M1 x E2M1 with E8M0 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=E8M0))
+_add(InnerProduct("nvfp4", "4-way E2M1 x E2M1 with E4M3 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=FP8_E4M3FN))
+_add(Converter("converter", "27-bit register of int4_fp4_fixed to FP16", width=26, lsb=-6))

@@ -1,0 +1,1 @@
+"""The circuits, in Amaranth HDL. Nothing outside this folder needs that package."""
