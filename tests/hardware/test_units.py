@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
 import pytest
 
 pytest.importorskip("amaranth")
-pytest.importorskip("pyosys")
+if importlib.util.find_spec("pyosys") is None:
+    pytest.skip("pyosys is not installed", allow_module_level=True)
 
 from fourbit.hardware import FLOATS, UNITS, Design, InnerProduct, mismatch, simulate, simulate_netlist
 
@@ -84,3 +88,15 @@ def test_rounding_is_that_of_the_formats(name):
         value = format.round(float(x)) if Fraction(float(x)) == x else None
         if value is not None and abs(value) != float("inf"):
             assert float(f.value(f.encode(x))) == value, (x, value)
+
+
+def test_yosys_leaves_the_way_libraries_are_loaded_alone():
+    """Otherwise kernels that torch.compile makes afterwards call one another."""
+    code = (
+        "import sys\n"
+        "before = sys.getdlopenflags()\n"
+        "from fourbit.hardware._synthesis import require_yosys\n"
+        "require_yosys()\n"
+        "assert 'pyosys' in sys.modules and sys.getdlopenflags() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

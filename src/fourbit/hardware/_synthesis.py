@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,15 +42,21 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 def require_yosys() -> Any:
     """The package's module.
 
+    Importing it makes every library that is loaded later share its symbols with all others, kernels of `torch.compile` among
+    them, which all have the same name: they would call one another. So that is undone.
+
     Raises:
         UserError: it is missing.
     """
+    flags = sys.getdlopenflags()
     try:
         from pyosys import libyosys  # type: ignore[attr-defined]
     except ImportError as error:
         raise UserError(
             "synthesis needs yosys: pip install 'fourbit[hardware]'. Reports work without it, from the stored results."
         ) from error
+    finally:
+        sys.setdlopenflags(flags)
     return libyosys
 
 
