@@ -86,15 +86,23 @@ class Float:
             return e != self.top
         return not (self.specials == "nan" and e == self.top and m == (1 << self.mantissa_bits) - 1)
 
+    def is_nan(self, code: int) -> bool:
+        """Not a number."""
+        return not self.is_finite(code) and (self.specials == "nan" or bool(self.split(code)[2]))
+
+    def field(self, code: int) -> int:
+        """The exponent field that counts: subnormals have that of the lowest binade."""
+        _, e, _ = self.split(code)
+        return max(e, 1) if self.subnormals else e
+
     def value(self, code: int) -> Fraction:
         """The number of a finite code."""
         sign, e, m = self.split(code)
         if e == 0 and (self.flushes or (m == 0 and not self.subnormals)):
             return Fraction(0)
         hidden = int(e > 0 or not self.subnormals)
-        field = max(e, 1) if self.subnormals else e
         significand = (hidden << self.mantissa_bits) + m
-        return (-1) ** sign * significand * Fraction(2) ** (field + self.lsb)
+        return (-1) ** sign * significand * Fraction(2) ** (self.field(code) + self.lsb)
 
     def encode(self, x: Fraction) -> int:
         """The code of the number nearest to `x`, ties to the even code; zero is +0."""
@@ -110,7 +118,7 @@ class Float:
             smallest = self.value(1)
             return sign | 1 if magnitude > smallest / 2 else 0
         field = max(field, lowest)
-        code = _round_even(magnitude * Fraction(2) ** (-field - self.lsb))
+        code = round(magnitude * Fraction(2) ** (-field - self.lsb))
         code += (field - 1) << self.mantissa_bits  # the leading one adds one to the field
         if not self.subnormals and code == 0:
             code = 1  # 2^-bias is not there: its code means zero
@@ -122,10 +130,6 @@ class Float:
 def _floor_log2(x: Fraction) -> int:
     n = x.numerator.bit_length() - x.denominator.bit_length()
     return n if x >= Fraction(2) ** n else n - 1
-
-
-def _round_even(x: Fraction) -> int:
-    return round(x)
 
 
 def _of(format: Format, saturates: bool = True) -> Float:

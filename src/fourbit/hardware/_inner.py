@@ -146,14 +146,15 @@ class InnerProduct(Unit):
 
     # What it must compute
 
-    def ways_of(self, bits: int, word: int) -> list[int]:
-        """The codes of each way."""
-        return [(word >> (bits * k)) & ((1 << bits) - 1) for k in range(self.ways)]
+    def _codes(self, inputs: Bits) -> list[tuple[int, int]]:
+        """The codes of both operands of each way."""
+        a, b = (f.bits for f in self.operands)
+        words = inputs["a"], inputs["b"]
+        return [(words[0] >> a * k & (1 << a) - 1, words[1] >> b * k & (1 << b) - 1) for k in range(self.ways)]
 
     def reference(self, inputs: Bits) -> dict[str, int]:
         """The sum of exact products, rounded once; for "window", of what the window leaves of them."""
-        a, b = self.operands
-        codes = list(zip(self.ways_of(a.bits, inputs["a"]), self.ways_of(b.bits, inputs["b"]), strict=True))
+        (a, b), codes = self.operands, self._codes(inputs)
         if isinstance(self.accumulator, int):
             products = sum(int(a.values[i] * b.values[j] / 2.0**self.lsb) for i, j in codes)
             return {"y": (inputs["c"] + products) % (1 << self.accumulator)}
@@ -185,7 +186,7 @@ class InnerProduct(Unit):
             a, b = (float_of(f.name) for f in self.operands)
             (i, j), *_ = codes
             for f, code in ((a, i), (b, j)):
-                if (not f.is_finite(code) and (code & ~(1 << (f.bits - 1))) != f.infinity) or _is_nan(f, code):
+                if (not f.is_finite(code) and (code & ~(1 << (f.bits - 1))) != f.infinity) or f.is_nan(code):
                     return out.nan
             if not a.is_finite(i) or not b.is_finite(j):
                 other = (b, j) if not a.is_finite(i) else (a, i)
@@ -193,7 +194,7 @@ class InnerProduct(Unit):
                     return out.nan
                 infinities.append((i >> (a.bits - 1)) ^ (j >> (b.bits - 1)))
         if not out.is_finite(inputs["c"]):
-            if _is_nan(out, inputs["c"]):
+            if out.is_nan(inputs["c"]):
                 return out.nan
             infinities.append(inputs["c"] >> (out.bits - 1))
         if not infinities:
@@ -208,7 +209,7 @@ class InnerProduct(Unit):
             _field(a, i) + _field(b, j) + self._offset + self._product_width - 1 if p else 0
             for p, (i, j) in zip(products, codes, strict=True)
         ]
-        tops.append(_floor_field(out, c) + out.precision - 1)
+        tops.append(out.field(out.encode(c)) + out.precision - 1)
         unit = Fraction(2) ** (max(tops) - (self.window - 1) + out.lsb)
         kept = [abs(x) // unit * (1 if x >= 0 else -1) for x in (*products, c)]
         return sum(kept) * unit
@@ -256,7 +257,8 @@ class InnerProduct(Unit):
         kind = rng.random()
         y = Fraction(0)
         if self._special(self._codes(v), {**v, "c": 0}) is None:
-            y = out.value(self._finite(out, self.reference({**v, "c": 0})["y"]))
+            code = self.reference({**v, "c": 0})["y"]
+            y = out.value(code) if out.is_finite(code) else y
         if kind < 0.35 and y:  # cancellation
             near = -y * (1 + Fraction(rng.randint(-3, 3), 1 << rng.randint(1, out.precision + 2)))
             return out.encode(self._multiple(near))
@@ -267,19 +269,11 @@ class InnerProduct(Unit):
             return out.encode(self._multiple(near * size * Fraction(2) ** rng.randint(-reach, reach)))
         return rng.getrandbits(out.bits)
 
-    def _codes(self, v: Bits) -> list[tuple[int, int]]:
-        a, b = self.operands
-        return list(zip(self.ways_of(a.bits, v["a"]), self.ways_of(b.bits, v["b"]), strict=True))
-
     def _multiple(self, x: Fraction) -> Fraction:
         if self.style != "exact":
             return x
         unit = Fraction(2) ** self.lsb
         return round(x / unit) * unit
-
-    @staticmethod
-    def _finite(out: Float, code: int) -> int:
-        return code if out.is_finite(code) else 0
 
 
 _SCALES = ("a_scale", "b_scale")
@@ -302,22 +296,7 @@ def _field(format: Format, code: int) -> int:
     """The exponent field as an aligned sum reads it."""
     if isinstance(format, IntFormat):
         return 0
-    f = float_of(format.name)
-    _, e, _ = f.split(code)
-    return max(e, 1) if f.subnormals else e
-
-
-def _floor_field(f: Float, x: Fraction) -> int:
-    return _field_of_code(f, f.encode(x))
-
-
-def _field_of_code(f: Float, code: int) -> int:
-    _, e, _ = f.split(code)
-    return max(e, 1) if f.subnormals else e
-
-
-def _is_nan(f: Float, code: int) -> bool:
-    return not f.is_finite(code) and (f.specials == "nan" or bool(f.split(code)[2]))
+    return float_of(format.name).field(code)
 
 
 def _value(format: Format, code: int) -> Fraction:

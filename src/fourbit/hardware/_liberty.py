@@ -10,94 +10,16 @@ import gzip
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fourbit.errors import UserError
+from fourbit.hardware._liberty_syntax import Group, parse
+from fourbit.hardware._logic import compile_function
 
-_TOKEN = re.compile(
-    r"""\s+|/\*.*?\*/|//[^\n]*|\\\r?\n|(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s"(){}:;,/\\]+(?:/[^\s"(){}:;,/*\\]+)*)|(?P<mark>[(){}:;,])""",
-    re.DOTALL,
-)
-
-
-@dataclass
-class Group:
-    """`name (arguments) { attributes and groups }`."""
-
-    name: str
-    arguments: list[str]
-    attributes: dict[str, str] = field(default_factory=dict)
-    complex: dict[str, list[str]] = field(default_factory=dict)
-    groups: list[Group] = field(default_factory=list)
-
-    def all(self, name: str) -> list[Group]:
-        """The groups of that name."""
-        return [g for g in self.groups if g.name == name]
-
-
-def _tokens(text: str, where: str) -> Iterator[str]:
-    position = 0
-    while position < len(text):
-        found = _TOKEN.match(text, position)
-        if found is None or found.end() == position:
-            line = text.count("\n", 0, position) + 1
-            raise UserError(f"{where} is not a Liberty file: line {line} cannot be read; get it anew.")
-        position = found.end()
-        if found.lastgroup:
-            token = found.group(found.lastgroup)
-            yield token[1:-1].replace("\\\n", " ").replace("\\\r\n", " ") if found.lastgroup == "string" else token
-
-
-def parse(text: str, where: str) -> Group:
-    """The group that `text` is.
-
-    Raises:
-        UserError: it is none, or breaks off.
-    """
-    top = Group("", [])
-    stack = [top]
-    tokens = _tokens(text, where)
-    try:
-        for token in tokens:
-            if token == "}":
-                stack.pop()
-                if not stack:
-                    break
-                continue
-            if token == ";":
-                continue
-            name, mark = token, next(tokens)
-            if mark == ":":
-                words = []
-                while (word := next(tokens)) not in (";", "}"):
-                    words.append(word)
-                stack[-1].attributes[name] = " ".join(words)
-                if word == "}":
-                    stack.pop()
-                continue
-            if mark != "(":
-                raise UserError(f"{where} is not a Liberty file: {name} is followed by {mark}; get it anew.")
-            arguments = []
-            while (word := next(tokens)) != ")":
-                if word != ",":
-                    arguments.append(word)
-            following = next(tokens, ";")
-            if following == "{":
-                group = Group(name, arguments)
-                stack[-1].groups.append(group)
-                stack.append(group)
-            else:
-                stack[-1].complex[name] = arguments
-                if following == "}":
-                    stack.pop()
-    except StopIteration:
-        stack.append(top)
-    if len(stack) != 1 or len(top.groups) != 1:
-        raise UserError(f"{where} is damaged: it breaks off in the middle; get it anew.")
-    return top.groups[0]
+_NAND = (2, 0b1110)
 
 
 class Table:
@@ -276,47 +198,37 @@ class Library:
             path.write_text(self.text)
         return path
 
+    @cached_property
+    def _gates(self) -> dict[tuple[int, int], float]:
+        """{(number of inputs, truth table): the smallest area} of the gates with one or two inputs and one output."""
+        found: dict[tuple[int, int], float] = {}
+        for cell in map(self.cell, self.names):
+            inputs = sorted(p.name for p in cell.pins.values() if not p.is_output)
+            functions = [p.function for p in cell.pins.values() if p.is_output]
+            if cell.next_state is not None or len(functions) != 1 or not functions[0] or not 1 <= len(inputs) <= 2:
+                continue
+            with contextlib.suppress(UserError):  # the state of a latch is no pin
+                table = compile_function(functions[0], inputs)(0b1111, *(0b0011, 0b0101)[: len(inputs)])
+                key = len(inputs), table
+                found[key] = min(cell.area, found.get(key, cell.area))
+        return found
+
     def check(self) -> None:
         """Whether units can be built of it.
 
         Raises:
             UserError: there is no inverter, no NAND of two inputs, or no flip-flop.
         """
-        functions, has_flop = set(), False
-        for name in self.names:
-            cell = self.cell(name)
-            has_flop = has_flop or (cell.next_state or "").strip("() ") == "D"
-            inputs = sorted(p.name for p in cell.pins.values() if not p.is_output)
-            outputs = [p for p in cell.pins.values() if p.is_output]
-            if cell.next_state is None and len(outputs) == 1 and outputs[0].function and 1 <= len(inputs) <= 2:
-                with contextlib.suppress(UserError, ValueError):
-                    gate = compile_function(outputs[0].function, inputs)
-                    functions.add((len(inputs), gate(15, *(0b0011, 0b0101)[: len(inputs)])))
-        missing = [
-            what
-            for what, there in {
-                "an inverter": (1, 0b1100) in functions,
-                "a NAND of two inputs": (2, 0b1110) in functions,
-                "a D flip-flop": has_flop,
-            }.items()
-            if not there
-        ]
+        has_flop = any((self.cell(name).next_state or "").strip("() ") == "D" for name in self.names)
+        needed = {"an inverter": (1, 0b1100) in self._gates, "a NAND of two inputs": _NAND in self._gates}
+        missing = [what for what, there in {**needed, "a D flip-flop": has_flop}.items() if not there]
         if missing:
             raise UserError(f"the library {self.path.name} lacks {' and '.join(missing)}: give a complete one.")
 
-    @cached_property
+    @property
     def gate_equivalent(self) -> float:
         """Area of the smallest NAND of two inputs, in um^2."""
-        areas = []
-        for name in self.names:
-            cell = self.cell(name)
-            inputs = sorted(p.name for p in cell.pins.values() if not p.is_output)
-            outputs = [p for p in cell.pins.values() if p.is_output]
-            if len(inputs) == 2 and len(outputs) == 1 and cell.next_state is None and outputs[0].function:
-                with contextlib.suppress(UserError, ValueError):
-                    if compile_function(outputs[0].function, inputs)(15, 0b0011, 0b0101) == 0b1110:
-                        areas.append(cell.area)
-        return min(areas)
+        return self._gates[_NAND]
 
     @cached_property
     def templates(self) -> dict[str, Group]:
@@ -405,62 +317,3 @@ def _unit(text: str, units: dict[str, float]) -> float:
     if found is None or found.group(2) not in units:
         raise UserError(f"the Liberty file has the unit {text}, which is not understood.")
     return float(found.group(1)) * units[found.group(2)]
-
-
-Gate = Callable[..., int]
-
-
-def compile_function(function: str, pins: list[str]) -> Gate:
-    """Liberty's formula as a function of the mask of all bits and the pins, on whole words of bits.
-
-    >>> compile_function("!(A*B)", ["A", "B"])(0b1111, 0b0011, 0b0101)
-    14
-    """
-    tokens = re.findall(r"[A-Za-z_]\w*|[01]|[()!'^&*+|]", function)
-    position = 0
-
-    def peek() -> str:
-        return tokens[position] if position < len(tokens) else ""
-
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
-
-    def atom() -> str:
-        token = take()
-        if token == "!":
-            inner = atom()
-            return f"(M^{inner})"
-        if token == "(":
-            inner = disjunction()
-            take()
-        else:
-            inner = {"0": "0", "1": "M"}.get(token, f"P{pins.index(token)}" if token in pins else "")
-            if not inner:
-                raise UserError(f"the Liberty function {function!r} names {token}, which is no pin.")
-        while peek() == "'":
-            take()
-            inner = f"(M^{inner})"
-        return inner
-
-    def chain(lower: Callable[[], str], marks: str, operator: str, adjacent: bool = False) -> str:
-        terms = [lower()]
-        while peek() and (peek() in marks or (adjacent and peek() not in "+|^)")):
-            if peek() in marks:
-                take()
-            terms.append(lower())
-        return terms[0] if len(terms) == 1 else f"({operator.join(terms)})"
-
-    def exclusive() -> str:
-        return chain(atom, "^", "^")
-
-    def conjunction() -> str:
-        return chain(exclusive, "&*", "&", adjacent=True)
-
-    def disjunction() -> str:
-        return chain(conjunction, "+|", "|")
-
-    body = disjunction()
-    arguments = ", ".join(["M", *(f"P{k}" for k in range(len(pins)))])
-    return eval(f"lambda {arguments}: {body}")  # made of names and operators above only

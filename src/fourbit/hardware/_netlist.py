@@ -14,7 +14,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fourbit.errors import UserError
-from fourbit.hardware._liberty import Arc, Cell, Library, Table, compile_function
+from fourbit.hardware._liberty import Arc, Cell, Library, Table
+from fourbit.hardware._logic import compile_function
 
 _GENERIC = {
     "$_BUF_": "A",
@@ -207,10 +208,6 @@ class Netlist:
                     loads[net] = loads.get(net, 0.0) + extra
         return loads
 
-    @cached_property
-    def _slews(self) -> dict[Bit, float]:
-        return self._timing[1]
-
     @property
     def delay(self) -> float:
         """The longest way, in ps: from inputs or clock to outputs or, with its setup time, a register; without wires."""
@@ -285,7 +282,7 @@ class Netlist:
         """
         library = self.library
         assert library is not None
-        loads, slews = self._loads(), self._slews
+        loads, slews = self._loads(), self._timing[1]
         mask = (1 << cycles) - 1
         total = 0.0
         half = 0.5 * library.voltage**2

@@ -29,7 +29,7 @@ UNUSED = ("sky130_fd_sc_hd__lpflow_*", "sky130_fd_sc_hd__probe*", "*__dly*", "*_
 """Cells that are no logic: delays, probes, isolation."""
 
 _OPTIMISE = ("strash", "ifraig", "scorr", "dc2", "fraig", "strash")
-_SIZE = ("buffer -c -N 8", "topo", "upsize -D {target}", "dnsize -D {target}")
+_SIZE = ("cleanup", "buffer -c -N 8", "topo", "upsize -D {target}", "dnsize -D {target}")
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "small": ("strash", "dch", "amap", "topo"),
     "flow": ("&get -n", "&st", "&dch", "&nf", "&put", *_SIZE),
@@ -62,14 +62,16 @@ def require_yosys() -> Any:
 
 @contextlib.contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    """Yosys writes to the process's standard output, and ends the process at an error."""
-    saved, sink = os.dup(1), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(sink, 1)
+    """Yosys writes to the process's standard output, and at an error to both, and ends the process."""
+    saved, sink = (os.dup(1), os.dup(2)), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(sink, stream)
     try:
         yield
     finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+        for stream, before in zip((1, 2), saved, strict=True):
+            os.dup2(before, stream)
+            os.close(before)
         os.close(sink)
 
 
@@ -126,7 +128,7 @@ class Design:
         return Netlist.read(path)
 
     def map(self, library: Library, script: str = "small", target: float | None = None) -> Netlist:
-        """In cells of a library, by one of `SCRIPTS`."""
+        """In cells of a library, by one of `SCRIPTS`. An error of yosys ends the process; `synthesize` survives it."""
         constraints, commands = self.folder / "abc.constr", self.folder / "abc.script"
         constraints.write_text(f"set_load {LOAD_FF}\n")
         commands.write_text("".join(line.format(target=target) + "\n" for line in SCRIPTS[script]))
@@ -148,8 +150,8 @@ class Design:
             timed = any("{target}" in line for line in commands)
             for target in targets if timed else (None,):
                 n = self.map(library, script, target)
-                point = Point(self.unit.name, self.unit.cuts, script, target, n.area, n.register_area, n.delay)
-                found.append(replace(point, area=round(n.area, 3), delay=round(n.delay, 1)))
+                sizes = round(n.area, 3), round(n.register_area, 3), round(n.delay, 1)
+                found.append(Point(self.unit.name, self.unit.cuts, script, target, *sizes))
         return front(found)
 
 
@@ -202,7 +204,7 @@ def synthesize(
 
 def _last_error(folder: Path) -> str:
     for log in sorted(folder.glob("*/yosys.log"), key=os.path.getmtime, reverse=True):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]
         if lines:
             return f"{(log.parent / 'unit').read_text()}: {lines[-1].strip()}"
     return "it left no message; is there enough memory?"

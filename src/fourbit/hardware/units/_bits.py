@@ -72,11 +72,9 @@ class Stages:
 
     def __init__(self, m: Module, cuts: Iterable[str]):
         self.m, self.cuts = m, frozenset(cuts)
-        self.names: list[str] = []
 
     def cut(self, name: str, live: Live) -> Live:
         """The values behind the stage `name`."""
-        self.names.append(name)
         if name not in self.cuts:
             return live
         out = Live()

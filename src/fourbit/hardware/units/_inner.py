@@ -156,7 +156,7 @@ def window(unit: InnerProduct, m: Module, stages: Stages, inputs: Inputs) -> Val
     width, offset = unit._product_width, unit._offset
     bits = max(6, (out.top + out.precision).bit_length(), (2 * 31 + abs(offset) + width).bit_length()) + 2
     for k, (a, b) in enumerate(_ways(unit, inputs)):
-        (sa, ea, ma, _), (sb, eb, mb, _) = (read_magnitude(m, f, x) for f, x in zip(unit.operands, (a, b), strict=True))
+        (sa, ea, ma), (sb, eb, mb) = (read_magnitude(m, f, x) for f, x in zip(unit.operands, (a, b), strict=True))
         live[f"m{k}"] = wire(m, ma * mb, unsigned(width), "product")
         live[f"s{k}"] = sa ^ sb
         nothing = ~ma.any() | ~mb.any()

@@ -47,19 +47,19 @@ def read_float(m: Module, f: Float, code: Value) -> tuple[Value, Value, Value, V
     return sign, exponent, Cat(fraction, hidden), nan, infinite
 
 
-def read_magnitude(m: Module, format: Format, code: Value) -> tuple[Value, Value, Value, int]:
-    """Sign, exponent field, magnitude of the significand, and log2 of its unit at field 0: for aligned sums."""
+def read_magnitude(m: Module, format: Format, code: Value) -> tuple[Value, Value, Value]:
+    """Sign, exponent field and magnitude of the significand: for aligned sums."""
     if isinstance(format, IntFormat):
         if not format.signed:
-            return Const(0, 1), Const(0, 1), code, 0
+            return Const(0, 1), Const(0, 1), code
         width = format.bits if format.low == -(1 << (format.bits - 1)) else format.bits - 1
         negative = code[-1]
         magnitude = (code[:-1] ^ negative.replicate(format.bits - 1)) + negative
-        return negative, Const(0, 1), wire(m, magnitude, unsigned(width), "magnitude"), 0
+        return negative, Const(0, 1), wire(m, magnitude, unsigned(width), "magnitude")
     if not isinstance(format, FloatFormat):
         raise UserError(f"no unit multiplies numbers of the format {format.name}: it is neither integer nor float.")
     f = float_of(format.name)
     if f.specials != "none":
         raise UserError(f"units with several ways do not take {format.name}, which has codes that are no numbers.")
     sign, exponent, significand, *_ = read_float(m, f, code)
-    return sign, exponent, significand, f.lsb
+    return sign, exponent, significand
