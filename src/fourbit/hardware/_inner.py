@@ -40,6 +40,7 @@ class InnerProduct(Unit):
         accumulator: a floating-point format, or the width of a fixed-point register.
         window: bits of the window of aligned sums.
         scale: format of a scale per operand that all ways share.
+        anticipate: find the leading zeros of the sum while it is being added.
     """
 
     a: Format | None = None
@@ -48,6 +49,7 @@ class InnerProduct(Unit):
     accumulator: str | int = "fp16_169"
     window: int = 14
     scale: Format | None = None
+    anticipate: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.ways <= 64:
@@ -259,6 +261,9 @@ class InnerProduct(Unit):
         if self._special(self._codes(v), {**v, "c": 0}) is None:
             code = self.reference({**v, "c": 0})["y"]
             y = out.value(code) if out.is_finite(code) else y
+        if kind < 0.05:  # what is left is about the smallest number
+            left = Fraction(2) ** (rng.randint(-2, 3) - out.bias)
+            return out.encode(self._multiple(-y + rng.choice((-1, 1)) * left))
         if kind < 0.35 and y:  # cancellation
             near = -y * (1 + Fraction(rng.randint(-3, 3), 1 << rng.randint(1, out.precision + 2)))
             return out.encode(self._multiple(near))

@@ -15,7 +15,9 @@ from fourbit.formats import (
     FP4_E2M1,
     FP4_R2,
     FP4_R4_EVEN,
+    FP4_R4_EVEN_185,
     FP4_R4_ODD,
+    FP4_R4_ODD_185,
     FP8_143,
     FP8_152,
     FP8_E4M3FN,
@@ -23,13 +25,16 @@ from fourbit.formats import (
     INT4_SYM,
     UINT4,
     Format,
+    IntFormat,
 )
 from fourbit.hardware._converter import Converter
 from fourbit.hardware._inner import InnerProduct
+from fourbit.hardware._quantizer import Hadamard, Quantizer, RandomSource
 from fourbit.hardware._unit import UNITS, Unit
 
 CYCLES = 256
 """That a fixed-point register must hold."""
+INT5 = IntFormat("int5", "-8 .. 15: one operand for signed and unsigned 4-bit numbers", "", 5, -16, 15)
 
 
 def _add(unit: Unit) -> Unit:
@@ -56,4 +61,19 @@ _add(InnerProduct("int4_fp8", "2-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8
 _add(InnerProduct("fp8", "2-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 2))
 _add(InnerProduct("mxfp4", "4-way E2M1 x E2M1 with E8M0 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=E8M0))
 _add(InnerProduct("nvfp4", "4-way E2M1 x E2M1 with E4M3 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=FP8_E4M3FN))
+_pair("int5_fp4", "4-way INT5 (INT4 and UINT4) x FP4 radix-4", INT5, FP4_R4_EVEN, 4)
 _add(Converter("converter", "27-bit register of int4_fp4_fixed to FP16", width=26, lsb=-6))
+_add(Quantizer("quantize_fp4", "GradScale, x1.6, radix-4 FP4 in both phases", targets=(FP4_R4_EVEN, FP4_R4_ODD)))
+_add(
+    Quantizer("quantize_fp4_185", "the same with x1.85", targets=(FP4_R4_EVEN_185, FP4_R4_ODD_185)),
+)
+_add(Quantizer("quantize_fp4r2", "GradScale, radix-2 FP4, nearest", targets=(FP4_R2,)))
+_add(Quantizer("quantize_luq", "scale, radix-2 FP4, stochastic (LUQ)", targets=(FP4_R2,), scale="float", stochastic=True))
+_add(Quantizer("quantize_e2m1", "scale, E2M1, nearest", targets=(FP4_E2M1,), scale="float"))
+_add(Quantizer("quantize_e2m1_sr", "scale, E2M1, stochastic", targets=(FP4_E2M1,), scale="float", stochastic=True))
+_add(Quantizer("quantize_fp8_152", "GradScale, FP8 1-5-2", targets=(FP8_152,)))
+_add(Quantizer("quantize_fp8_143", "FP8 1-4-3 with a scale of 2^n", targets=(FP8_143,)))
+_add(Quantizer("quantize_uint4", "scale and clip to UINT4 (PACT)", targets=(UINT4,), scale="float"))
+_add(Quantizer("quantize_int4", "scale and clip to INT4 (SAWB)", targets=(INT4_SYM,), scale="float"))
+_add(RandomSource("random", "32 random bits: xorshift"))
+_add(Hadamard("hadamard", "Hadamard transform of 16 numbers, aligned to the largest"))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from amaranth.hdl import Cat, Const, Module, Mux, Value, signed, unsigned
 
 from fourbit.hardware._float import Float
-from fourbit.hardware.units._bits import Live, shift_right, total, wire
+from fourbit.hardware.units._bits import Live, anticipated_zeros, shift_right, total, two_rows, wire
 from fourbit.hardware.units._operand import read_float
 
 
@@ -62,11 +62,16 @@ def align_addend(
     live.exponent = wire(m, Mux(stop, field - highest, Value.cast(exponent) - low), signed(signed_exponent), "exponent")
 
 
-def add(m: Module, live: Live, terms: Sequence[Value], low: int) -> None:
-    """`live.total`: terms, shifted to their place, and the addend."""
-    size = len(live.addend) + 1
+def add(m: Module, live: Live, terms: Sequence[Value], low: int, anticipate: bool = False) -> None:
+    """`live.total`: terms, shifted to their place, and the addend; `live.count`: its leading zeros, or one less, or None."""
+    size = len(live.addend) + 1 + anticipate  # which needs a second sign bit
     aligned = Cat(live.addend, live.effective).as_signed()
     shifted = [Cat(Const(0, low), t).as_signed() if t.shape().signed else Cat(Const(0, low), t) for t in terms]
-    live.total = wire(m, total([aligned, *shifted, live.carry]), unsigned(size), "total")
+    addends = [aligned, *shifted, live.carry]
+    live.count = None
+    if anticipate:
+        x, y = two_rows(m, addends, size)
+        addends, live.count = [x, y], anticipated_zeros(m, x, y)
+    live.total = wire(m, total(addends), unsigned(size), "total")
     for name in ("addend", "carry", "effective"):
         live.pop(name)

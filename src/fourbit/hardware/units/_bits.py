@@ -60,6 +60,47 @@ def total(values: Iterable[Value]) -> Value:
     return Const(0, 1) if result is None else result
 
 
+def two_rows(m: Module, values: Iterable[Value], width: int) -> tuple[Value, Value]:
+    """Two numbers whose sum is that of `values`, modulo 2^width, by full adders, earliest bits first."""
+    columns: list[list[tuple[int, Value]]] = [[] for _ in range(width)]
+    for value in values:
+        value = Value.cast(value)
+        top = value[-1] if value.shape().signed else None
+        for k in range(width):
+            bit = value[k] if k < len(value) else top
+            if bit is not None:
+                columns[k].append((0, bit))
+    for k in range(width):
+        column = columns[k]
+        while len(column) > 2:
+            column.sort(key=lambda entry: entry[0])
+            (_, a), (_, b), (time, c) = column[:3]
+            half = wire(m, a ^ b, 1, "half")
+            column[:3] = [(time + 2, wire(m, half ^ c, 1, "sum"))]
+            if k + 1 < width:
+                columns[k + 1].append((time + 2, wire(m, (a & b) | (half & c), 1, "carry")))
+    pairs = [[bit for _, bit in column] + [Const(0, 1)] * (2 - len(column)) for column in columns]
+    return Cat(*(p[0] for p in pairs)), Cat(*(p[1] for p in pairs))
+
+
+def anticipated_zeros(m: Module, x: Value, y: Value) -> Value:
+    """How many bits below its sign the sum x + y (two's complement) has that equal the sign, or one less: found while it is
+    being added. The highest two bits of the sum must be equal.
+
+    Schmookler and Nowka, Leading zero anticipation and detection (ARITH 2001), for sums of both signs.
+    """
+    n = len(x)
+    t = [a ^ b for a, b in zip(x, y, strict=True)]
+    g = [a & b for a, b in zip(x, y, strict=True)]
+    z = [~a & ~b for a, b in zip(x, y, strict=True)]
+    f = []
+    for k in range(n - 1):
+        g_below, z_below = (g[k - 1], z[k - 1]) if k else (Const(0, 1), Const(1, 1))
+        f.append((t[k + 1] & ((g[k] & ~z_below) | (z[k] & ~g_below))) | (~t[k + 1] & ((z[k] & ~z_below) | (g[k] & ~g_below))))
+    count, none = leading_zeros(m, wire(m, Cat(*f), unsigned(n - 1), "indicator"))
+    return wire(m, Mux(none, n - 2, count), unsigned((n - 1).bit_length()), "anticipated")
+
+
 class Live(dict):
     """The values that are alive between two stages, by name."""
 

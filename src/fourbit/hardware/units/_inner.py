@@ -92,7 +92,7 @@ def exact(unit: InnerProduct, m: Module, stages: Stages, inputs: Inputs) -> Valu
     align_addend(m, live, out, width, 0, exponent, bits, drop=True)
     live.nan, live.infinite, live.sign = _only_addend(unit, live)
     live = stages.cut("align", live)
-    add(m, live, [live.pop(f"p{k}") for k in range(len(terms))], 0)
+    add(m, live, [live.pop(f"p{k}") for k in range(len(terms))], 0, unit.anticipate)
     live.flip = Const(0, 1)
     live = stages.cut("add", live)
     return normalise_and_round(m, stages, live, out, bits)
@@ -144,7 +144,7 @@ def fused(unit: InnerProduct, m: Module, stages: Stages, inputs: Inputs) -> Valu
     else:
         live.nan, live.infinite, live.sign = (nan | nan_ab | inf_ab), None, None
     live = stages.cut("align", live)
-    add(m, live, [live.pop("product")], low)
+    add(m, live, [live.pop("product")], low, unit.anticipate)
     live = stages.cut("add", live)
     return normalise_and_round(m, stages, live, out, bits)
 
@@ -222,7 +222,7 @@ def block(unit: InnerProduct, m: Module, stages: Stages, inputs: Inputs) -> Valu
     assert nan is not None
     live.nan, live.infinite, live.sign = nan | live.pop("scale_nan"), infinite, sign
     live = stages.cut("align", live)
-    add(m, live, [live.pop("product")], low)
+    add(m, live, [live.pop("product")], low, unit.anticipate)
     live.flip = Const(0, 1)
     live = stages.cut("add", live)
     return normalise_and_round(m, stages, live, out, bits)

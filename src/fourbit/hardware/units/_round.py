@@ -18,7 +18,7 @@ def normalise_and_round(m: Module, stages: Stages, live: Live, out: Float, signe
 
     Args:
         live: `total` S; `exponent` E, a Value or an int; `sticky`; `flip`, whether the result is negated; `nan`, `infinite`,
-            None or a bit each; `sign`, of an infinite operand.
+            None or a bit each; `sign`, of an infinite operand; `count`, the leading zeros of S or one less, if they are known.
         signed_exponent: bits that hold E and the exponents that follow from it.
     """
     p, mantissa = out.precision, out.mantissa_bits
@@ -30,8 +30,12 @@ def normalise_and_round(m: Module, stages: Stages, live: Live, out: Float, signe
     width = len(s) - 1  # of the magnitude
     negative = s[-1]
     magnitude = wire(m, s[:-1] ^ negative.replicate(width), unsigned(width), "magnitude")
-    count, none = leading_zeros(m, magnitude)
-    count = wire(m, Mux(none, width - 1, count), unsigned(width.bit_length()), "count")  # -1 is all zeros inverted
+    anticipated = live.pop("count", None)
+    if anticipated is None:
+        count, none = leading_zeros(m, magnitude)
+        count = wire(m, Mux(none, width - 1, count), unsigned(width.bit_length()), "count")  # -1 is all zeros inverted
+    else:
+        count, none = anticipated, ~magnitude.any()
     leading = wire(m, Value.cast(live.exponent) + (width - 1 - mantissa) - count, signed(signed_exponent), "leading")
     lowest = 1 if out.subnormals else 0
     shift = count
@@ -48,6 +52,13 @@ def normalise_and_round(m: Module, stages: Stages, live: Live, out: Float, signe
 
     shifted = shift_left(m, live.s, live.shift, width - 1)
     shifted = wire(m, shifted ^ live.negative.replicate(width), unsigned(width), "normal")
+    if anticipated is not None:
+        again = ~shifted[-1]
+        if out.subnormals:
+            last = live.leading == lowest
+            again, live.subnormal = again & ~live.subnormal & ~last, live.subnormal | (again & last)
+        shifted = wire(m, Mux(again, Cat(live.negative, shifted[:-1]), shifted), unsigned(width), "normal")
+        live.leading = wire(m, live.leading - again, signed(signed_exponent), "leading")
     live.significand, live.guard = shifted[-p:], shifted[-p - 1]
     rest = shifted[: width - p - 1]
     live.some = rest.any() if len(rest) else Const(0, 1)
@@ -73,8 +84,9 @@ def normalise_and_round(m: Module, stages: Stages, live: Live, out: Float, signe
     body = Mux(huge, limit, body)
     if out.subnormals:
         pass  # zero and subnormals come out right by themselves
-    elif out.flushes:
-        body = Mux(tiny, 0, body)
+    elif out.flushes:  # all ones inverted are a power of two, one binade up
+        power = negative & significand.all() & guard & live.all & ~sticky & (live.leading == 0)
+        body = Mux(tiny & ~power, 0, body)
     else:
         above = significand[:mantissa]
         inexact = guard | live.some | sticky
