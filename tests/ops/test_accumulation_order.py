@@ -15,7 +15,7 @@ from fourbit import Accumulation, LayerSpec, QuantSpec, backends, formats
 from fourbit.errors import UserError
 from fourbit.formats import FloatFormat, IntFormat
 from fourbit.nn import functional as Q
-from fourbit.ops import Contraction, Convolution, LayerState, LinearMap, Matmul, accumulate, contract
+from fourbit.ops import Contraction, Convolution, LayerState, LinearMap, Matmul, ProductSize, accumulate, contract
 from fourbit.quantizers import Amax, round_to_format
 
 EXACT = Accumulation(IntFormat("int16", width=16, low=-32768, high=32767), chunk=3)
@@ -255,8 +255,8 @@ def test_a_contraction_without_an_order_is_refused():
         def channel_axis(self, operand):
             return -1
 
-        def num_macs(self, x, w, y):
-            return y.numel()
+        def size(self, x, w, y):
+            return ProductSize(1, x.numel(), w.numel(), 1)
 
     spec = LayerSpec(accumulation=Accumulation())
     with pytest.raises(UserError, match="not defined for Outer: leave accumulation=None"):

@@ -58,7 +58,9 @@ class Quantizer(Unit):
             raise UserError(f"unit {self.name}: quantizers have a radix of 2, 4 or 16.")
         if any(logarithmic) and self.stochastic:
             raise UserError(f"unit {self.name}: only binary formats and integers are rounded stochastically.")
-        if self.stochastic and any(isinstance(f, FloatFormat) and f.mantissa_bits and not f.subnormals for f in self.targets):
+        if self.stochastic and any(
+            isinstance(f, FloatFormat) and f.mantissa_bits and not f.subnormals for f in self.targets
+        ):
             raise UserError(f"unit {self.name}: stochastic rounding needs a format with subnormals.")
 
     @property

@@ -68,7 +68,9 @@ _add(
     Quantizer("quantize_fp4_185", "the same with x1.85", targets=(FP4_R4_EVEN_185, FP4_R4_ODD_185)),
 )
 _add(Quantizer("quantize_fp4r2", "GradScale, radix-2 FP4, nearest", targets=(FP4_R2,)))
-_add(Quantizer("quantize_luq", "scale, radix-2 FP4, stochastic (LUQ)", targets=(FP4_R2,), scale="float", stochastic=True))
+_add(
+    Quantizer("quantize_luq", "scale, radix-2 FP4, stochastic (LUQ)", targets=(FP4_R2,), scale="float", stochastic=True)
+)
 _add(Quantizer("quantize_e2m1", "scale, E2M1, nearest", targets=(FP4_E2M1,), scale="float"))
 _add(Quantizer("quantize_e2m1_sr", "scale, E2M1, stochastic", targets=(FP4_E2M1,), scale="float", stochastic=True))
 _add(Quantizer("quantize_fp8_152", "GradScale, FP8 1-5-2", targets=(FP8_152,)))

@@ -21,7 +21,7 @@ from fourbit.nn._base import require_input, swaps
 from fourbit.nn._layers import Linear
 from fourbit.nn._parts import Composed, PartInfo
 from fourbit.nn.functional import scaled_dot_product_attention
-from fourbit.ops import LinearMap
+from fourbit.ops import LinearMap, ProductSize
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -66,16 +66,24 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
         number, size = PROJECTIONS.index(name), self.embed_dim
         return self.in_proj_weight[number * size : (number + 1) * size]
 
-    def num_macs(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Mapping[str, tuple[int, bool]]:
-        """Of the projections, the products of activations, and the projection behind."""
+    def sizes(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[tuple[str, ProductSize, bool]]:
+        """Of the projections, the products of activations (one per sequence and head), and the projection behind."""
         query, key, value = (
             inputs[i] if len(inputs) > i else named[n] for i, n in enumerate(("query", "key", "value"))
         )
-        E, num_rows = self.embed_dim, query.shape[:-1].numel()
-        length = key.shape[1] if self.batch_first and key.dim() == 3 else key.shape[0]
-        found = {n: (t.numel() * E, t.requires_grad) for n, t in zip(PROJECTIONS, (query, key, value), strict=True)}
-        products = (num_rows * length * E, True)
-        return found | {"scores": products, "values": products, "out_proj": (num_rows * E * E, True)}
+        E, rows = self.embed_dim, query.shape[:-1].numel()
+        axis = 1 if self.batch_first and key.dim() == 3 else 0
+        length, queries = key.shape[axis], query.shape[axis]
+        heads = rows // max(1, queries) * self.num_heads
+        return [
+            *(
+                (n, ProductSize(1, t.shape[:-1].numel(), E, t.shape[-1]), t.requires_grad)
+                for n, t in zip(PROJECTIONS, (query, key, value), strict=True)
+            ),
+            ("scores", ProductSize(heads, queries, length, self.head_dim), True),
+            ("values", ProductSize(heads, queries, self.head_dim, length), True),
+            ("out_proj", ProductSize(1, rows, E, E), True),
+        ]
 
     def _quantized(self) -> bool:
         behind = self.out_proj

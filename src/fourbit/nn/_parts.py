@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fourbit.nn._base import Quantized
-from fourbit.ops import Contraction, LayerSpec, LinearMap, Matmul, Products
+from fourbit.ops import Contraction, LayerSpec, LinearMap, Matmul, Products, ProductSize
 
 
 class PartInfo(NamedTuple):
@@ -77,9 +77,9 @@ class Composed(nn.Module):
         """The products by name. It reads torch's attributes only, so that it can be asked of a layer that is not converted."""
         raise TypeError(f"{type(self).__name__} defines no parts")
 
-    def num_macs(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Mapping[str, tuple[int, bool]]:
-        """Multiply-accumulates of one forward call with these arguments, by part, and whether dgrad is needed. Likewise."""
-        raise TypeError(f"{type(self).__name__} defines no number of products")
+    def sizes(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[tuple[str, ProductSize, bool]]:
+        """The products of one forward call with these arguments: part, size, and whether dgrad is needed. Likewise."""
+        raise TypeError(f"{type(self).__name__} defines no sizes of its products")
 
     def attach(self, name: str, spec: LayerSpec, seed: int = 0, index: int = 0, products: Products = "fast") -> None:
         """Give a part a spec and fresh state."""

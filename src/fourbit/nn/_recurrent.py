@@ -6,6 +6,7 @@ it (LSTM with proj_size). Gates, cell states and biases stay in float32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fourbit.errors import UserError
 from fourbit.nn._base import require_input, swaps
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import GRU_CELL, LSTM_CELL, Recurrence, recurrent
+from fourbit.ops import GRU_CELL, LSTM_CELL, ProductSize, Recurrence, recurrent
 
 Hidden = tuple[Tensor, Tensor | None]
 
@@ -37,15 +38,24 @@ class _Recurrent(Composed, nn.RNNBase):
                     found[f"hr_{suffix}"] = PartInfo(f"l{layer}", f"weight_hr_{suffix}", self.proj_size)
         return found
 
-    def num_macs(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Mapping[str, tuple[int, bool]]:
-        """Rows of the (packed) input times the size of the weight; the inputs of the first layer may need no gradient."""
+    def sizes(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[tuple[str, ProductSize, bool]]:
+        """All rows of the (packed) input at once for the inputs' weights, step by step for the others; the inputs of the first
+        layer may need no gradient."""
         x = inputs[0] if inputs else named["input"]
         data = x.data if isinstance(x, PackedSequence) else x
-        rows, needed = data.shape[:-1].numel(), data.requires_grad
-        return {
-            name: (rows * getattr(self, info.weight).numel(), needed or not name.startswith("ih_l0"))
-            for name, info in _Recurrent.parts(self).items()
-        }
+        rows = data.shape[:-1].numel()
+        if isinstance(x, PackedSequence):
+            steps = Counter(x.batch_sizes.tolist())
+        else:
+            length = x.shape[1 if self.batch_first and x.dim() == 3 else 0]
+            steps = Counter({rows // max(1, length): length})
+        found = []
+        for name, info in _Recurrent.parts(self).items():
+            n, k = getattr(self, info.weight).shape
+            needed = data.requires_grad or not name.startswith("ih_l0")
+            products = {rows: 1} if name.startswith("ih") else steps
+            found += [(name, ProductSize(count, m, n, k), needed) for m, count in products.items()]
+        return found
 
     def _quantized(self) -> bool:
         return any(not self.part(name).spec.is_identity for name in self.parts())

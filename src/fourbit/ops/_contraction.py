@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,20 @@ from fourbit.quantizers import is_dense
 
 Which = Literal["fprop", "dgrad", "wgrad"]
 """The three products of a layer: fprop(x, w), dgrad(g, w), wgrad(g, x)."""
+
+
+class ProductSize(NamedTuple):
+    """`count` products of a matrix [m, k] by a matrix [k, n]."""
+
+    count: int
+    m: int
+    n: int
+    k: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.count * self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,8 @@ class Contraction(ABC):
         """The axis of "x" (input channel), "w" or "g" (output channel) that per-channel scales belong to."""
 
     @abstractmethod
-    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
-        """Multiply-accumulates of fprop; dgrad and wgrad have as many."""
+    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+        """Of fprop as products of matrices; dgrad and wgrad have as many multiply-accumulates."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +119,9 @@ class LinearMap(Contraction):
         """Last axis of x and g, first of w."""
         return 0 if operand == "w" else -1
 
-    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
+    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
         """Rows times in_features times out_features."""
-        return y.numel() * x.shape[-1]
+        return ProductSize(1, y.shape[:-1].numel(), y.shape[-1], x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -143,9 +157,11 @@ class Matmul(Contraction):
         """Last axis."""
         return -1
 
-    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
-        """Elements of y times the summed axis."""
-        return y.numel() * x.shape[-1]
+    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+        """One product per matrix of the batch; vectors are matrices of one row or column."""
+        rows = x.shape[-2] if x.dim() > 1 else 1
+        columns = w.shape[-1] if w.dim() > 1 else 1
+        return ProductSize(y.numel() // max(1, rows * columns), rows, columns, x.shape[-1])
 
 
 _CONV: dict[tuple[int, bool], Callable[..., Tensor]] = {
@@ -225,9 +241,12 @@ class Convolution(Contraction):
             )
         return 1 if self.transposed else 0
 
-    def num_macs(self, x: Tensor, w: Tensor, y: Tensor) -> int:
-        """Output elements (input elements where transposed) times the weights that each one meets."""
-        return (x if self.transposed else y).numel() * w[0].numel()
+    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+        """One product per group: pixels of the output (of the input where transposed) times channels times the weights that
+        meet in one of them."""
+        t = x if self.transposed else y
+        channels = t.shape[1] // self.groups
+        return ProductSize(self.groups, t.numel() // t.shape[1], channels, w[0].numel())
 
 
 def _decode_convolution(fields: Sequence[int]) -> Convolution:

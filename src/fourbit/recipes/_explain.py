@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.nn import SWAPS, Composed, Quantized
-from fourbit.ops import SLOTS, Contraction, LayerSpec
+from fourbit.ops import SLOTS, Contraction, LayerSpec, ProductSize
 from fourbit.quantizers import UNSET, ClipValue, LossScaled, QuantSpec
 from fourbit.recipes._convert import Assignment, assign, original_class, resolve
 from fourbit.recipes._rule import Recipe
@@ -33,9 +33,9 @@ GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgra
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer: its rule, spec, and multiply-accumulates per GEMM for the given input (None without an input).
+    """One layer: its rule, its spec, and the products of its fprop for the given input (None without an input).
 
-    `state`: the layer's exponent of GradScale and clip values, in words; empty for a layer that is not converted.
+    `sizes`: (the product, whether its dgrad is needed) of every call. `state`: the layer's exponent of GradScale and clip values, in words; empty for a layer that is not converted.
     """
 
     name: str
@@ -43,8 +43,16 @@ class LayerExplanation:
     rule: str
     spec: LayerSpec | None
     note: str
-    num_macs: Mapping[str, int] | None
+    sizes: tuple[tuple[ProductSize, bool], ...] | None
     state: str = ""
+
+    @property
+    def num_macs(self) -> Mapping[str, int] | None:
+        """Multiply-accumulates per GEMM; None without an input."""
+        if self.sizes is None:
+            return None
+        macs = dict.fromkeys(GEMMS, sum(size.macs for size, _ in self.sizes))
+        return macs | {"dgrad": sum(size.macs for size, needed in self.sizes if needed)}
 
     def operand(self, slot: str) -> str:
         """Format and scale of a slot, in words."""
@@ -122,20 +130,21 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
     """
     recipe = resolve(recipe)
     assignments = assign(model, recipe)
-    macs = _count_macs(model, assignments, input) if input is not None else {}
+    sizes = _sizes(model, assignments, input) if input is not None else {}
     converted = [layer for a in assignments if (layer := _converted(a)) is not None]
     products = converted[0].quant.products if converted else None
-    return Explanation(recipe, tuple(_explain_layer(a, macs.get(a.name)) for a in assignments), products)
+    return Explanation(recipe, tuple(_explain_layer(a, sizes.get(a.name)) for a in assignments), products)
 
 
-def _explain_layer(assignment: Assignment, macs: Mapping[str, int] | None) -> LayerExplanation:
+def _explain_layer(assignment: Assignment, sizes: list[tuple[ProductSize, bool]] | None) -> LayerExplanation:
     rule = assignment.rule
     label = (rule.label or str(rule)) if rule else "-"
     spec = rule.spec if rule else None
     layer = _converted(assignment)
     state = "" if layer is None else _state_of(layer)
     type_name = type(assignment.module).__name__
-    return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, macs, state)
+    found = None if sizes is None else tuple(sizes)
+    return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, found, state)
 
 
 def _converted(assignment: Assignment) -> Quantized | None:
@@ -223,32 +232,27 @@ def _what(value: object) -> str:
     return repr(value) if isinstance(value, str | int | float | tuple | list | None) else type(value).__name__
 
 
-def _count_macs(model: nn.Module, assignments: list[Assignment], input: Input) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
+def _sizes(model: nn.Module, assignments: list[Assignment], input: Input) -> dict[str, list[tuple[ProductSize, bool]]]:
+    found: dict[str, list[tuple[ProductSize, bool]]] = defaultdict(list)
     handles = []
 
     def hook(name: str, contraction: Contraction):
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, y = inputs[0], output
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0]
             w = inputs[1] if len(inputs) > 1 else module.weight
-            macs = contraction.num_macs(x, w, y)  # type: ignore[arg-type]
-            entry = counts.setdefault(name, dict.fromkeys(GEMMS, 0))
-            for gemm in GEMMS:
-                entry[gemm] += macs if gemm != "dgrad" or x.requires_grad else 0
+            found[name].append((contraction.size(x, w, output), x.requires_grad))  # type: ignore[arg-type]
 
-        return count
+        return record
 
     def composed_hook(prefix: str):
-        def count(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             torch_class = original_class(module)
             assert torch_class is not None
             layer = cast("type[Composed]", SWAPS[torch_class])
-            for part, (macs, needs_gradient) in layer.num_macs(module, inputs, named).items():  # type: ignore[arg-type]
-                entry = counts.setdefault(f"{prefix}{part}", dict.fromkeys(GEMMS, 0))
-                for gemm in GEMMS:
-                    entry[gemm] += macs if gemm != "dgrad" or needs_gradient else 0
+            for part, size, needed in layer.sizes(module, inputs, named):  # type: ignore[arg-type]
+                found[f"{prefix}{part}"].append((size, needed))
 
-        return count
+        return record
 
     composed = {a.module: a.name.removesuffix(a.part) for a in assignments if a.part}
     for module, prefix in composed.items():
@@ -269,7 +273,7 @@ def _count_macs(model: nn.Module, assignments: list[Assignment], input: Input) -
             module.training = mode
         for handle in handles:
             handle.remove()
-    return counts
+    return found
 
 
 def _lines(explanation: Explanation) -> list[str]:

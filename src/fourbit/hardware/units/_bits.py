@@ -96,7 +96,9 @@ def anticipated_zeros(m: Module, x: Value, y: Value) -> Value:
     f = []
     for k in range(n - 1):
         g_below, z_below = (g[k - 1], z[k - 1]) if k else (Const(0, 1), Const(1, 1))
-        f.append((t[k + 1] & ((g[k] & ~z_below) | (z[k] & ~g_below))) | (~t[k + 1] & ((z[k] & ~z_below) | (g[k] & ~g_below))))
+        f.append(
+            (t[k + 1] & ((g[k] & ~z_below) | (z[k] & ~g_below))) | (~t[k + 1] & ((z[k] & ~z_below) | (g[k] & ~g_below)))
+        )
     count, none = leading_zeros(m, wire(m, Cat(*f), unsigned(n - 1), "indicator"))
     return wire(m, Mux(none, n - 2, count), unsigned((n - 1).bit_length()), "anticipated")
 

@@ -152,12 +152,15 @@ def hadamard(unit: Hadamard, m: Module, stages: Stages, inputs: dict[str, Value]
     tops = [field for _, field, _ in parts]
     while len(tops) > 1:
         tops = [
-            wire(m, Mux(a > b, a, b), unsigned(f.exponent_bits), "top") for a, b in zip(tops[::2], tops[1::2], strict=True)
+            wire(m, Mux(a > b, a, b), unsigned(f.exponent_bits), "top")
+            for a, b in zip(tops[::2], tops[1::2], strict=True)
         ]
     live = Live(exponent=tops[0])
     for k, (sign, field, significand) in enumerate(parts):
         distance = wire(m, tops[0] - field, unsigned(f.exponent_bits), "distance")
-        amount = wire(m, Mux(distance > unit.window, unit.window, distance), unsigned(unit.window.bit_length()), "amount")
+        amount = wire(
+            m, Mux(distance > unit.window, unit.window, distance), unsigned(unit.window.bit_length()), "amount"
+        )
         wide = Cat(Const(0, unit.window - f.precision), significand)
         shifted, _ = shift_right(m, wide, amount, unit.window)
         live[f"x{k}"] = wire(m, Mux(sign, -shifted, shifted), signed(unit.window + 1), "aligned")
