@@ -19,6 +19,7 @@ from fourbit.hardware._netlist import Netlist as Netlist
 from fourbit.hardware._quantizer import Hadamard as Hadamard
 from fourbit.hardware._quantizer import Quantizer as Quantizer
 from fourbit.hardware._quantizer import RandomSource as RandomSource
+from fourbit.hardware._quantizer import Register as Register
 from fourbit.hardware._simulate import Mismatch as Mismatch
 from fourbit.hardware._simulate import mismatch as mismatch
 from fourbit.hardware._simulate import simulate as simulate

@@ -176,11 +176,10 @@ class RandomSource(Unit):
         return {"next": 32}
 
     def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """Twice as many gates as bits that change."""
-        x = inputs["state"]
-        for shift in (13, -17, 5):
-            x = (x ^ (x << shift if shift > 0 else x >> -shift))[:32]
-        return {"next": x}
+        """See `fourbit.hardware.units`."""
+        from fourbit.hardware.units._quantize import xorshift
+
+        return {"next": xorshift(inputs["state"])}
 
     def reference(self, inputs: Bits) -> dict[str, int]:
         """The recurrence."""
@@ -263,3 +262,39 @@ class Hadamard(Unit):
                 x |= (0 if rng.random() < 0.05 else code) << f.bits * k
             found.append({"x": x})
         return found
+
+
+@dataclass(frozen=True)
+class Register(Unit):
+    """Flip-flops alone, for what a unit leaves to its surroundings: the accumulator, the state of a random source."""
+
+    width: int = 16
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The only one."""
+        return ("hold",)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """One word."""
+        return {"x": self.width}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """The same, a cycle later where `cuts` is ("hold",)."""
+        return {"y": self.width}
+
+    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
+        """See `fourbit.hardware.units`."""
+        from fourbit.hardware.units._bits import Live
+
+        return {"y": stages.cut("hold", Live(x=inputs["x"])).x}
+
+    def reference(self, inputs: Bits) -> dict[str, int]:
+        """The same."""
+        return {"y": inputs["x"]}
+
+    def vectors(self, rng: random.Random, count: int) -> list[dict[str, int]]:
+        """Random words."""
+        return [{"x": rng.getrandbits(self.width)} for _ in range(count)]

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import UserError
+from fourbit.hardware._inner import InnerProduct
 from fourbit.hardware._liberty import Library
 from fourbit.hardware._netlist import LOAD_FF, Netlist
-from fourbit.hardware._simulate import circuit
+from fourbit.hardware._simulate import circuit, streams
+from fourbit.hardware._trace import operand_vectors, stored_trace
 from fourbit.hardware._unit import UNITS, Unit
 
 UNUSED = ("sky130_fd_sc_hd__lpflow_*", "sky130_fd_sc_hd__probe*", "*__dly*", "*_dlygate*", "*decap*", "*__clkdly*")
@@ -81,18 +83,22 @@ class Point:
 
     Args:
         unit, cuts: its name and pipeline.
+        anticipated: whether the leading zeros of sums are found while they are added.
         script, target: how; the target in ps.
         area, register_area: in um^2, all and flip-flops.
         delay: the longest way, in ps.
+        energy: per cycle, in fJ, of the stored trace; without glitches, wires and leakage.
     """
 
     unit: str
     cuts: tuple[str, ...]
+    anticipated: bool
     script: str
     target: float | None
     area: float
     register_area: float
     delay: float
+    energy: float = 0.0
 
 
 class Design:
@@ -145,14 +151,22 @@ class Design:
 
     def points(self, library: Library, targets: Sequence[float]) -> list[Point]:
         """By every script and target; those that no other beats."""
-        found = []
+        found: list[tuple[Point, Netlist]] = []
+        anticipated = isinstance(self.unit, InnerProduct) and self.unit.anticipate
         for script, commands in SCRIPTS.items():
             timed = any("{target}" in line for line in commands)
             for target in targets if timed else (None,):
                 n = self.map(library, script, target)
                 sizes = round(n.area, 3), round(n.register_area, 3), round(n.delay, 1)
-                found.append(Point(self.unit.name, self.unit.cuts, script, target, *sizes))
-        return front(found)
+                found.append((Point(self.unit.name, self.unit.cuts, anticipated, script, target, *sizes), n))
+        kept = front([point for point, _ in found])
+        vectors = operand_vectors(self.unit, stored_trace())
+        cycles = len(vectors)
+        energies = {}
+        for point, n in found:
+            if point in kept:
+                energies[point] = round(n.energy(n.run(streams(self.unit, vectors), cycles), cycles), 2)
+        return [replace(point, energy=energies[point]) for point in kept]
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -164,25 +178,44 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _points(task: tuple[str, tuple[str, ...], str, Sequence[float], str]) -> list[Point]:
-    name, cuts, liberty, targets, folder = task
+def variants(unit: Unit) -> list[Unit]:
+    """The pipelines in which a unit is built, and without one, or with one register, both ways of counting zeros."""
+    if unit.cuts:
+        return [unit]
+    stages = unit.stages
+    cuts = [
+        (),
+        *(stages[:k] for k in (1, 2) if len(stages) > k or k == 1 == len(stages)),
+        *([stages] if len(stages) > 2 else []),
+    ]
+    found = [replace(unit, cuts=c) for c in dict.fromkeys(cuts)]
+    if isinstance(unit, InnerProduct) and not isinstance(unit.accumulator, int) and unit.style != "window":
+        found += [replace(u, anticipate=True) for u in found if isinstance(u, InnerProduct) and "add" not in u.cuts]
+    return found
+
+
+def _points(task: tuple[Unit, str, Sequence[float], str]) -> list[Point]:
+    unit, liberty, targets, folder = task
     own = Path(tempfile.mkdtemp(dir=folder))
-    (own / "unit").write_text(name)
-    return Design(replace(UNITS[name], cuts=cuts), own).points(Library(liberty), targets)
+    (own / "unit").write_text(unit.name)
+    return Design(unit, own).points(Library(liberty), targets)
 
 
 def synthesize(
-    units: Sequence[tuple[str, tuple[str, ...]]],
+    names: Sequence[str],
     liberty: str | Path,
-    targets: Sequence[float] = (1000.0, 3000.0, 6000.0),
+    targets: Sequence[float] = (1000.0, 4000.0),
     processes: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Point]:
-    """Every unit (its name and cuts) mapped to a library; the points of each that no other one of it beats.
+    """Every unit in all its `variants`, mapped to a library; the points of each that no other one of it beats.
 
     Args:
+        names: of units.
         liberty: a Liberty file.
         targets: delays to try for, in ps.
         processes: at a time; None: one per core.
+        progress: called with the number of variants done, their number, and the last one's name.
 
     Raises:
         UserError: an unknown unit, a damaged library or one without the cells that it takes, a missing tool, or yosys broke
@@ -191,15 +224,24 @@ def synthesize(
     require_yosys()
     library = Library(liberty)
     library.check()
-    for name, _ in units:
-        UNITS[name]
+    units = [variant for name in names for variant in variants(UNITS[name])]
+    found: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="fourbit-synth-") as folder:
-        tasks = [(name, cuts, str(liberty), tuple(targets), folder) for name, cuts in units]
+        tasks = [(unit, str(liberty), tuple(targets), folder) for unit in units]
         try:
             with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-                return [point for points in pool.map(_points, tasks) for point in points]
+                for number, (unit, points) in enumerate(zip(units, pool.map(_points, tasks), strict=True), 1):
+                    found += points
+                    if progress is not None:
+                        progress(number, len(units), unit.name)
         except BrokenProcessPool as error:
             raise UserError(f"yosys broke off: {_last_error(Path(folder))}") from error
+    return [
+        point
+        for name in names
+        for cuts in {p.cuts: None for p in found if p.unit == name}
+        for point in front([p for p in found if p.unit == name and p.cuts == cuts])
+    ]
 
 
 def _last_error(folder: Path) -> str:

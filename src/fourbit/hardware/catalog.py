@@ -29,7 +29,7 @@ from fourbit.formats import (
 )
 from fourbit.hardware._converter import Converter
 from fourbit.hardware._inner import InnerProduct
-from fourbit.hardware._quantizer import Hadamard, Quantizer, RandomSource
+from fourbit.hardware._quantizer import Hadamard, Quantizer, RandomSource, Register
 from fourbit.hardware._unit import UNITS, Unit
 
 CYCLES = 256
@@ -79,3 +79,4 @@ _add(Quantizer("quantize_uint4", "scale and clip to UINT4 (PACT)", targets=(UINT
 _add(Quantizer("quantize_int4", "scale and clip to INT4 (SAWB)", targets=(INT4_SYM,), scale="float"))
 _add(RandomSource("random", "32 random bits: xorshift"))
 _add(Hadamard("hadamard", "Hadamard transform of 16 numbers, aligned to the largest"))
+_add(Register("register", "16 flip-flops", cuts=("hold",)))

@@ -35,7 +35,8 @@ GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgra
 class LayerExplanation:
     """One layer: its rule, its spec, and the products of its fprop for the given input (None without an input).
 
-    `sizes`: (the product, whether its dgrad is needed) of every call. `state`: the layer's exponent of GradScale and clip values, in words; empty for a layer that is not converted.
+    `sizes`: (the product, whether its dgrad is needed) of every call. `state`: the layer's exponent of GradScale and clip
+    values, in words; empty for a layer that is not converted.
     """
 
     name: str

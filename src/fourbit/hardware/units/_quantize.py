@@ -145,6 +145,13 @@ def _largest_code(format: Format) -> int:
     return format.encode(format.max)
 
 
+def xorshift(x: Value) -> Value:
+    """The next state."""
+    for shift in (13, -17, 5):
+        x = (x ^ (x << shift if shift > 0 else x >> -shift))[:32]
+    return x
+
+
 def hadamard(unit: Hadamard, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
     """Align, then four levels of butterflies."""
     f, bits = unit.float, unit.float.bits
