@@ -256,7 +256,7 @@ def test_a_contraction_without_an_order_is_refused():
             return -1
 
         def size(self, x, w, y):
-            return ProductSize(1, x.numel(), w.numel(), 1)
+            return ProductSize(1, x.numel(), w.numel(), 1, x.numel(), w.numel())
 
     spec = LayerSpec(accumulation=Accumulation())
     with pytest.raises(UserError, match="not defined for Outer: leave accumulation=None"):

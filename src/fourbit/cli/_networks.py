@@ -28,7 +28,7 @@ def explain(
     """
     from fourbit.recipes import explain as explain_recipe
 
-    network, batch = _network(model, input, classes, 1)
+    network, batch = build_network(model, input, classes, 1)
     say(str(explain_recipe(network, recipe, batch)))
 
 
@@ -56,13 +56,13 @@ def memory(
 
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
-    network, batch = _network(model, input, classes, batch_size)
+    network, batch = build_network(model, input, classes, batch_size)
     before = memory_report(network, batch).total
     report = memory_report(convert(network, recipe), batch)
     say(f"{report}\nby the same network in FP32: {format_bytes(before)}; now {report.total / before:.3f}x of it")
 
 
-def _network(
+def build_network(
     model: str, input: str | None, classes: int | None, batch_size: int
 ) -> tuple[Module, Tensor | tuple[int, ...] | tuple[Tensor, ...]]:
     """The network for such inputs, and a batch of them or its shape."""

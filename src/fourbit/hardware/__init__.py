@@ -4,22 +4,41 @@
     simulation  `simulate` (Amaranth's simulator) and `Netlist.run` (all vectors at once) against `Unit.reference`, which is
                 exact rational arithmetic
     synthesis   `Design`, with yosys and a standard-cell `Library` in Liberty format; area, delay and energy of a `Netlist`
+    costs       `Results` of synthesis at a clock period, and `estimate`, which makes a training step's time and energy of them
 
 Nothing here needs torch; circuits need the packages of the extra `hardware`.
 """
 
 from fourbit.hardware import catalog as catalog
 from fourbit.hardware._converter import Converter as Converter
+from fourbit.hardware._cost import SCHEMES as SCHEMES
+from fourbit.hardware._cost import Machine as Machine
+from fourbit.hardware._cost import Part as Part
+from fourbit.hardware._cost import Product as Product
+from fourbit.hardware._cost import StepCost as StepCost
+from fourbit.hardware._cost import cycles_of as cycles_of
+from fourbit.hardware._cost import estimate as estimate
+from fourbit.hardware._cost import separate_arrays as separate_arrays
+from fourbit.hardware._cost import unit_of as unit_of
+from fourbit.hardware._cost import with_scheme as with_scheme
 from fourbit.hardware._float import FLOAT32 as FLOAT32
 from fourbit.hardware._float import FLOATS as FLOATS
 from fourbit.hardware._float import Float as Float
 from fourbit.hardware._inner import InnerProduct as InnerProduct
 from fourbit.hardware._liberty import Library as Library
 from fourbit.hardware._netlist import Netlist as Netlist
+from fourbit.hardware._paper import SPEEDS as SPEEDS
+from fourbit.hardware._paper import figure_6c as figure_6c
 from fourbit.hardware._quantizer import Hadamard as Hadamard
 from fourbit.hardware._quantizer import Quantizer as Quantizer
 from fourbit.hardware._quantizer import RandomSource as RandomSource
 from fourbit.hardware._quantizer import Register as Register
+from fourbit.hardware._results import LIBRARIES as LIBRARIES
+from fourbit.hardware._results import Cost as Cost
+from fourbit.hardware._results import Results as Results
+from fourbit.hardware._results import stored as stored
+from fourbit.hardware._results import summary_rows as summary_rows
+from fourbit.hardware._results import tool_versions as tool_versions
 from fourbit.hardware._simulate import Mismatch as Mismatch
 from fourbit.hardware._simulate import mismatch as mismatch
 from fourbit.hardware._simulate import simulate as simulate

@@ -61,12 +61,13 @@ _add(InnerProduct("int4_fp8", "2-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8
 _add(InnerProduct("fp8", "2-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 2))
 _add(InnerProduct("mxfp4", "4-way E2M1 x E2M1 with E8M0 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=E8M0))
 _add(InnerProduct("nvfp4", "4-way E2M1 x E2M1 with E4M3 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=FP8_E4M3FN))
+for _ways in (1, 8, 16):
+    _pair(f"int4_fp4_{_ways}", f"{_ways}-way INT4 x FP4 radix-4", INT4_SYM, FP4_R4_EVEN, _ways)
 _pair("int5_fp4", "4-way INT5 (INT4 and UINT4) x FP4 radix-4", INT5, FP4_R4_EVEN, 4)
-_add(Converter("converter", "27-bit register of int4_fp4_fixed to FP16", width=26, lsb=-6))
+_add(Converter("converter", "26-bit register of int4_fp4_fixed to FP16", width=26, lsb=-6))
 _add(Quantizer("quantize_fp4", "GradScale, x1.6, radix-4 FP4 in both phases", targets=(FP4_R4_EVEN, FP4_R4_ODD)))
-_add(
-    Quantizer("quantize_fp4_185", "the same with x1.85", targets=(FP4_R4_EVEN_185, FP4_R4_ODD_185)),
-)
+_add(Quantizer("quantize_fp4_185", "the same with x1.85", targets=(FP4_R4_EVEN_185, FP4_R4_ODD_185)))
+_add(Quantizer("quantize_fp4_even", "the same with one phase", targets=(FP4_R4_EVEN,)))
 _add(Quantizer("quantize_fp4r2", "GradScale, radix-2 FP4, nearest", targets=(FP4_R2,)))
 _add(
     Quantizer("quantize_luq", "scale, radix-2 FP4, stochastic (LUQ)", targets=(FP4_R2,), scale="float", stochastic=True)

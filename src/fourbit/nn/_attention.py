@@ -75,14 +75,17 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
         axis = 1 if self.batch_first and key.dim() == 3 else 0
         length, queries = key.shape[axis], query.shape[axis]
         heads = rows // max(1, queries) * self.num_heads
+
+        def projection(t: Tensor) -> ProductSize:
+            return ProductSize(1, t.shape[:-1].numel(), E, t.shape[-1], t.numel(), E * t.shape[-1])
+
+        size, d = heads * queries * length, self.head_dim
+        q, kv = heads * queries * d, heads * length * d
         return [
-            *(
-                (n, ProductSize(1, t.shape[:-1].numel(), E, t.shape[-1]), t.requires_grad)
-                for n, t in zip(PROJECTIONS, (query, key, value), strict=True)
-            ),
-            ("scores", ProductSize(heads, queries, length, self.head_dim), True),
-            ("values", ProductSize(heads, queries, self.head_dim, length), True),
-            ("out_proj", ProductSize(1, rows, E, E), True),
+            *((n, projection(t), t.requires_grad) for n, t in zip(PROJECTIONS, (query, key, value), strict=True)),
+            ("scores", ProductSize(heads, queries, length, d, q, kv), True),
+            ("values", ProductSize(heads, queries, d, length, size, kv), True),
+            ("out_proj", ProductSize(1, rows, E, E, rows * E, E * E), True),
         ]
 
     def _quantized(self) -> bool:

@@ -54,7 +54,8 @@ class _Recurrent(Composed, nn.RNNBase):
             n, k = getattr(self, info.weight).shape
             needed = data.requires_grad or not name.startswith("ih_l0")
             products = {rows: 1} if name.startswith("ih") else steps
-            found += [(name, ProductSize(count, m, n, k), needed) for m, count in products.items()]
+            sizes = [ProductSize(count, m, n, k, count * m * k, n * k) for m, count in products.items()]
+            found += [(name, size, needed) for size in sizes]
         return found
 
     def _quantized(self) -> bool:

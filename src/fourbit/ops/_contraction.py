@@ -25,12 +25,15 @@ Which = Literal["fprop", "dgrad", "wgrad"]
 
 
 class ProductSize(NamedTuple):
-    """`count` products of a matrix [m, k] by a matrix [k, n]."""
+    """`count` products of a matrix [m, k] by a matrix [k, n], of `x` and `w` different numbers: fewer than the matrices have
+    where a convolution reads its input, or all products the same weights, several times."""
 
     count: int
     m: int
     n: int
     k: int
+    x: int
+    w: int
 
     @property
     def macs(self) -> int:
@@ -121,7 +124,7 @@ class LinearMap(Contraction):
 
     def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
         """Rows times in_features times out_features."""
-        return ProductSize(1, y.shape[:-1].numel(), y.shape[-1], x.shape[-1])
+        return ProductSize(1, y.shape[:-1].numel(), y.shape[-1], x.shape[-1], x.numel(), w.numel())
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ class Matmul(Contraction):
         """One product per matrix of the batch; vectors are matrices of one row or column."""
         rows = x.shape[-2] if x.dim() > 1 else 1
         columns = w.shape[-1] if w.dim() > 1 else 1
-        return ProductSize(y.numel() // max(1, rows * columns), rows, columns, x.shape[-1])
+        count = y.numel() // max(1, rows * columns)
+        return ProductSize(count, rows, columns, x.shape[-1], x.numel(), w.numel())
 
 
 _CONV: dict[tuple[int, bool], Callable[..., Tensor]] = {
@@ -246,7 +250,7 @@ class Convolution(Contraction):
         meet in one of them."""
         t = x if self.transposed else y
         channels = t.shape[1] // self.groups
-        return ProductSize(self.groups, t.numel() // t.shape[1], channels, w[0].numel())
+        return ProductSize(self.groups, t.numel() // t.shape[1], channels, w[0].numel(), x.numel(), w.numel())
 
 
 def _decode_convolution(fields: Sequence[int]) -> Convolution:

@@ -2,6 +2,7 @@
 
 from fourbit.recipes._convert import convert as convert
 from fourbit.recipes._convert import restore as restore
+from fourbit.recipes._explain import GEMMS as GEMMS
 from fourbit.recipes._explain import Explanation as Explanation
 from fourbit.recipes._explain import LayerExplanation as LayerExplanation
 from fourbit.recipes._explain import explain as explain

@@ -11,10 +11,19 @@ runs that are still going, or that someone else did.
 
 from fourbit.report._html import write_report as write_report
 from fourbit.report._number_line import draw_number_line as draw_number_line
+from fourbit.report._page import Chapter as Chapter
+from fourbit.report._page import Grid as Grid
+from fourbit.report._page import Text as Text
+from fourbit.report._page import write_page as write_page
+from fourbit.report._stats import FinalResult as FinalResult
 from fourbit.report._stats import RecipeSummary as RecipeSummary
+from fourbit.report._stats import final_results as final_results
 from fourbit.report._stats import summarize as summarize
 from fourbit.report._style import DPI as DPI
+from fourbit.report._style import PALETTE as PALETTE
 from fourbit.report._style import REFERENCE_COLOR as REFERENCE_COLOR
+from fourbit.report._style import Plot as Plot
+from fourbit.report._style import legend as legend
 from fourbit.report._style import panels as panels
 from fourbit.report._style import step_axis as step_axis
 from fourbit.report._style import style as style

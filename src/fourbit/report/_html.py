@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 import jinja2
 
@@ -27,11 +28,12 @@ from fourbit.report._style import DPI, Plot, looks, style
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """A rendered figure as the template needs it."""
 
     plot: Plot
     png: bytes
+    kind: ClassVar[str] = "picture"
 
     @property
     def data_uri(self) -> str:
@@ -67,46 +69,55 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
             raise UserError(f"{page} exists and is not a report of fourbit: choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         with style():
-            chapters = [(s, [_render(p, folder) for p in s.plots]) for s in sections(groups)]
+            chapters = [(s, [render(p, folder) for p in s.plots]) for s in sections(groups)]
         replace_file(page, _page(groups, chapters).encode())
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {problem(error, page)}.") from error
     return page
 
 
-def _render(plot: Plot, folder: Path) -> _Picture:
+def render(plot: Plot, folder: Path) -> Picture:
+    """As PNG, which is also written into the folder."""
     buffer = io.BytesIO()
     plot.figure.savefig(buffer, format="png", dpi=DPI)
     replace_file(folder / f"{plot.name}.png", buffer.getvalue())
-    return _Picture(plot, buffer.getvalue())
+    return Picture(plot, buffer.getvalue())
 
 
-def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[_Picture]]]) -> str:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Of all templates: what comes from files is escaped."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("fourbit.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Picture]]]) -> str:
     runs = [r for g in groups for r in g.runs]
     summaries = [summarize_group(g, groups) for g in groups]
     names, rows = tables.differing_settings(groups)
-    return environment.get_template("template.html.j2").render(
-        title=title(groups),
-        summary=summary_sentences(groups, summaries),
-        notes=[note for r in runs for note in r.notes],
-        results=tables.result_tables(summaries),
-        has_percent=any(unit(m) for m in metrics(groups)),
-        looks=looks(groups),
-        chapters=chapters,
-        shared=tables.shared_settings(groups),
-        differing_names=names,
-        differing_rows=rows,
-        environment=tables.environment(runs),
-        runs=tables.run_tables(groups),
-        num_runs=len(runs),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    return (
+        environment()
+        .get_template("template.html.j2")
+        .render(
+            title=title(groups),
+            summary=summary_sentences(groups, summaries),
+            notes=[note for r in runs for note in r.notes],
+            results=tables.result_tables(summaries),
+            has_percent=any(unit(m) for m in metrics(groups)),
+            looks=looks(groups),
+            chapters=chapters,
+            shared=tables.shared_settings(groups),
+            differing_names=names,
+            differing_rows=rows,
+            environment=tables.environment(runs),
+            runs=tables.run_tables(groups),
+            num_runs=len(runs),
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
 
 

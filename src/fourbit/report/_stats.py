@@ -155,3 +155,41 @@ def across(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray
         return empty, empty, empty, empty
     stack = np.stack([np.interp(grid, x, y) for x, y in kept])
     return grid, stack.mean(axis=0), stack.min(axis=0), stack.max(axis=0)
+
+
+@dataclass(frozen=True)
+class FinalResult:
+    """What the runs of one configuration have come to.
+
+    Args:
+        model, recipe: their names.
+        metric: as in `RecipeSummary`; `mean`: over `seeds` runs.
+        images: samples that each run has trained on, over all epochs; None where the runs do not say.
+    """
+
+    model: str
+    recipe: str
+    metric: str
+    mean: float
+    seeds: int
+    images: int | None
+
+
+def final_results(paths: Sequence[str | Path]) -> list[FinalResult]:
+    """Of all configurations at or below `paths` that have a result.
+
+    Raises:
+        UserError: as `summarize`.
+    """
+    groups = group_runs(load_runs([Path(p) for p in paths]))
+    found = []
+    for group in groups:
+        summary = summarize_group(group, groups)
+        if summary.metric_mean is None:
+            continue
+        steps = max((int(e["step"]) for r in group.runs for e in r.epochs), default=0)
+        batch = int(group.config.get("batch_size", 0))
+        model = text(group.config.get("model", ""))
+        images = steps * batch or None
+        found.append(FinalResult(model, group.recipe, summary.metric, summary.metric_mean, summary.n, images))
+    return found

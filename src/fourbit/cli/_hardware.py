@@ -1,0 +1,277 @@
+"""Commands about silicon: units, synth, estimate, report."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from fourbit.cli._app import app
+from fourbit.cli._runs import whole_numbers, words
+from fourbit.cli._terminal import make_table, say, show
+from fourbit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from fourbit.hardware import Product, Results
+    from fourbit.recipes import Explanation
+
+hardware = App(
+    name="hardware", help="Arithmetic units for 4-bit training: what they cost, and what a training step costs on them."
+)
+app.command(hardware)
+
+PERIODS = (2500.0, 4000.0, 6000.0)
+"""Clock periods of tables, in ps."""
+
+
+@hardware.command
+def units(*, results: Path | None = None, library: Literal["sg13g2", "sky130"] = "sg13g2") -> None:
+    """List the arithmetic units, with area, delay and density in a cell library.
+
+    Args:
+        results: File that `fourbit hardware synth` wrote. None: the stored results of `library`.
+        library: Of the stored results: IHP SG13G2 or SkyWater SKY130.
+    """
+    from fourbit.hardware import UNITS, summary_rows
+
+    found = _results(results, library)
+    table = make_table(
+        "unit", "um2", "gates", "ns", "um2, fast", "ns", *(f"{p / 1000:g} ns" for p in PERIODS), "best", "pJ"
+    )
+    for row in summary_rows(found, PERIODS):
+        table.add_row(*row)
+    show(table)
+    say(f"{found.library}, typical corner; versions: {', '.join(f'{k} {v}' for k, v in found.tools.items())}.")
+    say(
+        "um2, gates (NAND equivalents), ns: the smallest form, without registers; then the fastest. At a clock period: "
+        "multiply-accumulates per second and area against the FP16 fused multiply-add, each with its accumulator and, if it "
+        "adds in fixed point, a 32nd of a converter; -: it misses the clock. pJ: per multiply-accumulate (per cycle where it "
+        "does none), of a real trace, without glitches and wires."
+    )
+    for name in found.units:
+        say(f"  {name:18} {UNITS[name].title}")
+
+
+@hardware.command
+def synth(
+    *,
+    liberty: Path,
+    units: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
+    out: Path = Path("synthesis.json"),
+    targets: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (1000, 4000),
+    processes: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Map units onto a standard-cell library: area, delay and energy of each, in several pipelines.
+
+    Args:
+        liberty: Library in Liberty format, plain or gzipped.
+        units: Names, separated by commas. None: all.
+        out: File for the results, which the other commands read by --results.
+        targets: Delays to optimise for, in ps, separated by commas.
+        processes: At a time. None: one per core.
+        progress: Show a progress bar, if the output is a terminal.
+    """
+    import os
+    import time
+
+    from fourbit.hardware import UNITS, Library, Results, synthesize, tool_versions
+    from fourbit.train._display import make_console
+
+    for name in units:
+        UNITS[name]
+    if any(t <= 0 for t in targets) or not targets:
+        raise UserError(f"targets are {', '.join(map(str, targets))}, but must be positive times in ps.")
+    if out.exists() and out.is_dir():
+        raise UserError(f"{out} is a folder: give --out the name of a file.")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    library = Library(liberty)
+    library.check()
+    needed = [n for n in ("fma_fp16", "converter", "register") if units and n not in units]
+    names = [*units, *needed] if units else list(UNITS)
+    start = time.monotonic()
+    console = make_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+        task = bar.add_task("synthesis")
+
+        def step(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        points = synthesize(names, liberty, targets, processes, step)
+    seconds = time.monotonic() - start
+    workers = processes or os.cpu_count() or 1
+    results = Results(
+        library.name,
+        library.gate_equivalent,
+        library.voltage,
+        tool_versions(),
+        round(seconds, 1),
+        workers,
+        tuple(points),
+    )
+    results.write(out)
+    say(
+        f"{len(points)} forms of {len(names)} units in {seconds:.0f} s: {out}. See: fourbit hardware units --results {out}"
+    )
+
+
+@hardware.command
+def estimate(
+    *,
+    model: str = "resnet20",
+    recipe: str = "ibm2020",
+    input: str | None = None,
+    classes: int | None = None,
+    batch_size: int = 32,
+    results: Path | None = None,
+    library: Literal["sg13g2", "sky130"] = "sg13g2",
+    accumulator: Literal["fp16", "fixed"] = "fp16",
+    rows: int = 32,
+    columns: int = 32,
+    dataflow: Literal["os", "ws", "is"] = "ws",
+    sram_kb: int = 1024,
+    bandwidth: float = 1.0,
+    period: float | None = None,
+    layers: bool = False,
+) -> None:
+    """Time, energy and area of a training step of a network on systolic arrays of the recipe's units, against FP16.
+
+    Args:
+        model: Network; `fourbit models` lists them.
+        recipe: Recipe; `fourbit recipes` lists them. Also hfp8, mxfp4, nvfp4: formats that no recipe trains with, in place
+            of the 4-bit products of ibm2020.
+        input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
+            (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
+        classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
+        batch_size: Images, or rows of text, per step.
+        results: File that `fourbit hardware synth` wrote. None: the stored results of `library`.
+        library: Of the stored results: IHP SG13G2 or SkyWater SKY130.
+        accumulator: Sums of 4-bit products in FP16, or in a fixed-point register with a shared converter.
+        rows: Of the array.
+        columns: Of the array, if it is made of FP16 units; others get the same area.
+        dataflow: Systolic array that keeps results (os), weights (ws) or inputs (is).
+        sram_kb: On-chip memory for operands, in KB.
+        bandwidth: Of memory, in bits per cycle and FP16 unit.
+        period: Clock period in ps for all units. None: each at its own best.
+        layers: Show every product.
+    """
+    from fourbit.hardware import Machine
+    from fourbit.hardware import estimate as estimate_step
+
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
+    found = _results(results, library)
+    products = step_products(model, recipe, input, classes, batch_size)
+    machine = Machine(rows, columns, dataflow, sram_kb, bandwidth, period, accumulator)
+    from fourbit.hardware import with_scheme
+
+    cost = estimate_step(products, machine, found)
+    base = estimate_step(with_scheme(products, "fp16"), machine, found)
+    if layers:
+        table = make_table("layer", "GEMM", "unit", "MACs", "us", "bound by", "used")
+        for p in cost.parts:
+            bound = "memory" if p.memory > p.compute else "arithmetic"
+            used = f"{p.utilisation:.0%}" if p.macs else ""
+            table.add_row(p.layer, p.gemm, p.unit, f"{p.macs:,}", f"{p.seconds * 1e6:.1f}", bound, used)
+        show(table)
+    say(
+        f"{model}, {recipe}, batch of {batch_size}: a training step on {rows} x {columns} FP16 units' area ({found.library})"
+    )
+    table = make_table("", "FP16", recipe, "FP16 / this")
+    for title, a, b, unit, scale in (
+        ("time", base.seconds, cost.seconds, "ms", 1e3),
+        ("energy", base.joules, cost.joules, "mJ", 1e3),
+        ("  arithmetic", base.energy["arithmetic"], cost.energy["arithmetic"], "mJ", 1e3),
+        ("  on-chip memory", base.energy["sram"], cost.energy["sram"], "mJ", 1e3),
+        ("  DRAM", base.energy["dram"], cost.energy["dram"], "mJ", 1e3),
+        ("  quantizers", base.energy["quantizers"], cost.energy["quantizers"], "mJ", 1e3),
+    ):
+        ratio = f"{a / b:.2f}" if b else ""
+        table.add_row(f"{title}, {unit}", f"{a * scale:.4g}", f"{b * scale:.4g}", ratio)
+    table.add_row("area, mm2", f"{base.area / 1e6:.2f}", f"{cost.area / 1e6:.2f}", "")
+    table.add_row("  quantizers, share", "", f"{cost.quantizer_area / cost.area:.1%}", "")
+    table.add_row("units busy", f"{base.utilisation:.0%}", f"{cost.utilisation:.0%}", "")
+    show(table)
+    for title, by in (
+        ("time by GEMM", lambda p: p.gemm),
+        ("time by unit", lambda p: p.unit or "memory alone"),
+        ("time bound by", lambda p: "memory" if p.memory > p.compute else "arithmetic"),
+    ):
+        say(f"{title}: " + ", ".join(f"{k} {v:.1%}" for k, v in cost.share(by).items()))
+    say(
+        f"quantizing gradients, by the paper's count of 10 FLOP per element: {cost.gradient_flops:.1%} of the products' FLOP"
+    )
+
+
+@hardware.command
+def report(
+    *,
+    out: Path = Path("hardware.html"),
+    results: Path | None = None,
+    library: Literal["sg13g2", "sky130"] = "sg13g2",
+    runs: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
+) -> None:
+    """Write a page: what the paper's 7.3 rests on, what conversion costs, networks, accuracy against energy.
+
+    Args:
+        out: Name of the page, or a folder.
+        results: File that `fourbit hardware synth` wrote. None: the stored results of `library`, which need no tools.
+        library: Of the stored results: IHP SG13G2 or SkyWater SKY130.
+        runs: Folders with training runs, separated by commas, for accuracy against energy.
+    """
+    from fourbit.cli._hardware_page import write
+
+    found = _results(results, library)
+    say(f"from the results of synthesis with {', '.join(f'{k} {v}' for k, v in found.tools.items())} ({found.library})")
+    say(str(write(out, found, step_products, [Path(r) for r in runs])))
+
+
+def _results(path: Path | None, library: str) -> Results:
+    from fourbit.hardware import Results, stored
+
+    return stored(library) if path is None else Results.read(path)
+
+
+def step_products(model: str, recipe: str, input: str | None, classes: int | None, batch_size: int) -> list[Product]:
+    """All products of a training step of a network with a recipe, or one of `hardware.SCHEMES`."""
+    from fourbit.cli._networks import build_network
+    from fourbit.hardware import SCHEMES, with_scheme
+    from fourbit.recipes import CATALOG, explain
+
+    if recipe not in CATALOG and recipe not in SCHEMES:
+        raise unknown("recipe", recipe, [*CATALOG, *SCHEMES])
+    import torch
+
+    with contextlib.nullcontext() if ":" in model else torch.device("meta"):  # shapes are all that is needed
+        network, batch = build_network(model, input, classes, batch_size)
+    products = products_of(explain(network, recipe if recipe in CATALOG else "ibm2020", batch))
+    return products if recipe in CATALOG else with_scheme(products, recipe)
+
+
+def products_of(explanation: Explanation) -> list[Product]:
+    """What a recipe's layers multiply, in the terms of `fourbit.hardware`."""
+    from fourbit.hardware import Product
+    from fourbit.recipes import GEMMS
+
+    found = []
+    for layer in explanation.layers:
+        for s, needs_dgrad in layer.sizes or ():
+            y = s.count * s.m * s.n
+            shapes = {
+                "fprop": (s.m, s.n, s.k, s.x, s.w),
+                "dgrad": (s.m, s.k, s.n, y, s.w),
+                "wgrad": (s.n, s.k, s.m, y, s.x),
+            }
+            for gemm, slots in GEMMS.items():
+                if gemm == "dgrad" and not needs_dgrad:
+                    continue
+                specs = [layer.spec.resolved(slot) if layer.spec else None for slot in slots]
+                a, b = ("full" if spec is None else spec.format.name for spec in specs)
+                m, n, k, a_numbers, b_numbers = shapes[gemm]
+                drawn = any(spec is not None and spec.stochastic for spec in specs)
+                found.append(Product(layer.name, gemm, s.count, m, n, k, a, b, a_numbers, b_numbers, stochastic=drawn))  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,488 @@
+"""The page of `fourbit hardware report`: what the paper's 7.3x rests on, and what a training step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fourbit.errors import UserError
+from fourbit.hardware import (
+    SCHEMES,
+    SPEEDS,
+    UNITS,
+    Machine,
+    Results,
+    estimate,
+    figure_6c,
+    separate_arrays,
+    stored,
+    with_scheme,
+)
+from fourbit.report import PALETTE, REFERENCE_COLOR, Chapter, Grid, Plot, Text, legend, panels, style
+
+if TYPE_CHECKING:
+    from fourbit.hardware import Product, StepCost
+
+PAPER = 4 / 0.55
+"""Of the paper, INT4 x FP4 against FP16."""
+PERIODS = (2000.0, 2500.0, 3000.0, 4000.0, 5000.0, 6000.0, 8000.0)
+NETWORKS = {
+    "resnet50_imagenet": ("ResNet-50, 224 pixels", 32),
+    "mobilenet_v2_imagenet": ("MobileNetV2, 224 pixels", 32),
+    "vgg16": ("VGG16, 32 pixels", 128),
+    "transformer_base": ("Transformer-base, 20 tokens", 128),
+    "lstm_650": ("LSTM 2 x 650, 35 tokens", 20),
+}
+"""Title and batch of each."""
+EXTERNAL = {"hf:bert": ("BERT-base, 128 tokens", 8, "128"), "hf:gpt2": ("GPT-2 small, 128 tokens", 8, "128")}
+"""Those that need transformers."""
+RECIPES = ("ibm2020", "ibm2020-dw8", "ibm2020-bottom1x1fp8", "ibm2020-1x1fp8", "luq", "hfp8", "mxfp4", "nvfp4")
+MAIN_UNITS = ("int4_fp4", "int4_int4", "int4_fp4r2", "mxfp4", "nvfp4", "int4_fp8", "fp8")
+
+Products = Callable[..., "list[Product]"]
+
+
+def write(out: Path, results: Results, products: Products, runs: Sequence[Path]) -> Path:
+    """Write the page.
+
+    Args:
+        out: where.
+        results: of synthesis.
+        products: (model, recipe, input, classes, batch size) -> the products of a step.
+        runs: folders with training runs, for accuracy against energy.
+    """
+    from fourbit.report import write_page
+
+    with style():
+        networks = _networks(products)
+        chapters = [
+            Chapter("answer", "Is 7.3 right?", _answer(results)),
+            Chapter("units", "Units", _units(results)),
+            Chapter("overheads", "What conversion, two phases and GradScale cost", _overheads(results)),
+            Chapter("paper", "The paper's estimate, and ours in its place", _paper(results)),
+            Chapter("networks", "Networks", _network_blocks(results, networks)),
+            Chapter("accuracy", "Accuracy and energy", _accuracy(results, products, runs)),
+            Chapter("sensitivity", "What the conclusions depend on", _sensitivity(networks)),
+            Chapter("limits", "What is not modelled", _limits(results)),
+        ]
+    return write_page(out, "Arithmetic for 4-bit training", _summary(results), chapters)
+
+
+def _ratio(results: Results, unit: str, period: float | None, registers: bool = True, shared: int = 32) -> str:
+    try:
+        return f"{results.density(unit, period, registers, shared):.2f}"
+    except UserError:
+        return "-"
+
+
+def _summary(results: Results) -> str:
+    fp16 = results.density("int4_fp4")
+    fixed = results.density("int4_fp4_fixed")
+    return (
+        f"Multiply-accumulates per second and area of four-way INT4 x FP4, against an FP16 1-6-9 fused multiply-add in the "
+        f"same library ({results.library}), each at its own best clock: {fp16:.1f} if sums are rounded to FP16 every cycle, "
+        f"{fixed:.1f} if they are kept in a fixed-point register with a shared converter. The paper says 7.3."
+    )
+
+
+# Chapters
+
+
+def _answer(results: Results) -> list[Text | Grid | Plot]:
+    rows = []
+    for title, unit, registers, shared in (
+        ("FP16 sums", "int4_fp4", True, 0),
+        ("FP16 sums, without registers", "int4_fp4", False, 0),
+        ("FP16 sums, odd phase, unsigned activations", "uint4_fp4", True, 0),
+        ("FP16 sums, one operand for both kinds of activations (INT5)", "int5_fp4", True, 0),
+        ("fixed-point register, a converter for 32 units", "int4_fp4_fixed", True, 32),
+        ("fixed-point register, a converter for 8 units", "int4_fp4_fixed", True, 8),
+        ("fixed-point register, a converter for each unit", "int4_fp4_fixed", True, 1),
+        ("fixed-point register, without registers and converter", "int4_fp4_fixed", False, 0),
+    ):
+        cells = [_ratio(results, unit, p, registers, shared) for p in (2500.0, 4000.0, 6000.0, None)]
+        rows.append((title, *cells))
+    ways = [f"int4_fp4{ways}{sums}" for ways in ("_1", "", "_8", "_16") for sums in ("", "_fixed")]
+    ways = [u for u in ways if u in results.units]
+    by_ways = []
+    for unit in sorted(ways, key=lambda u: (u.endswith("_fixed"), UNITS[u].macs)):
+        by_ways.append(
+            (
+                UNITS[unit].title,
+                str(UNITS[unit].macs),
+                *(_ratio(results, unit, p) for p in (2500.0, 4000.0, 6000.0, None)),
+            )
+        )
+    head = ("INT4 x FP4 radix-4 against FP16", "2.5 ns", "4 ns", "6 ns", "each at its best")
+    return [
+        Text(
+            "Ratio of multiply-accumulates per second and area at the same clock period; for each the smallest form that meets "
+            "it, whatever its pipeline. '-': it misses the clock."
+        ),
+        Grid(head, rows),
+        _density_plot(results),
+        Text("The same by the number of ways:"),
+        Grid(("", "ways", *head[1:]), by_ways),
+    ]
+
+
+def _density_plot(results: Results) -> Plot:
+    figure, axes = panels(
+        2, f"Density against an FP16 multiply-add, {results.library}", columns=2, height=3.4, sharey=False
+    )
+    entries = {}
+    for number, unit in enumerate(MAIN_UNITS):
+        curves = [(axes[0], unit)]
+        if f"{unit}_fixed" in results.units:
+            curves.append((axes[1], f"{unit}_fixed"))
+        for axis, name in curves:
+            points = []
+            for period in PERIODS:
+                try:
+                    points.append((period / 1000, results.density(name, period)))
+                except UserError:
+                    continue
+            if points:
+                entries[unit] = axis.plot(*zip(*points, strict=True), "o-", color=PALETTE[number], label=unit)[0]
+    for axis, title in zip(axes, ("sums in FP16", "fixed-point register, converter shared by 32"), strict=True):
+        entries["paper: 7.3"] = axis.axhline(PAPER, color=REFERENCE_COLOR, linestyle="--", linewidth=1)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("clock period, ns")
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("multiply-accumulates per second and area, FP16 = 1")
+    legend(figure, entries)
+    return Plot(
+        "density", "Density", "Density of units with 4 and 8 bits at the same clock as the FP16 multiply-add.", figure
+    )
+
+
+def _units(results: Results) -> list[Text | Grid | Plot]:
+    rows = []
+    for unit in results.units:
+        points = results.points_of(unit)
+        small, fast = min(points, key=lambda p: p.area), min(points, key=lambda p: p.delay)
+        macs = UNITS[unit].macs
+        rows.append(
+            (
+                UNITS[unit].title,
+                f"{small.area:,.0f}",
+                f"{small.area / results.gate_equivalent:,.0f}",
+                f"{small.delay / 1000:.2f}",
+                f"{fast.area:,.0f}",
+                f"{fast.delay / 1000:.2f}",
+                str(len(fast.cuts)),
+                f"{small.energy / max(1, macs) / 1000:.2f}",
+                _ratio(results, unit, None) if macs else "",
+            )
+        )
+    head = (
+        "unit",
+        "smallest, um2",
+        "gates",
+        "ns",
+        "fastest, um2",
+        "ns",
+        "registers deep",
+        "pJ per MAC or cycle",
+        "density",
+    )
+    figure, (axis,) = panels(1, "Area and delay of every form", columns=1, height=3.6)
+    entries = {}
+    for number, unit in enumerate(("fma_fp16", "int4_fp4", "int4_fp4_fixed", "int4_fp8", "fp8", "nvfp4")):
+        if unit not in results.units:
+            continue
+        points = results.points_of(unit)
+        color = REFERENCE_COLOR if unit == "fma_fp16" else PALETTE[number - 1]
+        x, y = [p.delay / 1000 for p in points], [p.area / 1000 for p in points]
+        entries[unit] = axis.scatter(x, y, s=14, color=color, label=unit)
+    axis.set_xlabel("delay, ns (of the longest stage where it is pipelined)")
+    axis.set_ylabel("area, 1000 um2")
+    axis.set_xscale("log")
+    legend(figure, entries)
+    plot = Plot("area", "Area", "Every mapped form that no other of the same pipeline beats in area and delay.", figure)
+    tools = ", ".join(f"{k} {v}" for k, v in results.tools.items())
+    return [
+        Text(
+            f"Library {results.library} at {results.voltage:g} V, typical corner; {tools}. A gate is its NAND of two inputs, "
+            f"{results.gate_equivalent:g} um2. Energy of the smallest form, from a trace of a training run, without glitches, "
+            "wires and leakage."
+        ),
+        Grid(head, rows),
+        plot,
+    ]
+
+
+def _overheads(results: Results) -> list[Text | Grid | Plot]:
+    base = results.densest("int4_fp4")
+    rows = []
+    for unit in results.units:
+        if UNITS[unit].macs or unit == "register":
+            continue
+        small = min(results.points_of(unit), key=lambda p: p.area)
+        rows.append(
+            (
+                UNITS[unit].title,
+                f"{small.area:,.0f}",
+                f"{small.area / base.area:.2f}",
+                f"{small.area / base.area / 32:.2%}",
+                f"{small.energy / 1000:.2f}",
+                f"{small.energy / base.energy_per_mac:.2f}",
+            )
+        )
+    head = ("per element", "um2", "of an INT4 x FP4 unit", "of a column of 32", "pJ per element", "in MACs")
+    return [
+        Text(
+            "Multiplying by 1.6 and truncating the exponent is one comparison: floor(log4(1.6 x)) is half of floor(log2 x), one "
+            "more where the fraction of x is at least 1/4, which is an OR of two bits. So the conversion needs no multiplier, and "
+            "the second phase is another half of the same exponent, plus one. What there is to pay is adding GradScale's power "
+            "to the exponent and saturating."
+        ),
+        Grid(head, rows),
+        Text(
+            "One quantizer per column of the array keeps up with it. Each element of a gradient serves hundreds of "
+            "multiply-accumulates, so energy per element divides by that."
+        ),
+    ]
+
+
+def _paper(results: Results) -> list[Text | Grid | Plot]:
+    ours = {
+        "fp16": 1.0,
+        "fp8": results.density("fp8"),
+        "int4_fp8": results.density("int4_fp8"),
+        "int4_fp4": results.density("int4_fp4"),
+        "int4": results.density("int4_int4"),
+    }
+    fixed = ours | {"int4_fp4": results.density("int4_fp4_fixed"), "int4": results.density("int4_int4_fixed")}
+    rows = []
+    for theirs, a, b in zip(figure_6c(), figure_6c(ours), figure_6c(fixed), strict=True):
+        for choice, value in theirs.ours.items():
+            rows.append(
+                (
+                    f"{theirs.title}{f' ({choice})' if choice else ''}",
+                    f"{theirs.paper:.1f}",
+                    f"{value:.2f}",
+                    f"{value / theirs.paper - 1:+.1%}",
+                    f"{a.ours[choice]:.2f}",
+                    f"{b.ours[choice]:.2f}",
+                )
+            )
+    speeds = [
+        (name, f"{SPEEDS[name]:.2f}", f"{ours[name]:.2f}", f"{fixed[name]:.2f}")
+        for name in ("fp16", "fp8", "int4_fp8", "int4_fp4", "int4")
+    ]
+    return [
+        Text(
+            "The paper's Fig. 6c follows from speeds of units alone: the time of a step is the sum over the products of their "
+            "share divided by the speed of their unit. Its network has a version and a 'bottom' that the paper does not settle; "
+            "all readings are shown. First and last layers count like all others."
+        ),
+        Grid(("speed of a unit", "paper", "ours, FP16 sums", "ours, fixed point"), speeds),
+        Grid(("forward, backward", "paper", "model", "difference", "ours, FP16 sums", "ours, fixed point"), rows),
+    ]
+
+
+Networks = dict[str, tuple[str, int, "dict[str, list[Product]]"]]
+
+
+def _networks(products: Products) -> Networks:
+    """Products of each network by recipe, of those that it has layers for."""
+    found: Networks = {}
+    entries = {name: (*value, None) for name, value in NETWORKS.items()} | EXTERNAL
+    for name, (title, batch, shape) in entries.items():
+        by_recipe = {}
+        for recipe in RECIPES:
+            try:
+                classes = None if not name.endswith("_imagenet") else 1000
+                by_recipe[recipe] = products(name, recipe, shape, classes, batch)
+            except UserError:
+                continue
+        if by_recipe:
+            found[name] = (title, batch, by_recipe)
+    return found
+
+
+def _network_blocks(results: Results, networks: Networks) -> list[Text | Grid | Plot]:
+    blocks: list[Text | Grid | Plot] = [
+        Text(
+            "A training step on systolic arrays (weights stay, 32 rows, the area of 32 x 32 FP16 units for every kind of unit in "
+            "turn), 1 MB of memory on the chip, and one bit per cycle and FP16 unit from memory. First, last and depthwise layers "
+            "run in FP16. 'arithmetic alone': without waiting for memory. 'own silicon': if every kind of unit has a share of the "
+            "area of its own. FP8: share of the multiply-accumulates."
+        )
+    ]
+    for title, batch, by_recipe in networks.values():
+        rows = []
+        base = estimate(with_scheme(next(iter(by_recipe.values())), "fp16"), Machine(), results)
+        alone = sum(p.compute for p in base.parts)
+        for recipe, products in by_recipe.items():
+            cells = [recipe, f"{_eight(products):.0%}"]
+            for accumulator in ("fp16", "fixed"):
+                cost = estimate(products, Machine(accumulator=accumulator), results)
+                compute = sum(p.compute for p in cost.parts)
+                cells += [
+                    f"{alone / compute:.2f}",
+                    f"{alone / compute / separate_arrays(_by_unit(cost).values()):.2f}",
+                    f"{base.seconds / cost.seconds:.2f}",
+                    f"{base.joules / cost.joules:.2f}",
+                ]
+            rows.append(tuple(cells))
+        head = ("recipe", "FP8", *("arithmetic alone", "own silicon", "time", "energy") * 2)
+        blocks += [
+            Text(f"{title}, batch of {batch}: FP16 sums (left) and fixed point (right), times faster than FP16"),
+            Grid(head, rows),
+        ]
+    return blocks
+
+
+def _eight(products: Sequence[Product]) -> float:
+    from fourbit.hardware import unit_of
+
+    eight = sum(p.macs for p in products if unit_of(p, "fp16") in ("int4_fp8", "fp8"))
+    return eight / sum(p.macs for p in products)
+
+
+def _by_unit(cost: StepCost) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for p in cost.parts:
+        if p.unit:
+            found[p.unit] = found.get(p.unit, 0.0) + p.compute
+    return found
+
+
+def _accuracy(results: Results, products: Products, runs: Sequence[Path]) -> list[Text | Grid | Plot]:
+    """Test accuracy of runs against the energy of their training."""
+    from fourbit.report import final_results
+
+    if not runs:
+        return [Text("No training runs were named: give folders of runs with --runs.")]
+    rows, points = [], []
+    for found in final_results(runs):
+        if found.metric != "accuracy %" or found.images is None:
+            continue
+        try:
+            step = products(found.model, found.recipe, None, None, 128)
+            costs = [estimate(step, Machine(accumulator=a), results).joules for a in ("fp16", "fixed")]
+        except UserError:
+            continue
+        base = estimate(with_scheme(step, "fp16"), Machine(), results).joules
+        joules = [c / 128 * found.images for c in costs]
+        points.append((found.model, found.recipe, joules, found.mean))
+        rows.append(
+            (
+                found.model,
+                found.recipe,
+                str(found.seeds),
+                f"{found.mean:.2f}",
+                *(f"{j:.0f}" for j in joules),
+                *(f"{found.mean / j:.3f}" for j in joules),
+                *(f"{base / c:.2f}" for c in costs),
+            )
+        )
+    if not rows:
+        return [Text("None of the runs that were named reports an accuracy of a network whose cost can be estimated.")]
+    head = (
+        "network",
+        "recipe",
+        "seeds",
+        "accuracy %",
+        "J, FP16 sums",
+        "J, fixed",
+        "% per J",
+        "% per J, fixed",
+        "FP16 / this",
+        "fixed",
+    )
+    return [
+        Text(
+            "Accuracy at the end of the runs, and the energy that their training would take on the machine above: forward and "
+            "backward passes of all images, without evaluation and optimizer. Full precision counts as FP16."
+        ),
+        Grid(head, rows, words=2),
+        _pareto(points),
+    ]
+
+
+def _pareto(points: Sequence[tuple[str, str, Sequence[float], float]]) -> Plot:
+    models = list(dict.fromkeys(model for model, *_ in points))
+    figure, axes = panels(len(models), "Accuracy against the energy of training", columns=2, height=3.6, sharey=False)
+    recipes = list(dict.fromkeys(recipe for _, recipe, *_ in points))
+    entries = {}
+    for axis, model in zip(axes, models, strict=True):
+        mine = [(recipe, joules, mean) for m, recipe, joules, mean in points if m == model]
+        for recipe, joules, mean in mine:
+            number = recipes.index(recipe)
+            color = REFERENCE_COLOR if recipe == "fp32" else PALETTE[number % len(PALETTE)]
+            marker = "osD^v"[number // len(PALETTE)]
+            entries[recipe] = axis.scatter([joules[0]], [mean], color=color, marker=marker, s=30)
+            axis.scatter([joules[1]], [mean], facecolors="none", edgecolors=color, marker=marker, s=30)
+        best, front = -1.0, []
+        for joules, mean in sorted((j, mean) for _, both, mean in mine for j in both):
+            if mean > best:
+                best = mean
+                front.append((joules, mean))
+        axis.plot(*zip(*front, strict=True), color="#aaaaaa", linewidth=1, zorder=0, drawstyle="steps-post")
+        axis.set_title(model, loc="left")
+        axis.set_xlabel("energy of training, J")
+        axis.set_xscale("log")
+    axes[0].set_ylabel("test accuracy, %")
+    legend(figure, entries)
+    caption = "Filled: sums in FP16; open: in fixed point. The line joins what no other run beats in both."
+    return Plot("pareto", "Accuracy and energy", caption, figure)
+
+
+def _sensitivity(networks: Networks) -> list[Text | Grid | Plot]:
+    name = next(iter(networks))
+    title, _, by_recipe = networks[name]
+    products = by_recipe["ibm2020"]
+    fp16 = with_scheme(products, "fp16")
+    choices: list[tuple[str, list[tuple[str, Machine, str]]]] = [
+        ("sums", [("FP16", Machine(), "sg13g2"), ("fixed point", Machine(accumulator="fixed"), "sg13g2")]),
+        ("library", [("SG13G2", Machine(), "sg13g2"), ("SKY130", Machine(), "sky130")]),
+        ("clock", [(f"{p / 1000:g} ns", Machine(period=p), "sg13g2") for p in (3000.0, 5000.0, 8000.0)]),
+        ("dataflow", [(d, Machine(dataflow=d), "sg13g2") for d in ("os", "ws", "is")]),
+        ("array", [(f"{n} x {n}", Machine(rows=n, columns=n), "sg13g2") for n in (16, 32, 128)]),
+        ("filling of the array", [("with", Machine(), "sg13g2"), ("hidden", Machine(overlapped=True), "sg13g2")]),
+        ("bits from memory", [(f"{b:g}", Machine(bandwidth=b), "sg13g2") for b in (0.25, 1.0, 4.0, 1000.0)]),
+        ("memory on the chip", [(f"{k} KB", Machine(sram_kb=k), "sg13g2") for k in (128, 1024, 8192)]),
+    ]
+    rows = []
+    for what, entries in choices:
+        for label, machine, library in entries:
+            results = stored(library)
+            base, cost = (estimate(p, machine, results) for p in (fp16, products))
+            compute = sum(p.compute for p in base.parts) / sum(p.compute for p in cost.parts)
+            rows.append(
+                (
+                    what,
+                    label,
+                    f"{compute:.2f}",
+                    f"{base.seconds / cost.seconds:.2f}",
+                    f"{base.joules / cost.joules:.2f}",
+                )
+            )
+    return [
+        Text(f"{title}, recipe ibm2020, times better than FP16 on the same machine; one choice changed at a time."),
+        Grid(("choice", "", "arithmetic alone", "time", "energy"), rows, words=2),
+    ]
+
+
+def _limits(results: Results) -> list[Text | Grid | Plot]:
+    return [
+        Text(
+            "Wires and placement: areas are sums of cells, delays have no wire load, and a systolic array adds registers for "
+            "operands that are not counted. Glitches: energy counts one change per net and cycle at most, which flatters deep "
+            "logic without registers, such as the FP16 unit. SRAM macros: energy per bit is taken from the literature, area is "
+            "not counted. A modern node: both libraries are 130 nm; ratios between units move less than areas, but a wire costs "
+            "relatively more in a small node. Control, instruction issue, the vector unit that normalizes, and the network "
+            "between chips are left out. Multi-cycle accumulation: a unit with registers inside its addition needs as many "
+            "independent sums as stages, which a systolic array has."
+        ),
+        Text(
+            "Formats that no recipe of fourbit trains with ("
+            + ", ".join(SCHEMES)
+            + ") stand in the tables of cost without a word "
+            "about accuracy. NVFP4's scale per tensor and the search for block maxima are not counted."
+        ),
+    ]

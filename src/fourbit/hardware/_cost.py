@@ -1,0 +1,428 @@
+"""Time, energy and area of a training step, from the costs of arithmetic units.
+
+A step is the products of all layers: fprop, dgrad, wgrad. Each runs on a systolic array whose elements are the unit of its
+formats, as many as fit into the area that R x C FP16 multiply-adders take (`Machine`). Cycles of an [m, k] by [k, n] product
+on R rows and C columns (m, n, k as the dataflow maps them to rows S_R, columns S_C and time T; a unit of w ways takes k / w steps):
+
+    cycles = ceil(S_R / R) ceil(S_C / C) (T + fill),   fill = R + C - 2, and R more where b or a stays in the array
+
+as SCALE-Sim 3.0.0 counts them (Samajdar et al., ISPASS 2020; its count is one cycle less per product). A product takes the longer one of this and of moving its operands and
+its result to and from memory. What is between the products (normalization, activation, their gradients) moves each output
+`ELEMENTWISE` times at 16 bits.
+
+Energy: multiply-accumulates by the synthesis's figure for the unit, quantizers likewise, and per bit moved a multiple of the
+energy of an FP16 multiply-add in the same technology (`SRAM_BIT`, `DRAM_BIT`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from fourbit.errors import UserError, unknown
+from fourbit.hardware._results import BASELINE, SHARED, Cost, Results, stored
+
+Dataflow = Literal["os", "ws", "is"]
+Gemm = Literal["fprop", "dgrad", "wgrad"]
+SRAM_BIT = 0.10
+"""Reading or writing one bit of on-chip memory, in FP16 multiply-adds: 10 pJ for 64 bits of an 8 KB SRAM against 1.5 pJ for a
+multiplication and an addition (45 nm; Horowitz, ISSCC 2014)."""
+DRAM_BIT = 2.6
+"""The same of stacked DRAM: 3.9 pJ per bit (HBM2; O'Connor et al., MICRO 2017)."""
+ELEMENTWISE = 5
+"""16-bit numbers that are read or written per output element between the products: forward y is written and read, backward the
+gradient and y are read and the gradient is written."""
+FLOPS_PER_GRADIENT = 10
+"""The paper's count of FP16 operations per element of a gradient: PACT's backward pass, conversion of radix, both phases,
+scaling."""
+FULL = "full"
+"""The name of no quantization."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One GEMM of one layer: `count` products of a matrix [m, k] by a matrix [k, n].
+
+    Args:
+        layer, gemm: where it belongs.
+        count, m, n, k: its size.
+        a, b: names of the operands' formats ("full": none).
+        a_numbers, b_numbers: different numbers of each operand.
+        block: name of the format of a scale per block of numbers, "" where there is none.
+        stochastic: whether an operand that is quantized for this product is rounded stochastically.
+    """
+
+    layer: str
+    gemm: Gemm
+    count: int
+    m: int
+    n: int
+    k: int
+    a: str
+    b: str
+    a_numbers: int
+    b_numbers: int
+    block: str = ""
+    stochastic: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.count * self.m * self.n * self.k
+
+    @property
+    def results(self) -> int:
+        """Numbers that it makes."""
+        return self.count * self.m * self.n
+
+
+SCHEMES: dict[str, tuple[str, dict[Gemm, tuple[str, str, str]]]] = {
+    "hfp8": (
+        "HFP8: FP8 1-4-3 forward, 1-5-2 gradients (Sun et al., NeurIPS 2019)",
+        {
+            "fprop": ("fp8_143", "fp8_143", ""),
+            "dgrad": ("fp8_152", "fp8_143", ""),
+            "wgrad": ("fp8_152", "fp8_143", ""),
+        },
+    ),
+    "mxfp4": (
+        "MXFP4: E2M1 with E8M0 scales of 32 numbers",
+        {gemm: ("fp4_e2m1", "fp4_e2m1", "e8m0") for gemm in ("fprop", "dgrad", "wgrad")},
+    ),
+    "nvfp4": (
+        "NVFP4: E2M1 with E4M3 scales of 16 numbers, stochastic gradients behind a Hadamard transform",
+        {gemm: ("fp4_e2m1", "fp4_e2m1", "fp8_e4m3fn") for gemm in ("fprop", "dgrad", "wgrad")},
+    ),
+    "fp16": ("FP16 1-6-9 throughout", {gemm: (FULL, FULL, "") for gemm in ("fprop", "dgrad", "wgrad")}),
+}
+"""Formats that no recipe of the library trains with, for comparison: what they put in place of a recipe's low-precision products."""
+
+
+def with_scheme(products: Iterable[Product], scheme: str) -> list[Product]:
+    """The products of a 4-bit recipe, those with narrow operands in the formats of one of `SCHEMES`.
+
+    Raises:
+        UserError: an unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
+    found = []
+    for p in products:
+        if min(bits_of(p.a), bits_of(p.b)) < 16:
+            a, b, block = SCHEMES[scheme][1][p.gemm]
+            p = replace(p, a=a, b=b, block=block, stochastic=scheme == "nvfp4" and p.gemm != "fprop")
+        found.append(p)
+    return found
+
+
+def bits_of(format: str) -> int:
+    """Bits that a number takes in memory; 16 without quantization."""
+    from fourbit import formats
+
+    return 16 if format == FULL else formats.get(format).bits
+
+
+def unit_of(p: Product, accumulator: str) -> str:
+    """Name of the unit that a product runs on.
+
+    Args:
+        accumulator: "fp16", or "fixed" where the unit's sums allow a fixed-point register.
+
+    Raises:
+        UserError: no unit multiplies such a pair.
+    """
+    pair = sorted((p.a, p.b), key=_kind_order)
+    kinds = tuple(_kind(f) for f in pair)
+    fixed = "_fixed" if accumulator == "fixed" else ""
+    narrow = {
+        ("integer", "integer"): "uint4_int4" if "uint4" in pair else "int4_int4",
+        ("integer", "radix4"): "uint4_fp4" if "uint4" in pair else "int4_fp4",
+        ("integer", "radix2"): "int4_fp4r2",
+    }
+    if kinds in narrow and max(bits_of(f) for f in pair) <= 4:
+        return narrow[kinds] + fixed
+    if kinds == ("e2m1", "e2m1"):
+        return "nvfp4" if p.block == "fp8_e4m3fn" else "mxfp4"
+    if kinds == ("integer", "float8") and bits_of(pair[0]) <= 4:
+        return "int4_fp8"
+    if kinds == ("float8", "float8"):
+        return "fp8"
+    if kinds[-1] == "wide":
+        return BASELINE
+    raise UserError(f"no arithmetic unit multiplies {p.a} by {p.b}, which layer {p.layer} asks for ({p.gemm}).")
+
+
+def _kind(format: str) -> str:
+    from fourbit import formats
+    from fourbit.formats import FloatFormat, IntFormat
+
+    if bits_of(format) >= 16:
+        return "wide"
+    f = formats.get(format)
+    if isinstance(f, IntFormat):
+        return "integer"
+    if format == "fp4_e2m1":
+        return "e2m1"
+    if isinstance(f, FloatFormat) and f.mantissa_bits == 0:
+        return {2: "radix2", 4: "radix4"}.get(f.radix, f"radix{f.radix}")
+    return "float8" if f.bits == 8 else f.name
+
+
+def _kind_order(format: str) -> int:
+    order = ("integer", "e2m1", "radix2", "radix4", "float8", "wide")
+    kind = _kind(format)
+    return order.index(kind) if kind in order else len(order) - 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the products run on.
+
+    Args:
+        rows, columns: the array, were its elements FP16 multiply-adders; other units get the same area, as more columns.
+        dataflow: what stays in the array: "os" the results, "ws" b, "is" a.
+        sram_kb: on-chip memory for operands.
+        bandwidth: of memory, in bits per cycle and FP16 multiply-adder of the array.
+        period: of the clock, in ps; None: each unit at its own best.
+        accumulator: "fp16" or "fixed", for products of 4-bit operands.
+        shared: units per converter of fixed-point sums.
+        overlapped: whether the next block of operands enters while the last leaves (no cycles of filling between blocks).
+    """
+
+    rows: int = 32
+    columns: int = 32
+    dataflow: Dataflow = "ws"
+    sram_kb: int = 1024
+    bandwidth: float = 1.0
+    period: float | None = None
+    accumulator: str = "fp16"
+    shared: int = SHARED
+    overlapped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dataflow not in ("os", "ws", "is"):
+            raise unknown("dataflow", self.dataflow, ("os", "ws", "is"))
+        if self.accumulator not in ("fp16", "fixed"):
+            raise unknown("accumulator", self.accumulator, ("fp16", "fixed"))
+        for name in ("rows", "columns", "sram_kb", "bandwidth"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be positive.")
+
+
+def cycles_of(m: int, n: int, k: int, rows: int, columns: int, dataflow: Dataflow, overlapped: bool = False) -> int:
+    """Of one product on a systolic array, with one multiply-accumulate per element and cycle."""
+    mapped = {"os": (m, n, k), "ws": (k, n, m), "is": (k, m, n)}
+    s_r, s_c, t = mapped[dataflow]
+    folds = math.ceil(s_r / rows) * math.ceil(s_c / columns)
+    fill = rows + columns - 2 + (0 if dataflow == "os" else rows)
+    return folds * t + fill if overlapped else folds * (t + fill)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A product on a machine, or the work between products.
+
+    Args:
+        layer, gemm: "elementwise" for the work between products.
+        unit: what it runs on, "" for none.
+        macs: multiply-accumulates.
+        seconds: what it takes; `compute`, `memory`: each alone.
+        utilisation: multiply-accumulates per unit, way and cycle.
+        energy: in J: `arithmetic`, `quantizers`, `sram`, `dram`.
+    """
+
+    layer: str
+    gemm: str
+    unit: str
+    macs: int
+    seconds: float
+    compute: float
+    memory: float
+    utilisation: float
+    energy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A training step on a machine."""
+
+    machine: Machine
+    parts: tuple[Part, ...]
+    area: float
+    quantizer_area: float
+    gradient_flops: float
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of the step."""
+        return sum(p.seconds for p in self.parts)
+
+    @cached_property
+    def macs(self) -> int:
+        """Of the step."""
+        return sum(p.macs for p in self.parts)
+
+    @cached_property
+    def energy(self) -> dict[str, float]:
+        """Of the step by kind, in J."""
+        total: dict[str, float] = defaultdict(float)
+        for p in self.parts:
+            for kind, value in p.energy.items():
+                total[kind] += value
+        return dict(total)
+
+    @property
+    def joules(self) -> float:
+        """Of the step."""
+        return sum(self.energy.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Mean over the time of the products."""
+        busy = sum(p.compute for p in self.parts)
+        return sum(p.utilisation * p.compute for p in self.parts) / busy if busy else 0.0
+
+    def share(self, by: Callable[[Part], str]) -> dict[str, float]:
+        """Of the time, by a property of the parts, largest first."""
+        total: dict[str, float] = defaultdict(float)
+        for p in self.parts:
+            total[by(p)] += p.seconds
+        return dict(sorted(((k, v / self.seconds) for k, v in total.items()), key=lambda item: -item[1]))
+
+
+QUANTIZERS = {
+    "integer": "quantize_uint4",
+    "radix4": "quantize_fp4",
+    "radix2": "quantize_fp4r2",
+    "float8": "quantize_fp8_152",
+    "e2m1": "quantize_e2m1",
+}
+
+
+def estimate(products: Sequence[Product], machine: Machine | None = None, results: Results | None = None) -> StepCost:
+    """What a step costs.
+
+    Args:
+        products: of all layers, for one step's batch.
+        machine: None: `Machine()`.
+        results: of synthesis; None: the stored ones.
+
+    Raises:
+        UserError: there is nothing to compute, no unit for a product, or a unit misses the clock.
+    """
+    machine = machine or Machine()
+    results = results or stored()
+    if not products:
+        raise UserError("there are no products: give the shape of the model's input.")
+    base = _cost(results, BASELINE, machine)
+    area = machine.rows * machine.columns * base.area
+    parts = [_part(p, machine, results, base, area) for p in products]
+    outputs = sum(p.results for p in products if p.gemm == "fprop")
+    parts.append(_elementwise(outputs, machine, base))
+    kinds = {_kind(f) for p in products for f in (p.a, p.b)} & set(QUANTIZERS)
+    quantizers = sum(min(results.points_of(QUANTIZERS[k]), key=lambda q: q.area).area for k in kinds)
+    gradients = sum(p.a_numbers for p in products if p.gemm == "wgrad" and bits_of(p.a) < 16)
+    flops = 2 * sum(p.macs for p in products)
+    return StepCost(
+        machine,
+        tuple(parts),
+        area,
+        machine.columns * quantizers,
+        FLOPS_PER_GRADIENT * gradients / flops if flops else 0.0,
+    )
+
+
+def _cost(results: Results, unit: str, machine: Machine) -> Cost:
+    if machine.period is None:
+        return results.densest(unit, shared=machine.shared)
+    return results.at(unit, machine.period, shared=machine.shared)
+
+
+def _part(p: Product, machine: Machine, results: Results, base: Cost, area: float) -> Part:
+    unit = unit_of(p, machine.accumulator)
+    cost = _cost(results, unit, machine)
+    columns = max(1, round(area / (machine.rows * cost.area)))
+    steps = math.ceil(p.k / cost.macs)
+    cycles = p.count * cycles_of(p.m, p.n, steps, machine.rows, columns, machine.dataflow, machine.overlapped)
+    compute = cycles * cost.period * 1e-12
+    a_bits, b_bits = p.a_numbers * bits_of(p.a), p.b_numbers * bits_of(p.b)
+    if p.block:
+        scale = 8 / {"e8m0": 32, "fp8_e4m3fn": 16}[p.block]
+        a_bits, b_bits = a_bits + scale * p.a_numbers, b_bits + scale * p.b_numbers
+    dram = _dram_bits(a_bits, b_bits, machine.sram_kb * 8192) + 16 * p.results
+    memory = dram / _bandwidth(machine, base)
+    fma = base.energy_per_mac * 1e-15
+    energy = {
+        "arithmetic": p.macs * cost.energy_per_mac * 1e-15,
+        "quantizers": _quantizer_energy(p, results),
+        "sram": _sram_bits(p, steps * cost.macs, machine, columns, cost.macs) * SRAM_BIT * fma,
+        "dram": dram * DRAM_BIT * fma,
+    }
+    used = p.macs / (cycles * machine.rows * columns * cost.macs)
+    return Part(p.layer, p.gemm, unit, p.macs, max(compute, memory), compute, memory, used, energy)
+
+
+def _bandwidth(machine: Machine, base: Cost) -> float:
+    """Bits per second: of the machine, whatever its units."""
+    return machine.bandwidth * machine.rows * machine.columns / (base.period * 1e-12)
+
+
+def _elementwise(outputs: int, machine: Machine, base: Cost) -> Part:
+    bits = ELEMENTWISE * 16 * outputs
+    seconds = bits / _bandwidth(machine, base)
+    energy = {"dram": bits * DRAM_BIT * base.energy_per_mac * 1e-15}
+    return Part("between the products", "elementwise", "", 0, seconds, 0.0, seconds, 0.0, energy)
+
+
+def _dram_bits(a: float, b: float, sram: float) -> float:
+    """Of both operands: once each where one of them fits into half of the memory; else the cheaper one again for each part of
+    the other."""
+    half = sram / 2
+    if min(a, b) <= half:
+        return a + b
+    return min(a + b * math.ceil(a / half), b + a * math.ceil(b / half))
+
+
+def _sram_bits(p: Product, k: int, machine: Machine, columns: int, ways: int) -> float:
+    """Operands that enter the array, and results or partial sums that leave and enter it."""
+    rows = machine.rows
+    a_bits, b_bits = bits_of(p.a), bits_of(p.b)
+    deep = math.ceil(k / ways / rows)
+    if machine.dataflow == "os":
+        a, b, sums = p.m * k * math.ceil(p.n / columns), p.n * k * math.ceil(p.m / rows), p.m * p.n
+    elif machine.dataflow == "ws":
+        a, b, sums = p.m * k * math.ceil(p.n / columns), p.n * k, p.m * p.n * (2 * deep - 1)
+    else:
+        a, b, sums = p.m * k, p.n * k * math.ceil(p.m / columns), p.m * p.n * (2 * deep - 1)
+    return p.count * (a * a_bits + b * b_bits + sums * 16)
+
+
+def _quantizer_energy(p: Product, results: Results) -> float:
+    """Of the operand that is new in a product: both in fprop, the gradient in dgrad (both phases at once)."""
+    operands = {"fprop": ((p.a, p.a_numbers), (p.b, p.b_numbers)), "dgrad": ((p.a, p.a_numbers),), "wgrad": ()}[p.gemm]
+    total = 0.0
+    for format, numbers in operands:
+        name = QUANTIZERS.get(_kind(format))
+        if name is None:
+            continue
+        if p.stochastic and name in ("quantize_fp4r2", "quantize_e2m1"):
+            name = {"quantize_fp4r2": "quantize_luq", "quantize_e2m1": "quantize_e2m1_sr"}[name]
+        total += numbers * min(results.points_of(name), key=lambda q: q.area).energy * 1e-15
+    return total
+
+
+def separate_arrays(times: Iterable[float]) -> float:
+    """How much longer a step takes if every kind of unit has silicon of its own, divided as well as can be, than if all the
+    area could be each of them in turn.
+
+    Args:
+        times: of each kind, on the whole area.
+
+    With shares a_i of the area, the time is the sum of t_i / a_i; a_i ~ sqrt(t_i) makes it least: (sum sqrt(t_i))^2.
+    """
+    times = [t for t in times if t > 0]
+    return sum(math.sqrt(t) for t in times) ** 2 / sum(times) if times else 1.0

@@ -1,0 +1,157 @@
+"""The model of costs against a simulator of systolic arrays, against the paper, and against calculations by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fourbit.errors import UserError
+from fourbit.hardware import (
+    UNITS,
+    Machine,
+    Product,
+    Results,
+    cycles_of,
+    estimate,
+    figure_6c,
+    separate_arrays,
+    stored,
+    unit_of,
+    with_scheme,
+)
+from fourbit.hardware._cost import _sram_bits
+
+LAYERS = json.loads((Path(__file__).parent / "scalesim_resnet18.json").read_text())["layers"]
+
+
+def product(m=64, n=32, k=128, a="uint4", b="int4_sym", gemm="fprop", **more) -> Product:
+    return Product("layer", gemm, 1, m, n, k, a, b, m * k, k * n, **more)
+
+
+@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda e: e["name"])
+def test_cycles_are_those_of_scale_sim(layer, dataflow):
+    theirs = layer[dataflow]
+    cycles = cycles_of(layer["m"], layer["n"], layer["k"], 32, 32, dataflow)
+    assert cycles == theirs["cycles"] + 1  # it counts from 0
+    used = layer["m"] * layer["n"] * layer["k"] / (cycles * 32 * 32)
+    assert 100 * used == pytest.approx(theirs["utilisation"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda e: e["name"])
+def test_reads_of_on_chip_memory_are_those_of_scale_sim(layer, dataflow):
+    """It writes every partial sum once and never reads one back: the sums of a cost model that adds them are told apart."""
+    m, n, k = layer["m"], layer["n"], layer["k"]
+    p = product(m, n, k, "full", "full")
+    deep = -(-k // 32) if dataflow != "os" else 1
+    bits = _sram_bits(p, k, Machine(dataflow=dataflow), 32, 1)
+    sums = m * n * (2 * deep - 1)
+    theirs = layer[dataflow]["sram_ifmap_reads"] + layer[dataflow]["sram_filter_reads"]
+    assert bits / 16 - sums == theirs
+    if dataflow != "os":  # where it counts R + C words too many per block
+        assert m * n * deep == layer[dataflow]["sram_ofmap_writes"]
+
+
+def test_figure_6c_within_3_percent():
+    for row in figure_6c():
+        best = min(abs(value / row.paper - 1) for value in row.ours.values())
+        assert best < 0.03, row
+        if len(row.ours) == 1:
+            assert abs(row.ours[""] / row.paper - 1) < 0.01
+
+
+def test_units_of_formats():
+    assert unit_of(product(), "fp16") == "uint4_int4"
+    assert unit_of(product(), "fixed") == "uint4_int4_fixed"
+    assert unit_of(product(a="fp4_r4_even", b="int4_sym", gemm="dgrad"), "fixed") == "int4_fp4_fixed"
+    assert unit_of(product(a="fp4_r4_odd", b="uint4", gemm="wgrad"), "fp16") == "uint4_fp4"
+    assert unit_of(product(a="fp8_152", b="int4_sym"), "fixed") == "int4_fp8"
+    assert unit_of(product(a="fp4_r2", b="int4_sym"), "fp16") == "int4_fp4r2"
+    assert unit_of(product(a="full", b="int4_sym"), "fp16") == "fma_fp16"
+    assert unit_of(product(a="fp4_e2m1", b="fp4_e2m1", block="e8m0"), "fp16") == "mxfp4"
+    with pytest.raises(UserError, match="no arithmetic unit multiplies fp5_r2 by int4_sym, which layer layer asks for"):
+        unit_of(product(a="fp5_r2"), "fp16")
+
+
+def test_a_step_by_hand():
+    """One product, large enough that nothing is left over: its time and its energy."""
+    results, machine = stored(), Machine(rows=4, columns=4, dataflow="os", bandwidth=1e9)
+    base = results.densest("fma_fp16")
+    p = product(8, 8, 64, "full", "full")
+    part, between = estimate([p], machine, results).parts
+    assert part.compute == pytest.approx(4 * (64 + 4 + 4 - 2) * base.period * 1e-12)
+    assert part.utilisation == pytest.approx(8 * 8 * 64 / (4 * 70 * 16))
+    assert part.energy["arithmetic"] == pytest.approx(8 * 8 * 64 * base.energy * 1e-15)
+    dram = 16 * (8 * 64 * 2 + 8 * 8)
+    assert part.energy["dram"] == pytest.approx(dram * 2.6 * base.energy * 1e-15)
+    assert between.macs == 0 and between.memory == pytest.approx(5 * 16 * 64 / (1e9 * 16 / (base.period * 1e-12)))
+
+
+def test_time_is_the_longer_one_of_arithmetic_and_memory():
+    p = product(512, 512, 512)
+    slow, fast = (estimate([p], Machine(bandwidth=b)).parts[0] for b in (1e-3, 1e3))
+    assert slow.seconds == slow.memory > slow.compute
+    assert fast.seconds == fast.compute > fast.memory
+
+
+def test_schemes_replace_narrow_products_only():
+    narrow, wide = product(), product(a="full", b="full")
+    found = with_scheme([narrow, wide], "nvfp4")
+    assert (found[0].a, found[0].block) == ("fp4_e2m1", "fp8_e4m3fn") and found[1] == wide
+    with pytest.raises(UserError, match="unknown scheme"):
+        with_scheme([narrow], "fp3")
+
+
+def test_separate_arrays():
+    assert separate_arrays([1.0]) == 1.0
+    assert separate_arrays([1.0, 1.0]) == pytest.approx(2.0)
+    shares = [s / 100 for s in range(1, 100)]
+    assert separate_arrays([1.0, 4.0]) == pytest.approx(min(1 / s + 4 / (1 - s) for s in shares) / 5, rel=1e-3)
+
+
+@pytest.mark.parametrize("library", ["sg13g2", "sky130"])
+def test_stored_results_are_of_every_unit(library):
+    results = stored(library)
+    assert set(results.units) == set(UNITS)
+    for unit in UNITS:
+        assert all(p.area > 0 and p.delay > 0 and p.energy > 0 for p in results.points_of(unit))
+    assert results.density("fma_fp16") == 1.0
+
+
+def test_a_missed_clock_and_damaged_results(tmp_path):
+    with pytest.raises(UserError, match="fma_fp16 misses a clock period of 100 ps in .*: its fastest form needs"):
+        stored().at("fma_fp16", 100)
+    path = tmp_path / "results.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        Results.read(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="holds no results"):
+        Results.read(path)
+    stored().write(path)
+    assert Results.read(path) == stored()
+    with pytest.raises(UserError, match="unknown unit"):
+        stored().points_of("fma")
+    with pytest.raises(UserError, match="rows is 0"):
+        Machine(rows=0)
+    with pytest.raises(UserError, match="there are no products"):
+        estimate([])
+
+
+def test_registers_and_converters_add_area():
+    results = stored()
+    bare, held = (results.costs("int4_fp4_fixed", r, 0)[0] for r in (False, True))
+    area, time, _ = results.flop
+    assert held.area == pytest.approx(bare.area + 26 * area) and held.period == pytest.approx(bare.period + time)
+    one, many = (results.costs("int4_fp4_fixed", True, s)[0] for s in (1, 32))
+    assert one.area - held.area == pytest.approx(32 * (many.area - held.area))
+
+
+def test_unsigned_and_signed_products_cost_alike():
+    machine = Machine()
+    signed, unsigned = (estimate([product(a=a)], machine).seconds for a in ("int4_sym", "uint4"))
+    assert 0.5 < signed / unsigned < 2
+    assert estimate([replace(product(), count=3)], machine).macs == 3 * product().macs
