@@ -81,7 +81,8 @@ def main() -> None:
         for name, kinds, pairs in (("fprop", "xw", fprop), ("dgrad", "wg", dgrad), ("wgrad", "xg", wgrad))
     }
     config = trained.config
-    source = f"{config.model}, {config.recipe}, {config.data}, {config.epochs} epochs, seed {config.seed}, layer {options.layer}"
+    run = f"{config.model}, {config.recipe}, {config.data}, {config.epochs} epochs, seed {config.seed}"
+    source = f"{run}, layer {options.layer}"
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps({"source": source, "scales": scales, "products": products}, indent=1) + "\n")
     print(options.out, scales)

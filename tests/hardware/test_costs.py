@@ -123,7 +123,7 @@ def test_stored_results_are_of_every_unit(library):
 
 
 def test_a_missed_clock_and_damaged_results(tmp_path):
-    with pytest.raises(UserError, match="fma_fp16 misses a clock period of 100 ps in .*: its fastest form needs"):
+    with pytest.raises(UserError, match=r"fma_fp16 misses a clock period of 100 ps in .*: its fastest form needs"):
         stored().at("fma_fp16", 100)
     path = tmp_path / "results.json"
     with pytest.raises(UserError, match="cannot be read"):

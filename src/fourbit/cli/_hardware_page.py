@@ -233,8 +233,10 @@ def _overheads(results: Results) -> list[Text | Grid | Plot]:
     head = ("per element", "um2", "of an INT4 x FP4 unit", "of a column of 32", "pJ per element", "in MACs")
     return [
         Text(
-            "Multiplying by 1.6 and truncating the exponent is one comparison: floor(log4(1.6 x)) is half of floor(log2 x), one "
-            "more where the fraction of x is at least 1/4, which is an OR of two bits. So the conversion needs no multiplier, and "
+            "Multiplying by 1.6 and truncating the exponent is one comparison: floor(log4(1.6 x)) is half of "
+            "floor(log2 x), one "
+            "more where the fraction of x is at least 1/4, which is an OR of two bits. So the conversion needs no "
+            "multiplier, and "
             "the second phase is another half of the same exponent, plus one. What there is to pay is adding GradScale's power "
             "to the exponent and saturating."
         ),
@@ -275,7 +277,8 @@ def _paper(results: Results) -> list[Text | Grid | Plot]:
     return [
         Text(
             "The paper's Fig. 6c follows from speeds of units alone: the time of a step is the sum over the products of their "
-            "share divided by the speed of their unit. Its network has a version and a 'bottom' that the paper does not settle; "
+            "share divided by the speed of their unit. Its network has a version and a 'bottom' that the paper does "
+            "not settle; "
             "all readings are shown. First and last layers count like all others."
         ),
         Grid(("speed of a unit", "paper", "ours, FP16 sums", "ours, fixed point"), speeds),
@@ -306,9 +309,12 @@ def _networks(products: Products) -> Networks:
 def _network_blocks(results: Results, networks: Networks) -> list[Text | Grid | Plot]:
     blocks: list[Text | Grid | Plot] = [
         Text(
-            "A training step on systolic arrays (weights stay, 32 rows, the area of 32 x 32 FP16 units for every kind of unit in "
-            "turn), 1 MB of memory on the chip, and one bit per cycle and FP16 unit from memory. First, last and depthwise layers "
-            "run in FP16. 'arithmetic alone': without waiting for memory. 'own silicon': if every kind of unit has a share of the "
+            "A training step on systolic arrays (weights stay, 32 rows, the area of 32 x 32 FP16 units for every kind "
+            "of unit in "
+            "turn), 1 MB of memory on the chip, and one bit per cycle and FP16 unit from memory. First, last and "
+            "depthwise layers "
+            "run in FP16. 'arithmetic alone': without waiting for memory. 'own silicon': if every kind of unit has a "
+            "share of the "
             "area of its own. FP8: share of the multiply-accumulates."
         )
     ]
@@ -474,7 +480,8 @@ def _limits(results: Results) -> list[Text | Grid | Plot]:
             "Wires and placement: areas are sums of cells, delays have no wire load, and a systolic array adds registers for "
             "operands that are not counted. Glitches: energy counts one change per net and cycle at most, which flatters deep "
             "logic without registers, such as the FP16 unit. SRAM macros: energy per bit is taken from the literature, area is "
-            "not counted. A modern node: both libraries are 130 nm; ratios between units move less than areas, but a wire costs "
+            "not counted. A modern node: both libraries are 130 nm; ratios between units move less than areas, but a "
+            "wire costs "
             "relatively more in a small node. Control, instruction issue, the vector unit that normalizes, and the network "
             "between chips are left out. Multi-cycle accumulation: a unit with registers inside its addition needs as many "
             "independent sums as stages, which a systolic array has."

@@ -2,13 +2,14 @@
 
 A step is the products of all layers: fprop, dgrad, wgrad. Each runs on a systolic array whose elements are the unit of its
 formats, as many as fit into the area that R x C FP16 multiply-adders take (`Machine`). Cycles of an [m, k] by [k, n] product
-on R rows and C columns (m, n, k as the dataflow maps them to rows S_R, columns S_C and time T; a unit of w ways takes k / w steps):
+on R rows and C columns, where m, n, k stand for rows S_R, columns S_C and time T as the dataflow maps them, and a unit of w
+ways takes k / w steps:
 
     cycles = ceil(S_R / R) ceil(S_C / C) (T + fill),   fill = R + C - 2, and R more where b or a stays in the array
 
-as SCALE-Sim 3.0.0 counts them (Samajdar et al., ISPASS 2020; its count is one cycle less per product). A product takes the longer one of this and of moving its operands and
-its result to and from memory. What is between the products (normalization, activation, their gradients) moves each output
-`ELEMENTWISE` times at 16 bits.
+as SCALE-Sim 3.0.0 counts them (Samajdar et al., ISPASS 2020; its count is one cycle less per product). A product takes the
+longer one of this and of moving its operands and its result to and from memory. What is between the products (normalization,
+activation, their gradients) moves each output `ELEMENTWISE` times at 16 bits.
 
 Energy: multiply-accumulates by the synthesis's figure for the unit, quantizers likewise, and per bit moved a multiple of the
 energy of an FP16 multiply-add in the same technology (`SRAM_BIT`, `DRAM_BIT`).
@@ -91,15 +92,15 @@ SCHEMES: dict[str, tuple[str, dict[Gemm, tuple[str, str, str]]]] = {
     ),
     "mxfp4": (
         "MXFP4: E2M1 with E8M0 scales of 32 numbers",
-        {gemm: ("fp4_e2m1", "fp4_e2m1", "e8m0") for gemm in ("fprop", "dgrad", "wgrad")},
+        dict.fromkeys(("fprop", "dgrad", "wgrad"), ("fp4_e2m1", "fp4_e2m1", "e8m0")),
     ),
     "nvfp4": (
         "NVFP4: E2M1 with E4M3 scales of 16 numbers, stochastic gradients behind a Hadamard transform",
-        {gemm: ("fp4_e2m1", "fp4_e2m1", "fp8_e4m3fn") for gemm in ("fprop", "dgrad", "wgrad")},
+        dict.fromkeys(("fprop", "dgrad", "wgrad"), ("fp4_e2m1", "fp4_e2m1", "fp8_e4m3fn")),
     ),
-    "fp16": ("FP16 1-6-9 throughout", {gemm: (FULL, FULL, "") for gemm in ("fprop", "dgrad", "wgrad")}),
+    "fp16": ("FP16 1-6-9 throughout", dict.fromkeys(("fprop", "dgrad", "wgrad"), (FULL, FULL, ""))),
 }
-"""Formats that no recipe of the library trains with, for comparison: what they put in place of a recipe's low-precision products."""
+"""Formats that no recipe of the library trains with, for comparison: what stands in place of a recipe's narrow products."""
 
 
 def with_scheme(products: Iterable[Product], scheme: str) -> list[Product]:
@@ -136,7 +137,7 @@ def unit_of(p: Product, accumulator: str) -> str:
         UserError: no unit multiplies such a pair.
     """
     pair = sorted((p.a, p.b), key=_kind_order)
-    kinds = tuple(_kind(f) for f in pair)
+    kinds = _kind(pair[0]), _kind(pair[1])
     fixed = "_fixed" if accumulator == "fixed" else ""
     narrow = {
         ("integer", "integer"): "uint4_int4" if "uint4" in pair else "int4_int4",

@@ -67,8 +67,8 @@ def mixed(share: float, speeds: dict[str, float] | None = None) -> float:
 def figure_6c(speeds: dict[str, float] | None = None) -> list[Estimate]:
     """All rows, with the paper's speeds or others of the same names."""
 
-    def row(title: str, paper: float, *units: str) -> Estimate:
-        return Estimate(title, paper, {"": speedup(*units, speeds)})
+    def row(title: str, paper: float, forward: str, dgrad: str, wgrad: str) -> Estimate:
+        return Estimate(title, paper, {"": speedup(forward, dgrad, wgrad, speeds)})
 
     shares: dict[str, dict[str, float]] = {}
     for version in ("v1", "v1.5"):

@@ -125,7 +125,7 @@ class Quantizer(Unit):
     def _round(self, format: Format, x: Fraction, negative: bool, word: int) -> int:
         sign = -1 if negative else 1
         if isinstance(format, IntFormat):
-            whole = round(x) if not self.stochastic else _up(x, x // 1, Fraction(1), word)
+            whole = round(x) if not self.stochastic else _up(x, Fraction(x // 1), Fraction(1), word)
             return int(min(max(sign * whole, format.low), format.high)) % (1 << format.bits)
         if self.stochastic:
             x = min(x, Fraction(format.max))

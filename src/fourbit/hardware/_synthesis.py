@@ -1,7 +1,7 @@
 """Synthesis with yosys and ABC (the package `pyosys`): from a unit to gates, and from gates to cells of a library.
 
-Every unit is treated alike: sums become carry-save trees, then ABC maps them by each of `SCRIPTS`, those with a target once
-per target. What is kept are the points that no other one beats in both area and delay. Delays are `Netlist.delay`, from the
+Every unit is treated alike: sums become carry-save trees, then ABC maps them by each of `SCRIPTS`, for one target or several.
+What is kept are the points that no other one beats in both area and delay. Delays are `Netlist.delay`, from the
 library's tables, not ABC's own estimates.
 """
 
@@ -155,7 +155,7 @@ class Design:
         anticipated = isinstance(self.unit, InnerProduct) and self.unit.anticipate
         for script, commands in SCRIPTS.items():
             timed = any("{target}" in line for line in commands)
-            for target in targets if timed else (None,):
+            for target in (targets if script == "rebalance" else targets[:1]) if timed else (None,):
                 n = self.map(library, script, target)
                 sizes = round(n.area, 3), round(n.register_area, 3), round(n.delay, 1)
                 found.append((Point(self.unit.name, self.unit.cuts, anticipated, script, target, *sizes), n))
@@ -179,18 +179,15 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def variants(unit: Unit) -> list[Unit]:
-    """The pipelines in which a unit is built, and without one, or with one register, both ways of counting zeros."""
+    """The pipelines in which a unit is built; with one register, also with leading zeros found while a sum is being added
+    (elsewhere that has never been smaller or faster)."""
     if unit.cuts:
         return [unit]
     stages = unit.stages
-    cuts = [
-        (),
-        *(stages[:k] for k in (1, 2) if len(stages) > k or k == 1 == len(stages)),
-        *([stages] if len(stages) > 2 else []),
-    ]
-    found = [replace(unit, cuts=c) for c in dict.fromkeys(cuts)]
+    cuts = dict.fromkeys(((), stages[:1], *([stages[:2], stages] if len(stages) > 2 else [])))
+    found = [replace(unit, cuts=c) for c in cuts]
     if isinstance(unit, InnerProduct) and not isinstance(unit.accumulator, int) and unit.style != "window":
-        found += [replace(u, anticipate=True) for u in found if isinstance(u, InnerProduct) and "add" not in u.cuts]
+        found.append(replace(unit, cuts=stages[:1], anticipate=True))
     return found
 
 
@@ -213,7 +210,7 @@ def synthesize(
     Args:
         names: of units.
         liberty: a Liberty file.
-        targets: delays to try for, in ps.
+        targets: delays to try for, in ps: the script "rebalance" for all of them, others for the first.
         processes: at a time; None: one per core.
         progress: called with the number of variants done, their number, and the last one's name.
 

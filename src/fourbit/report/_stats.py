@@ -17,7 +17,7 @@ import numpy as np
 
 from fourbit.report._groups import Group, group_runs, reference_of
 from fourbit.report._metric import name
-from fourbit.report._read import Run, load_runs
+from fourbit.report._read import Run, load_runs, text
 
 Series = tuple[np.ndarray, np.ndarray]
 
