@@ -22,7 +22,7 @@ hardware = App(
 )
 app.command(hardware)
 
-PERIODS = (2500.0, 4000.0, 6000.0)
+PERIODS = (3000.0, 4000.0, 6000.0)
 """Clock periods of tables, in ps."""
 
 
@@ -90,8 +90,7 @@ def synth(
 
     library = Library(liberty)
     library.check()
-    needed = [n for n in ("fma_fp16", "converter", "register") if units and n not in units]
-    names = [*units, *needed] if units else list(UNITS)
+    names = list(dict.fromkeys(units)) or list(UNITS)
     start = time.monotonic()
     console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

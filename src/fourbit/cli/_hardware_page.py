@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +24,11 @@ from fourbit.report import PALETTE, REFERENCE_COLOR, Chapter, Grid, Plot, Text, 
 
 if TYPE_CHECKING:
     from fourbit.hardware import Product, StepCost
+    from fourbit.report import FinalResult
 
 PAPER = 4 / 0.55
 """Of the paper, INT4 x FP4 against FP16."""
+TABLE_PERIODS = (3000.0, 4000.0, 6000.0)
 PERIODS = (2000.0, 2500.0, 3000.0, 4000.0, 5000.0, 6000.0, 8000.0)
 NETWORKS = {
     "resnet50_imagenet": ("ResNet-50, 224 pixels", 32),
@@ -35,7 +38,7 @@ NETWORKS = {
     "lstm_650": ("LSTM 2 x 650, 35 tokens", 20),
 }
 """Title and batch of each."""
-EXTERNAL = {"hf:bert": ("BERT-base, 128 tokens", 8, "128"), "hf:gpt2": ("GPT-2 small, 128 tokens", 8, "128")}
+EXTERNAL = {"hf:bert": ("BERT-base, 128 tokens", 4, "128"), "hf:gpt2": ("GPT-2 small, 128 tokens", 4, "128")}
 """Those that need transformers."""
 RECIPES = ("ibm2020", "ibm2020-dw8", "ibm2020-bottom1x1fp8", "ibm2020-1x1fp8", "luq", "hfp8", "mxfp4", "nvfp4")
 MAIN_UNITS = ("int4_fp4", "int4_int4", "int4_fp4r2", "mxfp4", "nvfp4", "int4_fp8", "fp8")
@@ -90,7 +93,7 @@ def _summary(results: Results) -> str:
 
 
 def _answer(results: Results) -> list[Text | Grid | Plot]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for title, unit, registers, shared in (
         ("FP16 sums", "int4_fp4", True, 0),
         ("FP16 sums, without registers", "int4_fp4", False, 0),
@@ -101,20 +104,22 @@ def _answer(results: Results) -> list[Text | Grid | Plot]:
         ("fixed-point register, a converter for each unit", "int4_fp4_fixed", True, 1),
         ("fixed-point register, without registers and converter", "int4_fp4_fixed", False, 0),
     ):
-        cells = [_ratio(results, unit, p, registers, shared) for p in (2500.0, 4000.0, 6000.0, None)]
+        cells = [_ratio(results, unit, p, registers, shared) for p in (*TABLE_PERIODS, None)]
         rows.append((title, *cells))
     ways = [f"int4_fp4{ways}{sums}" for ways in ("_1", "", "_8", "_16") for sums in ("", "_fixed")]
+    ways += ["int4_int4", "int4_int4_fixed", "int4_fp4r2", "int4_fp4r2_fixed", "int4_fp8", "fp8"]
+    ways += ["mxfp4", "mxfp4_16", "nvfp4", "nvfp4_16", "fma_binary16", "fma_bf16"]
     ways = [u for u in ways if u in results.units]
     by_ways = []
-    for unit in sorted(ways, key=lambda u: (u.endswith("_fixed"), UNITS[u].macs)):
+    for unit in ways:
         by_ways.append(
             (
                 UNITS[unit].title,
                 str(UNITS[unit].macs),
-                *(_ratio(results, unit, p) for p in (2500.0, 4000.0, 6000.0, None)),
+                *(_ratio(results, unit, p) for p in (*TABLE_PERIODS, None)),
             )
         )
-    head = ("INT4 x FP4 radix-4 against FP16", "2.5 ns", "4 ns", "6 ns", "each at its best")
+    head = ("INT4 x FP4 radix-4 against FP16", *(f"{p / 1000:g} ns" for p in TABLE_PERIODS), "each at its best")
     return [
         Text(
             "Ratio of multiply-accumulates per second and area at the same clock period; for each the smallest form that meets "
@@ -122,7 +127,7 @@ def _answer(results: Results) -> list[Text | Grid | Plot]:
         ),
         Grid(head, rows),
         _density_plot(results),
-        Text("The same by the number of ways:"),
+        Text("The same by the number of ways, and with other formats:"),
         Grid(("", "ways", *head[1:]), by_ways),
     ]
 
@@ -150,7 +155,7 @@ def _density_plot(results: Results) -> Plot:
         axis.set_title(title, loc="left")
         axis.set_xlabel("clock period, ns")
         axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("multiply-accumulates per second and area, FP16 = 1")
+    axes[0].set_ylabel("MACs per second and area, FP16 = 1")
     legend(figure, entries)
     return Plot(
         "density", "Density", "Density of units with 4 and 8 bits at the same clock as the FP16 multiply-add.", figure
@@ -198,7 +203,7 @@ def _units(results: Results) -> list[Text | Grid | Plot]:
         entries[unit] = axis.scatter(x, y, s=14, color=color, label=unit)
     axis.set_xlabel("delay, ns (of the longest stage where it is pipelined)")
     axis.set_ylabel("area, 1000 um2")
-    axis.set_xscale("log")
+    axis.set_xlim(0, 20)
     legend(figure, entries)
     plot = Plot("area", "Area", "Every mapped form that no other of the same pipeline beats in area and delay.", figure)
     tools = ", ".join(f"{k} {v}" for k, v in results.tools.items())
@@ -350,10 +355,12 @@ def _eight(products: Sequence[Product]) -> float:
 
 
 def _by_unit(cost: StepCost) -> dict[str, float]:
+    """Time of the products by unit; those for signed and for unsigned activations count as one."""
     found: dict[str, float] = {}
     for p in cost.parts:
         if p.unit:
-            found[p.unit] = found.get(p.unit, 0.0) + p.compute
+            unit = p.unit.removeprefix("u")
+            found[unit] = found.get(unit, 0.0) + p.compute
     return found
 
 
@@ -364,74 +371,77 @@ def _accuracy(results: Results, products: Products, runs: Sequence[Path]) -> lis
     if not runs:
         return [Text("No training runs were named: give folders of runs with --runs.")]
     rows, points = [], []
-    for found in final_results(runs):
-        if found.metric != "accuracy %" or found.images is None:
-            continue
+    for (model, images, recipe), (mean, seeds) in _means(final_results(runs)).items():
         try:
-            step = products(found.model, found.recipe, None, None, 128)
+            step = products(model, recipe, None, None, 128)
             costs = [estimate(step, Machine(accumulator=a), results).joules for a in ("fp16", "fixed")]
         except UserError:
             continue
         base = estimate(with_scheme(step, "fp16"), Machine(), results).joules
-        joules = [c / 128 * found.images for c in costs]
-        points.append((found.model, found.recipe, joules, found.mean))
+        joules = [c / 128 * images for c in costs]
+        points.append((f"{model}, {images / 1e6:.2f} M images", recipe, joules, mean))
         rows.append(
             (
-                found.model,
-                found.recipe,
-                str(found.seeds),
-                f"{found.mean:.2f}",
+                f"{model}, {images / 1e6:.2f} M images",
+                recipe,
+                str(seeds),
+                f"{mean:.2f}",
                 *(f"{j:.0f}" for j in joules),
-                *(f"{found.mean / j:.3f}" for j in joules),
+                *(f"{mean / j:.3f}" for j in joules),
                 *(f"{base / c:.2f}" for c in costs),
             )
         )
     if not rows:
         return [Text("None of the runs that were named reports an accuracy of a network whose cost can be estimated.")]
-    head = (
-        "network",
-        "recipe",
-        "seeds",
-        "accuracy %",
-        "J, FP16 sums",
-        "J, fixed",
-        "% per J",
-        "% per J, fixed",
-        "FP16 / this",
-        "fixed",
-    )
+    head = ("network", "recipe", "seeds", "accuracy %", "J", "J, fixed", "% per J", "fixed", "FP16 / this", "fixed")
     return [
         Text(
             "Accuracy at the end of the runs, and the energy that their training would take on the machine above: forward and "
-            "backward passes of all images, without evaluation and optimizer. Full precision counts as FP16."
+            "backward passes of all images, without evaluation and optimizer; sums in FP16, or in fixed point ('fixed'). Full "
+            "precision counts as FP16. Recipes that differ in rounding only cost the same. Most have one seed."
         ),
         Grid(head, rows, words=2),
         _pareto(points),
     ]
 
 
+def _means(results: Sequence[FinalResult]) -> dict[tuple[str, int, str], tuple[float, int]]:
+    """Mean and seeds by network, length and recipe, of the learning rate that most runs of that network have."""
+    found = [r for r in results if r.metric == "accuracy %" and r.images]
+    rates = {}
+    for key in {(r.model, r.images) for r in found}:
+        rates[key] = Counter(r.lr for r in found if (r.model, r.images) == key).most_common(1)[0][0]
+    groups: dict[tuple[str, int, str], list[FinalResult]] = {}
+    for r in sorted(found, key=lambda r: (r.model, r.images or 0, r.recipe)):
+        if r.lr == rates[r.model, r.images]:
+            groups.setdefault((r.model, r.images or 0, r.recipe), []).append(r)
+    return {
+        key: (sum(r.mean * r.seeds for r in rs) / sum(r.seeds for r in rs), sum(r.seeds for r in rs))
+        for key, rs in groups.items()
+    }
+
+
 def _pareto(points: Sequence[tuple[str, str, Sequence[float], float]]) -> Plot:
-    models = list(dict.fromkeys(model for model, *_ in points))
-    figure, axes = panels(len(models), "Accuracy against the energy of training", columns=2, height=3.6, sharey=False)
-    recipes = list(dict.fromkeys(recipe for _, recipe, *_ in points))
+    networks = list(dict.fromkeys(network for network, *_ in points))
+    figure, axes = panels(len(networks), "Accuracy against the energy of training", columns=3, height=3.8, sharey=False)
+    recipes = sorted({recipe for _, recipe, *_ in points})
     entries = {}
-    for axis, model in zip(axes, models, strict=True):
-        mine = [(recipe, joules, mean) for m, recipe, joules, mean in points if m == model]
+    for axis, network in zip(axes, networks, strict=True):
+        mine = [(recipe, joules, mean) for name, recipe, joules, mean in points if name == network]
         for recipe, joules, mean in mine:
             number = recipes.index(recipe)
             color = REFERENCE_COLOR if recipe == "fp32" else PALETTE[number % len(PALETTE)]
             marker = "osD^v"[number // len(PALETTE)]
             entries[recipe] = axis.scatter([joules[0]], [mean], color=color, marker=marker, s=30)
             axis.scatter([joules[1]], [mean], facecolors="none", edgecolors=color, marker=marker, s=30)
-        best, front = -1.0, []
+        front: list[tuple[float, float]] = []
         for joules, mean in sorted((j, mean) for _, both, mean in mine for j in both):
-            if mean > best:
-                best = mean
+            if not front or mean > front[-1][1]:
                 front.append((joules, mean))
         axis.plot(*zip(*front, strict=True), color="#aaaaaa", linewidth=1, zorder=0, drawstyle="steps-post")
-        axis.set_title(model, loc="left")
+        axis.set_title(network, loc="left")
         axis.set_xlabel("energy of training, J")
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
     axes[0].set_ylabel("test accuracy, %")
     legend(figure, entries)
     caption = "Filled: sums in FP16; open: in fixed point. The line joins what no other run beats in both."

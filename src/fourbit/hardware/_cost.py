@@ -26,6 +26,7 @@ from typing import Literal
 
 from fourbit.errors import UserError, unknown
 from fourbit.hardware._results import BASELINE, SHARED, Cost, Results, stored
+from fourbit.hardware._trace import BLOCK
 
 Dataflow = Literal["os", "ws", "is"]
 Gemm = Literal["fprop", "dgrad", "wgrad"]
@@ -352,7 +353,7 @@ def _part(p: Product, machine: Machine, results: Results, base: Cost, area: floa
     compute = cycles * cost.period * 1e-12
     a_bits, b_bits = p.a_numbers * bits_of(p.a), p.b_numbers * bits_of(p.b)
     if p.block:
-        scale = 8 / {"e8m0": 32, "fp8_e4m3fn": 16}[p.block]
+        scale = 8 / BLOCK[p.block]
         a_bits, b_bits = a_bits + scale * p.a_numbers, b_bits + scale * p.b_numbers
     dram = _dram_bits(a_bits, b_bits, machine.sram_kb * 8192) + 16 * p.results
     memory = dram / _bandwidth(machine, base)

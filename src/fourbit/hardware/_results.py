@@ -115,10 +115,13 @@ class Results:
         """Of one unit.
 
         Raises:
-            UserError: there are none.
+            UserError: an unknown unit, or there are none.
         """
+        UNITS[unit]
         if unit not in self._by_unit:
-            raise unknown("unit", unit, self._by_unit)
+            raise UserError(
+                f"the results hold nothing about the unit {unit}: run `fourbit hardware synth` with it, or for all units."
+            )
         return self._by_unit[unit]
 
     @cached_property
@@ -211,6 +214,13 @@ def tool_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("amaranth", "pyosys")}
 
 
+def _density(results: Results, unit: str, period: float | None) -> str:
+    try:
+        return f"{results.density(unit, period):.2f}"
+    except UserError:
+        return "-"
+
+
 def summary_rows(results: Results, periods: Sequence[float]) -> list[tuple[str, ...]]:
     """One row per unit: its smallest form, and density relative to the baseline at each period and at its best."""
     rows = []
@@ -225,15 +235,8 @@ def summary_rows(results: Results, periods: Sequence[float]) -> list[tuple[str, 
             f"{fast.area:.0f}",
             f"{fast.delay / 1000:.2f}",
         ]
-        if UNITS[unit].macs:
-            for period in periods:
-                try:
-                    row.append(f"{results.density(unit, period):.2f}")
-                except UserError:
-                    row.append("-")
-            row.append(f"{results.density(unit):.2f}")
-            row.append(f"{small.energy / UNITS[unit].macs / 1000:.2f}")
-        else:
-            row += [""] * (len(periods) + 1) + [f"{small.energy / 1000:.2f}"]
+        macs = UNITS[unit].macs
+        row += [_density(results, unit, period) if macs else "" for period in (*periods, None)]
+        row.append(f"{small.energy / max(1, macs) / 1000:.2f}")
         rows.append(tuple(row))
     return rows

@@ -23,8 +23,8 @@ from fourbit.hardware._inner import InnerProduct
 from fourbit.hardware._quantizer import POWER_BITS, Quantizer
 from fourbit.hardware._unit import Unit
 
-BLOCK = {"mxfp4": 32, "nvfp4": 16}
-"""Numbers that share a scale."""
+BLOCK = {"e8m0": 32, "fp8_e4m3fn": 16}
+"""Numbers that share a scale, by its format."""
 TENSOR_SCALE = 64.0
 """Of NVFP4, which brings the blocks' scales into the range of E4M3."""
 LEVELS = {"x": 15, "w": 7}
@@ -163,7 +163,7 @@ def _encode(
             factor *= min(1.0, format.high / LEVELS[kind])
         return [format.encode(format.round(float(x) * factor)) for x in numbers], []
     codes, scales = [], []
-    size = BLOCK[unit.name]
+    size = BLOCK[unit.scale.name]
     for k in range(0, len(numbers), size):
         block = numbers[k : k + size]
         wanted = max(float(abs(x)) for x in block) / format.max or 1.0

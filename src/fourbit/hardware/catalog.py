@@ -59,8 +59,10 @@ _pair("uint4_int4", "4-way UINT4 x INT4", UINT4, INT4_SYM, 4)
 _pair("int4_fp4r2", "4-way INT4 x FP4 radix-2 (LUQ)", INT4_SYM, FP4_R2, 4)
 _add(InnerProduct("int4_fp8", "2-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8_152, 2))
 _add(InnerProduct("fp8", "2-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 2))
-_add(InnerProduct("mxfp4", "4-way E2M1 x E2M1 with E8M0 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=E8M0))
-_add(InnerProduct("nvfp4", "4-way E2M1 x E2M1 with E4M3 scales, FP16 sums", FP4_E2M1, FP4_E2M1, 4, scale=FP8_E4M3FN))
+for _ways, _suffix in ((4, ""), (16, "_16")):
+    for _name, _scale, _words in (("mxfp4", E8M0, "E8M0"), ("nvfp4", FP8_E4M3FN, "E4M3")):
+        _title = f"{_ways}-way E2M1 x E2M1 with {_words} scales, FP16 sums"
+        _add(InnerProduct(f"{_name}{_suffix}", _title, FP4_E2M1, FP4_E2M1, _ways, scale=_scale))
 for _ways in (1, 8, 16):
     _pair(f"int4_fp4_{_ways}", f"{_ways}-way INT4 x FP4 radix-4", INT4_SYM, FP4_R4_EVEN, _ways)
 _pair("int5_fp4", "4-way INT5 (INT4 and UINT4) x FP4 radix-4", INT5, FP4_R4_EVEN, 4)

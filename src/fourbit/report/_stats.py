@@ -165,6 +165,7 @@ class FinalResult:
         model, recipe: their names.
         metric: as in `RecipeSummary`; `mean`: over `seeds` runs.
         images: samples that each run has trained on, over all epochs; None where the runs do not say.
+        lr: learning rate.
     """
 
     model: str
@@ -173,6 +174,7 @@ class FinalResult:
     mean: float
     seeds: int
     images: int | None
+    lr: float
 
 
 def final_results(paths: Sequence[str | Path]) -> list[FinalResult]:
@@ -190,6 +192,6 @@ def final_results(paths: Sequence[str | Path]) -> list[FinalResult]:
         steps = max((int(e["step"]) for r in group.runs for e in r.epochs), default=0)
         batch = int(group.config.get("batch_size", 0))
         model = text(group.config.get("model", ""))
-        images = steps * batch or None
-        found.append(FinalResult(model, group.recipe, summary.metric, summary.metric_mean, summary.n, images))
+        images, lr = steps * batch or None, float(group.config.get("lr", 0.0))
+        found.append(FinalResult(model, group.recipe, summary.metric, summary.metric_mean, summary.n, images, lr))
     return found
