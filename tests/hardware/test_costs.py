@@ -155,3 +155,10 @@ def test_unsigned_and_signed_products_cost_alike():
     signed, unsigned = (estimate([product(a=a)], machine).seconds for a in ("int4_sym", "uint4"))
     assert 0.5 < signed / unsigned < 2
     assert estimate([replace(product(), count=3)], machine).macs == 3 * product().macs
+
+
+def test_depthwise_layers_are_no_work_for_an_array():
+    p = replace(product(m=100, n=1, k=9, a="full", b="full"), count=64)
+    part = estimate([p], Machine(rows=4, columns=4)).parts[0]
+    assert p.is_depthwise and not product().is_depthwise
+    assert part.utilisation == pytest.approx(1.0)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -15,7 +16,17 @@ pytest.importorskip("amaranth")
 if importlib.util.find_spec("pyosys") is None:
     pytest.skip("pyosys is not installed", allow_module_level=True)
 
-from fourbit.hardware import FLOATS, UNITS, Design, InnerProduct, mismatch, simulate, simulate_netlist
+from fourbit.hardware import (
+    FLOATS,
+    UNITS,
+    Converter,
+    Design,
+    InnerProduct,
+    Quantizer,
+    mismatch,
+    simulate,
+    simulate_netlist,
+)
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -69,7 +80,6 @@ def test_a_wrong_rounding_bit_is_caught(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fp16_169", "binary16", "fp8_143", "fp8_152", "fp8_e4m3fn", "fp8_e5m2"])
 def test_rounding_is_that_of_the_formats(name):
-    from fractions import Fraction
 
     from fourbit import formats
 
@@ -100,3 +110,62 @@ def test_yosys_leaves_the_way_libraries_are_loaded_alone():
         "assert 'pyosys' in sys.modules and sys.getdlopenflags() == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+QUANTIZERS = [u for u in UNITS.values() if isinstance(u, Quantizer) and not u.stochastic]
+
+
+@pytest.mark.parametrize("unit", QUANTIZERS, ids=lambda u: u.name)
+def test_every_code_is_quantized_as_the_format_says(unit, tmp_path):
+    """Also against `Format.round` in floating point, which is exact for these numbers."""
+    scale = 3 if unit.scale == "power" else unit.float.encode(Fraction(2.375))
+    vectors = [{"x": x, "s": scale} for x in range(2**unit.float.bits)]
+    found = simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)
+    assert mismatch(unit, vectors[::7], found[::7]) is None
+    factor = 8.0 if unit.scale == "power" else 2.375
+    for v, got in zip(vectors, found, strict=True):
+        if unit.float.is_finite(v["x"]):
+            x = float(unit.float.value(v["x"])) * factor
+            for f in unit.targets:
+                assert got[f.name] == f.encode(f.round(x)), (v, f.name)
+
+
+def test_every_number_of_a_short_register_is_converted_exactly(tmp_path):
+    unit = Converter("short", width=15, lsb=-6)
+    vectors = [{"x": x} for x in range(2**15)]
+    assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is None
+
+
+@pytest.mark.parametrize("name", ["fma_fp16", "fma_binary16", "fma_bf16", "int4_fp4", "mxfp4"])
+@pytest.mark.parametrize("cuts", [(), ("multiply",)])
+def test_anticipated_zeros_change_no_sum(name, cuts, tmp_path):
+    unit = replace(UNITS[name], anticipate=True, cuts=cuts)
+    vectors = unit.vectors(random.Random(3), 5000)
+    assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is None
+
+
+def test_powers_of_two_in_the_lowest_binade_are_not_flushed(tmp_path):
+    """The sum -2^-126 is all ones where negative sums are inverted, one binade lower."""
+    unit = UNITS["fma_bf16"]
+    vectors = [{"a": 17599, "b": 1714, "c": 2349125121}, {"a": 9823, "b": 9554, "c": 2352410113}]
+    assert [unit.reference(v)["y"] for v in vectors] == [0x80800000] * 2
+    assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is None
+
+
+def test_random_bits_are_those_of_xorshift():
+    state, seen = 1, set()
+    for _ in range(1000):
+        state = UNITS["random"].reference({"state": state})["next"]
+        seen.add(state)
+    assert len(seen) == 1000 and next(iter({UNITS["random"].reference({"state": 1})["next"]})) == 270369
+
+
+def test_a_stochastic_quantizer_is_right_on_average(tmp_path):
+    """1.25 becomes 2 in a quarter of the cases, and 1 else; 0.25 becomes 1 in a quarter."""
+    unit = UNITS["quantize_luq"]
+    one = unit.float.encode(Fraction(1))
+    for x in (Fraction(5, 4), Fraction(1, 4)):
+        vectors = [{"x": unit.float.encode(x), "s": one, "random": word} for word in range(4096)]
+        found = simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)
+        mean = sum(unit.targets[0].values[v["fp4_r2"]] for v in found) / 4096
+        assert mean == float(x)

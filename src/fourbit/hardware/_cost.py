@@ -77,6 +77,12 @@ class Product:
         return self.count * self.m * self.n * self.k
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether it is many products of vectors, which no systolic array is for: its elements work on their own then, all of
+        them all the time."""
+        return self.count > 1 and min(self.m, self.n, self.k) == 1
+
+    @property
     def results(self) -> int:
         """Numbers that it makes."""
         return self.count * self.m * self.n
@@ -303,6 +309,8 @@ QUANTIZERS = {
     "float8": "quantize_fp8_152",
     "e2m1": "quantize_e2m1",
 }
+"""By what an operand's kind is quantized."""
+STOCHASTIC = {"quantize_fp4r2": "quantize_luq", "quantize_e2m1": "quantize_e2m1_sr"}
 
 
 def estimate(products: Sequence[Product], machine: Machine | None = None, results: Results | None = None) -> StepCost:
@@ -349,7 +357,10 @@ def _part(p: Product, machine: Machine, results: Results, base: Cost, area: floa
     cost = _cost(results, unit, machine)
     columns = max(1, round(area / (machine.rows * cost.area)))
     steps = math.ceil(p.k / cost.macs)
-    cycles = p.count * cycles_of(p.m, p.n, steps, machine.rows, columns, machine.dataflow, machine.overlapped)
+    if p.is_depthwise:
+        cycles = math.ceil(p.macs / (machine.rows * columns * cost.macs))
+    else:
+        cycles = p.count * cycles_of(p.m, p.n, steps, machine.rows, columns, machine.dataflow, machine.overlapped)
     compute = cycles * cost.period * 1e-12
     a_bits, b_bits = p.a_numbers * bits_of(p.a), p.b_numbers * bits_of(p.b)
     if p.block:
@@ -404,17 +415,28 @@ def _sram_bits(p: Product, k: int, machine: Machine, columns: int, ways: int) ->
 
 
 def _quantizer_energy(p: Product, results: Results) -> float:
-    """Of the operand that is new in a product: both in fprop, the gradient in dgrad (both phases at once)."""
+    """Of the operands that are new in a product: both in fprop, the gradient in dgrad (both phases at once), and where blocks of
+    numbers share a scale also in wgrad, which has its blocks along the other axis."""
     operands = {"fprop": ((p.a, p.a_numbers), (p.b, p.b_numbers)), "dgrad": ((p.a, p.a_numbers),), "wgrad": ()}[p.gemm]
+    if p.block and p.gemm == "wgrad":
+        operands = ((p.a, p.a_numbers), (p.b, p.b_numbers))
     total = 0.0
     for format, numbers in operands:
         name = QUANTIZERS.get(_kind(format))
         if name is None:
             continue
-        if p.stochastic and name in ("quantize_fp4r2", "quantize_e2m1"):
-            name = {"quantize_fp4r2": "quantize_luq", "quantize_e2m1": "quantize_e2m1_sr"}[name]
-        total += numbers * min(results.points_of(name), key=lambda q: q.area).energy * 1e-15
+        if p.stochastic and name in STOCHASTIC:
+            name = STOCHASTIC[name]
+        per_number = _smallest_energy(results, name)
+        if p.stochastic and p.block:
+            per_number += _smallest_energy(results, "hadamard") / 16
+        total += numbers * per_number
     return total
+
+
+def _smallest_energy(results: Results, unit: str) -> float:
+    """Per cycle, in J, of the smallest form."""
+    return min(results.points_of(unit), key=lambda q: q.area).energy * 1e-15
 
 
 def separate_arrays(times: Iterable[float]) -> float:
