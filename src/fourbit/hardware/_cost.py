@@ -415,7 +415,8 @@ def _sram_bits(p: Product, k: int, machine: Machine, columns: int, ways: int) ->
 
 
 def _quantizer_energy(p: Product, results: Results) -> float:
-    """Of the operands that are new in a product: both in fprop, the gradient in dgrad (both phases at once), and where blocks of
+    """Of the operands that are new in a product: both in fprop, the gradient in dgrad (both phases at once), and
+    where blocks of
     numbers share a scale also in wgrad, which has its blocks along the other axis."""
     operands = {"fprop": ((p.a, p.a_numbers), (p.b, p.b_numbers)), "dgrad": ((p.a, p.a_numbers),), "wgrad": ()}[p.gemm]
     if p.block and p.gemm == "wgrad":
