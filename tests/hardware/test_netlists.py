@@ -129,7 +129,7 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_of_points_those_remain_that_no_other_beats():
     def point(area: float, delay: float) -> Point:
-        return Point("u", (), "s", None, area, 0.0, delay)
+        return Point("u", (), False, "s", None, area, 0.0, delay)
 
     points = [point(3, 1), point(1, 5), point(2, 5), point(2, 4), point(4, 1)]
     assert front(points) == [point(1, 5), point(2, 4), point(3, 1)]
@@ -139,11 +139,11 @@ def test_of_points_those_remain_that_no_other_beats():
 def test_bad_input_to_synthesis_is_named(library, tmp_path):
     tiny = library(INVERTER, NAND, FLOP)
     with pytest.raises(UserError, match="unknown unit"):
-        synthesize([("int4_fp5", ())], tiny.path)
+        synthesize(["int4_fp5"], tiny.path)
     with pytest.raises(
         UserError, match=r"yosys broke off: converter: .*ABC"
     ):  # which does not survive so small a library
-        synthesize([("converter", ())], tiny.path)
+        synthesize(["converter"], tiny.path)
 
 
 @needs_tools
@@ -168,7 +168,7 @@ def test_mapped_to_a_real_library_key_units_compute_the_same(path, tmp_path):
 @needs_tools
 @pytest.mark.skipif(not LIBERTY, reason="no Liberty file in $FOURBIT_LIBERTY")
 def test_synthesis_in_processes_keeps_the_front():
-    points = synthesize([("converter", ()), ("converter", ("count",))], LIBERTY[0], targets=(2000.0,))
+    points = synthesize(["converter"], LIBERTY[0], targets=(2000.0,))
     assert {p.cuts for p in points} == {(), ("count",)}
     for cuts in ((), ("count",)):
         own = [p for p in points if p.cuts == cuts]
