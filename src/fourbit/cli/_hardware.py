@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from fourbit.cli._app import app
-from fourbit.cli._runs import whole_numbers, words
 from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError, unknown
+from fourbit.train._config import whole_numbers, words
 
 if TYPE_CHECKING:
     from fourbit.hardware import Product, Results
