@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 from fourbit.cli import _catalogues as _catalogues
-from fourbit.cli import _hardware as _hardware
 from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs
 from fourbit.cli._app import EXIT_USER_ERROR, app
+from fourbit.cli._hardware import hardware
 from fourbit.cli._terminal import interrupted, interruptible_imports, program, say
 from fourbit.errors import UserError
+
+
+app.command(hardware)
 
 
 @app.command

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from fourbit.cli._app import app
 from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError, unknown
 from fourbit.train._config import whole_numbers, words
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 hardware = App(
     name="hardware", help="Arithmetic units for 4-bit training: what they cost, and what a training step costs on them."
 )
-app.command(hardware)
 
 PERIODS = (3000.0, 4000.0, 6000.0)
 """Clock periods of tables, in ps."""
