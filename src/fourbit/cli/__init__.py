@@ -21,7 +21,6 @@ from fourbit.cli._hardware import hardware
 from fourbit.cli._terminal import interrupted, interruptible_imports, program, say
 from fourbit.errors import UserError
 
-
 app.command(hardware)
 
 
