@@ -22,7 +22,7 @@ from fourbit.hardware import (
     unit_of,
     with_scheme,
 )
-from fourbit.hardware._cost import _sram_bits
+from fourbit.hardware._cost import _dram_bits, _sram_bits
 
 LAYERS = json.loads((Path(__file__).parent / "scalesim_resnet18.json").read_text())["layers"]
 
@@ -54,6 +54,30 @@ def test_reads_of_on_chip_memory_are_those_of_scale_sim(layer, dataflow):
     assert bits / 16 - sums == theirs
     if dataflow != "os":  # where it counts R + C words too many per block
         assert m * n * deep == layer[dataflow]["sram_ofmap_writes"]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda e: e["name"])
+def test_memory_traffic_is_that_of_scale_sim(layer):
+    """Reads with weights that stay (its other orders read weights again in the last stages), writes with sums that stay (it
+    sends every partial sum of the others to memory, of which the model keeps them on the chip). It counts padding."""
+    m, n, k = layer["m"], layer["n"], layer["k"]
+    p = replace(product(m, n, k, "full", "full"), a_numbers=layer["ws"]["dram_ifmap"])
+    bits = _dram_bits(p, 1024 * 8192)
+    reads, writes = layer["ws"]["dram_ifmap"] + layer["ws"]["dram_filter"], layer["os"]["dram_ofmap"]
+    assert 0 <= writes - m * n < 32
+    assert bits == 16 * (reads + m * n)
+
+
+def test_memory_traffic_of_a_large_product():
+    """Near the least that any order needs, 2 m n k / sqrt(words on the chip) (Hong and Kung, 1981), and less with more memory."""
+    p = product(4096, 4096, 4096, "full", "full")
+    previous = float("inf")
+    for kb in (64, 128, 1024, 8192):
+        bits = _dram_bits(p, kb * 8192)
+        least = 16 * 2 * 4096**3 / (kb * 512) ** 0.5
+        assert max(least, 3 * 16 * 4096**2) <= bits < 2.1 * least + 3 * 16 * 4096**2
+        assert bits < previous
+        previous = bits
 
 
 def test_figure_6c_within_3_percent():

@@ -407,7 +407,9 @@ def _accuracy(results: Results, products: Products, runs: Sequence[Path]) -> lis
 
 def _means(results: Sequence[FinalResult]) -> dict[tuple[str, int, str], tuple[float, int]]:
     """Mean and seeds by network, length and recipe, of the learning rate that most runs of that network have."""
-    found = [r for r in results if r.metric == "accuracy %" and r.images]
+    from fourbit.models import kind_of
+
+    found = [r for r in results if r.metric == "accuracy %" and r.images and kind_of(r.model) == "image"]
     rates = {}
     for key in {(r.model, r.images) for r in found}:
         rates[key] = Counter(r.lr for r in found if (r.model, r.images) == key).most_common(1)[0][0]

@@ -362,11 +362,7 @@ def _part(p: Product, machine: Machine, results: Results, base: Cost, area: floa
     else:
         cycles = p.count * cycles_of(p.m, p.n, steps, machine.rows, columns, machine.dataflow, machine.overlapped)
     compute = cycles * cost.period * 1e-12
-    a_bits, b_bits = p.a_numbers * bits_of(p.a), p.b_numbers * bits_of(p.b)
-    if p.block:
-        scale = 8 / BLOCK[p.block]
-        a_bits, b_bits = a_bits + scale * p.a_numbers, b_bits + scale * p.b_numbers
-    dram = _dram_bits(a_bits, b_bits, machine.sram_kb * 8192) + 16 * p.results
+    dram = _dram_bits(p, machine.sram_kb * 8192)
     memory = dram / _bandwidth(machine, base)
     fma = base.energy_per_mac * 1e-15
     energy = {
@@ -391,19 +387,30 @@ def _elementwise(outputs: int, machine: Machine, base: Cost) -> Part:
     return Part("between the products", "elementwise", "", 0, seconds, 0.0, seconds, 0.0, energy)
 
 
-def _dram_bits(a: float, b: float, sram: float) -> float:
-    """Of both operands: once each where one of them fits into half of the memory; else the cheaper one again for each part of
-    the other."""
-    half = sram / 2
-    if min(a, b) <= half:
-        return a + b
-    return min(a + b * math.ceil(a / half), b + a * math.ceil(b / half))
+def _bits(p: Product) -> tuple[float, float]:
+    """Of a number of each operand, with its part of a block's scale."""
+    scale = 8 / BLOCK[p.block] if p.block else 0.0
+    return bits_of(p.a) + scale, bits_of(p.b) + scale
+
+
+def _dram_bits(p: Product, sram: float) -> float:
+    """Both operands once and the results, where one operand fits into half of the memory on the chip. Else the best of three
+    orders: a part of one operand stays, and the other passes once for each; or a block of sums stays in one half, and rows
+    and columns of the operands pass once for each block."""
+    a_bits, b_bits = _bits(p)
+    a, b, half = p.a_numbers * a_bits / p.count, p.b_numbers * b_bits / p.count, sram / 2
+    orders = [a + b * math.ceil(a / half), b + a * math.ceil(b / half)]
+    for power in range(p.n.bit_length() + 1):
+        width = min(p.n, 2**power)
+        height = max(1, int(half / (16 * width)))
+        orders.append(a * math.ceil(p.n / width) + b * math.ceil(p.m / height))
+    return p.count * min(orders) + 16 * p.results
 
 
 def _sram_bits(p: Product, k: int, machine: Machine, columns: int, ways: int) -> float:
     """Operands that enter the array, and results or partial sums that leave and enter it."""
     rows = machine.rows
-    a_bits, b_bits = bits_of(p.a), bits_of(p.b)
+    a_bits, b_bits = _bits(p)
     deep = math.ceil(k / ways / rows)
     if machine.dataflow == "os":
         a, b, sums = p.m * k * math.ceil(p.n / columns), p.n * k * math.ceil(p.m / rows), p.m * p.n
