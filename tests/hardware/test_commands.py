@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("cyclopts")
 
+from fourbit import hardware
 from fourbit.cli import main
-from fourbit.hardware import Results
+from fourbit.hardware import UNITS, Results, synthesize
 
 LIBERTY = Path(
     os.environ.get(
@@ -50,10 +51,14 @@ def test_estimate_shows_time_energy_and_shares(capsys):
     [
         ("estimate --recipe ibm2021", "unknown recipe 'ibm2021'"),
         ("estimate --model resnet21", "resnet21"),
-        ("estimate --recipe ibm2020-fp5", "no arithmetic unit multiplies"),
+        ("estimate --recipe luq-eq11", "no arithmetic unit multiplies"),
         ("estimate --period 100", "misses a clock period of 100 ps"),
         ("estimate --batch-size 0", "batch_size is 0"),
         ("estimate --rows 0", "rows is 0"),
+        ("estimate --bandwidth nan", "bandwidth is nan, but must be positive"),
+        ("estimate --period inf", "period is inf, but must be positive"),
+        ("units --define mine.py", "mine.py cannot be read"),
+        ("synth --liberty missing.lib --processes 0", "processes is 0"),
         ("estimate --input 3x32", "input is '3x32'"),
         ("estimate --results missing.json", "missing.json cannot be read"),
         ("units --library tsmc5", "tsmc5"),
@@ -88,12 +93,30 @@ def test_the_report_needs_no_tools(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("pyosys") is None, reason="pyosys is not installed")
 @pytest.mark.skipif(not LIBERTY.exists(), reason="no Liberty file: set FOURBIT_LIBERTY")
-def test_synth_writes_what_the_other_commands_read(capsys, tmp_path):
+def test_synth_writes_what_the_other_commands_read(capsys, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
-    flags = ("--liberty", str(LIBERTY), "--units", "random,register", "--targets", "1000", "--processes", "1")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from fourbit.formats import FP4_R2, IntFormat\nfrom fourbit.hardware import UNITS, InnerProduct\n"
+        "UNITS.add('int2_fp4', InnerProduct('int2_fp4', 'INT2 x FP4', IntFormat('int2', '', '', 2, -1, 1), FP4_R2, 2))\n"
+    )
+    monkeypatch.setattr(UNITS, "_items", dict(UNITS._items))
+    asked = []
+
+    def few(names, *arguments):  # mapping the baseline takes a minute
+        asked.extend(names)
+        return synthesize(["random", "register"], *arguments)
+
+    monkeypatch.setattr(hardware, "synthesize", few)
+    units = ("--units", "random,int2_fp4", "--define", str(mine))
+    flags = ("--liberty", str(LIBERTY), *units, "--targets", "1000", "--processes", "1")
     assert main(["hardware", "synth", *flags, "--out", str(out)]) == 0
-    assert "2 units" in capsys.readouterr().out
+    assert "5 units" in capsys.readouterr().out
     results = Results.read(out)
+    assert asked == ["random", "int2_fp4", "fma_fp16", "register", "converter"]
     assert results.units == ["random", "register"] and results.seconds > 0
-    assert main(["hardware", "units", "--results", str(out)]) == 0
-    assert "the results hold nothing about the unit fma_fp16" in fails(capsys, "estimate", "--results", str(out))
+    monkeypatch.setattr(UNITS, "_items", {k: v for k, v in UNITS._items.items() if k != "int2_fp4"})
+    assert main(["hardware", "units", "--results", str(out), "--define", str(mine)]) == 0
+    assert "32 random bits" in capsys.readouterr().out and "int2_fp4" in UNITS
+    text = fails(capsys, "estimate", "--results", str(out))
+    assert "the results hold nothing about" in text and "uint4_int4" in text and "--units" in text

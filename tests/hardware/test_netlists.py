@@ -46,6 +46,18 @@ FLOP = """cell(DFF) { area : 6.0; ff(IQ, IQN) { clocked_on : "CLK"; next_state :
 pin(CLK) { direction : input; capacitance : 0.01; } pin(D) { direction : input; capacitance : 0.01; }
 pin(Q) { direction : output; function : "IQ"; } }
 """
+_EDGE = '("t") { index_1("0.0, 1.0"); index_2("0.0, 0.1"); values("0.3, 1.3", "0.3, 1.3"); }'
+_SETUP = '("s") { index_1("0.0, 1.0"); index_2("0.0, 1.0"); values("0.15, 0.15", "0.15, 0.15"); }'
+TIMED_FLOP = FLOP.replace(
+    "pin(D) { direction : input; capacitance : 0.01; }",
+    "pin(D) { direction : input; capacitance : 0.01; timing() { related_pin : CLK; timing_type : setup_rising; "
+    f"rise_constraint {_SETUP} fall_constraint {_SETUP} }} }}",
+).replace(
+    'function : "IQ"; }',
+    'function : "IQ"; timing() { related_pin : CLK; timing_type : rising_edge; timing_sense : non_unate; '
+    f"cell_rise {_EDGE} cell_fall {_EDGE} rise_transition {_SETUP} fall_transition {_SETUP} }} }}",
+)
+"""0.3 ns plus 10 ns per pF behind the clock, and 0.15 ns before it."""
 HEADER = """library(tiny) { /* made for tests */ time_unit : "1ns"; capacitive_load_unit(1, pf); nom_voltage : 2.0;
 lu_table_template("t") { variable_1 : input_net_transition; variable_2 : total_output_net_capacitance;
 index_1("0.0, 1.0"); index_2("0.0, 0.1"); }
@@ -92,6 +104,19 @@ def test_registers_delay_by_a_cycle_and_loops_are_refused(library):
         Netlist({"y": [3]}, set(), loop, tiny).run({}, 1)
 
 
+def test_the_shortest_period_between_registers_by_hand(library):
+    tiny = library(INVERTER, NAND, TIMED_FLOP)
+    flop = Instance("f", "DFF", {"CLK": 9, "D": 2, "Q": 3})
+    n = Netlist({"clk": [9], "d": [2], "q": [3]}, {"clk", "d"}, [flop], tiny)
+    out, setup = n.flop
+    assert (out, setup) == pytest.approx((400.0, 150.0))  # the output's load is 0.01 pF
+    assert n.delay == pytest.approx(400.0)  # of the ways to the register and from it
+    assert n.period(out, setup) == pytest.approx(550.0)
+    inverter = Instance("i", "INV", {"A": 5, "Y": 2})  # 0.2 ns with the register as its load
+    n = Netlist({"clk": [9], "d": [5], "q": [3]}, {"clk", "d"}, [inverter, flop], tiny)
+    assert n.delay == pytest.approx(400.0) and n.period(out, setup) == pytest.approx(400 + 200 + 150)
+
+
 @pytest.mark.parametrize(
     ("function", "table"),
     [("!A*B", 0b0100), ("A' B", 0b0100), ("(!A)|(!B)", 0b1110), ("A^B", 0b0110), ("A+!(A B)", 0b1111), ("1", 0b1111)],
@@ -127,9 +152,26 @@ def test_damaged_files_are_named(tmp_path):
         Library(tmp_path / "whole.lib").cell("XOR9")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("area : 2.0", "area : abc", "is damaged in the cell NAND2"),
+        ('values("0.2,', 'values("x,', "is damaged in the cell NAND2"),
+        ("(1, pf)", "(1, nf)", "has the unit 1 nf"),
+        ("nom_voltage : 2.0", "nom_voltage : two", "nom_voltage of two, which is no number"),
+    ],
+)
+def test_what_cannot_be_read_of_a_library_is_named(tmp_path, right, wrong, words):
+    whole = HEADER + INVERTER + NAND + FLOP + "}\n"
+    assert right in whole
+    (tmp_path / "wrong.lib").write_text(whole.replace(right, wrong))
+    with pytest.raises(UserError, match=words):
+        Library(tmp_path / "wrong.lib").check()
+
+
 def test_of_points_those_remain_that_no_other_beats():
     def point(area: float, delay: float) -> Point:
-        return Point("u", (), False, "s", None, area, 0.0, delay)
+        return Point("u", (), False, "s", None, area, 0.0, delay, delay)
 
     points = [point(3, 1), point(1, 5), point(2, 5), point(2, 4), point(4, 1)]
     assert front(points) == [point(1, 5), point(2, 4), point(3, 1)]
@@ -140,10 +182,11 @@ def test_bad_input_to_synthesis_is_named(library, tmp_path):
     tiny = library(INVERTER, NAND, FLOP)
     with pytest.raises(UserError, match="unknown unit"):
         synthesize(["int4_fp5"], tiny.path)
-    with pytest.raises(
-        UserError, match=r"yosys broke off: converter: .*ABC"
-    ):  # which does not survive so small a library
+    with pytest.raises(UserError, match="the flip-flop DFF has no times from its clock"):
         synthesize(["converter"], tiny.path)
+    timed = library(INVERTER, NAND, TIMED_FLOP)
+    with pytest.raises(UserError, match=r"yosys broke off: converter: .*ABC"):  # which survives no library so small
+        synthesize(["converter"], timed.path)
 
 
 @needs_tools
@@ -169,7 +212,7 @@ def test_mapped_to_a_real_library_key_units_compute_the_same(path, tmp_path):
 @pytest.mark.skipif(not LIBERTY, reason="no Liberty file in $FOURBIT_LIBERTY")
 def test_synthesis_in_processes_keeps_the_front():
     points = synthesize(["converter"], LIBERTY[0], targets=(2000.0,))
-    assert {p.cuts for p in points} == {(), ("count",)}
-    for cuts in ((), ("count",)):
+    assert {p.cuts for p in points} == {(), ("count",), ("count", "normalise")}
+    for cuts in {p.cuts for p in points}:
         own = [p for p in points if p.cuts == cuts]
         assert own == front(own) and all((p.register_area > 0) == bool(cuts) for p in own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import random
 import subprocess
 import sys
@@ -65,16 +66,27 @@ def test_every_pair_of_codes_is_multiplied_exactly(unit, tmp_path):
     assert mismatch(one, vectors, simulate_netlist(Design(one, tmp_path).gates(), one, vectors)) is None
 
 
-def test_a_wrong_rounding_bit_is_caught(tmp_path, monkeypatch):
+WRONG = {
+    "a tie goes up": ("up_positive = guard & (live.some | sticky | odd)", "up_positive = guard"),
+    "nothing goes up": ("up_positive = guard & (live.some | sticky | odd)", "up_positive = guard & 0"),
+    "places below are forgotten": ("guard & (live.some | sticky | odd)", "guard & (live.some | odd)"),
+    "half of the smallest goes up": ("Mux(tiny, just_below & more,", "Mux(tiny, just_below,"),
+    "the smallest is lost": ("Mux(code == 0, 1, body)", "body"),
+}
+
+
+@pytest.mark.parametrize("fault", list(WRONG))
+def test_a_wrong_rounding_bit_is_caught(fault, tmp_path, monkeypatch):
+    """Single faults of the rounder, in the source of the circuit, under the vectors of every test of a unit."""
     from fourbit.hardware.units import _inner, _round
 
-    def wrong(*arguments):
-        code = _round.normalise_and_round(*arguments)
-        return code ^ 1
-
-    monkeypatch.setattr(_inner, "normalise_and_round", wrong)
-    unit = UNITS["int4_fp4"]
-    vectors = unit.vectors(random.Random(0), 20)
+    source, (right, wrong) = inspect.getsource(_round), WRONG[fault]
+    assert source.count(right) == 1
+    module = dict(vars(_round))
+    exec(compile(source.replace(right, wrong), _round.__file__, "exec", dont_inherit=True), module)
+    unit = UNITS["fma_fp16"]
+    vectors = unit.vectors(random.Random(0), 10_000)
+    monkeypatch.setattr(_inner, "normalise_and_round", module["normalise_and_round"])
     assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is not None
 
 

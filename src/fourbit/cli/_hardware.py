@@ -25,15 +25,19 @@ PERIODS = (3000.0, 4000.0, 6000.0)
 
 
 @hardware.command
-def units(*, results: Path | None = None, library: Literal["sg13g2", "sky130"] = "sg13g2") -> None:
+def units(
+    *, results: Path | None = None, library: Literal["sg13g2", "sky130"] = "sg13g2", define: Path | None = None
+) -> None:
     """List the arithmetic units, with area, delay and density in a cell library.
 
     Args:
         results: File that `fourbit hardware synth` wrote. None: the stored results of `library`.
         library: Of the stored results: IHP SG13G2 or SkyWater SKY130.
+        define: Python file that enters units of your own, as docs/hardware.md shows.
     """
     from fourbit.hardware import UNITS, summary_rows
 
+    _define(define)
     found = _results(results, library)
     table = make_table(
         "unit", "um2", "gates", "ns", "um2, fast", "ns", *(f"{p / 1000:g} ns" for p in PERIODS), "best", "pJ"
@@ -43,10 +47,11 @@ def units(*, results: Path | None = None, library: Literal["sg13g2", "sky130"] =
     show(table)
     say(f"{found.library}, typical corner; versions: {', '.join(f'{k} {v}' for k, v in found.tools.items())}.")
     say(
-        "um2, gates (NAND equivalents), ns: the smallest form, without registers; then the fastest. At a clock period: "
-        "multiply-accumulates per second and area against the FP16 fused multiply-add, each with its accumulator and, if it "
-        "adds in fixed point, a 32nd of a converter; -: it misses the clock. pJ: per multiply-accumulate (per cycle where it "
-        "does none), of a real trace, without glitches and wires."
+        "um2, gates (NAND equivalents), ns (clock period between registers): the smallest form; then the fastest. At a clock "
+        "period: multiply-accumulates per second and area against the FP16 fused multiply-add, each with its accumulator and, "
+        "if it adds in fixed point, a 32nd of a converter; -: it misses the clock. pJ: of the smallest form per "
+        "multiply-accumulate (per cycle where it does none), of a real trace, without glitches and wires; dense forms have "
+        "more registers and take more."
     )
     for name in found.units:
         say(f"  {name:18} {UNITS[name].title}")
@@ -60,35 +65,41 @@ def synth(
     out: Path = Path("synthesis.json"),
     targets: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (1000, 4000),
     processes: int | None = None,
+    define: Path | None = None,
     progress: bool = True,
 ) -> None:
     """Map units onto a standard-cell library: area, delay and energy of each, in several pipelines.
 
     Args:
         liberty: Library in Liberty format, plain or gzipped.
-        units: Names, separated by commas. None: all.
+        units: Names, separated by commas; the FP16 baseline, a register and a converter are added. None: all.
         out: File for the results, which the other commands read by --results.
         targets: Delays to optimise for, in ps, separated by commas.
         processes: At a time. None: one per core.
+        define: Python file that enters units of your own, as docs/hardware.md shows.
         progress: Show a progress bar, if the output is a terminal.
     """
     import os
     import time
 
-    from fourbit.hardware import UNITS, Library, Results, synthesize, tool_versions
+    from fourbit.hardware import BASELINE, UNITS, Library, Results, synthesize, tool_versions
     from fourbit.train._display import make_console
 
+    _define(define)
     for name in units:
         UNITS[name]
     if any(t <= 0 for t in targets) or not targets:
         raise UserError(f"targets are {', '.join(map(str, targets))}, but must be positive times in ps.")
+    if processes is not None and processes < 1:
+        raise UserError(f"processes is {processes}, but must be at least 1.")
     if out.exists() and out.is_dir():
         raise UserError(f"{out} is a folder: give --out the name of a file.")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     library = Library(liberty)
     library.check()
-    names = list(dict.fromkeys(units)) or list(UNITS)
+    around = [BASELINE, "register", "converter"]  # without which there is nothing to compare with
+    names = list(dict.fromkeys([*units, *around])) if units else list(UNITS)
     start = time.monotonic()
     console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -133,14 +144,15 @@ def estimate(
     sram_kb: int = 1024,
     bandwidth: float = 1.0,
     period: float | None = None,
+    define: Path | None = None,
     layers: bool = False,
 ) -> None:
     """Time, energy and area of a training step of a network on systolic arrays of the recipe's units, against FP16.
 
     Args:
         model: Network; `fourbit models` lists them.
-        recipe: Recipe; `fourbit recipes` lists them. Also hfp8, mxfp4, nvfp4: formats that no recipe trains with, in place
-            of the 4-bit products of ibm2020.
+        recipe: Recipe; `fourbit recipes` lists them. Also fp16, hfp8, mxfp4, nvfp4: formats that no recipe trains with, in
+            place of the 4-bit products of ibm2020.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
             (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
@@ -154,11 +166,13 @@ def estimate(
         sram_kb: On-chip memory for operands, in KB.
         bandwidth: Of memory, in bits per cycle and FP16 unit.
         period: Clock period in ps for all units. None: each at its own best.
+        define: Python file that enters units of your own, as docs/hardware.md shows.
         layers: Show every product.
     """
     from fourbit.hardware import Machine
     from fourbit.hardware import estimate as estimate_step
 
+    _define(define)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
     found = _results(results, library)
@@ -178,6 +192,7 @@ def estimate(
     say(
         f"{model}, {recipe}, batch of {batch_size}: a training step on {rows} x {columns} FP16 units' area ({found.library})"
     )
+    say(machine.describe())
     table = make_table("", "FP16", recipe, "FP16 / this")
     for title, a, b, unit, scale in (
         ("time", base.seconds, cost.seconds, "ms", 1e3),
@@ -187,15 +202,15 @@ def estimate(
         ("  DRAM", base.energy["dram"], cost.energy["dram"], "mJ", 1e3),
         ("  quantizers", base.energy["quantizers"], cost.energy["quantizers"], "mJ", 1e3),
     ):
-        ratio = f"{a / b:.2f}" if b else ""
+        ratio = f"{a / b:.2f}" if a and b else ""
         table.add_row(f"{title}, {unit}", f"{a * scale:.4g}", f"{b * scale:.4g}", ratio)
     table.add_row("area, mm2", f"{base.area / 1e6:.2f}", f"{cost.area / 1e6:.2f}", "")
-    table.add_row("  quantizers, share", "", f"{cost.quantizer_area / cost.area:.1%}", "")
+    table.add_row("  quantizers on top", "", f"{cost.quantizer_area / 1e6:.2f}", "")
     table.add_row("units busy", f"{base.utilisation:.0%}", f"{cost.utilisation:.0%}", "")
     show(table)
     for title, by in (
         ("time by GEMM", lambda p: p.gemm),
-        ("time by unit", lambda p: p.unit or "memory alone"),
+        ("time by unit", lambda p: p.unit or "none (memory between the products)"),
         ("time bound by", lambda p: "memory" if p.memory > p.compute else "arithmetic"),
     ):
         say(f"{title}: " + ", ".join(f"{k} {v:.1%}" for k, v in cost.share(by).items()))
@@ -227,6 +242,22 @@ def report(
     say(str(write(out, found, step_products, [Path(r) for r in runs])))
 
 
+def _define(path: Path | None) -> None:
+    """Run a user's file."""
+    import runpy
+
+    if path is None:
+        return
+    try:
+        runpy.run_path(str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a Python file.") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} breaks off with {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def _results(path: Path | None, library: str) -> Results:
     from fourbit.hardware import Results, stored
 
@@ -254,21 +285,31 @@ def products_of(explanation: Explanation) -> list[Product]:
     from fourbit.hardware import Product
     from fourbit.recipes import GEMMS
 
-    found = []
+    found: list[Product] = []
     for layer in explanation.layers:
+        specs = {slot: layer.spec.resolved(slot) if layer.spec else None for slots in GEMMS.values() for slot in slots}
+        names = {slot: "full" if spec is None else spec.format.name for slot, spec in specs.items()}
         for s, needs_dgrad in layer.sizes or ():
-            y = s.count * s.m * s.n
+            y, depthwise = s.count * s.m * s.n, s.count > 1 and s.n == 1
+            shared = (
+                s.w < s.count * s.n * s.k
+            )  # the steps of a recurrent layer, whose wgrad is one product over all of them
+            steps = (1, s.count) if shared else (s.count, 1)
             shapes = {
-                "fprop": (s.m, s.n, s.k, s.x, s.w),
-                "dgrad": (s.m, s.k, s.n, y, s.w),
-                "wgrad": (s.n, s.k, s.m, y, s.x),
+                "fprop": (s.count, s.m, s.n, s.k, s.x, s.w, y),
+                "dgrad": (s.count, s.m, s.k, s.n, y, s.w, s.x),
+                "wgrad": (steps[0], s.n, s.k, s.m * steps[1], y, s.x, s.w),
             }
             for gemm, slots in GEMMS.items():
                 if gemm == "dgrad" and not needs_dgrad:
                     continue
-                specs = [layer.spec.resolved(slot) if layer.spec else None for slot in slots]
-                a, b = ("full" if spec is None else spec.format.name for spec in specs)
-                m, n, k, a_numbers, b_numbers = shapes[gemm]
-                drawn = any(spec is not None and spec.stochastic for spec in specs)
-                found.append(Product(layer.name, gemm, s.count, m, n, k, a, b, a_numbers, b_numbers, stochastic=drawn))  # type: ignore[arg-type]
+                own = [spec for slot in slots if (spec := specs[slot]) is not None]
+                product = Product(
+                    *(layer.name, gemm, *shapes[gemm][:4], *(names[slot] for slot in slots), *shapes[gemm][4:]),  # type: ignore[arg-type]
+                    stochastic=any(spec.stochastic for spec in own),
+                    power=any(spec.scaling.stored_kind == "exponent" for spec in own),
+                    shared=shared and gemm != "wgrad",
+                    depthwise=depthwise,
+                )
+                found.append(product)
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fourbit.errors import UserError
 from fourbit.hardware import (
+    LIBRARIES,
     SCHEMES,
     SPEEDS,
     UNITS,
@@ -66,7 +67,7 @@ def write(out: Path, results: Results, products: Products, runs: Sequence[Path])
             Chapter("paper", "The paper's estimate, and ours in its place", _paper(results)),
             Chapter("networks", "Networks", _network_blocks(results, networks)),
             Chapter("accuracy", "Accuracy and energy", _accuracy(results, products, runs)),
-            Chapter("sensitivity", "What the conclusions depend on", _sensitivity(networks)),
+            Chapter("sensitivity", "What the conclusions depend on", _sensitivity(results, networks)),
             Chapter("limits", "What is not modelled", _limits(results)),
         ]
     return write_page(out, "Arithmetic for 4-bit training", _summary(results), chapters)
@@ -107,7 +108,8 @@ def _answer(results: Results) -> list[Text | Grid | Plot]:
         cells = [_ratio(results, unit, p, registers, shared) for p in (*TABLE_PERIODS, None)]
         rows.append((title, *cells))
     ways = [f"int4_fp4{ways}{sums}" for ways in ("_1", "", "_8", "_16") for sums in ("", "_fixed")]
-    ways += ["int4_int4", "int4_int4_fixed", "int4_fp4r2", "int4_fp4r2_fixed", "int4_fp8", "fp8"]
+    ways += ["int4_int4", "int4_int4_fixed", "int4_fp4r2", "int4_fp4r2_fixed"]
+    ways += ["int4_fp8", "int4_fp8_4", "fp8", "fp8_4", "fp8_8"]
     ways += ["mxfp4", "mxfp4_16", "nvfp4", "nvfp4_16", "fma_binary16", "fma_bf16"]
     ways = [u for u in ways if u in results.units]
     by_ways = []
@@ -127,7 +129,10 @@ def _answer(results: Results) -> list[Text | Grid | Plot]:
         ),
         Grid(head, rows),
         _density_plot(results),
-        Text("The same by the number of ways, and with other formats:"),
+        Text(
+            "The same by the number of ways, and with other formats. One way of FP16, two of FP8 and four of FP4 read the "
+            "same 16 bits per operand and cycle."
+        ),
         Grid(("", "ways", *head[1:]), by_ways),
     ]
 
@@ -166,16 +171,16 @@ def _units(results: Results) -> list[Text | Grid | Plot]:
     rows = []
     for unit in results.units:
         points = results.points_of(unit)
-        small, fast = min(points, key=lambda p: p.area), min(points, key=lambda p: p.delay)
+        small, fast = min(points, key=lambda p: p.area), min(points, key=lambda p: p.period)
         macs = UNITS[unit].macs
         rows.append(
             (
                 UNITS[unit].title,
                 f"{small.area:,.0f}",
                 f"{small.area / results.gate_equivalent:,.0f}",
-                f"{small.delay / 1000:.2f}",
+                f"{small.period / 1000:.2f}",
                 f"{fast.area:,.0f}",
-                f"{fast.delay / 1000:.2f}",
+                f"{fast.period / 1000:.2f}",
                 str(len(fast.cuts)),
                 f"{small.energy / max(1, macs) / 1000:.2f}",
                 _ratio(results, unit, None) if macs else "",
@@ -192,20 +197,24 @@ def _units(results: Results) -> list[Text | Grid | Plot]:
         "pJ per MAC or cycle",
         "density",
     )
-    figure, (axis,) = panels(1, "Area and delay of every form", columns=1, height=3.6)
+    figure, (axis,) = panels(1, "Area and clock period of every form", columns=1, height=3.6)
     entries = {}
-    for number, unit in enumerate(("fma_fp16", "int4_fp4", "int4_fp4_fixed", "int4_fp8", "fp8", "nvfp4")):
+    for unit in ("fma_fp16", "int4_fp4", "int4_fp4_fixed", "int4_fp8", "fp8", "nvfp4"):
         if unit not in results.units:
             continue
         points = results.points_of(unit)
-        color = REFERENCE_COLOR if unit == "fma_fp16" else PALETTE[number - 1]
-        x, y = [p.delay / 1000 for p in points], [p.area / 1000 for p in points]
+        number = MAIN_UNITS.index(unit) if unit in MAIN_UNITS else len(MAIN_UNITS)
+        color = REFERENCE_COLOR if unit == "fma_fp16" else PALETTE[number % len(PALETTE)]
+        x, y = [p.period / 1000 for p in points], [p.area / 1000 for p in points]
         entries[unit] = axis.scatter(x, y, s=14, color=color, label=unit)
-    axis.set_xlabel("delay, ns (of the longest stage where it is pipelined)")
+    axis.set_xlabel("clock period between registers, ns")
     axis.set_ylabel("area, 1000 um2")
-    axis.set_xlim(0, 20)
+    axis.set_xscale("log")
+    axis.set_xticks([2, 3, 4, 6, 10, 20], ["2", "3", "4", "6", "10", "20"], minor=False)
+    axis.set_xticks([], minor=True)
     legend(figure, entries)
-    plot = Plot("area", "Area", "Every mapped form that no other of the same pipeline beats in area and delay.", figure)
+    caption = "Of six units, every mapped form that no other of the same pipeline beats in area and clock period."
+    plot = Plot("area", "Area", caption, figure)
     tools = ", ".join(f"{k} {v}" for k, v in results.tools.items())
     return [
         Text(
@@ -225,14 +234,16 @@ def _overheads(results: Results) -> list[Text | Grid | Plot]:
         if UNITS[unit].macs or unit == "register":
             continue
         small = min(results.points_of(unit), key=lambda p: p.area)
+        numbers = 16 if unit == "hadamard" else 1
+        area, energy = small.area / numbers, small.energy / numbers
         rows.append(
             (
-                UNITS[unit].title,
-                f"{small.area:,.0f}",
-                f"{small.area / base.area:.2f}",
-                f"{small.area / base.area / 32:.2%}",
-                f"{small.energy / 1000:.2f}",
-                f"{small.energy / base.energy_per_mac:.2f}",
+                UNITS[unit].title + (", a 16th of it" if numbers > 1 else ""),
+                f"{area:,.0f}",
+                f"{area / base.area:.2f}",
+                f"{area / base.area / 32:.2%}",
+                f"{energy / 1000:.2f}",
+                f"{energy / base.energy_per_mac:.2f}",
             )
         )
     head = ("per element", "um2", "of an INT4 x FP4 unit", "of a column of 32", "pJ per element", "in MACs")
@@ -316,11 +327,12 @@ def _network_blocks(results: Results, networks: Networks) -> list[Text | Grid | 
         Text(
             "A training step on systolic arrays (weights stay, 32 rows, the area of 32 x 32 FP16 units for every kind "
             "of unit in "
-            "turn), 1 MB of memory on the chip, and one bit per cycle and FP16 unit from memory. First, last and "
+            "turn), 1 MB of memory on the chip, and one bit per cycle and FP16 unit from memory; the optimizer (SGD with "
+            "momentum) is included. First, last and "
             "depthwise layers "
-            "run in FP16. 'arithmetic alone': without waiting for memory. 'own silicon': if every kind of unit has a "
+            "run in FP16. 'arithmetic alone': without waiting for memory. 'own silicon': the same if every kind of unit has a "
             "share of the "
-            "area of its own. FP8: share of the multiply-accumulates."
+            "area of its own, and the others wait. FP8: share of the multiply-accumulates."
         )
     ]
     for title, batch, by_recipe in networks.values():
@@ -350,7 +362,7 @@ def _network_blocks(results: Results, networks: Networks) -> list[Text | Grid | 
 def _eight(products: Sequence[Product]) -> float:
     from fourbit.hardware import unit_of
 
-    eight = sum(p.macs for p in products if unit_of(p, "fp16") in ("int4_fp8", "fp8"))
+    eight = sum(p.macs for p in products if unit_of(p, "fp16") in ("int4_fp8", "uint4_fp8", "fp8"))
     return eight / sum(p.macs for p in products)
 
 
@@ -397,8 +409,10 @@ def _accuracy(results: Results, products: Products, runs: Sequence[Path]) -> lis
     return [
         Text(
             "Accuracy at the end of the runs, and the energy that their training would take on the machine above: forward and "
-            "backward passes of all images, without evaluation and optimizer; sums in FP16, or in fixed point ('fixed'). Full "
-            "precision counts as FP16. Recipes that differ in rounding only cost the same. Most have one seed."
+            "backward passes of all images and the optimizer, without evaluation; sums in FP16, or in fixed point ('fixed'). "
+            "Full precision counts as FP16. Recipes that differ in rounding only cost nearly the same. Most have one seed. "
+            "Left out: runs without an accuracy of images, of recipes that no unit is for, and of learning rates that few runs "
+            "have."
         ),
         Grid(head, rows, words=2),
         _pareto(points),
@@ -410,6 +424,7 @@ def _means(results: Sequence[FinalResult]) -> dict[tuple[str, int, str], tuple[f
     from fourbit.models import kind_of
 
     found = [r for r in results if r.metric == "accuracy %" and r.images and kind_of(r.model) == "image"]
+    found = [r for r in found if len({o.recipe for o in found if (o.model, o.images) == (r.model, r.images)}) > 1]
     rates = {}
     for key in {(r.model, r.images) for r in found}:
         rates[key] = Counter(r.lr for r in found if (r.model, r.images) == key).most_common(1)[0][0]
@@ -450,36 +465,47 @@ def _pareto(points: Sequence[tuple[str, str, Sequence[float], float]]) -> Plot:
     return Plot("pareto", "Accuracy and energy", caption, figure)
 
 
-def _sensitivity(networks: Networks) -> list[Text | Grid | Plot]:
+def _sensitivity(results: Results, networks: Networks) -> list[Text | Grid | Plot]:
     name = next(iter(networks))
     title, _, by_recipe = networks[name]
     products = by_recipe["ibm2020"]
     fp16 = with_scheme(products, "fp16")
-    choices: list[tuple[str, list[tuple[str, Machine, str]]]] = [
-        ("sums", [("FP16", Machine(), "sg13g2"), ("fixed point", Machine(accumulator="fixed"), "sg13g2")]),
-        ("library", [("SG13G2", Machine(), "sg13g2"), ("SKY130", Machine(), "sky130")]),
-        ("clock", [(f"{p / 1000:g} ns", Machine(period=p), "sg13g2") for p in (3000.0, 5000.0, 8000.0)]),
-        ("dataflow", [(d, Machine(dataflow=d), "sg13g2") for d in ("os", "ws", "is")]),
-        ("array", [(f"{n} x {n}", Machine(rows=n, columns=n), "sg13g2") for n in (16, 32, 128)]),
-        ("filling of the array", [("with", Machine(), "sg13g2"), ("hidden", Machine(overlapped=True), "sg13g2")]),
-        ("bits from memory", [(f"{b:g}", Machine(bandwidth=b), "sg13g2") for b in (0.25, 1.0, 4.0, 1000.0)]),
-        ("memory on the chip", [(f"{k} KB", Machine(sram_kb=k), "sg13g2") for k in (128, 1024, 8192)]),
+    others = [other for other in (stored(library) for library in LIBRARIES) if other.library != results.library]
+    choices: list[tuple[str, list[tuple[str, Machine, Results]]]] = [
+        ("library", [(r.library, Machine(), r) for r in (results, *others)]),
+        ("sums", [("FP16", Machine(), results), ("fixed point", Machine(accumulator="fixed"), results)]),
+        (
+            "clock",
+            [(f"{p / 1000:g} ns", Machine(period=p), results) for p in (3000.0, 4000.0, 6000.0, 8000.0, 20000.0)],
+        ),
+        ("dataflow", [(d, Machine(dataflow=d), results) for d in ("os", "ws", "is")]),
+        ("array", [(f"{n} x {n}", Machine(rows=n, columns=n), results) for n in (16, 32, 128)]),
+        ("filling of the array", [("with", Machine(), results), ("hidden", Machine(overlapped=True), results)]),
+        ("bits from memory", [(f"{b:g}", Machine(bandwidth=b), results) for b in (0.25, 1.0, 4.0, 1000.0)]),
+        ("memory on the chip", [(f"{k} KB", Machine(sram_kb=k), results) for k in (128, 1024, 8192)]),
+        (
+            "energy of on-chip memory",
+            [(f"{f:g} times", Machine(sram_bit=f * Machine.sram_bit), results) for f in (0.1, 1.0, 3.0)],
+        ),
+        (
+            "energy of DRAM",
+            [(f"{f:g} times", Machine(dram_bit=f * Machine.dram_bit), results) for f in (0.3, 1.0, 5.0)],
+        ),
+        (
+            "optimizer, bits per weight",
+            [(f"{b:g}", Machine(optimizer_bits=b), results) for b in (0.0, Machine.optimizer_bits, 208.0)],
+        ),
     ]
     rows = []
     for what, entries in choices:
         for label, machine, library in entries:
-            results = stored(library)
-            base, cost = (estimate(p, machine, results) for p in (fp16, products))
+            try:
+                base, cost = (estimate(p, machine, library) for p in (fp16, products))
+            except UserError:
+                continue  # a unit that misses the clock
             compute = sum(p.compute for p in base.parts) / sum(p.compute for p in cost.parts)
-            rows.append(
-                (
-                    what,
-                    label,
-                    f"{compute:.2f}",
-                    f"{base.seconds / cost.seconds:.2f}",
-                    f"{base.joules / cost.joules:.2f}",
-                )
-            )
+            times = f"{compute:.2f}", f"{base.seconds / cost.seconds:.2f}", f"{base.joules / cost.joules:.2f}"
+            rows.append((what, label, *times))
     return [
         Text(f"{title}, recipe ibm2020, times better than FP16 on the same machine; one choice changed at a time."),
         Grid(("choice", "", "arithmetic alone", "time", "energy"), rows, words=2),
@@ -491,12 +517,13 @@ def _limits(results: Results) -> list[Text | Grid | Plot]:
         Text(
             "Wires and placement: areas are sums of cells, delays have no wire load, and a systolic array adds registers for "
             "operands that are not counted. Glitches: energy counts one change per net and cycle at most, which flatters deep "
-            "logic without registers, such as the FP16 unit. SRAM macros: energy per bit is taken from the literature, area is "
-            "not counted. A modern node: both libraries are 130 nm; ratios between units move less than areas, but a "
-            "wire costs "
+            "logic without registers. The densest FP16 unit has many registers instead, whose clock takes most of its energy, "
+            "so ratios of energy depend on the clock (above). SRAM macros: energy per bit is from the literature, area is not "
+            "counted. A modern node: both libraries are 130 nm; ratios between units move less than areas, but a wire costs "
             "relatively more in a small node. Control, instruction issue, the vector unit that normalizes, and the network "
             "between chips are left out. Multi-cycle accumulation: a unit with registers inside its addition needs as many "
-            "independent sums as stages, which a systolic array has."
+            "independent sums as stages, which an array has whose sums move (ws, is), but not one whose sums stay (os). The "
+            "adder per column that adds partial sums in memory is not counted."
         ),
         Text(
             "Formats that no recipe of fourbit trains with ("

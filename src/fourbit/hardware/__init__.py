@@ -33,6 +33,7 @@ from fourbit.hardware._quantizer import Hadamard as Hadamard
 from fourbit.hardware._quantizer import Quantizer as Quantizer
 from fourbit.hardware._quantizer import RandomSource as RandomSource
 from fourbit.hardware._quantizer import Register as Register
+from fourbit.hardware._results import BASELINE as BASELINE
 from fourbit.hardware._results import LIBRARIES as LIBRARIES
 from fourbit.hardware._results import Cost as Cost
 from fourbit.hardware._results import Results as Results

@@ -30,7 +30,7 @@ class FixedOperand:
 
 
 def fixed_operand(format: Format) -> FixedOperand | None:
-    """None where the range is too wide for exact sums (more than 16 places) or the format is of no such kind."""
+    """None where the range is too wide for exact sums (more than 26 places) or the format is of no such kind."""
     if isinstance(format, IntFormat):
         if not float(format.low).is_integer():
             return None
@@ -39,12 +39,13 @@ def fixed_operand(format: Format) -> FixedOperand | None:
     if not isinstance(format, FloatFormat) or format.specials != "none" or format.sign_bits != 1:
         return None
     step = format.radix.bit_length() - 1
-    if format.radix != 1 << step or (format.mantissa_bits and (step != 1 or not format.subnormals)):
+    if format.radix != 1 << step or (format.mantissa_bits and step != 1):
         return None
-    largest = (1 << format.exponent_bits) - 2  # field 1 is not shifted
-    lsb = (1 - format.exponent_bias) * step + format.log2_shift - format.mantissa_bits
+    lowest = 0 if format.mantissa_bits and not format.subnormals else 1  # the exponent field that is not shifted
+    largest = (1 << format.exponent_bits) - 1 - lowest
+    lsb = (lowest - format.exponent_bias) * step + format.log2_shift - format.mantissa_bits
     magnitude = round(format.max / 2.0**lsb)
-    if magnitude.bit_length() > 16:
+    if magnitude.bit_length() > 26:
         return None
     bits = format.exponent_bits
     return FixedOperand(format.bits, format.mantissa_bits + 1, False, bits, largest, step, lsb, magnitude)

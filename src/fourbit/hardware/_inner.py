@@ -54,6 +54,9 @@ class InnerProduct(Unit):
     def __post_init__(self) -> None:
         if not 1 <= self.ways <= 64:
             raise UserError(f"unit {self.name} has {self.ways} ways: choose 1 to 64.")
+        for format in self.operands if self.fixed is None else ():
+            if isinstance(format, FloatFormat):
+                float_of(format.name)
         if isinstance(self.accumulator, int) and (self.style != "exact" or self.accumulator < self.sum_bits):
             raise UserError(
                 f"unit {self.name} cannot add into {self.accumulator} fixed-point bits: its sums need {self.sum_bits}, "
@@ -238,8 +241,37 @@ class InnerProduct(Unit):
             if self.scale is not None and rng.random() < 0.9:
                 v["a_scale"], v["b_scale"] = (self._scale_code(rng) for _ in range(2))
             v["c"] = self._addend(rng, v)
+            if self.style == "fused" and rng.random() < 0.2:
+                v = self._tie(rng) if rng.random() < 0.5 else self._tiny(rng)
             found.append(v)
         return found
+
+    def _tie(self, rng: random.Random) -> dict[str, int]:
+        """A product with as many places as the sum has and half a place more, and an addend far below it or none: what rounds
+        up, down, or to even."""
+        (f, g), out = (float_of(format.name) for format in self.operands), self.float
+        a = Fraction(rng.getrandbits(f.mantissa_bits) | 1 << f.mantissa_bits, 1 << f.mantissa_bits)
+        low = out.precision + 2
+        c = Fraction(rng.choice((-1, 0, 1))) * Fraction(2) ** -rng.randint(low, max(low, out.bias - 2))
+        sign = rng.choice((-1, 1))
+        return {"a": f.encode(sign * a), "b": g.encode(Fraction(3, 2)), "c": out.encode(c)}
+
+    def _tiny(self, rng: random.Random) -> dict[str, int]:
+        """A product about the smallest number of the sum, and an addend of its size or none."""
+        (f, g), out = (float_of(format.name) for format in self.operands), self.float
+
+        def significand(format: Float) -> Fraction:
+            bits = rng.getrandbits(format.mantissa_bits) if rng.random() < 0.7 else 0
+            return 1 + Fraction(bits, 1 << format.mantissa_bits)
+
+        room = f.bias - 2
+        x = rng.randint(-room, 0)
+        y = min(max(-out.bias + rng.randint(-3, 2) - x, -room), room)
+        sign = rng.choice((-1, 1))
+        c = rng.choice((0, 0, 1, 2, 3, 1 << out.mantissa_bits, (1 << out.mantissa_bits) + 1))
+        c |= rng.getrandbits(1) << (out.bits - 1)
+        a, b = sign * significand(f) * Fraction(2) ** x, significand(g) * Fraction(2) ** y
+        return {"a": f.encode(a), "b": g.encode(b), "c": c}
 
     def _code(self, rng: random.Random, format: Format) -> int:
         while True:

@@ -110,12 +110,12 @@ class Library:
         try:
             raw = self.path.read_bytes()
             self.text = (gzip.decompress(raw) if self.path.suffix == ".gz" else raw).decode("utf-8", "replace")
-        except (OSError, EOFError) as error:
-            raise UserError(
-                f"cannot read the Liberty file {self.path} ({error}): give a file that is there."
-            ) from error
-        except zlib.error as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{self.path} is damaged ({error}): get it anew.") from error
+        except OSError as error:
+            raise UserError(
+                f"cannot read the Liberty file {self.path} ({error.strerror}): give a file that is there."
+            ) from error
         self._spans = self._find_cells()
         self._cells: dict[str, Cell] = {}
 
@@ -156,13 +156,17 @@ class Library:
     @cached_property
     def capacitance_unit(self) -> float:
         """In fF."""
-        number, unit = self.header.complex.get("capacitive_load_unit", ["1", "pf"])
-        return float(number) * {"ff": 1.0, "pf": 1e3}[unit.lower()]
+        words = self.header.complex.get("capacitive_load_unit", ["1", "pf"])
+        return _unit(" ".join(words), {"ff": 1.0, "pf": 1e3})
 
     @cached_property
     def voltage(self) -> float:
         """Supply, in V."""
-        return float(self.header.attributes.get("nom_voltage", "1"))
+        text = self.header.attributes.get("nom_voltage", "1")
+        try:
+            return float(text)
+        except ValueError as error:
+            raise UserError(f"{self.path} has a nom_voltage of {text}, which is no number: get it anew.") from error
 
     @property
     def energy_unit(self) -> float:
@@ -178,7 +182,7 @@ class Library:
         """A cell, parsed once.
 
         Raises:
-            UserError: the library has none of that name.
+            UserError: the library has none of that name, or what it says of it cannot be read.
         """
         if name not in self._cells:
             if name not in self._spans:
@@ -186,7 +190,12 @@ class Library:
                     f"the library {self.path.name} has no cell {name}: use that which was synthesised with."
                 )
             start, end = self._spans[name]
-            self._cells[name] = self._make(parse(self.text[start:end], str(self.path)))
+            try:
+                self._cells[name] = self._make(parse(self.text[start:end], str(self.path)))
+            except UserError:
+                raise
+            except (ValueError, KeyError, IndexError) as error:
+                raise UserError(f"{self.path} is damaged in the cell {name} ({error}): get it anew.") from error
         return self._cells[name]
 
     def plain(self, folder: Path) -> Path:
@@ -217,8 +226,9 @@ class Library:
         """Whether units can be built of it.
 
         Raises:
-            UserError: there is no inverter, no NAND of two inputs, or no flip-flop.
+            UserError: there is no inverter, no NAND of two inputs, or no flip-flop; a unit or a cell cannot be read.
         """
+        _ = self.time_unit, self.capacitance_unit, self.voltage
         has_flop = any((self.cell(name).next_state or "").strip("() ") == "D" for name in self.names)
         needed = {"an inverter": (1, 0b1100) in self._gates, "a NAND of two inputs": _NAND in self._gates}
         missing = [what for what, there in {**needed, "a D flip-flop": has_flop}.items() if not there]

@@ -208,48 +208,75 @@ class Netlist:
                     loads[net] = loads.get(net, 0.0) + extra
         return loads
 
-    @property
+    @cached_property
     def delay(self) -> float:
         """The longest way, in ps: from inputs or clock to outputs or, with its setup time, a register; without wires."""
-        return self._timing[0]
+        return self.period(0.0, 0.0)
 
-    @cached_property
-    def _timing(self) -> tuple[float, dict[Bit, float]]:
+    def period(self, clock_to_output: float, setup: float) -> float:
+        """The shortest clock period between registers, in ps: inputs come from flip-flops, `clock_to_output` behind the clock,
+        and outputs go to flip-flops with a `setup` time."""
         library = self.library
         assert library is not None
-        loads, unit = self._loads(), library.time_unit
-        start = (0.0, SLEW_PS / unit)
-        arrival: dict[Bit, tuple[tuple[float, float], tuple[float, float]]] = {}  # of rise and fall: time, slew
-        longest = 0.0
-        registers = [i for i in self.instances if self.is_register(i)]
-        gates = [i for i in self.ordered if not self.is_register(i)]
-        for instance in registers:
-            cell = self._cell(instance)
-            for pin, net in self._driven(instance):
-                load = loads.get(net, 0.0)
-                arcs = [a for a in cell.pins[pin].arcs if a.kind.endswith("_edge") and a.rise_slew and a.fall_slew]
-                arrival[net] = self._through(arcs[:1], {arcs[0].related: (start, start)}, load)
-        for instance in gates:
-            cell = self._cell(instance)
-            incoming = {p: arrival.get(instance.nets[p], (start, start)) for p in self._read_pins(instance)}
-            for pin, net in self._driven(instance):
-                arrival[net] = self._through(cell.pins[pin].arcs, incoming, loads.get(net, 0.0))
+        unit = library.time_unit
+        arrival, longest = self._arrival(clock_to_output / unit), 0.0
         for name, nets in self.ports.items():
             if name not in self.inputs:
-                longest = max([longest, *(max(t for t, _ in arrival[n]) for n in nets if n in arrival)])
-        for instance in registers:
+                longest = max([longest, *(max(t for t, _ in arrival[n]) + setup / unit for n in nets if n in arrival)])
+        for instance in self.instances:
+            if not self.is_register(instance):
+                continue
             cell = self._cell(instance)
             for pin in self._read_pins(instance):
                 net = instance.nets[pin]
                 setups = [a for a in cell.pins[pin].arcs if a.kind.startswith("setup")]
-                if net not in arrival or not setups:
-                    continue
-                (rise, rise_slew), (fall, fall_slew) = arrival[net]
+                (rise, rise_slew), (fall, fall_slew) = arrival.get(net, (self._input(clock_to_output / unit),) * 2)
                 for arc in setups:
                     clock = SLEW_PS / unit
                     longest = max(longest, rise + arc.rise(clock, rise_slew), fall + arc.fall(clock, fall_slew))
-        slews = {net: (rise[1] + fall[1]) / 2 for net, (rise, fall) in arrival.items()}
-        return longest * unit, slews
+        return longest * unit
+
+    def _input(self, time: float) -> tuple[float, float]:
+        """Time and slew of an input that arrives at `time`, in units of the library."""
+        assert self.library is not None
+        return time, SLEW_PS / self.library.time_unit
+
+    def _arrival(self, time: float) -> dict[Bit, tuple[tuple[float, float], tuple[float, float]]]:
+        """Of rise and fall of each net, time and slew, where inputs arrive at `time`; in units of the library."""
+        loads, clock, start = self._loads(), self._input(0.0), self._input(time)
+        arrival: dict[Bit, tuple[tuple[float, float], tuple[float, float]]] = {}
+        for instance in self.instances:
+            if not self.is_register(instance):
+                continue
+            cell = self._cell(instance)
+            for pin, net in self._driven(instance):
+                arcs = [a for a in cell.pins[pin].arcs if a.kind.endswith("_edge") and a.rise_slew and a.fall_slew]
+                if not arcs:
+                    raise UserError(
+                        f"the flip-flop {instance.type} has no times from its clock: give a complete library."
+                    )
+                arrival[net] = self._through(arcs[:1], {arcs[0].related: (clock, clock)}, loads.get(net, 0.0))
+        for instance in self.ordered:
+            if self.is_register(instance):
+                continue
+            cell = self._cell(instance)
+            incoming = {p: arrival.get(instance.nets[p], (start, start)) for p in self._read_pins(instance)}
+            for pin, net in self._driven(instance):
+                arrival[net] = self._through(cell.pins[pin].arcs, incoming, loads.get(net, 0.0))
+        return arrival
+
+    @cached_property
+    def _slews(self) -> dict[Bit, float]:
+        """Mean of rise and fall, in units of the library."""
+        return {net: (rise[1] + fall[1]) / 2 for net, (rise, fall) in self._arrival(0.0).items()}
+
+    @property
+    def flop(self) -> tuple[float, float]:
+        """Of a netlist that is a row of registers: time from clock to output, and setup time, in ps."""
+        assert self.library is not None
+        out = max(time for edges in self._arrival(0.0).values() for time, _ in edges) * self.library.time_unit
+        inputs = {name: nets for name, nets in self.ports.items() if name in self.inputs}
+        return out, Netlist(inputs, self.inputs, self.instances, self.library).delay
 
     @staticmethod
     def _through(
@@ -282,7 +309,7 @@ class Netlist:
         """
         library = self.library
         assert library is not None
-        loads, slews = self._loads(), self._timing[1]
+        loads, slews = self._loads(), self._slews
         mask = (1 << cycles) - 1
         total = 0.0
         half = 0.5 * library.voltage**2

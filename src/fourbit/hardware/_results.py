@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -84,6 +85,9 @@ class Results:
         try:
             data: dict[str, Any] = json.loads(path.read_text())
             points = tuple(Point(**{**p, "cuts": tuple(p["cuts"])}) for p in data.pop("points"))
+            for p in points:
+                if not all(0 < x < math.inf for x in (p.area, p.delay, p.period, p.energy)):
+                    raise ValueError(p)
             return Results(points=points, **data)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): run `fourbit hardware synth` first.") from error
@@ -125,10 +129,10 @@ class Results:
         return self._by_unit[unit]
 
     @cached_property
-    def flop(self) -> tuple[float, float, float]:
-        """Area of a flip-flop in um^2, time from clock to output and setup in ps, energy per cycle in fJ."""
+    def flop(self) -> tuple[float, float]:
+        """Area of a flip-flop in um^2, and its energy per cycle in fJ."""
         point, width = self.points_of("register")[0], UNITS["register"].outputs["y"]
-        return point.area / width, point.delay, point.energy / width
+        return point.area / width, point.energy / width
 
     @cached_property
     def _costs(self) -> dict[tuple[str, bool, int], list[Cost]]:
@@ -138,7 +142,7 @@ class Results:
         """At every period that some point of the unit just meets.
 
         Args:
-            registers: with the register that holds the sum, and its time; without, the unit alone.
+            registers: with the register that holds the sum, and between registers; without, the unit alone.
             shared: units that share one converter, where the unit adds into a fixed-point register; 0: no converter.
         """
         key = unit, registers, shared
@@ -148,10 +152,11 @@ class Results:
 
     def _make_costs(self, unit: str, registers: bool, shared: int) -> list[Cost]:
         found = []
-        area, time, energy = self.flop if registers else (0.0, 0.0, 0.0)
+        area, energy = self.flop if registers else (0.0, 0.0)
         width = UNITS[unit].outputs.get("y", 0)
         for p in self.points_of(unit):
-            cost = Cost(unit, UNITS[unit].macs, p.delay + time, p.area + width * area, p.energy + width * energy, p)
+            period = p.period if registers else p.delay
+            cost = Cost(unit, UNITS[unit].macs, period, p.area + width * area, p.energy + width * energy, p)
             if unit.endswith("_fixed") and shared:
                 converter = self._smallest("converter", cost.period)
                 cost = dataclasses.replace(cost, area=cost.area + converter.area / shared)
@@ -161,7 +166,7 @@ class Results:
     def _smallest(self, unit: str, period: float) -> Point:
         """The smallest point within a period, or where none is, the fastest (which then takes several cycles)."""
         points = self.points_of(unit)
-        within = [p for p in points if p.delay <= period]
+        within = [p for p in points if p.period <= period]
         return min(within, key=lambda p: p.area) if within else min(points, key=lambda p: p.delay)
 
     def at(self, unit: str, period: float, registers: bool = True, shared: int = SHARED) -> Cost:
@@ -226,14 +231,14 @@ def summary_rows(results: Results, periods: Sequence[float]) -> list[tuple[str, 
     rows = []
     for unit in results.units:
         small = min(results.points_of(unit), key=lambda p: p.area)
-        fast = min(results.points_of(unit), key=lambda p: p.delay)
+        fast = min(results.points_of(unit), key=lambda p: p.period)
         row = [
             unit,
             f"{small.area:.0f}",
             f"{small.area / results.gate_equivalent:.0f}",
-            f"{small.delay / 1000:.2f}",
+            f"{small.period / 1000:.2f}",
             f"{fast.area:.0f}",
-            f"{fast.delay / 1000:.2f}",
+            f"{fast.period / 1000:.2f}",
         ]
         macs = UNITS[unit].macs
         row += [_density(results, unit, period) if macs else "" for period in (*periods, None)]

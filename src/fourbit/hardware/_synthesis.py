@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +87,7 @@ class Point:
         script, target: how; the target in ps.
         area, register_area: in um^2, all and flip-flops.
         delay: the longest way, in ps.
+        period: the shortest clock period between registers at its inputs and outputs, in ps.
         energy: per cycle, in fJ, of the stored trace; without glitches, wires and leakage.
     """
 
@@ -98,6 +99,7 @@ class Point:
     area: float
     register_area: float
     delay: float
+    period: float
     energy: float = 0.0
 
 
@@ -149,15 +151,15 @@ class Design:
         )
         return Netlist.read(path, library)
 
-    def points(self, library: Library, targets: Sequence[float]) -> list[Point]:
-        """By every script and target; those that no other beats."""
+    def points(self, library: Library, targets: Sequence[float], flop: tuple[float, float]) -> list[Point]:
+        """By every script and target; those that no other beats. `flop`: see `Netlist.flop`."""
         found: list[tuple[Point, Netlist]] = []
         anticipated = isinstance(self.unit, InnerProduct) and self.unit.anticipate
         for script, commands in SCRIPTS.items():
             timed = any("{target}" in line for line in commands)
             for target in (targets if script == "rebalance" else targets[:1]) if timed else (None,):
                 n = self.map(library, script, target)
-                sizes = round(n.area, 3), round(n.register_area, 3), round(n.delay, 1)
+                sizes = round(n.area, 3), round(n.register_area, 3), round(n.delay, 1), round(n.period(*flop), 1)
                 found.append((Point(self.unit.name, self.unit.cuts, anticipated, script, target, *sizes), n))
         kept = front([point for point, _ in found])
         vectors = operand_vectors(self.unit, stored_trace())
@@ -170,32 +172,47 @@ class Design:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those of which no other one is both as small and as fast, from the smallest to the fastest."""
+    """Those of which no other one is both as small and as fast (between registers), from the smallest to the fastest."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.area, p.delay)):
-        if not kept or point.delay < kept[-1].delay:
+    for point in sorted(points, key=lambda p: (p.area, p.period)):
+        if not kept or point.period < kept[-1].period:
             kept.append(point)
     return kept
 
 
 def variants(unit: Unit) -> list[Unit]:
-    """The pipelines in which a unit is built; with one register, also with leading zeros found while a sum is being added
-    (elsewhere that has never been smaller or faster)."""
+    """The pipelines in which a unit is built: with as many registers as there are places, with none, and between; and one
+    with leading zeros that are found while a sum is being added."""
     if unit.cuts:
         return [unit]
     stages = unit.stages
-    cuts = dict.fromkeys(((), stages[:1], *([stages[:2], stages] if len(stages) > 2 else [])))
-    found = [replace(unit, cuts=c) for c in cuts]
-    if isinstance(unit, InnerProduct) and not isinstance(unit.accumulator, int) and unit.style != "window":
-        found.append(replace(unit, cuts=stages[:1], anticipate=True))
+    if len(stages) < 5:
+        return [replace(unit, cuts=cuts) for cuts in dict.fromkeys(((), stages[:1], stages))]
+    multiply, align, add, count, normalise = stages
+    pipelines = ((), (multiply,), (multiply, add, normalise), (multiply, add, count, normalise), stages)
+    found = [replace(unit, cuts=cuts) for cuts in pipelines]
+    if isinstance(unit, InnerProduct) and unit.style != "window":
+        found.append(replace(unit, cuts=(multiply, align, add, normalise), anticipate=True))
     return found
 
 
-def _points(task: tuple[Unit, str, Sequence[float], str]) -> list[Point]:
-    unit, liberty, targets, folder = task
+def _flop(task: tuple[str, str]) -> tuple[float, float]:
+    liberty, folder = task
     own = Path(tempfile.mkdtemp(dir=folder))
-    (own / "unit").write_text(unit.name)
-    return Design(unit, own).points(Library(liberty), targets)
+    (own / "unit").write_text("register")
+    return Design(UNITS["register"], own).map(Library(liberty)).flop
+
+
+def _points(task: tuple[Unit, str, Sequence[float], tuple[float, float], str]) -> list[Point]:
+    unit, liberty, targets, flop, folder = task
+    library, found = Library(liberty), []
+    for variant in variants(unit):
+        own = Path(tempfile.mkdtemp(dir=folder))
+        (own / "unit").write_text(unit.name)
+        found += Design(variant, own).points(library, targets, flop)
+    return [
+        point for cuts in dict.fromkeys(p.cuts for p in found) for point in front([p for p in found if p.cuts == cuts])
+    ]
 
 
 def synthesize(
@@ -207,38 +224,48 @@ def synthesize(
 ) -> list[Point]:
     """Every unit in all its `variants`, mapped to a library; the points of each that no other one of it beats.
 
+    What yosys and ABC find depends on the numbers that yosys has given to wires before. So each unit has a process of its own,
+    and its points are the same whatever else is synthesised.
+
     Args:
         names: of units.
         liberty: a Liberty file.
         targets: delays to try for, in ps: the script "rebalance" for all of them, others for the first.
         processes: at a time; None: one per core.
-        progress: called with the number of variants done, their number, and the last one's name.
+        progress: called with the number of units done, their number, and the last one's name.
 
     Raises:
         UserError: an unknown unit, a damaged library or one without the cells that it takes, a missing tool, or yosys broke
             off.
     """
     require_yosys()
-    library = Library(liberty)
-    library.check()
-    units = [variant for name in names for variant in variants(UNITS[name])]
+    for name in names:
+        UNITS[name]
+    Library(liberty).check()
     found: list[Point] = []
-    with tempfile.TemporaryDirectory(prefix="fourbit-synth-") as folder:
-        tasks = [(unit, str(liberty), tuple(targets), folder) for unit in units]
+    with (
+        tempfile.TemporaryDirectory(prefix="fourbit-synth-") as folder,
+        ThreadPoolExecutor(processes or os.cpu_count()) as pool,
+    ):
         try:
-            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for number, (unit, points) in enumerate(zip(units, pool.map(_points, tasks), strict=True), 1):
-                    found += points
-                    if progress is not None:
-                        progress(number, len(units), unit.name)
+            flop = _alone(_flop, (str(liberty), folder))
+            tasks = [(UNITS[name], str(liberty), tuple(targets), flop, folder) for name in names]
+            done = pool.map(lambda task: _alone(_points, task), tasks)
+            for number, (name, points) in enumerate(zip(names, done, strict=True), 1):
+                found += points
+                if progress is not None:
+                    progress(number, len(names), name)
         except BrokenProcessPool as error:
             raise UserError(f"yosys broke off: {_last_error(Path(folder))}") from error
-    return [
-        point
-        for name in names
-        for cuts in {p.cuts: None for p in found if p.unit == name}
-        for point in front([p for p in found if p.unit == name and p.cuts == cuts])
-    ]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _alone(function: Callable[[tuple[Any, ...]], Any], task: tuple[Any, ...]) -> Any:
+    """In a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, task).result()
 
 
 def _last_error(folder: Path) -> str:

@@ -12,12 +12,16 @@ from fourbit.formats import (
     BFLOAT16,
     BINARY16,
     E8M0,
+    FP4_121,
     FP4_E2M1,
     FP4_R2,
     FP4_R4_EVEN,
     FP4_R4_EVEN_185,
     FP4_R4_ODD,
     FP4_R4_ODD_185,
+    FP4_R8,
+    FP4_R16,
+    FP5_R2,
     FP8_143,
     FP8_152,
     FP8_E4M3FN,
@@ -57,8 +61,16 @@ _pair("uint4_fp4", "4-way UINT4 x FP4 radix-4, odd phase", UINT4, FP4_R4_ODD, 4)
 _pair("int4_int4", "4-way INT4 x INT4", INT4_SYM, INT4_SYM, 4)
 _pair("uint4_int4", "4-way UINT4 x INT4", UINT4, INT4_SYM, 4)
 _pair("int4_fp4r2", "4-way INT4 x FP4 radix-2 (LUQ)", INT4_SYM, FP4_R2, 4)
+_pair("int4_fp4r8", "4-way INT4 x FP4 radix-8", INT4_SYM, FP4_R8, 4)
+_pair("int4_fp4r16", "4-way INT4 x FP4 radix-16", INT4_SYM, FP4_R16, 4)
+_pair("int4_fp4_121", "4-way INT4 x FP4 [1,2,1]", INT4_SYM, FP4_121, 4)
+_pair("int4_fp5r2", "4-way INT4 x FP5 radix-2", INT4_SYM, FP5_R2, 4)
 _add(InnerProduct("int4_fp8", "2-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8_152, 2))
+_add(InnerProduct("uint4_fp8", "2-way UINT4 x FP8 1-5-2, FP16 sums", UINT4, FP8_152, 2))
+_add(InnerProduct("int4_fp8_4", "4-way INT4 x FP8 1-5-2, FP16 sums", INT4_SYM, FP8_152, 4))
 _add(InnerProduct("fp8", "2-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 2))
+_add(InnerProduct("fp8_4", "4-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 4))
+_add(InnerProduct("fp8_8", "8-way FP8 1-4-3 x FP8 1-5-2, FP16 sums", FP8_143, FP8_152, 8))
 for _ways, _suffix in ((4, ""), (16, "_16")):
     for _name, _scale, _words in (("mxfp4", E8M0, "E8M0"), ("nvfp4", FP8_E4M3FN, "E4M3")):
         _title = f"{_ways}-way E2M1 x E2M1 with {_words} scales, FP16 sums"
@@ -66,15 +78,17 @@ for _ways, _suffix in ((4, ""), (16, "_16")):
 for _ways in (1, 8, 16):
     _pair(f"int4_fp4_{_ways}", f"{_ways}-way INT4 x FP4 radix-4", INT4_SYM, FP4_R4_EVEN, _ways)
 _pair("int5_fp4", "4-way INT5 (INT4 and UINT4) x FP4 radix-4", INT5, FP4_R4_EVEN, 4)
-_add(Converter("converter", "26-bit register of int4_fp4_fixed to FP16", width=26, lsb=-6))
+_add(Converter("converter", "converter of a 26-bit sum (int4_fp4_fixed) to FP16", width=26, lsb=-6))
 _add(Quantizer("quantize_fp4", "GradScale, x1.6, radix-4 FP4 in both phases", targets=(FP4_R4_EVEN, FP4_R4_ODD)))
 _add(Quantizer("quantize_fp4_185", "the same with x1.85", targets=(FP4_R4_EVEN_185, FP4_R4_ODD_185)))
 _add(Quantizer("quantize_fp4_even", "the same with one phase", targets=(FP4_R4_EVEN,)))
 _add(Quantizer("quantize_fp4r2", "GradScale, radix-2 FP4, nearest", targets=(FP4_R2,)))
+_add(Quantizer("quantize_fp4r2_sr", "GradScale, radix-2 FP4, stochastic", targets=(FP4_R2,), stochastic=True))
 _add(
     Quantizer("quantize_luq", "scale, radix-2 FP4, stochastic (LUQ)", targets=(FP4_R2,), scale="float", stochastic=True)
 )
 _add(Quantizer("quantize_e2m1", "scale, E2M1, nearest", targets=(FP4_E2M1,), scale="float"))
+_add(Quantizer("quantize_mxfp4", "scale of 2^n, E2M1, nearest (MXFP4)", targets=(FP4_E2M1,)))
 _add(Quantizer("quantize_e2m1_sr", "scale, E2M1, stochastic", targets=(FP4_E2M1,), scale="float", stochastic=True))
 _add(Quantizer("quantize_fp8_152", "GradScale, FP8 1-5-2", targets=(FP8_152,)))
 _add(Quantizer("quantize_fp8_143", "FP8 1-4-3 with a scale of 2^n", targets=(FP8_143,)))
@@ -83,3 +97,5 @@ _add(Quantizer("quantize_int4", "scale and clip to INT4 (SAWB)", targets=(INT4_S
 _add(RandomSource("random", "32 random bits: xorshift"))
 _add(Hadamard("hadamard", "Hadamard transform of 16 numbers, aligned to the largest"))
 _add(Register("register", "16 flip-flops", cuts=("hold",)))
+CATALOG = tuple(UNITS)
+"""Names of the units above; whatever else UNITS holds was entered by a user."""

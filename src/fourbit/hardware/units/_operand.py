@@ -22,6 +22,8 @@ def read_fixed(m: Module, format: Format, code: Value) -> tuple[Value, Value, Va
     assert isinstance(format, FloatFormat)
     mantissa, exponents = format.mantissa_bits, format.exponent_bits
     field = code[mantissa : mantissa + exponents]
+    if mantissa and not format.subnormals:  # exponent field 0 is a binade like others, but for zero
+        return Cat(code[:mantissa], code[:-1].any()), code[-1], field
     hidden = field.any()
     shift = field if not mantissa else wire(m, Mux(hidden, field - 1, 0), unsigned(exponents), "shift")
     return Cat(code[:mantissa], hidden), code[-1], shift
