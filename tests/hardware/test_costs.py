@@ -270,3 +270,14 @@ def test_depthwise_layers_are_no_work_for_an_array():
     p = replace(product(m=100, n=1, k=9, a="full", b="full"), count=64, depthwise=True)
     part = estimate([p], Machine(rows=4, columns=4)).parts[0]
     assert part.utilisation == pytest.approx(1.0)
+
+
+def test_partial_sums_in_fixed_point_are_wide_and_results_are_not():
+    p = product(64, 32, 4096)
+    for dataflow, word in (("ws", 32), ("os", 16)):
+        machine = Machine(dataflow=dataflow, accumulator="fixed", sram_kb=8, sram_bit=1.0)
+        part = estimate([p], machine).parts[0]
+        cost = stored().densest(part.unit)
+        columns = round(32 * 32 * stored().densest("fma_fp16").area / (32 * cost.area))
+        fma = min(c.energy for c in stored().costs("fma_fp16")) * 1e-15
+        assert part.energy["sram"] == pytest.approx(_sram_bits(p, 4096, machine, columns, 4, word) * fma)

@@ -506,10 +506,11 @@ def _part(
     arithmetic = p.macs * cost.energy_per_mac * 1e-15
     if fixed:
         arithmetic += p.count * p.m * p.n * _smallest_energy(results, "converter")
+    word = 32 if fixed and machine.dataflow != "os" else 16  # partial sums return; results are converted
     energy = {
         "arithmetic": arithmetic,
         "quantizers": sum(n * _quantizer_energy(name, p, results) for name, n in made),
-        "sram": _sram_bits(p, steps * cost.macs, machine, columns, cost.macs, 32 if fixed else 16) * sram_bit,
+        "sram": _sram_bits(p, steps * cost.macs, machine, columns, cost.macs, word) * sram_bit,
         "dram": dram * dram_bit,
     }
     used = p.macs / (cycles * machine.rows * columns * cost.macs)
