@@ -23,7 +23,8 @@ from fourbit.hardware import (
     unit_of,
     with_scheme,
 )
-from fourbit.hardware._cost import _dram_bits, _sram_bits, quantizers_of
+from fourbit.hardware._machine import dram_bits, sram_bits
+from fourbit.hardware._product import quantizers_of
 
 LAYERS = json.loads((Path(__file__).parent / "scalesim_resnet18.json").read_text())["layers"]
 
@@ -49,7 +50,7 @@ def test_reads_of_on_chip_memory_are_those_of_scale_sim(layer, dataflow):
     m, n, k = layer["m"], layer["n"], layer["k"]
     p = product(m, n, k, "full", "full")
     deep = -(-k // 32) if dataflow != "os" else 1
-    bits = _sram_bits(p, k, Machine(dataflow=dataflow), 32, 1)
+    bits = sram_bits(p, k, Machine(dataflow=dataflow), 32, 1)
     sums = m * n * (2 * deep - 1)
     theirs = layer[dataflow]["sram_ifmap_reads"] + layer[dataflow]["sram_filter_reads"]
     assert bits / 16 - sums == theirs
@@ -63,7 +64,7 @@ def test_memory_traffic_is_that_of_scale_sim(layer):
     sends every partial sum of the others to memory, of which the model keeps them on the chip). It counts padding."""
     m, n, k = layer["m"], layer["n"], layer["k"]
     p = replace(product(m, n, k, "full", "full"), a_numbers=layer["ws"]["dram_ifmap"])
-    bits = _dram_bits(p, 1024 * 8192)
+    bits = dram_bits(p, 1024 * 8192)
     reads, writes = layer["ws"]["dram_ifmap"] + layer["ws"]["dram_filter"], layer["os"]["dram_ofmap"]
     assert 0 <= writes - m * n < 32
     assert bits == 16 * (reads + m * n)
@@ -74,7 +75,7 @@ def test_memory_traffic_of_a_large_product():
     p = product(4096, 4096, 4096, "full", "full")
     previous = float("inf")
     for kb in (64, 128, 1024, 8192):
-        bits = _dram_bits(p, kb * 8192)
+        bits = dram_bits(p, kb * 8192)
         least = 16 * 2 * 4096**3 / (kb * 512) ** 0.5
         assert max(least, 3 * 16 * 4096**2) <= bits < 2.1 * least + 3 * 16 * 4096**2
         assert bits < previous
@@ -116,6 +117,7 @@ def test_a_unit_of_one_s_own_multiplies_its_formats(monkeypatch):
     name = "int4_fp4r2_5"
     monkeypatch.setitem(UNITS._items, name, InnerProduct(name, "", get("int4_sym"), get("fp8_e4m3fn"), 1))
     assert unit_of(product(a="fp8_e4m3fn"), "fp16") == name
+    assert unit_of(product(a="fp8_e4m3fn"), "fixed") == name  # it has no form with a fixed-point register
 
 
 def test_a_step_by_hand():
@@ -173,7 +175,7 @@ def test_what_quantizes_a_gradient(dgrad, wgrad, found):
 
 def test_a_recurrent_layer_has_one_wgrad_and_reads_its_weights_again_if_they_do_not_fit():
     p = replace(product(20, 800, 200, "full", "full"), count=35, a_numbers=35 * 20 * 200, shared=True)
-    once, again = _dram_bits(p, 1e9), _dram_bits(p, 1e6)
+    once, again = dram_bits(p, 1e9), dram_bits(p, 1e6)
     assert once == 16 * (35 * 20 * 200 + 800 * 200 + 35 * 20 * 800)
     assert again > once + 34 * 16 * 800 * 200 * 0.9
     from fourbit.cli._hardware import step_products
@@ -280,4 +282,4 @@ def test_partial_sums_in_fixed_point_are_wide_and_results_are_not():
         cost = stored().densest(part.unit)
         columns = round(32 * 32 * stored().densest("fma_fp16").area / (32 * cost.area))
         fma = min(c.energy for c in stored().costs("fma_fp16")) * 1e-15
-        assert part.energy["sram"] == pytest.approx(_sram_bits(p, 4096, machine, columns, 4, word) * fma)
+        assert part.energy["sram"] == pytest.approx(sram_bits(p, 4096, machine, columns, 4, word) * fma)
