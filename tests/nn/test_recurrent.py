@@ -228,15 +228,37 @@ def test_all_steps_share_one_exponent_that_moves_by_one():
     assert int(rnn.part("ih_l0").quant.g_exponent) == int(quant.g_exponent)
 
 
-def test_the_first_clip_value_fits_the_hidden_states_of_the_whole_sequence():
+def test_the_first_clip_value_of_projections_fits_the_hidden_states_of_the_whole_sequence():
     torch.manual_seed(0)
-    rnn = nn.LSTM(5, 32)
+    rnn = nn.LSTM(5, 64, proj_size=32)
     x = torch.randn(50, 4, 5) * 3
     largest = rnn(x)[0].abs().max().item()
     model = fb.convert(nn.Sequential(rnn), fb.Recipe("x", (fb.Rule(catalog.TPR),)))
     model(x)
     quant = model[0].part("hh_l0").quant
     assert int(quant.x_signed) == 1 and 0.4 * largest < quant.x_alpha.item() <= 1.01 * largest
+    assert model[0].part("hr_l0").quant.x_alpha.item() == 1  # sigmoid times tanh
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_clip_values_of_hidden_states_start_at_their_bound(cls):
+    torch.manual_seed(0)
+    model = fb.convert(nn.Sequential(cls(5, 32, 2, dropout=0.2)), fb.Recipe("x", (fb.Rule(catalog.TPR),)))
+    x = torch.randn(50, 4, 5) * 3
+    model(x)
+    found = {name: model[0].part(name).quant for name in ("hh_l0", "ih_l1", "hh_l1", "ih_l0")}
+    assert [q.x_alpha.item() for q in found.values()][:3] == [1.0, 1.25, 1.0]
+    assert all(int(q.x_signed) == 1 for q in found.values())
+    assert (
+        0.4 * x.abs().max() < found["ih_l0"].x_alpha.item() <= 1.01 * x.abs().max()
+    )  # the input's fits the first batch
+
+
+def test_a_clip_value_that_a_recipe_sets_is_kept():
+    spec = fb.LayerSpec(x_fprop=fb.QuantSpec("uint4", fb.ClipValue(init=0.25)))
+    lstm = fb.nn.LSTM(5, 8, spec=spec)
+    lstm(torch.randn(3, 2, 5))
+    assert lstm.part("hh_l0").quant.x_alpha.item() == 0.25
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -312,6 +334,7 @@ def test_every_recipe_takes_an_rnn_or_says_why_not(name):
 def test_the_first_exponent_fits_the_largest_gradient_of_all_steps(cls):
     torch.manual_seed(0)
     rnn = fb.convert(nn.Sequential(cls(32, 32)), fb.Recipe("x", (fb.Rule(catalog.TPR),)))[0]
+    rnn.part("hh_l0").quant.x_alpha.data.fill_(0.5)  # fits the hidden states of these weights
     x, weights = torch.randn(35, 8, 32), 0.7 ** torch.arange(35).view(-1, 1, 1)  # late steps hardly count
     plain = TORCH[type(rnn)](32, 32)
     plain.load_state_dict(fb.nn.float_state_dict(rnn))

@@ -368,6 +368,27 @@ def test_the_loss_scale_halves_on_overflow_doubles_after_clean_steps_and_leaves_
     assert restored.value == scaler.value and restored.clean_steps == scaler.clean_steps
 
 
+def test_the_loss_scale_starts_where_the_first_gradients_just_fit():
+    torch.manual_seed(0)
+    net = fb.convert(Net(), "ibm2020-global-scale")
+    scaler = fb.loss_scaler(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    x, y = batch()
+    fullness = []
+    for _ in range(2):
+        scaler.scale(F.cross_entropy(net(x), y) * 2.0**-9).backward()
+        assert scaler.unscale_(optimizer)
+        optimizer.zero_grad()
+        layers = fb.nn.quantized_layers(net).values()
+        fullness.append(max(float(layer.quant.g_amax) / layer.spec.g_scaling.scaling.max for layer in layers))
+        scaler.update()
+    assert 0.5 < fullness[1] <= 1 and not 0.5 < fullness[0] <= 1
+    restored = fb.LossScaler(net)
+    restored.load_state_dict({"value": 4.0, "clean_steps": 3})  # of a run that began before
+    restored.update()
+    assert restored.value == 4.0 and restored.clean_steps == 4
+
+
 def test_the_loss_scale_asks_to_skip_a_step_with_bad_gradients():
     net = fb.convert(Net(), "ibm2020-global-scale")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -15,6 +15,7 @@ from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
 from fourbit.reproduce._statistics import paired, sentence
+from fourbit.reproduce._table import Column, best_of, described, sentences, table_of
 from fourbit.train import TrainConfig
 from fourbit.train._validate import validated
 
@@ -87,6 +88,44 @@ def test_intervals_are_students():
 )
 def test_sentences_say_what_follows_and_what_does_not(differences, higher, words):
     assert sentence("A", "B", paired(differences), "points", higher).startswith(words)
+
+
+def _columns(**by_recipe):
+    return [Column(r.replace("_", "-"), dict(enumerate(values)), (), 0.1) for r, values in by_recipe.items()]
+
+
+def test_the_pairs_that_answer_a_question_are_compared():
+    row = rows_of("questions")["zerosum"]
+    said = sentences(row, _columns(fp32=(70.0, 71.0), ibm2020=(66.0, 67.5), ibm2020_zerosum=(68.0, 69.51)), "points")
+    assert said[2] == "- ibm2020-zerosum is 2.01 points better than TPR FP4 (95 % interval +1.94 to +2.07, 2 seeds)."
+    assert "of 3 comparisons without any true difference, 0.1 would show one" in said[3]
+
+
+def test_every_pair_is_of_columns_of_its_row():
+    questions = rows_of("questions").values()
+    assert all(row.pairs and {r for pair in row.pairs for r in pair} <= set(row.columns) for row in questions)
+
+
+def test_no_difference_is_drawn_from_the_seeds_that_survived():
+    row = rows_of("table1")["resnet18"]
+    columns = [
+        Column("fp32", {0: 90.0, 1: 91.0, 2: 92.0}, (), 0.1),
+        Column("ibm2020", {0: 90.5, 1: 91.5}, (2,), 0.1),
+        Column("ibm2020-dw8", {}, (0, 1, 2), 0.1),
+    ]
+    assert table_of(row, columns)[3].endswith("| 91.00 | 2 (1 diverged) | - | - |")
+    assert sentences(row, columns, "points") == [
+        "- TPR FP4: 1 of 3 runs diverged; the rest are not compared.",
+        "- dgrad FP4, wgrad FP8: 3 of 3 runs diverged; the rest are not compared.",
+    ]
+    assert [c["diverged"] for c in described(row, columns)] == [[], [2], [0, 1, 2]]
+
+
+def test_each_column_has_its_best_learning_rate():
+    row = rows_of("questions")["multiplier"]
+    columns = [Column("fp32", {0: v}, (), lr) for v, lr in ((60.0, 0.05), (70.0, 0.1), (65.0, 0.2))]
+    columns += [Column("ibm2020", {0: v}, (), lr) for v, lr in ((66.0, 0.05), (62.0, 0.1))]
+    assert [(c.recipe, c.lr) for c in best_of(row, columns)] == [("fp32", 0.1), ("ibm2020", 0.05)]
 
 
 def test_the_list_shows_every_row(capsys):

@@ -11,6 +11,7 @@ from run_files import STEPS_PER_EPOCH, metrics, snapshot, tensors
 
 from fourbit.errors import UserError
 from fourbit.train import train
+from fourbit.train._folder import RunFolder
 from fourbit.train._loop import Loop
 
 RECIPES = ("fp32", "ibm2020", "luq", "ibm2020-global-scale", "ibm2020-channel-gradscale")
@@ -184,3 +185,15 @@ def test_there_must_be_something_to_resume(make_config):
     with pytest.raises(UserError, match="no run to go on with"):
         train(config, resume=True)
     assert not config.out.exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(make_config):
+    config = make_config(epochs=1)
+    with RunFolder(config.out).held(), pytest.raises(UserError, match="another process is training in"):
+        train(config)
+    assert not any(config.out.iterdir())
+    train(config)
+    before = snapshot(config.out)
+    with RunFolder(config.out).held(), pytest.raises(UserError, match="another process is training in"):
+        train(config, resume=True)
+    assert snapshot(config.out) == before

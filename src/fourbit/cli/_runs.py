@@ -193,7 +193,7 @@ def reproduce(
 def _list_reproductions() -> int:
     from fourbit.reproduce import rows_of
     from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES, TITLES
-    from fourbit.reproduce.figures import FIGURES
+    from fourbit.reproduce.figures import FIGURES, PAPER
     from fourbit.reproduce.figures import title as figure_title
 
     for name in TABLES[:-1]:
@@ -207,8 +207,8 @@ def _list_reproductions() -> int:
     for r in rows_of("questions").values():
         table.add_row(r.name, r.title, ", ".join(r.columns))
     show(table)
-    table = make_table("figure", "what it shows")
+    table = make_table("figure", "what it shows", "in the paper")
     for name in FIGURES:
-        table.add_row(name, figure_title(name))
+        table.add_row(name, figure_title(name), PAPER.get(name, "-"))
     show(table)
     return 0

@@ -8,12 +8,14 @@ observers, votes and reports.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fourbit.nn._base import Quantized
 from fourbit.ops import Contraction, LayerSpec, LinearMap, Matmul, Products, ProductSize
+from fourbit.quantizers import ClipValue
 
 
 class PartInfo(NamedTuple):
@@ -23,11 +25,25 @@ class PartInfo(NamedTuple):
         group: parts of one group have one position among the layers (selectors `first` and `last`).
         weight: name of the parameter; "" for a product of two activations.
         num_channels: outputs.
+        bound: largest magnitude that the inputs can have, of either sign, where the layer's own formula limits them.
     """
 
     group: str
     weight: str
     num_channels: int
+    bound: float | None = None
+
+    def fitted(self, spec: LayerSpec) -> LayerSpec:
+        """`spec` with PACT starting at the bound, in its signed form, if it leaves the first clip value open.
+
+        Bounded inputs grow while a network learns: hidden states are near 0.1 at first. A clip value that fits the first
+        batch would cut them off, and follows too slowly: by at most the learning rate a step under Adam.
+        """
+        x = spec.x_fprop
+        if self.bound is None or x is None or not isinstance(x.scaling, ClipValue) or x.scaling.init is not None:
+            return spec
+        scaling = replace(x.scaling, init=self.bound)
+        return replace(spec, x_fprop=replace(x, format=scaling.signed_format or x.format, scaling=scaling))
 
 
 class Part(Quantized):
@@ -87,7 +103,7 @@ class Composed(nn.Module):
         num_weights = self.part_weight(name).numel() if info.weight else 0
         part = Part(info, LinearMap() if info.weight else Matmul(), num_weights)
         part.train(self.training)
-        part.attach(spec, seed, index, products)
+        part.attach(info.fitted(spec), seed, index, products)
         device = next((p.device for p in self.parameters()), None)
         self.add_module(name, part if device is None else part.to(device))
 

@@ -27,15 +27,20 @@ class _Recurrent(Composed, nn.RNNBase):
     """What both share."""
 
     def parts(self) -> dict[str, PartInfo]:
-        """Input, hidden and projecting product of each layer and direction; the parts of a layer have one position."""
+        """Input, hidden and projecting product of each layer and direction; the parts of a layer have one position.
+
+        |h| <= 1 as a product of sigmoids and tangents, unless it is projected; dropout divides what it leaves.
+        """
         found = {}
+        hidden = None if self.proj_size else 1.0
+        below = hidden and hidden / (1.0 - self.dropout) if self.dropout < 1 else None
         for layer in range(self.num_layers):
             for suffix in _suffixes(self, layer):
                 gates = getattr(self, f"weight_ih_{suffix}").shape[0]
-                found[f"ih_{suffix}"] = PartInfo(f"l{layer}", f"weight_ih_{suffix}", gates)
-                found[f"hh_{suffix}"] = PartInfo(f"l{layer}", f"weight_hh_{suffix}", gates)
+                found[f"ih_{suffix}"] = PartInfo(f"l{layer}", f"weight_ih_{suffix}", gates, below if layer else None)
+                found[f"hh_{suffix}"] = PartInfo(f"l{layer}", f"weight_hh_{suffix}", gates, hidden)
                 if self.proj_size:
-                    found[f"hr_{suffix}"] = PartInfo(f"l{layer}", f"weight_hr_{suffix}", self.proj_size)
+                    found[f"hr_{suffix}"] = PartInfo(f"l{layer}", f"weight_hr_{suffix}", self.proj_size, 1.0)
         return found
 
     def sizes(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[tuple[str, ProductSize, bool]]:

@@ -1,14 +1,17 @@
 """The baseline that GradScale is compared with: one dynamic scale, multiplied into the loss (as NVIDIA's APEX has it).
 
+    first step  the power of two with which the largest gradient of any layer just fits, unless `init` is given
     overflow    a gradient beyond the format's range in any layer, or a non-finite one: scale / 2
     otherwise   after `interval` steps without overflow: scale * 2
 
-So the scale settles where the layer with the largest gradients just fits, and the others underflow: that is the
-comparison. A 4-bit overflow only saturates, so the step is kept; a step with non-finite gradients is skipped.
+So the largest gradient of any layer, and of any of the last `interval` steps, decides for all: layers and steps with smaller
+ones lose them to underflow. That is the comparison. A 4-bit overflow only saturates, so the step is kept; a step with
+non-finite gradients is skipped.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ class LossScaler:
 
     Args:
         model: converted by such a recipe.
-        init: first scale.
+        init: first scale; None takes it from the first gradients (the first step itself has 2^16).
         interval: steps without overflow before the scale doubles. APEX uses 2000; shorter runs need a shorter one.
 
     >>> scaler = LossScaler(nn.Linear(2, 2), init=2.0**10)
@@ -31,9 +34,11 @@ class LossScaler:
     512.0
     """
 
-    def __init__(self, model: nn.Module, init: float = 2.0**16, interval: int = 200):
-        self.model, self.value, self.interval = model, init, interval
+    def __init__(self, model: nn.Module, init: float | None = None, interval: int = 200):
+        self.model, self.interval = model, interval
+        self.value = 2.0**16 if init is None else init
         self.clean_steps = 0
+        self._undecided = init is None
         self._finite = True
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -52,25 +57,40 @@ class LossScaler:
 
     def update(self) -> None:
         """Move the scale; call once per step, after backward."""
-        overflow = not self._finite
-        for layer in quantized_layers(self.model).values():
-            g_spec = layer.spec.g_scaling
-            if g_spec is not None and isinstance(g_spec.scaling, LossScaled) and layer.quant.g_amax is not None:
-                overflow |= bool((layer.quant.g_amax > g_spec.scaling.max).any())
+        fullness = self._fullness()
+        overflow = not self._finite or fullness > 1
+        if self._undecided and self._finite and 0 < fullness < math.inf:
+            self.value, self._undecided = _limited(self.value * 2.0 ** -math.ceil(math.log2(fullness))), False
+            return
         self._finite = True
         self.clean_steps = 0 if overflow else self.clean_steps + 1
         if overflow:
-            self.value = max(self.value / 2, 2.0**-24)
+            self.value = _limited(self.value / 2)
         elif self.clean_steps >= self.interval:
-            self.value, self.clean_steps = min(self.value * 2, 2.0**60), 0
+            self.value, self.clean_steps = _limited(self.value * 2), 0
+
+    def _fullness(self) -> float:
+        """The largest gradient of any layer over the largest number of its format; 0 before the first gradient."""
+        fullness = 0.0
+        for layer in quantized_layers(self.model).values():
+            g_spec = layer.spec.g_scaling
+            if g_spec is not None and isinstance(g_spec.scaling, LossScaled) and layer.quant.g_amax is not None:
+                share = float(layer.quant.g_amax.max()) / g_spec.scaling.max
+                fullness = max(fullness, share)
+        return fullness
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale and count of clean steps."""
-        return {"value": self.value, "clean_steps": self.clean_steps}
+        """Scale, count of clean steps, and whether the first gradients are still to come."""
+        return {"value": self.value, "clean_steps": self.clean_steps, "undecided": self._undecided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self.value, self.clean_steps = float(state["value"]), int(state["clean_steps"])
+        self._undecided = bool(state.get("undecided", False))
+
+
+def _limited(value: float) -> float:
+    return min(max(value, 2.0**-24), 2.0**60)
 
 
 def loss_scaler(model: nn.Module) -> LossScaler | None:

@@ -172,6 +172,11 @@ IBM2020_ZEROSUM = _ibm(
     "two-phase rounding, the sum of each channel of the gradient restored (not 4 bits: an experiment)",
     _two_phases(replace(_gradient(f.FP4_R4_EVEN), restore="sum"), replace(_gradient(f.FP4_R4_ODD), restore="sum")),
 )
+IBM2020_NO_TPR_ZEROSUM = _ibm(
+    "ibm2020-no-tpr-zerosum",
+    "one phase, the sum of each channel of the gradient restored (not 4 bits: an experiment)",
+    replace(TPR, g_dgrad=replace(_gradient(f.FP4_R4_EVEN), restore="sum"), g_wgrad=REUSE),
+)
 IBM2020_STOCHASTIC = _ibm(
     "ibm2020-stochastic",
     "radix-4 gradients with stochastic rounding instead of two phases",

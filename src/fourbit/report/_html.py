@@ -184,7 +184,7 @@ def _result(metric: str, results: Sequence[tuple[Group, RecipeSummary]]) -> list
 
 
 def _against(summary: RecipeSummary) -> str:
-    difference = tables.measured(summary.diff_mean, summary.diff_std, signed=True)
+    difference = tables.measured(summary.diff_mean, summary.diff_half, signed=True)
     return f"{summary.label} with {_reached(summary)} ({difference}{' points' if unit(summary.metric) else ''})"
 
 

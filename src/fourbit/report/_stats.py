@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fourbit._statistics import half_interval
 from fourbit.report._groups import Group, group_runs, reference_of
 from fourbit.report._metric import name
 from fourbit.report._read import Run, load_runs, text
@@ -31,7 +32,8 @@ class RecipeSummary:
         n: number of runs (seeds).
         metric: what is measured, with its unit, such as "accuracy %" or "perplexity".
         metric_mean, metric_std: the metric at the last evaluation, in that unit.
-        diff_mean, diff_std: metric minus that of fp32, over the `num_pairs` seeds that both have at the same epoch.
+        diff_mean, diff_half: metric minus that of fp32, over the `num_pairs` seeds that both have at the same epoch, and half
+            the width of its 95 % confidence interval (Student's t).
         train_loss: mean training loss of the last epoch.
         seconds_per_epoch: mean over runs of the median epoch.
         notes: what a reader has to know, such as "1 of 3 diverged".
@@ -43,7 +45,7 @@ class RecipeSummary:
     metric_mean: float | None
     metric_std: float | None
     diff_mean: float | None
-    diff_std: float | None
+    diff_half: float | None
     train_loss: float | None
     seconds_per_epoch: float | None
     num_pairs: int = 0
@@ -86,15 +88,14 @@ def summarize_group(group: Group, groups: Sequence[Group]) -> RecipeSummary:
     metric_mean, metric_std = mean_std(r.result for r in group.runs)
     reference = reference_of(group, groups)
     pairs = paired_differences(group.runs, reference.runs) if reference else []
-    diff_mean, diff_std = mean_std(pairs)
     return RecipeSummary(
         label=group.label,
         n=len(group.runs),
         metric=group.metric,
         metric_mean=metric_mean,
         metric_std=metric_std,
-        diff_mean=diff_mean,
-        diff_std=diff_std,
+        diff_mean=mean_std(pairs)[0],
+        diff_half=half_interval(pairs),
         train_loss=mean_std(r.train_loss for r in group.runs)[0],
         seconds_per_epoch=mean_std(r.seconds_per_epoch for r in group.runs)[0],
         num_pairs=len(pairs),

@@ -41,7 +41,7 @@ def result_row(summary: RecipeSummary) -> tuple[str, ...]:
         summary.label,
         str(summary.n),
         measured(summary.metric_mean, summary.metric_std),
-        measured(summary.diff_mean, summary.diff_std, signed=True),
+        measured(summary.diff_mean, summary.diff_half, signed=True),
         plain(summary.train_loss, 4),
         plain(summary.seconds_per_epoch, 1),
         "; ".join(summary.notes),

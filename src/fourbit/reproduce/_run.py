@@ -6,17 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce._statistics import Paired, paired, sentence
-from fourbit.reproduce.catalog import COLUMNS, ScaleName, TableName, TableRow, rows_of
+from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
+from fourbit.reproduce.catalog import ScaleName, TableName, TableRow, rows_of
 from fourbit.train import CompareConfig, compare
-
-if TYPE_CHECKING:
-    from fourbit.train import Comparison
-
-REFERENCE = "fp32"
 
 
 @dataclass(frozen=True)
@@ -65,19 +60,31 @@ def reproduce(
         values["data_dir"] = None
     recipes = tuple(columns) or chosen.columns
     folder = out / f"{table}-{row}-{scale}"
-    parts, contents = [], []
+    parts, contents, all_columns, unit = [], [], [], ""
     for rate in chosen.rates or (None,):
         varied: dict[str, Any] = values if rate is None else values | {"lr": rate}
         place = _runs_folder(chosen, scale, out, varied["model"], rate)
         comparison = compare(CompareConfig(**varied, recipes=recipes, seeds=tuple(seeds), out=place))
         if comparison.interrupted:
             return Reproduction(chosen, folder, "", True)
-        lines, content = _table(chosen, scale, comparison, rate)
-        parts.append("\n".join(lines))
-        contents.append(content)
+        unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
+        mine = columns_of(comparison, varied["lr"])
+        all_columns += mine
+        at = "" if rate is None else f", learning rate {rate:g}"
+        parts += [
+            f"**{chosen.title}** ({table}), {chosen.metric}, scale {scale}{at}",
+            "\n".join(table_of(chosen, mine)),
+        ]
+        parts += ["The paper prints the column in bold type in bold."] if chosen.bold else []
+        parts.append(_said(chosen, mine, unit, scale))
+        contents.append(
+            ({} if rate is None else {"lr": rate})
+            | {"table": table, "row": row, "scale": scale, "metric": chosen.metric, "columns": described(chosen, mine)}
+        )
     content = contents[0] if len(contents) == 1 else contents
     if chosen.rates:
-        parts.append(_best(chosen, contents))
+        best = best_of(chosen, all_columns)
+        parts += ["\n".join(best_table(best)), _said(chosen, best, unit, scale)]
     text = "\n\n".join(parts) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,78 +103,7 @@ def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float |
     return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{model}-lr-{rate:g}")
 
 
-def _best(row: TableRow, contents: Sequence[dict[str, Any]]) -> str:
-    """Every column at its best learning rate, by the mean over the seeds. (Chosen on the test data, for all alike.)"""
-    lines = ["| column | best learning rate | ours |", "|---|---:|---:|"]
-    for columns in zip(*(content["columns"] for content in contents), strict=True):
-        found = [
-            (c["mean"], content["lr"]) for c, content in zip(columns, contents, strict=True) if c["mean"] is not None
-        ]
-        if found:
-            mean, rate = max(found) if row.higher_is_better else min(found)
-            lines.append(f"| {columns[0]['column']} | {rate:g} | {mean:.2f} |")
-    return "\n".join(lines)
-
-
-def _table(row: TableRow, scale: str, comparison: Comparison, rate: float | None) -> tuple[list[str], dict[str, Any]]:
-    factor = comparison.metric.factor
-    values = {r.recipe: {seed: v * factor for seed, v in r.values.items()} for r in comparison.rows}
-    reference = values.get(REFERENCE, {})
-    lines = [
-        f"**{row.title}** ({row.table}), {row.metric}, scale {scale}"
-        + ("" if rate is None else f", learning rate {rate:g}"),
-        "",
-        f"| column | recipe |{' paper | paper to FP32 |' if row.paper else ''} ours | n | ours to FP32 | 95 % interval |",
-        f"|---|---|{'---:|---:|' if row.paper else ''}---:|---:|---:|---:|",
-    ]
-    sentences, content = [], []
-    for found in comparison.rows:
-        recipe, mine = found.recipe, values[found.recipe]
-        title = COLUMNS.get(recipe, recipe)
-        printed, base = row.paper.get(recipe), row.paper.get(REFERENCE)
-        differences = (
-            paired([v - reference[s] for s, v in mine.items() if s in reference]) if recipe != REFERENCE else None
-        )
-        mean = sum(mine.values()) / len(mine) if mine else None
-        gap = None if printed is None or base is None or recipe == REFERENCE else printed - base
-        name = f"**{title}**" if recipe == row.bold else title
-        cells = (
-            name,
-            f"`{recipe}`",
-            *((_text(printed), _text(gap, "+")) if row.paper else ()),
-            _text(mean),
-            str(len(mine)),
-            *_interval(differences),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-        if differences is not None and scale != "smoke":
-            unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
-            sentences.append("- " + sentence(title, "FP32", differences, unit, row.higher_is_better))
-        content.append(
-            {
-                "recipe": recipe,
-                "column": title,
-                "paper": printed,
-                "by_seed": {str(s): v for s, v in mine.items()},
-                "mean": mean,
-                "difference": None if differences is None else differences.mean,
-                "half_interval": None if differences is None else differences.half,
-                "diverged": list(found.diverged),
-            }
-        )
-    bold = [] if not row.bold else ["", "The paper prints the column in bold type in bold."]
-    described: dict[str, Any] = {} if rate is None else {"lr": rate}
-    described |= {"table": row.table, "row": row.name, "scale": scale, "metric": row.metric, "columns": content}
+def _said(row: TableRow, columns: Sequence[Column], unit: str, scale: str) -> str:
     if scale == "smoke":
-        sentences = ["A smoke run trains for a few steps: its numbers say nothing about accuracy."]
-    return [*lines, *bold, "", *sentences], described
-
-
-def _interval(found: Paired | None) -> tuple[str, str]:
-    if found is None:
-        return "-", "-"
-    return f"{found.mean:+.2f}", "-" if found.half is None else f"±{found.half:.2f}"
-
-
-def _text(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.2f}"
+        return "A smoke run trains for a few steps: its numbers say nothing about accuracy."
+    return "\n".join(sentences(row, columns, unit))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom.
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from fourbit._statistics import half_interval
 
 
 @dataclass(frozen=True)
@@ -36,13 +31,9 @@ def paired(differences: Sequence[float]) -> Paired | None:
     >>> found.mean, round(found.half, 3), found.n
     (2.0, 2.484, 3)
     """
-    n = len(differences)
-    if not n:
+    if not differences:
         return None
-    half = None
-    if n > 1:
-        half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(differences) / math.sqrt(n)
-    return Paired(statistics.fmean(differences), half, n)
+    return Paired(statistics.fmean(differences), half_interval(differences), len(differences))
 
 
 def sentence(name: str, reference: str, found: Paired, unit: str, higher_is_better: bool) -> str:

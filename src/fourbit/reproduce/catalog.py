@@ -59,6 +59,7 @@ class TableRow:
         missing: why a scale is missing.
         higher_is_better: otherwise lower is.
         rates: learning rates to run every column with, instead of the one of `scales`.
+        pairs: recipes whose difference answers the row's question; every column is compared with FP32 anyway.
     """
 
     table: TableName
@@ -72,6 +73,7 @@ class TableRow:
     missing: str = ""
     higher_is_better: bool = True
     rates: tuple[float, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def settings(self, scale: str) -> dict[str, Any]:
         """Fields of `fourbit.train.Settings`.
@@ -126,9 +128,15 @@ _cifar(
     {"epochs": 3},
     start={"lr": 0.05, "warmup_steps": 200},
 )
-_cifar("googlenet", "GoogLeNet", (94.68, 94.50, 94.17, 94.12), "ibm2020", {"epochs": 1})
+_cifar("googlenet", "GoogLeNet", (94.68, 94.50, 94.17, 94.12), "ibm2020", {"epochs": 1, "max_steps": 250})
 _cifar("resnet18", "ResNet18", (93.01, 92.97, 92.74, 92.76), "ibm2020", {"epochs": 2})
-_cifar("resnet50", "ResNet50", (94.70, 94.34, 93.42, 93.77, 94.03, 94.36), "ibm2020-1x1fp8", {"epochs": 1})
+_cifar(
+    "resnet50",
+    "ResNet50",
+    (94.70, 94.34, 93.42, 93.77, 94.03, 94.36),
+    "ibm2020-1x1fp8",
+    {"epochs": 1, "max_steps": 250},
+)
 _cifar(
     "resnet101",
     "ResNet101",
@@ -136,7 +144,13 @@ _cifar(
     "ibm2020-1x1fp8",
     {"epochs": 1, "max_steps": 150, "max_test_batches": 8},
 )
-_cifar("densenet121", "DenseNet121", (95.06, 95.08, 94.71, 94.82, None, 94.91), "ibm2020", {"epochs": 1})
+_cifar(
+    "densenet121",
+    "DenseNet121",
+    (95.06, 95.08, 94.71, 94.82, None, 94.91),
+    "ibm2020",
+    {"epochs": 1, "max_steps": 250},
+)
 _cifar("mobilenet_v2", "MobileNetV2", (93.00, 92.97, 91.80, 92.39), "ibm2020-dw8", {"epochs": 2, "warmup_steps": 200})
 
 
@@ -145,14 +159,22 @@ def _numbers(*values: float) -> dict[str, float]:
 
 
 def _imagenet(
-    name: str, title: str, model: str, paper: Settings, bold: str, lr: float, epochs: int, decay: float
+    name: str,
+    title: str,
+    model: str,
+    paper: Settings,
+    bold: str,
+    lr: float,
+    epochs: int,
+    decay: float,
+    small_steps: int | None = None,
 ) -> None:
-    """At the scales small and smoke on Imagenette, ten of the classes."""
+    """At the scales small and smoke on Imagenette, ten of the classes; `small_steps`: of a network that is slow on a CPU."""
     common = {"model": model, "batch_size": 256, "lr": lr, "weight_decay": decay, "milestones": (0.3, 0.6, 0.9)}
     small = {**common, "data": "imagenette", "batch_size": 32, "lr": lr / 8, "schedule": "cosine"}
     scales = {
         "paper": {**common, "data": "imagenet", "epochs": epochs},
-        "small": {**small, "epochs": 8},
+        "small": {**small, "epochs": 8, "max_steps": small_steps},
         "smoke": {**small, **_SMOKE, "batch_size": 8},
     }
     ROWS.append(TableRow("table2", name, title, "ImageNet top-1 %", paper, bold, tuple(paper), scales))
@@ -170,6 +192,7 @@ _imagenet(
     lr=0.1,
     epochs=100,
     decay=1e-4,
+    small_steps=1000,
 )
 _imagenet(
     "resnet50",
@@ -180,6 +203,7 @@ _imagenet(
     lr=0.1,
     epochs=100,
     decay=1e-4,
+    small_steps=250,
 )
 _imagenet(
     "mobilenet_v2",
@@ -190,6 +214,7 @@ _imagenet(
     lr=0.05,
     epochs=150,
     decay=4e-5,
+    small_steps=600,
 )
 
 _PTB = {"data": "ptb", "batch_size": 20, "optimizer": "sgd", "lr": 20.0, "momentum": 0.0, "gradient_clip": 0.25}
@@ -294,9 +319,18 @@ network are shared by all of them. The bottleneck network warms up: at a learnin
 rises to 7 within 20 steps with INT4 operands, and three epochs do not make up for it."""
 
 
-def _question(name: str, title: str, *recipes: str, network: str = "residual", rates: tuple[float, ...] = ()) -> None:
+def _question(
+    name: str,
+    title: str,
+    *recipes: str,
+    pairs: tuple[tuple[str, str], ...],
+    network: str = "residual",
+    rates: tuple[float, ...] = (),
+) -> None:
     columns, scales = ("fp32", *recipes), NETWORKS[network]
-    ROWS.append(TableRow("questions", name, title, "test accuracy %", {}, "", columns, scales, rates=rates))
+    ROWS.append(
+        TableRow("questions", name, title, "test accuracy %", {}, "", columns, scales, rates=rates, pairs=pairs)
+    )
 
 
 _question(
@@ -307,6 +341,7 @@ _question(
     "ibm2020-no-tpr",
     "ibm2020-radix8",
     "ibm2020-radix16",
+    pairs=tuple(("ibm2020-no-tpr", f"ibm2020-{other}") for other in ("radix2", "121", "radix8", "radix16")),
 )
 _question(
     "phases",
@@ -316,6 +351,12 @@ _question(
     "ibm2020-swapped",
     "ibm2020-fp5",
     "ibm2020-stochastic",
+    pairs=(
+        ("ibm2020", "ibm2020-no-tpr"),
+        ("ibm2020", "ibm2020-swapped"),
+        ("ibm2020-fp5", "ibm2020"),
+        ("ibm2020-stochastic", "ibm2020"),
+    ),
 )
 _question(
     "gradscale",
@@ -325,6 +366,11 @@ _question(
     "ibm2020-global-scale",
     "ibm2020-radix2",
     "ibm2020-radix2-global-scale",
+    pairs=(
+        ("ibm2020-channel-gradscale", "ibm2020"),
+        ("ibm2020", "ibm2020-global-scale"),
+        ("ibm2020-radix2", "ibm2020-radix2-global-scale"),
+    ),
 )
 _question(
     "fp8",
@@ -334,6 +380,11 @@ _question(
     "ibm2020-bottom1x1fp8",
     "ibm2020-top1x1fp8",
     "ibm2020-3x3fp8",
+    pairs=(
+        ("ibm2020-1x1fp8", "ibm2020"),
+        ("ibm2020-1x1fp8", "ibm2020-3x3fp8"),
+        ("ibm2020-bottom1x1fp8", "ibm2020-top1x1fp8"),
+    ),
     network="bottleneck",
 )
 _question(
@@ -344,6 +395,7 @@ _question(
     "ibm2020-dw8",
     "ibm2020-bottom1x1fp8",
     "ibm2020-luq",
+    pairs=(("ibm2020-dw8", "ibm2020"), ("ibm2020-bottom1x1fp8", "ibm2020"), ("ibm2020-luq", "ibm2020")),
     network="depthwise",
 )
 _question(
@@ -352,9 +404,20 @@ _question(
     "ibm2020",
     "ibm2020-m185",
     "ibm2020-corrected",
+    pairs=(
+        ("ibm2020-m185", "ibm2020"),
+        ("ibm2020-corrected", "ibm2020"),
+        ("ibm2020-m185", "ibm2020-corrected"),
+    ),
     rates=(0.05, 0.1, 0.2),
 )
-_question("zerosum", "Does restoring the channel sums of the gradient help?", "ibm2020", "ibm2020-zerosum")
+_question(
+    "zerosum",
+    "Does restoring the channel sums of the gradient help?",
+    "ibm2020",
+    "ibm2020-zerosum",
+    pairs=(("ibm2020-zerosum", "ibm2020"),),
+)
 _question(
     "luq",
     "Stochastic rounding at equal cost",
@@ -364,6 +427,13 @@ _question(
     "ibm2020-luq",
     "luq",
     "fourbit",
+    pairs=(
+        ("ibm2020-luq", "ibm2020"),
+        ("fourbit", "ibm2020"),
+        ("fourbit", "ibm2020-luq"),
+        ("ibm2020-luq", "luq"),
+        ("ibm2020-stochastic", "ibm2020"),
+    ),
 )
 
 

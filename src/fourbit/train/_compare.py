@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourbit._statistics import half_interval
 from fourbit.errors import NonFiniteError
 from fourbit.train._config import CompareConfig, TrainConfig
 from fourbit.train._display import make_console
@@ -35,7 +36,8 @@ class Row:
         recipe: its name.
         values: {seed: the metric on the test data}, an accuracy as a fraction; seeds that diverged are missing.
         diverged: seeds whose run met NaN or infinity.
-        difference, difference_std: to fp32, over the seeds that both finished; None without such seeds.
+        difference, difference_half: to fp32, over the seeds that both finished, and half the width of its 95 % confidence
+            interval (Student's t, seed by seed); None without such seeds, the interval with one.
         train_loss: mean over seeds of the last epoch's training loss.
         seconds_per_epoch: mean over seeds of the median epoch.
     """
@@ -44,7 +46,7 @@ class Row:
     values: dict[int, float]
     diverged: tuple[int, ...]
     difference: float | None
-    difference_std: float | None
+    difference_half: float | None
     train_loss: float | None
     seconds_per_epoch: float | None
 
@@ -124,7 +126,7 @@ def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) 
                 values=mine,
                 diverged=tuple(seed for seed in config.seeds if seed not in mine),
                 difference=mean(paired),
-                difference_std=std(paired),
+                difference_half=half_interval(paired),
                 train_loss=mean([loss for f in folders if (loss := _train_loss(f)) is not None]),
                 seconds_per_epoch=mean([s for f in folders if (s := _epoch_seconds(f)) is not None]),
             )

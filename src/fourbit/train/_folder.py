@@ -14,6 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing guards a folder
+    fcntl = None
+
 from fourbit import _files
 from fourbit._version import __version__
 from fourbit.errors import UserError
@@ -75,6 +80,32 @@ class RunFolder:
     def kept_checkpoint(self, epoch: int) -> Path:
         """Folder of the checkpoint that is kept of the moment after so many epochs."""
         return self.path / "checkpoints" / f"epoch-{epoch}"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it; the lock ends with the process that holds it.
+
+        Raises:
+            UserError: another process trains in it, or it cannot be made.
+        """
+        if not self.active or fcntl is None:
+            yield
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            place = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {self.path}: wait until it has ended, or choose another --out."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(place)
 
     def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Start a new run.

@@ -123,7 +123,7 @@ class Loop:
             state.skipped += 1
         session.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        self.recorder.step(state, lr, session.bare)
+        self.recorder.step(state, lr, session.bare, session.scaler.value if session.scaler else None)
         if observation is not None:
             self.recorder.layers(state, session.bare, observation)
 

@@ -33,8 +33,12 @@ class Recorder:
         """Begin to measure images per second."""
         self._window_start = (time.perf_counter(), state.window.images)
 
-    def step(self, state: LoopState, lr: float, model: nn.Module) -> None:
-        """Move the bar; when it is due, write a "step" line with the means since the last one and the layers' scales."""
+    def step(self, state: LoopState, lr: float, model: nn.Module, loss_scale: float | None) -> None:
+        """Move the bar; when it is due, write a "step" line with the means since the last one and the layers' scales.
+
+        Args:
+            loss_scale: the scale of the whole loss, where the recipe has one.
+        """
         start, images = self._window_start
         rate = (state.window.images - images) / max(time.perf_counter() - start, 1e-9)
         loss, accuracy = state.window.loss, state.window.accuracy
@@ -44,11 +48,12 @@ class Recorder:
         if state.step % self.config.log_every:
             return
         layers = scales(model)
-        kept = {"scales": layers} if layers else {}
+        kept: dict[str, Any] = {"scales": layers} if layers else {}
+        kept |= {} if loss_scale is None else {"loss_scale": loss_scale}
         self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, images_per_s=rate, **kept)
         self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "images_per_s": rate})
         exponents = {f"grad_scale_exponent/{name}": layer["g_exponent"] for name, layer in layers.items()}
-        self.board.scalars(state.step, exponents)
+        self.board.scalars(state.step, exponents | ({} if loss_scale is None else {"loss_scale": loss_scale}))
         state.window = Tally()
         self.start_window(state)
 

@@ -33,6 +33,12 @@ def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result
     assert config.out is not None
     main = session.accelerator.is_main_process
     folder = RunFolder(config.out, active=main)
+    with folder.held():
+        return _train(session, folder, resume, title)
+
+
+def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Result:
+    config, main = session.config, folder.active
     state = _resume(session, folder) if resume else None
     if state is not None and state.step >= session.total_steps and (ended := finished(folder)) is not None:
         return ended

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def columns(metric: Metric) -> tuple[str, ...]:
     """Headings. Accuracies and differences are in percent and percentage points."""
-    return ("recipe", f"test {metric.title}", "std", "n", "to fp32", "std", "train loss", "s/epoch")
+    return ("recipe", f"test {metric.title}", "std", "n", "to fp32", "95 %", "train loss", "s/epoch")
 
 
 def write_tables(comparison: Comparison, console: Console) -> None:
@@ -39,7 +39,7 @@ def cells(row: Row, metric: Metric) -> tuple[str, ...]:
         _text(row.std, metric.factor, ".2f"),
         str(len(row.values)) + (f" ({len(row.diverged)} diverged)" if row.diverged else ""),
         _text(row.difference, metric.factor, "+.2f"),
-        _text(row.difference_std, metric.factor, ".2f"),
+        _text(row.difference_half, metric.factor, ".2f", "±"),
         _text(row.train_loss, 1, ".4f"),
         _text(row.seconds_per_epoch, 1, ".1f"),
     )
@@ -50,7 +50,10 @@ def markdown(comparison: Comparison) -> str:
     names = columns(comparison.metric)
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row, comparison.metric)) + " |" for row in comparison.rows]
-    note = "Mean and sample standard deviation over n seeds; differences to fp32 are taken seed by seed."
+    note = (
+        "Mean and sample standard deviation over n seeds; differences to fp32 are taken seed by seed, with the 95 % confidence "
+        "interval of their mean (Student's t)."
+    )
     return "\n".join([*lines, "", note, ""])
 
 
@@ -62,7 +65,7 @@ def as_dict(row: Row, metric: Metric) -> dict[str, Any]:
         f"test_{metric.name}_mean": row.mean,
         f"test_{metric.name}_std": row.std,
         "difference_to_fp32_mean": row.difference,
-        "difference_to_fp32_std": row.difference_std,
+        "difference_to_fp32_half_interval": row.difference_half,
         "train_loss": row.train_loss,
         "seconds_per_epoch": row.seconds_per_epoch,
         f"test_{metric.name}_by_seed": {str(seed): value for seed, value in row.values.items()},
@@ -79,5 +82,5 @@ def _rich(comparison: Comparison) -> Table:
     return table
 
 
-def _text(value: float | None, factor: float, style: str) -> str:
-    return "-" if value is None else format(value * factor, style)
+def _text(value: float | None, factor: float, style: str, sign: str = "") -> str:
+    return "-" if value is None else sign + format(value * factor, style)

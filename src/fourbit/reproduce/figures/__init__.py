@@ -13,6 +13,7 @@ from fourbit.reproduce.figures import _gradscale as _gradscale
 from fourbit.reproduce.figures import _macs as _macs
 from fourbit.reproduce.figures import _statistics as _statistics
 from fourbit.reproduce.figures._base import FIGURES as FIGURES
+from fourbit.reproduce.figures._base import PAPER as PAPER
 from fourbit.reproduce.figures._base import Drawn as Drawn
 from fourbit.reproduce.figures._base import Studio as Studio
 from fourbit.reproduce.figures._base import draw as draw

@@ -91,7 +91,15 @@ class Studio:
 
 Maker = Callable[[Studio], str]
 FIGURES: Registry[Maker] = Registry("figure")
-register = FIGURES.register
+PAPER: dict[str, str] = {}
+"""What the paper's figure shows, in its numbers (~: read off a plot); missing for figures of our own."""
+
+
+def register(name: str, paper: str = "") -> Callable[[Maker], Maker]:
+    """Enter a figure, with what the paper's own shows."""
+    if paper:
+        PAPER[name] = paper
+    return FIGURES.register(name)
 
 
 def color(recipe: str) -> str | None:
@@ -141,7 +149,8 @@ def draw(
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        text = f"# {title(name)}\n\n{maker(studio)}\n"
+        paper = f"In the paper: {PAPER[name]}.\n\n" if name in PAPER else ""
+        text = f"# {title(name)}\n\n{paper}{maker(studio)}\n"
     except Interrupted:
         return Drawn(name, folder, "", interrupted=True)
     with _writing(folder):

@@ -38,7 +38,10 @@ def _lognormal(sigma: float, n: int = 1 << 16) -> Tensor:
     return magnitude * torch.randint(0, 2, (n,), generator=generator).mul(2).sub(1)
 
 
-@register("fig1a")
+@register(
+    "fig1a",
+    "ResNet-18 on CIFAR-10 ends at ~93 % in FP32 and with radix 4, ~88 % with radix 2 (1-3-0), ~76 % with 1-2-1",
+)
 def fig1a(studio: Studio) -> str:
     """Figure 1a: what 4-bit formats can represent, and how much of a wide distribution they lose.
 
@@ -86,7 +89,10 @@ def fig1a(studio: Studio) -> str:
     )
 
 
-@register("fig2b")
+@register(
+    "fig2b",
+    "the squared error of 16 convolutions of ResNet-18 (ImageNet) is least at 1.6 in each",
+)
 def fig2b(studio: Studio) -> str:
     """Figure 2b: the multiplier of radix-4 rounding against its error, and against the bias of the magnitudes.
 

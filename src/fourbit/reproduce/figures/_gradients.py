@@ -30,7 +30,10 @@ def _log2_quantiles(g: Tensor) -> tuple[np.ndarray, float]:
     )
 
 
-@register("fig1b")
+@register(
+    "fig1b",
+    "log2 of the gradients of ResNet-18 (ImageNet) lies within ~-50 to -16 at epoch 0, ~-43 to -8 at epoch 100",
+)
 def fig1b(studio: Studio) -> str:
     """Figure 1b: the range of the output gradients of each layer, early and late in training.
 
@@ -79,7 +82,11 @@ FIG6 = ("ibm2020", "ibm2020-bottom1x1fp8", "ibm2020-top1x1fp8", "ibm2020-1x1fp8"
 MORE = ("ibm2020-corrected", "ibm2020-m185", "ibm2020-luq")
 
 
-@register("fig6")
+@register(
+    "fig6",
+    "near the input of ResNet-50 the variance is ~4.6e-10 in FP32, ~8.6e-12 with TPR FP4, ~3.0e-11, ~2.8e-11 and "
+    "~1.1e-10 with the bottom, top and all 1x1 in FP8; top-1 74.01, 74.99 (bottom), ~74.6 (top), 75.51 % (all)",
+)
 def fig6(studio: Studio) -> str:
     """Figure 6a: the variance of dL/dy from the output to the input, for each choice of FP8 layers.
 
