@@ -70,6 +70,22 @@ def test_fashion_mnist_is_read_as_one_channel(folder):
     assert (data.channels, data.image_size, data.num_classes) == (1, 28, 10)
 
 
+def test_images_may_be_plain_bytes_or_of_the_types_of_the_hub(folder):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder.file("test-00000-of-00001")
+    table = pq.read_table(path)
+    plain = pa.table({"img": [row["bytes"] for row in table["img"].to_pylist()], "label": table["label"]})
+    pq.write_table(plain, path)
+    assert_holds(load("cifar10", folder.path), folder)
+    names = datasets.ClassLabel(names=list("abcdefghij"))
+    hub = datasets.Dataset(table).cast(datasets.Features({"img": datasets.Image(), "label": names}))
+    hub.to_parquet(path)
+    assert_holds(load("cifar10", folder.path), folder)
+
+
 def test_the_second_start_reads_the_cache_and_decodes_nothing(folder, request):
     load("cifar10", folder.path)
     request.getfixturevalue("_no_decoding")
@@ -191,6 +207,18 @@ def _numbers_for_images(folder):
     folder.write("test-00000-of-00001", [1.5] * 12, folder.test_y)
 
 
+def _labels_with_fractions(folder):
+    folder.write("test-00000-of-00001", folder.test_x, [1.5] * 12)
+
+
+def _paths_for_images(folder):
+    folder.write("test-00000-of-00001", ["a.png"] * 12, folder.test_y)
+
+
+def _one_image_missing(folder):
+    folder.write("test-00000-of-00001", [*folder.test_x[:5], None, *folder.test_x[6:]], folder.test_y)
+
+
 def _image_not_an_image(folder):
     folder.write("test-00000-of-00001", [b"hello"] * 12, folder.test_y)
 
@@ -231,18 +259,27 @@ def _file_damaged_inside(folder):
             _second_data_set,
             r"train files lie in several folders below .*give the folder of one data set, such as",
         ),
-        (_no_image_column, r"test of cifar10 has no column img or image, only picture, label"),
-        (_no_label_column, r"test of cifar10 has no column label, only img, fine_label"),
+        (
+            _no_image_column,
+            r"test of cifar10 has no column img.bytes or img or image.bytes or image, only picture.bytes, .*label: give",
+        ),
+        (
+            _no_label_column,
+            r"test of cifar10 has no column label, only img.bytes, img.path, fine_label: give the folder of that data",
+        ),
         (_columns_differ_within_a_split, r"cannot read the parquet files in .*plain_text"),
         (_label_too_large, r"label 10 in row 10 of test of cifar10 is out of range: labels must be 0 to 9"),
         (_label_negative, r"label -1 in row 0 of test of cifar10 is out of range"),
-        (_label_missing, r"column label of test of cifar10 must hold whole numbers"),
-        (_label_text, r"column label of test of cifar10 must hold whole numbers"),
+        (_label_missing, r"row 1 of column label of test of cifar10 is empty: remove the row, or replace the file"),
+        (_label_text, r"column label of test of cifar10 must hold whole numbers, but holds string: give the folder"),
+        (_labels_with_fractions, r"column label of test of cifar10 must hold whole numbers, but holds double"),
         (_one_image_smaller, r"image 5 in test of cifar10 is 32x16 pixels, but cifar10 has 32x32"),
-        (_numbers_for_images, r"column img of test of cifar10 holds no images"),
+        (_numbers_for_images, r"column img of test of cifar10 must hold bytes of files, but holds double"),
+        (_paths_for_images, r"column img of test of cifar10 must hold bytes of files, but holds string"),
+        (_one_image_missing, r"row 5 of column img.bytes of test of cifar10 is empty"),
         (_image_not_an_image, r"image 0 in test of cifar10 cannot be decoded: replace the file .it is no image"),
         (_image_cut_short, r"image 0 in test of cifar10 cannot be decoded"),
-        (_image_absent, r"image 0 in test of cifar10 cannot be decoded"),
+        (_image_absent, r"row 0 of column img.bytes of test of cifar10 is empty"),
         (_file_cut_short, r"cannot read .*train-00001-of-00002.parquet as parquet: replace the file"),
         (_file_damaged_inside, r"cannot read the parquet files in .*plain_text"),
     ],

@@ -119,8 +119,25 @@ def test_bad_input_is_named_with_the_remedy(tmp_path):
     (strange / "val" / "n01").rename(strange / "val" / "n99")
     with pytest.raises(UserError, match=r"n99.*is of class n99, which no training image has"):
         data.load("imagenet", strange)
-    with pytest.raises(UserError, match="has no columns image and label, only text"):
-        data.load("imagenet", write_tables(tmp_path / "text", text=["a"]))
+    cell = {"bytes": photograph(0), "path": None}
+    for i, (columns, message) in enumerate(
+        [
+            ({"text": ["a"]}, "train of imagenet has no column image.bytes or image, only text: give the folder"),
+            ({"image": [cell]}, "train of imagenet has no column label, only image.bytes, image.path"),
+            (
+                {"image": ["a.png"], "label": [0]},
+                "column image of train of imagenet must hold bytes of files, but holds s",
+            ),
+            ({"image": [cell, None], "label": [0, 1]}, "row 1 of column image.bytes of train of imagenet is empty"),
+            (
+                {"image": [cell], "label": [0.5]},
+                "column label of train of imagenet must hold whole numbers, but holds d",
+            ),
+            ({"image": [cell], "label": [-1]}, "label -1 in row 0 of train of imagenet is out of range: .* 0 to 0"),
+        ]
+    ):
+        with pytest.raises(UserError, match=message):
+            data.load("imagenet", write_tables(tmp_path / f"tables{i}", **columns))
     damaged = write_folders(tmp_path / "damaged")
     (damaged / "train" / "n01" / "0.JPEG").write_bytes(b"no image")
     found = data.load("imagenet", damaged)
@@ -165,5 +182,5 @@ def test_classes_without_names_are_counted_over_both_splits(tmp_path):
     found = data.load("imagenet", folder)
     assert isinstance(found, LargeImages) and found.num_classes == 3
     pq.write_table(pa.table({"image": cells, "label": [None, 1, 2, 0, 1, 2]}), folder / "train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="column label of train of imagenet must hold whole numbers"):
+    with pytest.raises(UserError, match="row 0 of column label of train of imagenet is empty"):
         data.load("imagenet", folder)

@@ -8,6 +8,8 @@ import wave
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -122,6 +124,8 @@ def test_augmentation_masks_bands_and_frames_and_leaves_the_data_alone(tmp_path)
         (b"RIFF nonsense", "is not a WAV file that can be read"),
         (b"", "is not a WAV file that can be read"),
         (wav(np.zeros(30, "u1"), width=3), "has 24 bits per sample"),
+        (wav(tone(300))[: 44 + 101], "is cut off in the middle of a sample: replace the file"),
+        (wav(tone(300), channels=2)[: 44 + 102], "is cut off in the middle of a sample: replace the file"),
     ],
 )
 def test_bad_audio_is_named(tmp_path, content, message):
@@ -132,9 +136,55 @@ def test_bad_audio_is_named(tmp_path, content, message):
     assert "1.wav" in str(caught.value)
 
 
+def write_tables(folder: Path, audio: list, labels: list) -> Path:
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"audio": audio, "label": labels}), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("wrap", [lambda content: {"bytes": content, "path": "x.wav"}, lambda content: content])
+def test_tables_hold_files_as_the_hub_does_or_as_bytes(tmp_path, wrap):
+    write_tables(tmp_path, [wrap(wav(tone(300, 0.2))), wrap(wav(tone(900, 0.3)))], [3, 9])
+    speech = data.load("spoken_digits", tmp_path)
+    assert isinstance(speech, SpeechData)
+    assert speech.train_y.tolist() == [3, 9] and [len(t) for t in speech.test_x] == [18, 28]
+
+
+GOOD = {"bytes": wav(tone(300, 0.1)), "path": "x.wav"}
+
+
+@pytest.mark.parametrize(
+    ("audio", "labels", "message"),
+    [
+        ([GOOD, None], [0, 1], "row 1 of column audio.bytes of train of spoken_digits is empty: remove the row"),
+        (
+            [GOOD, {"bytes": None, "path": "y.wav"}],
+            [0, 1],
+            "row 1 of column audio.bytes of train of spoken_digits is e",
+        ),
+        (["a.wav"], [0], "column audio of train of spoken_digits must hold bytes of files, but holds string: give"),
+        ([[0.1, 0.2]], [0], "column audio of train of spoken_digits must hold bytes of files, but holds list<"),
+        ([{"array": [0.1]}], [0], "train of spoken_digits has no column audio.bytes or audio, only audio.array, label"),
+        ([GOOD, GOOD], [0, None], "row 1 of column label of train of spoken_digits is empty"),
+        ([GOOD], ["zero"], "column label of train of spoken_digits must hold whole numbers, but holds string"),
+        ([GOOD], [0.0], "column label of train of spoken_digits must hold whole numbers, but holds double"),
+        ([GOOD], [12], "label 12 in row 0 of train of spoken_digits is out of range"),
+        ([{**GOOD, "bytes": GOOD["bytes"][:-1]}], [0], "row 0 of train of spoken_digits is cut off"),
+    ],
+)
+def test_tables_of_another_layout_are_named(tmp_path, audio, labels, message):
+    with pytest.raises(UserError, match=message):
+        data.load("spoken_digits", write_tables(tmp_path, audio, labels))
+
+
 def test_folders_of_another_layout_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no train files in .*: put them into train/CLASS/NAME.wav"):
         data.load("spoken_digits", tmp_path)
+    (tmp_path / "train" / "3" / "folder.wav").mkdir(parents=True)
+    with pytest.raises(UserError, match="no train files in"):
+        data.load("spoken_digits", tmp_path)
+    (tmp_path / "train" / "3" / "folder.wav").rmdir()
+    (tmp_path / "train" / "3").rmdir()
     write_folder(tmp_path)
     (tmp_path / "test" / "9").rename(tmp_path / "test" / "nine")
     with pytest.raises(UserError, match="lies in a folder that is no class"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -56,6 +58,10 @@ def test_characters_of_one_file_are_cut_into_nine_tenths_and_one(tmp_path):
         ),
         (lambda folder: write_ptb(folder, test=""), "ptb.test.txt is empty"),
         (
+            lambda folder: (folder / "ptb.train.txt").mkdir(),
+            "there is no ptb.train.txt in .*: give the folder that holds ptb.train.txt and ptb.test.txt",
+        ),
+        (
             lambda folder: write_ptb(folder) and (folder / "ptb.train.txt").write_bytes(b"\xff\xfe\x00a"),
             "is not UTF-8 text",
         ),
@@ -65,6 +71,27 @@ def test_bad_folders_are_named(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(UserError, match=message):
         data.load("ptb", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"en": ["a"], "de": ["b"]},
+            "train of wikitext2 has no column text, only en, de: give the folder of that data set",
+        ),
+        ({"text": [1, 2]}, "column text of train of wikitext2 must hold text, but holds int64: give the folder"),
+        (
+            {"text": ["a", None]},
+            "row 1 of column text of train of wikitext2 is empty: remove the row, or replace the file",
+        ),
+    ],
+)
+def test_tables_of_another_data_set_are_named(tmp_path, columns, message):
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=message):
+        data.load("wikitext2", tmp_path)
 
 
 def test_sets_that_are_on_no_hub_ask_for_a_folder():

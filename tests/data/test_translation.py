@@ -95,8 +95,21 @@ def test_the_cache_and_a_tokenizer_of_ones_own(tmp_path, pairs_of_text):
 
 
 def test_bad_input_is_named_with_the_remedy(tmp_path, pairs_of_text):
-    with pytest.raises(UserError, match=r"train of multi30k has no columns en and de .* only fr, it"):
-        data.load("multi30k", write_pairs(tmp_path / "french", fr=["a"], it=["b"]))
+    for i, (columns, message) in enumerate(
+        [
+            ({"fr": ["a"], "it": ["b"]}, "train of multi30k has no column en or translation.en, only fr, it: give the"),
+            ({"en": ["a"], "it": ["b"]}, "train of multi30k has no column de or translation.de, only en, it"),
+            ({"en": [1], "de": [2]}, "column en of train of multi30k must hold text, but holds int64"),
+            ({"en": ["a", "b"], "de": ["c", None]}, "row 1 of column de of train of multi30k is empty: remove the row"),
+            (
+                {"translation": [None, {"en": "a", "de": "b"}]},
+                "row 0 of column translation.en of train of multi30k is e",
+            ),
+            ({"translation": ["a"]}, "train of multi30k has no column en or translation.en, only translation: give"),
+        ]
+    ):
+        with pytest.raises(UserError, match=message):
+            data.load("multi30k", write_pairs(tmp_path / f"columns{i}", **columns))
     folder = write_pairs(tmp_path / "wrong")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer .* replace or remove it"):
@@ -110,6 +123,47 @@ def test_bad_input_is_named_with_the_remedy(tmp_path, pairs_of_text):
         num_batches(pairs_of_text, "train", 24)
     with pytest.raises(UserError, match=r"source sentence \d+ in train of multi30k has \d+ tokens, but small takes 3"):
         pairs_of_text.check_length(3, "small")
+
+
+def write_tokenizer(folder: Path, vocabulary: dict[str, int], unknown: str | None = None) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2, **vocabulary}, unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_a_tokenizer_may_leave_numbers_out(tmp_path):
+    folder = write_pairs(tmp_path / "data", en=["a b", "b a a"], de=["b", "a b"])
+    write_tokenizer(folder, {"a": 5000, "b": 4})
+    found = data.load("multi30k", folder)
+    assert isinstance(found, TranslationData)
+    assert found.num_tokens == 5001 == 1 + int(found.train[0].tokens.max())
+    assert found.text([5000, 7, 4]) == "a b"
+
+
+def test_a_tokenizer_that_pads_and_cuts_does_neither_here(tmp_path, pairs_of_text):
+    folder = write_pairs(tmp_path / "other", count=40)
+    own = type(pairs_of_text.tokenizer).from_str(pairs_of_text.tokenizer.to_str())
+    own.enable_padding(length=30)
+    own.enable_truncation(2)
+    (folder / "tokenizer.json").write_text(own.to_str())
+    found = data.load("multi30k", folder)
+    assert isinstance(found, TranslationData)
+    assert found.text(found.train[1][30].tolist()) == sentence(30, "de") and len(found.train[1][30]) < 30
+
+
+def test_a_tokenizer_that_does_not_know_all_words_is_named(tmp_path):
+    folder = write_pairs(tmp_path / "data", en=["a b", "b c"], de=["b", "a"])
+    write_tokenizer(folder, {"a": 3, "b": 4})
+    with pytest.raises(
+        UserError, match=r"tokenizer in \S*tokenizer.json cannot encode .* give it an unknown token, or rem"
+    ):
+        data.load("multi30k", folder)
+    write_tokenizer(folder, {"a": 3, "b": 4, "<unk>": 5}, "<unk>")
+    found = data.load("multi30k", folder)
+    assert isinstance(found, TranslationData)
+    assert found.train[0][1].tolist() == [4, 5, 2]
 
 
 def test_multi30k_itself(shared_data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._cache import cached
+from fourbit.data._columns import file_column, number_column
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.errors import UserError
 
@@ -73,48 +74,27 @@ def _decode_all(source: ImageSource, splits: dict[str, Dataset]) -> dict[str, Te
 
 def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, C, H, W] and labels int64 [N] of one split."""
-    import pyarrow as pa
-    from datasets import Image
-
     where = f"{split} of {source.name}"
-    image_column = "img" if "img" in rows.column_names else "image"
-    for column, wanted in ((image_column, "img or image"), ("label", "label")):
-        if column not in rows.column_names:
-            raise UserError(
-                f"{where} has no column {wanted}, only {', '.join(rows.column_names)}: is it {source.name}?"
-            )
-    try:
-        rows = rows.cast_column(image_column, Image(decode=False))
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"column {image_column} of {where} holds no images: is it {source.name}?") from error
-
-    task = progress.add_task(f"Decoding {where}", total=len(rows))
+    images, labels = file_column(rows, where, "img", "image"), number_column(rows, where, "label")
+    check_labels(labels, source.num_classes, where)
+    task = progress.add_task(f"Decoding {where}", total=len(images))
     size = source.image_size
-    pixels = np.empty((len(rows), size, size, source.channels), np.uint8)
-    labels = np.empty(len(rows), np.int64)
-    done = 0
-    for table in rows.with_format("arrow").iter(CHUNK):
-        table = cast(pa.Table, table)
-        column = table["label"].combine_chunks()
-        if not pa.types.is_integer(column.type) or column.null_count:
-            raise UserError(f"column label of {where} must hold whole numbers: is it {source.name}?")
-        labels[done : done + len(column)] = column.to_numpy(zero_copy_only=False)
-        for png in table[image_column].combine_chunks().field("bytes").to_pylist():
-            pixels[done] = _decode_one(png, source, f"image {done} in {where}")
-            done += 1
-        progress.update(task, completed=done)
-    check_labels(torch.from_numpy(labels), source.num_classes, where)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    pixels = np.empty((len(images), size, size, source.channels), np.uint8)
+    for begin in range(0, len(images), CHUNK):
+        for i, png in enumerate(images.slice(begin, CHUNK).to_pylist(), begin):
+            pixels[i] = _decode_one(png, source, f"image {i} in {where}")
+        progress.update(task, completed=begin + CHUNK)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def _decode_one(data: bytes | None, source: ImageSource, where: str) -> np.ndarray:
+def _decode_one(data: bytes, source: ImageSource, where: str) -> np.ndarray:
     """uint8 [H, W, C] of one encoded image; grey and palette images are converted to the number of channels."""
     from PIL import Image, UnidentifiedImageError
 
     mode = "RGB" if source.channels == 3 else "L"
     size = (source.image_size, source.image_size)
     try:
-        image = Image.open(io.BytesIO(data or b""))
+        image = Image.open(io.BytesIO(data))
         fits = image.size == size
         raw = (image if image.mode == mode else image.convert(mode)).tobytes() if fits else b""
     except UnidentifiedImageError as error:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS, check_labels
+from fourbit.data._columns import file_column, number_column
 from fourbit.data._random import generator
 from fourbit.data._sources import find_parquet, open_folder
 from fourbit.errors import UserError, unknown
@@ -90,7 +91,7 @@ class Rows:
         return len(self.table)
 
     def __getitem__(self, row: int) -> bytes:
-        return (self.table[row][self.column] or {}).get("bytes") or b""
+        return self.table[row][self.column]["bytes"]
 
 
 def open_large_images(name: str, folder: Path) -> LargeImages:
@@ -143,29 +144,20 @@ def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
     """From `datasets` tables with the columns image and label.
 
     Raises:
-        UserError: other columns.
+        UserError: other columns, or rows without an image or a label.
     """
-    import pyarrow as pa
     from datasets import Image
 
     images, labels, names = {}, {}, {}
     for split, table in tables.items():
-        if not {"image", "label"} <= set(table.column_names):
-            raise UserError(
-                f"{split} of {name} has no columns image and label, only {', '.join(table.column_names)}: is it {name}?"
-            )
-        try:
-            images[split] = Rows(table.cast_column("image", Image(decode=False)), "image")
-        except (TypeError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"column image of {split} of {name} holds no images: is it {name}?") from error
-        try:
-            labels[split] = torch.tensor(table["label"][:], dtype=torch.int64)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"column label of {split} of {name} must hold whole numbers: is it {name}?") from error
+        where = f"{split} of {name}"
+        file_column(table, where, "image")
+        images[split] = Rows(table.cast_column("image", Image(decode=False)), "image")
+        labels[split] = number_column(table, where, "label")
         names[split] = tuple(getattr(table.features["label"], "names", None) or ())
     if names["train"] != names["test"]:
         raise UserError(f"train and test of {name} have different classes: are the files of one data set?")
-    largest = max(int(y.max()) if len(y) else 0 for y in labels.values())
+    largest = max([0, *(int(y.max()) for y in labels.values() if len(y))])
     classes = names["train"] or tuple(map(str, range(largest + 1)))
     return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
 

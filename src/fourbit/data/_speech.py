@@ -154,7 +154,7 @@ def decode_wav(content: bytes, where: str, rate: int) -> Tensor:
     """Samples of a WAV file with that many per second; several channels are averaged.
 
     Raises:
-        UserError: not a WAV file, another rate, or no samples.
+        UserError: not a WAV file, another rate, no samples, or part of one at the end.
     """
     try:
         with wave.open(io.BytesIO(content)) as file:
@@ -166,6 +166,8 @@ def decode_wav(content: bytes, where: str, rate: int) -> Tensor:
         raise UserError(f"{where} has {found} samples per second, but the others have {rate}: resample it.")
     if not raw:
         raise UserError(f"{where} has no samples: remove it.")
+    if len(raw) % (width * channels):
+        raise UserError(f"{where} is cut off in the middle of a sample: replace the file.")
     if width == 1:
         samples = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128.0) / 128.0
     elif width in (2, 4):
@@ -183,7 +185,7 @@ def read_wav_folders(folder: Path, classes: Sequence[str]) -> dict[str, list[tup
     """
     found: dict[str, list[tuple[bytes, str, int]]] = {}
     for split in SPLITS:
-        paths = sorted((folder / split).glob("*/*.wav"))
+        paths = sorted(path for path in (folder / split).glob("*/*.wav") if path.is_file())
         if not paths:
             raise UserError(
                 f"no {split} files in {folder}: put them into {split}/CLASS/NAME.wav, or give parquet files."

@@ -122,7 +122,7 @@ def read_lines(folder: Path, names: Mapping[str, str]) -> dict[str, list[str]]:
     """
     found = {}
     for split, name in names.items():
-        paths = sorted(folder.rglob(name))
+        paths = sorted(path for path in folder.rglob(name) if path.is_file())
         if not paths:
             raise UserError(
                 f"there is no {name} in {folder}: give the folder that holds {' and '.join(names.values())}."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS, num_batches
+from fourbit.data._columns import text_column
 from fourbit.data._random import generator
 from fourbit.errors import UserError, unknown
 
@@ -95,8 +96,8 @@ class TranslationData:
 
     @property
     def num_tokens(self) -> int:
-        """Size of the vocabulary."""
-        return self.tokenizer.get_vocab_size()
+        """The largest token number and one: the vocabulary of a tokenizer of one's own may leave numbers out."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     def split(self, name: str) -> tuple[Sentences, Sentences]:
         """Source and target of "train" or "test"; UserError for another name."""
@@ -155,21 +156,12 @@ def read_rows(tables: Mapping[str, Any], languages: tuple[str, str], where: str)
     """The pairs of each split, from columns named like the languages or one column `translation` that has both.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or a sentence is missing.
     """
     found = {}
     for split, table in tables.items():
-        columns = table.column_names
-        if set(languages) <= set(columns):
-            sides = [table[language] for language in languages]
-        elif "translation" in columns and set(languages) <= set(table[0]["translation"] if len(table) else languages):
-            sides = [[row[language] for row in table["translation"]] for language in languages]
-        else:
-            raise UserError(
-                f"{split} of {where} has no columns {' and '.join(languages)} and none called translation with both, only "
-                f"{', '.join(columns)}: is it the right folder?"
-            )
-        found[split] = [(a or "", b or "") for a, b in zip(*sides, strict=True)]
+        sides = [text_column(table, f"{split} of {where}", side, f"translation.{side}") for side in languages]
+        found[split] = list(zip(*sides, strict=True))
     return found
 
 
@@ -187,7 +179,7 @@ def encode_pairs(
     tokenizer = _new_tokenizer(rows["train"], num_tokens) if file is None else load_tokenizer(file)
     tensors: dict[str, Tensor] = {}
     for split, found in rows.items():
-        sides = [Sentences.of(_encoded(tokenizer, found, side)) for side in (0, 1)]
+        sides = [Sentences.of(_encoded(tokenizer, file, found, side)) for side in (0, 1)]
         if split == "train":
             fits = [(s.lengths > 1) & (s.lengths <= longest) for s in sides]
             sides = [s.only(fits[0] & fits[1]) for s in sides]
@@ -197,11 +189,18 @@ def encode_pairs(
     return tensors | {"references": _bytes(references), "tokenizer": _bytes(tokenizer.to_str())}
 
 
-def _encoded(tokenizer: Any, rows: Sequence[tuple[str, str]], side: int) -> Iterator[list[int]]:
+def _encoded(tokenizer: Any, file: Path | None, rows: Sequence[tuple[str, str]], side: int) -> Iterator[list[int]]:
     """Token numbers of one side, sentence by sentence; a few thousand of them are in memory at a time."""
     for start in range(0, len(rows), PIECE):
-        texts = [row[side] for row in rows[start : start + PIECE]]
-        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+        sentences = [row[side] for row in rows[start : start + PIECE]]
+        try:
+            encodings = tokenizer.encode_batch(sentences, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise UserError(
+                f"the tokenizer in {file} cannot encode the sentences ({error}): give it an unknown token, or remove the "
+                "file, and one will be made from the training sentences."
+            ) from error
+        for encoding in encodings:
             yield [*encoding.ids, END]
 
 
@@ -240,6 +239,8 @@ def load_tokenizer(path: Path) -> Any:
             f"the tokenizer in {path} does not match: its tokens 0, 1, 2 are {', '.join(map(str, found))}, but must be "
             f"{', '.join(SPECIAL)}. Remove the file, and one will be made from the training sentences."
         )
+    tokenizer.no_padding()  # batches are padded later, and long sentences are left out, not cut
+    tokenizer.no_truncation()
     return tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fourbit.data._base import Augment, ImageData, register
 from fourbit.data._cache import cached
+from fourbit.data._columns import file_column, number_column, text_column
 from fourbit.data._images import ImageSource, read_images
 from fourbit.data._large_images import LargeImages, from_tables, open_large_images
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
@@ -156,7 +157,7 @@ def wikitext2(data_dir: Path | None) -> TextData:
         tables = open_hub("Salesforce/wikitext", "wikitext-2-v1")
     else:
         tables = open_folder(find_parquet(data_dir, {"test": "validation"}))
-    return from_words("wikitext2", {split: table["text"] for split, table in tables.items()})
+    return from_words("wikitext2", {s: text_column(table, f"{s} of wikitext2", "text") for s, table in tables.items()})
 
 
 @register("tinyshakespeare")
@@ -189,12 +190,10 @@ def spoken_digits(data_dir: Path | None) -> SpeechData:
     if any(data_dir.rglob("*.parquet")):
         rows = {}
         for split, table in open_folder(find_parquet(data_dir)).items():
-            if not {"audio", "label"} <= set(table.column_names):
-                raise UserError(
-                    f"{split} of {data_dir} has no columns audio and label: {', '.join(table.column_names)}."
-                )
-            columns = table.data.select(["audio", "label"]).to_pylist()
-            rows[split] = [(r["audio"]["bytes"], f"row {i} of {split}", r["label"]) for i, r in enumerate(columns)]
+            where = f"{split} of spoken_digits"
+            audio, labels = file_column(table, where, "audio"), number_column(table, where, "label")
+            pairs = zip(audio.to_pylist(), labels.tolist(), strict=True)
+            rows[split] = [(content, f"row {i} of {where}", label) for i, (content, label) in enumerate(pairs)]
     else:
         rows = read_wav_folders(data_dir, classes)
     return make_speech("spoken_digits", rows, classes, SPOKEN_DIGITS_RATE)

@@ -113,7 +113,7 @@ IBM2020_DW8 = _ibm(
 IBM2020_1X1FP8 = _ibm("ibm2020-1x1fp8", "FP8 gradients in all 1x1 convolutions", fp8_where=kernel_size(1))
 IBM2020_BOTTOM1X1FP8 = _ibm(
     "ibm2020-bottom1x1fp8",
-    "FP8 gradients in the 1x1 convolutions that reduce channels (our reading of 'bottom': the one next to the block's input)",
+    "FP8 gradients in the 1x1 convolutions that reduce channels (our reading of 'bottom': next to a bottleneck block's input)",
     fp8_where=kernel_size(1) & ~widens(),
 )
 IBM2020_TOP1X1FP8 = _ibm(
