@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from fourbit.nn import quantized_layers
 from fourbit.quantizers import LossScaled
 
+SMALLEST, LARGEST = 2.0**-24, 2.0**60
+
 
 class LossScaler:
     """Dynamic loss scale for recipes with `LossScaled` gradients.
@@ -60,14 +62,15 @@ class LossScaler:
         fullness = self._fullness()
         overflow = not self._finite or fullness > 1
         if self._undecided and self._finite and 0 < fullness < math.inf:
-            self.value, self._undecided = _limited(self.value * 2.0 ** -math.ceil(math.log2(fullness))), False
+            fitting = self.value * 2.0 ** -math.ceil(math.log2(fullness))
+            self.value, self._undecided = min(max(fitting, SMALLEST), LARGEST), False
             return
         self._finite = True
         self.clean_steps = 0 if overflow else self.clean_steps + 1
         if overflow:
-            self.value = _limited(self.value / 2)
+            self.value = max(self.value / 2, SMALLEST)
         elif self.clean_steps >= self.interval:
-            self.value, self.clean_steps = _limited(self.value * 2), 0
+            self.value, self.clean_steps = min(self.value * 2, LARGEST), 0
 
     def _fullness(self) -> float:
         """The largest gradient of any layer over the largest number of its format; 0 before the first gradient."""
@@ -87,10 +90,6 @@ class LossScaler:
         """Restore `state_dict`."""
         self.value, self.clean_steps = float(state["value"]), int(state["clean_steps"])
         self._undecided = bool(state.get("undecided", False))
-
-
-def _limited(value: float) -> float:
-    return min(max(value, 2.0**-24), 2.0**60)
 
 
 def loss_scaler(model: nn.Module) -> LossScaler | None:
