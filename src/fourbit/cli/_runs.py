@@ -14,7 +14,7 @@ from fourbit.train import CompareConfig, TrainConfig
 from fourbit.train._config import whole_numbers, words
 
 if TYPE_CHECKING:
-    from fourbit.reproduce.catalog import TableName
+    from fourbit.reproduce._row import TableName
 
 
 @app.command
@@ -157,7 +157,7 @@ def reproduce(
     """
     from fourbit.reproduce import reproduce as run
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce.catalog import TABLES
+    from fourbit.reproduce._row import TABLES
 
     if what == "list":
         return _list_reproductions()
@@ -192,7 +192,7 @@ def reproduce(
 
 def _list_reproductions() -> int:
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce.catalog import COLUMNS, SHORT, TABLES, TITLES
+    from fourbit.reproduce._row import COLUMNS, SHORT, TABLES, TITLES
     from fourbit.reproduce.figures import FIGURES, PAPER
     from fourbit.reproduce.figures import title as figure_title
 

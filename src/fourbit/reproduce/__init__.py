@@ -4,12 +4,12 @@
 
     reproduce("table1", "resnet18", scale="small", data_dir=Path("data/cifar10"))
 
-`catalog` holds what the paper printed and what runs instead of it at each scale; a row is one `compare` over the recipes of
-its columns. Importing this package does not import torch.
+`paper` and `questions` hold what the paper printed and what runs instead of it at each scale; a row is one `compare` over the
+recipes of its columns. Importing this package does not import torch.
 """
 
+from fourbit.reproduce._row import COLUMNS as COLUMNS
+from fourbit.reproduce._row import TableRow as TableRow
 from fourbit.reproduce._run import reproduce as reproduce
-from fourbit.reproduce.catalog import COLUMNS as COLUMNS
 from fourbit.reproduce.catalog import ROWS as ROWS
-from fourbit.reproduce.catalog import TableRow as TableRow
 from fourbit.reproduce.catalog import rows_of as rows_of

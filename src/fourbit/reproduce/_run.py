@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import UserError, unknown
+from fourbit.reproduce._row import ScaleName, TableName, TableRow
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
-from fourbit.reproduce.catalog import ScaleName, TableName, TableRow, rows_of
+from fourbit.reproduce.catalog import rows_of
 from fourbit.train import CompareConfig, compare
 
 
@@ -40,7 +41,7 @@ def reproduce(
 
     Args:
         table, row: as in `fourbit.reproduce.ROWS`.
-        scale: see `fourbit.reproduce.catalog`.
+        scale: see `fourbit.reproduce.paper`.
         seeds: one run per column and seed.
         columns: recipes, some of the row's or any others to compare; (): all of the row's.
         data_dir: folder of the data set.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fourbit.reproduce._row import COLUMNS, TableRow
 from fourbit.reproduce._statistics import Paired, paired, sentence
-from fourbit.reproduce.catalog import COLUMNS, TableRow
 
 if TYPE_CHECKING:
     from fourbit.train import Comparison

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce.catalog import NETWORKS, SCALES, ScaleName
+from fourbit.reproduce._row import SCALES, ScaleName
+from fourbit.reproduce.questions import NETWORKS
 from fourbit.train import CompareConfig, compare
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Studio:
     """Where a figure is made.
 
     Args:
-        scale: see `fourbit.reproduce.catalog`.
+        scale: see `fourbit.reproduce.paper`.
         folder: of the figure.
         runs: folder of the training runs, shared by all figures of the scale.
         data_dir, threads, progress: as of `fourbit.train.Settings`.

@@ -1,0 +1,74 @@
+"""What a row of a table is: the paper's numbers, and the runs that stand for them at three scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fourbit.errors import UserError, unknown
+
+ScaleName = Literal["paper", "small", "smoke"]
+TableName = Literal["table1", "table2", "table3", "questions"]
+SCALES: tuple[ScaleName, ...] = ("paper", "small", "smoke")
+TABLES: tuple[TableName, ...] = ("table1", "table2", "table3", "questions")
+TITLES = {"table1": "CIFAR-10", "table2": "ImageNet", "table3": "speech and text", "questions": "beyond the paper"}
+
+COLUMNS: dict[str, str] = {
+    "fp32": "FP32",
+    "int4-fwd": "INT4 forward, FP32 backward",
+    "ibm2020": "TPR FP4",
+    "ibm2020-dw8": "dgrad FP4, wgrad FP8",
+    "ibm2020-bottom1x1fp8": "TPR FP4, bottom 1x1 FP8",
+    "ibm2020-1x1fp8": "TPR FP4, all 1x1 FP8",
+}
+"""Recipe of each column, and the column's title."""
+
+SHORT = ("FP32", "INT4 fwd", "TPR FP4", "dx 4 dW 8", "bottom 1x1", "all 1x1")
+"""The same, for narrow tables."""
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row.
+
+    Args:
+        table, name: where it stands, and what `--row` calls it.
+        title: the paper's words.
+        metric: what the numbers are.
+        paper: {recipe of the column: the paper's number}; {} for a row of our own.
+        bold: the recipe whose number the paper prints in bold.
+        columns: recipes that run.
+        scales: {scale: fields of `fourbit.train.Settings`}.
+        missing: why a scale is missing.
+        higher_is_better: otherwise lower is.
+        rates: learning rates to run every column with, instead of the one of `scales`.
+        pairs: recipes whose difference answers the row's question; every column is compared with FP32 anyway.
+    """
+
+    table: TableName
+    name: str
+    title: str
+    metric: str
+    paper: Mapping[str, float]
+    bold: str
+    columns: tuple[str, ...]
+    scales: Mapping[str, Settings]
+    missing: str = ""
+    higher_is_better: bool = True
+    rates: tuple[float, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def settings(self, scale: str) -> dict[str, Any]:
+        """Fields of `fourbit.train.Settings`.
+
+        Raises:
+            UserError: an unknown scale, or one that is missing.
+        """
+        if scale not in SCALES:
+            raise unknown("scale", scale, SCALES)
+        if scale not in self.scales:
+            raise UserError(f"{self.name} of {self.table} cannot run at the scale {scale}: {self.missing}.")
+        return dict(self.scales[scale])
