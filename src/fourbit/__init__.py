@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fourbit.nn import nonfinite_layers as nonfinite_layers
     from fourbit.nn import observe as observe
     from fourbit.nn import quantized_layers as quantized_layers
+    from fourbit.nn import synchronize as synchronize
     from fourbit.ops import REUSE as REUSE
     from fourbit.ops import Accumulation as Accumulation
     from fourbit.ops import LayerSpec as LayerSpec
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
+    "synchronize": "nn",
     **dict.fromkeys(("REUSE", "Accumulation", "LayerSpec"), "ops"),
     **dict.fromkeys(
         ("Amax", "ClipValue", "FixedScale", "GradScale", "LossScaled", "QTensor", "QuantSpec"), "quantizers"

@@ -123,6 +123,8 @@ def test_augmentation_masks_bands_and_frames_and_leaves_the_data_alone(tmp_path)
         (wav(np.zeros(0, "<i2")), "has no samples: remove it"),
         (b"RIFF nonsense", "is not a WAV file that can be read"),
         (b"", "is not a WAV file that can be read"),
+        (wav(tone(300))[:20] + b"\xff" * 30, "is not a WAV file that can be read"),
+        (wav(tone(300))[:16] + b"\xff\xff\xff\x7f" + wav(tone(300))[20:], "is not a WAV file that can be read"),
         (wav(np.zeros(30, "u1"), width=3), "has 24 bits per sample"),
         (wav(tone(300))[: 44 + 101], "is cut off in the middle of a sample: replace the file"),
         (wav(tone(300), channels=2)[: 44 + 102], "is cut off in the middle of a sample: replace the file"),

@@ -389,6 +389,21 @@ def test_the_loss_scale_starts_where_the_first_gradients_just_fit():
     assert restored.value == 4.0 and restored.clean_steps == 4
 
 
+def test_the_loss_scale_sees_the_largest_gradient_of_all_backward_passes_of_a_step():
+    """The second of two passes is small; the first, out of range, still halves the scale, and is forgotten after it."""
+    net = fb.convert(Net(), "ibm2020-global-scale")
+    scaler, (x, y) = fb.LossScaler(net, init=2.0**10), batch()
+    layers = fb.nn.quantized_layers(net).values()
+    for factor in (2.0**30, 2.0**-30):
+        (scaler.scale(F.cross_entropy(net(x), y)) * factor).backward()
+    scaler.update()
+    assert scaler.value == 2.0**9
+    assert all(float(layer.quant.g_amax) == -1 for layer in layers)
+    (scaler.scale(F.cross_entropy(net(x), y)) * 2.0**-30).backward()
+    scaler.update()
+    assert (scaler.value, scaler.clean_steps) == (2.0**9, 1)
+
+
 def test_the_loss_scale_asks_to_skip_a_step_with_bad_gradients():
     net = fb.convert(Net(), "ibm2020-global-scale")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 
 import pytest
@@ -11,6 +12,7 @@ from run_files import STEPS_PER_EPOCH, snapshot
 from fourbit.errors import UserError
 from fourbit.report import summarize
 from fourbit.train import CompareConfig, _compare, compare
+from fourbit.train._loop import Loop
 from fourbit.train._result import Result
 
 
@@ -81,6 +83,40 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(small, monkeypatch, c
     assert rows["int4-fwd"].std is None
     assert len(rows["ibm2020"].values) == 2
     assert "int4-fwd: diverged with seed 1" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_is_tried_again_where_nan_is_to_be_skipped(small, monkeypatch):
+    plan = {"recipes": ("fp32",), "seeds": (0,)}
+    run, asked = _compare.run, []
+
+    def poisoned(config, **options):
+        asked.append((config.on_nonfinite, options["resume"]))
+        with monkeypatch.context() as patch:
+            step = Loop._step
+            patch.setattr(Loop, "_step", lambda self, *args: spoil(self) or step(self, *args))
+            return run(config, **options)
+
+    def spoil(loop):
+        if loop.state.step == 1:
+            forward = loop.session.task.loss
+            loop.session.task.loss = lambda *args, **kwargs: bad(forward, loop, *args, **kwargs)
+
+    def bad(forward, loop, *args, **kwargs):
+        loss, counts = forward(*args, **kwargs)
+        return (loss * math.nan, counts * math.nan) if loop.state.step == 1 else (loss, counts)
+
+    monkeypatch.setattr(_compare, "run", poisoned)
+    assert compare(small(**plan)).rows[0].diverged == (0,)
+    assert compare(small(**plan)).rows[0].diverged == (0,)  # and not before
+    assert compare(small(**plan, on_nonfinite="skip")).rows[0].diverged == ()
+    assert asked == [("stop", False), ("skip", True)]
+
+
+def test_models_of_another_library_are_compared(small, few_digits):
+    pytest.importorskip("transformers")
+    name = "hf:vit?num_hidden_layers=2&hidden_size=16&num_attention_heads=2&intermediate_size=32&patch_size=4"
+    rows = compare(small(model=name, recipes=("fp32", "ibm2020"), seeds=(0,), max_steps=1)).rows
+    assert [row.recipe for row in rows] == ["fp32", "ibm2020"]
 
 
 def test_without_fp32_there_is_no_difference(small):

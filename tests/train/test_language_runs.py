@@ -13,6 +13,7 @@ from fourbit.errors import UserError
 from fourbit.train import CompareConfig, TrainConfig, compare, train
 from fourbit.train._validate import validated
 from fourbit.train.tasks import make_task
+from fourbit.train.tasks._language import LanguageModelling
 
 
 @pytest.fixture
@@ -30,6 +31,38 @@ def config(folder: Path, out: Path | None = None, **changes) -> TrainConfig:
         "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "tensorboard": False, "threads": 1,
     }  # fmt: skip
     return TrainConfig(**{**values, "out": out, **changes})
+
+
+def test_a_step_that_is_left_out_leaves_the_carried_state_alone(folder):
+    """After a poisoned window the third starts from the state behind the first, not from NaN."""
+    task = make_task(validated(config(folder, recipe="fp32")), torch.device("cpu"), 0, 1)
+    model, batches = task.build(), list(task.batches("train"))
+    task.loss(model, batches[0])
+    behind, restore = [t.clone() for t in task._carried["train"]], task.snapshot()
+    with torch.no_grad():
+        bias = next(model.parameters())
+        kept = bias.clone()
+        bias.fill_(math.nan)
+        task.loss(model, batches[1])
+        bias.copy_(kept)
+    assert not all(t.isfinite().all() for t in task._carried["train"])
+    restore()
+    for t, before in zip(task._carried["train"], behind, strict=True):
+        assert torch.equal(t, before)
+
+
+def test_training_goes_on_after_a_window_that_is_left_out(folder, tmp_path, monkeypatch):
+    loss, seen = LanguageModelling.loss, []
+
+    def poisoned(self, model, batch, *args):
+        seen.append(0)
+        if len(seen) == 2 and model.training:
+            self._carried["train"] = tuple(torch.full_like(t, math.nan) for t in self._carried["train"])
+        return loss(self, model, batch, *args)
+
+    monkeypatch.setattr(LanguageModelling, "loss", poisoned)
+    result = train(config(folder, tmp_path / "run", epochs=1, on_nonfinite="skip", progress=False))
+    assert result.stopped == "done" and result.skipped == 1 and math.isfinite(result.test_loss)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "ibm2020", "luq"])

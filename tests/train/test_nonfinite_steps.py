@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fourbit import data
 from fourbit.errors import NonFiniteError
+from fourbit.ops._state import UNSET
 from fourbit.train import _guard, train
 from fourbit.train._loop import Loop
 
@@ -70,6 +71,19 @@ def test_skip_leaves_no_trace_of_the_step_in_the_model(make_config, poison, reci
     result = train(poisoned)
     assert result.skipped == 1
     assert tensors(poisoned.out)["model.safetensors"] == tensors(config.out)["model.safetensors"]
+
+
+def test_a_first_step_that_is_left_out_decides_nothing(make_config, poison):
+    """The clip values, their signs, the scales: the second step decides them as if it were the first."""
+    poison({0})
+    config = make_config(recipe="ibm2020", on_nonfinite="skip", max_steps=1, milestones=())
+    assert train(config).skipped == 1
+    state = load_file(config.out / "checkpoint" / "model.safetensors")
+    undecided = {"x_signed": -1, "w_signed": -1, "g_exponent": UNSET, "g_amax": -1}
+    found = {name: t for name, t in state.items() if name.rsplit(".", 1)[-1] in undecided}
+    assert {name.rsplit(".", 1)[-1] for name in found} >= {"x_signed", "g_exponent", "g_amax"}
+    for name, t in found.items():
+        assert (t == undecided[name.rsplit(".", 1)[-1]]).all(), name
 
 
 def test_skip_counts_and_goes_on(make_config, poison):

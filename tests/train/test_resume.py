@@ -122,6 +122,16 @@ def test_a_finished_run_is_left_as_it_is(make_config):
     assert snapshot(config.out) == before
 
 
+def test_a_run_is_not_shortened(make_config):
+    train(make_config(epochs=2, schedule="constant"))
+    before = snapshot(make_config().out)
+    with pytest.raises(
+        UserError, match=r"has trained for 6 steps, more than the 3 that are asked for: ask for as many"
+    ):
+        train(make_config(epochs=1, schedule="constant"), resume=True)
+    assert snapshot(make_config().out) == before
+
+
 @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
 def test_a_schedule_without_an_end_lets_a_finished_run_be_prolonged(make_config, schedule):
     train(make_config("a", epochs=1, schedule=schedule))

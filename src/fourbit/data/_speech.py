@@ -160,8 +160,9 @@ def decode_wav(content: bytes, where: str, rate: int) -> Tensor:
         with wave.open(io.BytesIO(content)) as file:
             found, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
             raw = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise UserError(f"{where} is not a WAV file that can be read ({error}): convert it to 16-bit PCM.") from error
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: of a chunk longer than the file
+        why = str(error) or "it is damaged"
+        raise UserError(f"{where} is not a WAV file that can be read ({why}): convert it to 16-bit PCM.") from error
     if found != rate:
         raise UserError(f"{where} has {found} samples per second, but the others have {rate}: resample it.")
     if not raw:

@@ -25,6 +25,7 @@ from fourbit.nn._observe import OperandStats as OperandStats
 from fourbit.nn._observe import observe as observe
 from fourbit.nn._parts import Composed as Composed
 from fourbit.nn._parts import Part as Part
+from fourbit.nn._processes import synchronize as synchronize
 from fourbit.nn._recurrent import GRU as GRU
 from fourbit.nn._recurrent import LSTM as LSTM
 from fourbit.ops import LayerState as LayerState

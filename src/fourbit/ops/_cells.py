@@ -27,7 +27,6 @@ class Cell:
 
     Args:
         num_gates: rows of the weights per unit.
-        has_c: whether there is a cell state.
         forward: (gates_x [B, G H], gates_h [B, G H], h [B, H], c [B, H], kept [B, G H]) -> (h', c'); `kept` takes what
             backward needs of the gates.
         backward: (dh', dc', kept, gates_h, h, c, c', out [B, G H]) -> CellGradient; `out` takes the gradient of the input's
@@ -37,7 +36,6 @@ class Cell:
 
     name: str
     num_gates: int
-    has_c: bool
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[..., CellGradient]
     keeps_h: bool
@@ -90,5 +88,5 @@ def _gru_backward(
     return CellGradient(torch.cat((dr, dz, dn * r), 1), None, dh * z)
 
 
-LSTM_CELL = Cell("LSTM", 4, True, _lstm_forward, _lstm_backward, keeps_h=False)
-GRU_CELL = Cell("GRU", 3, False, _gru_forward, _gru_backward, keeps_h=True)
+LSTM_CELL = Cell("LSTM", 4, _lstm_forward, _lstm_backward, keeps_h=False)
+GRU_CELL = Cell("GRU", 3, _gru_forward, _gru_backward, keeps_h=True)

@@ -4,7 +4,7 @@ It is the child named `quant` of each converted layer, so its tensors appear in 
 
     x_alpha, w_alpha    PACT clip values (Parameters), with x_signed, w_signed: -1 not yet known, 0 unsigned, 1 signed
     g_exponent          log2 of GradScale's multiplier (int32), UNSET before the first gradient
-    g_amax              largest scaled gradient since the exponent last moved; -1 where there was none
+    g_amax              largest scaled gradient since the exponent or the loss scale last moved; -1 where there was none
     step                [backward passes seen, whether one is pending]: the counter of the random words; the uses of a
                         shared layer draw different words for its gradients, the same for its forward operands
 
@@ -112,6 +112,7 @@ class LayerState(nn.Module):
         self._piece = 0
         self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
         self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
+        self._agreed = False  # whether the clip values and exponents of the first batch are those of all processes
         for operand in ("x", "w"):
             operand_spec = getattr(spec, f"{operand}_fprop")
             alpha, signed = None, None
@@ -163,7 +164,7 @@ class LayerState(nn.Module):
                         exponent.fill_(scaling.step(int(exponent), vote))
                 else:
                     exponent.copy_(scaling.step(exponent, scaling.vote(amax)))
-            amax.fill_(-1.0)
+                amax.fill_(-1.0)  # without an exponent, `LossScaler` reads it, once a step
 
     def next_piece(self) -> None:
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
@@ -172,15 +173,67 @@ class LayerState(nn.Module):
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Whatever the layer does in the block, its state is afterwards what it was."""
-        tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
-        signed, undecided, uses, known = dict(self._signed), self._undecided, self._uses, self._known
+        restore = self.snapshot()
         try:
             yield
         finally:
+            restore()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What the layer remembers now; a call of the result brings it back."""
+        tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
+        signed, undecided, uses, known = dict(self._signed), self._undecided, self._uses, self._known
+        count, agreed = None if self._count is None else list(self._count), self._agreed
+
+        def restore() -> None:
             with torch.no_grad():
                 for tensor, before in tensors:
                     tensor.copy_(before)
-            self._signed, self._undecided, self._uses, self._known = signed, undecided, uses, known
+            self._signed, self._undecided, self._uses, self._known = dict(signed), undecided, uses, known
+            self._count, self._agreed = None if count is None else list(count), agreed
+
+        return restore
+
+    def agree_on_votes(self, everywhere: Tensor) -> None:
+        """Keep the vote of several processes: see `fourbit.nn.synchronize`.
+
+        Args:
+            everywhere: `g_amax` of each, along a first axis.
+        """
+        amax, g_spec = self.g_amax, self.spec.g_scaling
+        assert amax is not None and g_spec is not None
+        if isinstance(g_spec.scaling, GradScale):
+            votes = g_spec.scaling.vote(everywhere)
+            everywhere = torch.where(votes == votes.sum(0).sign(), everywhere, -1.0)
+        amax.copy_(everywhere.amax(0))
+
+    def agree_on_first_batch(self, exchange: Callable[[Tensor], Tensor]) -> None:
+        """Make the clip values and exponents that the first batch decided those of all processes, likewise.
+
+        Args:
+            exchange: stacks the tensors of all processes along a new first axis.
+        """
+        if self._agreed:
+            return
+        decided = []
+        for operand in ("x", "w"):
+            alpha, signed = getattr(self, f"{operand}_alpha"), getattr(self, f"{operand}_signed")
+            if alpha is None:
+                continue
+            forms, values = exchange(signed), exchange(alpha.detach())
+            form = int(forms.max())
+            signed.fill_(form)
+            alpha.copy_(values[int((forms == form).to(torch.int8).argmax())])
+            if form >= 0:
+                self._signed[operand] = bool(form)
+            decided.append(form >= 0)
+        if self.g_exponent is not None:
+            exponents = exchange(self.g_exponent)
+            smallest = torch.where(exponents == UNSET, torch.iinfo(torch.int32).max, exponents).amin(0)
+            self.g_exponent.copy_(torch.where((exponents == UNSET).all(0), UNSET, smallest))
+            self._known = not bool((self.g_exponent == UNSET).any())
+            decided.append(self._known)
+        self._agreed = all(decided)
 
     def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
@@ -449,7 +502,7 @@ class LayerState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
         self._signed.clear()
-        self._undecided = self._known = False
+        self._undecided = self._known = self._agreed = False
         self._count = None
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)

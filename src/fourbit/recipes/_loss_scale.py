@@ -73,13 +73,14 @@ class LossScaler:
             self.value, self.clean_steps = min(self.value * 2, LARGEST), 0
 
     def _fullness(self) -> float:
-        """The largest gradient of any layer over the largest number of its format; 0 before the first gradient."""
+        """The largest gradient of any layer over the largest number of its format since the last call; 0 without any."""
         fullness = 0.0
         for layer in quantized_layers(self.model).values():
             g_spec = layer.spec.g_scaling
             if g_spec is not None and isinstance(g_spec.scaling, LossScaled) and layer.quant.g_amax is not None:
                 share = float(layer.quant.g_amax.max()) / g_spec.scaling.max
                 fullness = max(fullness, share)
+                layer.quant.g_amax.fill_(-1.0)
         return fullness
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def loss_scaler(model: nn.Module) -> LossScaler | None:
 
     scaler = fb.loss_scaler(model)          # once, after convert
     ...
-    scaler.scale(loss).backward()           # in place of loss.backward()
+    scaler.scale(loss).backward()           # in place of loss.backward(); in several processes: fb.synchronize(model)
     if scaler.unscale_(optimizer):          # in place of optimizer.step()
         optimizer.step()
     scaler.update()

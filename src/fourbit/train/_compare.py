@@ -18,7 +18,16 @@ from fourbit._statistics import half_interval
 from fourbit.errors import NonFiniteError
 from fourbit.train._config import CompareConfig, TrainConfig
 from fourbit.train._display import make_console
-from fourbit.train._folder import RunFolder, has_run, last_record, records, require_free, require_same, same_length
+from fourbit.train._folder import (
+    RunFolder,
+    has_run,
+    last_record,
+    read_json,
+    records,
+    require_free,
+    require_same,
+    same_length,
+)
 from fourbit.train._result import Result
 from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
@@ -82,7 +91,7 @@ def compare(config: CompareConfig) -> Comparison:
         assert each.out is not None
         title = f"[{number}/{len(runs)}] {each.recipe} seed {each.seed}"
         known = finished(RunFolder(each.out))
-        if known is None or not same_length(each.out, each):
+        if known is None or not same_length(each.out, each) or _retries(each, known):
             console.print(title, markup=False)
             try:
                 known = run(each, resume=has_run(each.out), title=title)
@@ -105,6 +114,14 @@ def _check_folder(config: TrainConfig) -> None:
         require_same(config.out, config)
     else:
         require_free(config.out)
+
+
+def _retries(config: TrainConfig, known: Result) -> bool:
+    """Whether a run that diverged is asked to treat NaN in another way now."""
+    assert config.out is not None
+    return (
+        known.stopped == "diverged" and read_json(config.out / "config.json").get("on_nonfinite") != config.on_nonfinite
+    )
 
 
 def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) -> tuple[Row, ...]:

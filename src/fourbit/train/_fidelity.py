@@ -13,6 +13,8 @@ from torch import Tensor
 from fourbit import recipes
 from fourbit.train._load import load
 
+LOSS_SCALE = 2.0**12
+
 
 class Fidelity(NamedTuple):
     """See `fourbit.train.gradient_fidelity`."""
@@ -22,7 +24,7 @@ class Fidelity(NamedTuple):
 
 
 def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The forward pass of a recipe, and gradients in full precision."""
+    """The forward pass of a recipe, and gradients that are not quantized; their sums have the form of its outputs."""
     rules = tuple(
         replace(rule, spec=None if rule.spec is None else replace(rule.spec, g_dgrad=None, g_wgrad=None))
         for rule in recipe.rules
@@ -31,18 +33,25 @@ def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
 
 
 def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None) -> dict[str, Tensor]:
-    """dL/dW of every matrix and kernel, float64, flat: of one training batch that no epoch of the run has seen, under a recipe
-    with the float weights of the run. A pass before it sets clip values and exponents."""
+    """dL/dW of every matrix and kernel, float64, flat: of one training batch under a recipe with the float weights of the run.
+    No epoch of the run has seen a batch of the same images; of a text it is the first window. A pass before it sets clip
+    values, exponents, or the loss scale; without one the loss is multiplied by 2^12, so that sums in FP16 do not underflow.
+    """
     trained = load(folder, None, recipe, data_dir, None)
     model, task = trained.model, trained.task
     batch = next(iter(task.batches("train", epoch=10_000)))
+    scaler, scale, restore = recipes.loss_scaler(model), LOSS_SCALE, task.snapshot()
     for _ in range(2):
         torch.manual_seed(trained.config.seed)  # dropout
+        restore()
         for parameter in model.parameters():
             parameter.grad = None
-        task.loss(model, batch)[0].backward()
+        scale = scaler.value if scaler else LOSS_SCALE
+        (task.loss(model, batch)[0] * scale).backward()
+        if scaler:
+            scaler.update()
     return {
-        name.removesuffix(".weight"): parameter.grad.detach().double().flatten()
+        name.removesuffix(".weight"): parameter.grad.detach().double().flatten() / scale
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and parameter.dim() > 1
     }

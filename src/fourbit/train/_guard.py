@@ -4,7 +4,7 @@ After the backward pass and before the optimizer step three things must be finit
 what the quantized layers saw (their own counters). What happens otherwise is the user's choice:
 
     stop      NonFiniteError, which names the layers; the last checkpoint stays as it is
-    skip      the step is left out, the model's buffers go back to what they were before it
+    skip      the step is left out; the model's buffers, clip values and scales go back to what they were before it
     ignore    nothing
 
 With one loss scale for the whole model, gradients overflow now and then by design: the scale is halved and the step left
@@ -14,6 +14,7 @@ out. That counts as a fault only when the scale has nowhere left to go.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,13 @@ class Guard:
         self.model, self.mode, self.scaler = model, mode, scaler
         self.skipped_in_a_row = 0
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[Callable[[], None]] = []
 
     def before_step(self) -> None:
-        """Remember the buffers (BatchNorm statistics, scales), for a step that will be left out."""
+        """Remember the buffers (BatchNorm statistics) and what the quantized layers know, for a step that will be left out."""
         if self.mode == "skip":
             self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+            self._layers = [layer.quant.snapshot() for layer in quantized_layers(self.model).values()]
 
     def step_allowed(self, loss: float, norm: float, step: int) -> bool:
         """Whether the optimizer may step. False: leave the step out.
@@ -71,6 +74,8 @@ class Guard:
             with torch.no_grad():
                 for buffer, saved in self._buffers:
                     buffer.copy_(saved)
+            for restore in self._layers:
+                restore()
             self._reset_counters()
             return False
         raise self._error(loss, norm, tuple(layers), step)

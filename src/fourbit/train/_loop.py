@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fourbit.errors import NonFiniteError
-from fourbit.nn import observe, quantized_layers
+from fourbit.nn import observe, quantized_layers, synchronize
 from fourbit.train import _checkpoint
 from fourbit.train._checkpoint import Checkpoint
 from fourbit.train._guard import Guard
@@ -108,6 +108,7 @@ class Loop:
         for param_group in session.optimizer.param_groups:
             param_group["lr"] = lr
         self.guard.before_step()
+        restore_task = session.task.snapshot()
         every, is_last = config.observe_every, state.step == session.total_steps - 1
         observing = self.has_quantized and bool(every) and (state.step % every == 0 or is_last)
         # Histograms: at the first step, at the last observation of an epoch, at the last step.
@@ -115,12 +116,15 @@ class Loop:
         histograms = observing and (state.step == 0 or ends_epoch or is_last)
         with observe(session.bare, histograms) if observing else nullcontext() as observation:
             (loss_sum, correct, images, norm), in_range = self._forward_backward(group)
-        if self.guard.step_allowed(loss_sum, norm, state.step + 1) and in_range:
+        allowed = self.guard.step_allowed(loss_sum, norm, state.step + 1)
+        if allowed and in_range:
             session.optimizer.step()
             for tally in (state.window, state.whole):
                 tally.add(loss_sum, int(correct), int(images))
         else:
             state.skipped += 1
+        if not allowed:
+            restore_task()
         session.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         self.recorder.step(state, lr, session.bare, session.scaler.value if session.scaler else None)
@@ -140,6 +144,8 @@ class Loop:
                 with session.autocast():
                     loss, counts = session.task.loss(session.model, batch, config.label_smoothing)
                 session.accelerator.backward(scaler.scale(loss) if scaler else loss)
+            if session.accelerator.num_processes > 1:
+                synchronize(session.bare)
             sums[:3] += counts
         in_range = True
         if scaler:

@@ -40,6 +40,11 @@ def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result
 def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Result:
     config, main = session.config, folder.active
     state = _resume(session, folder) if resume else None
+    if state is not None and state.step > session.total_steps:
+        raise UserError(
+            f"{folder.path} has trained for {state.step} steps, more than the {session.total_steps} that are asked for: "
+            "ask for as many, or choose another --out."
+        )
     if state is not None and state.step >= session.total_steps and (ended := finished(folder)) is not None:
         return ended
     if state is None:

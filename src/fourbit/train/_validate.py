@@ -11,6 +11,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from fourbit.errors import UserError, unknown
@@ -133,7 +134,9 @@ def _check_recipes_fit(config: CompareConfig) -> None:
 
     from fourbit import models, recipes
 
-    with torch.device("meta"):
+    with (
+        nullcontext() if ":" in config.model else torch.device("meta")
+    ):  # other libraries' models are tried as they are built
         model = models.build(config.model, num_classes=10)
     for recipe in config.recipes:
         recipes.explain(model, recipe)

@@ -62,6 +62,10 @@ class Task(ABC):
         """Raise a UserError for what would fail only after training: an evaluation that cannot begin."""
         return
 
+    def snapshot(self) -> Callable[[], None]:
+        """What the task carries from batch to batch now; a call of the result brings it back."""
+        return lambda: None
+
     def state_tensors(self, gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
         """What the task carries from batch to batch, for a checkpoint. Called by all processes; `gather` joins their tensors
         along the first axis."""

@@ -62,6 +62,15 @@ class LanguageModelling(Task):
         assert size is not None
         datasets.num_windows(self.data, "test", size, self.config.sequence_length)
 
+    def snapshot(self) -> Callable[[], None]:
+        """The state behind the last window of each split."""
+        carried = dict(self._carried)
+
+        def restore() -> None:
+            self._carried = dict(carried)
+
+        return restore
+
     def state_tensors(self, gather: Callable[[Tensor], Any]) -> dict[str, Tensor]:
         """The state behind the last training window, [rows of all processes, layers, units]."""
         carried = enumerate(self._carried.get("train", ()))

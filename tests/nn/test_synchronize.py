@@ -1,0 +1,105 @@
+"""Two processes with different halves of a batch end every step with the same clip values and scales."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fourbit as fb
+from fourbit.ops import LayerState
+from fourbit.ops._state import UNSET
+
+RECIPES = ("ibm2020", "ibm2020-global-scale", "ibm2020-channel-gradscale")
+
+
+def states(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Clip values, their signs, exponents and votes."""
+    kept = ("x_alpha", "w_alpha", "x_signed", "w_signed", "g_exponent", "g_amax")
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if name.rsplit(".", 1)[-1] in kept}
+
+
+def three_layers() -> nn.Module:
+    return fb.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), "ibm2020")
+
+
+def middle(model: nn.Module) -> LayerState:
+    return next(each.quant for each in fb.quantized_layers(model).values() if each.quant.x_alpha is not None)
+
+
+def work(rank: int, folder: str, recipe: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    between = nn.Identity() if rank else nn.ReLU()  # one process sees negative numbers, the other none
+    model = fb.convert(
+        nn.Sequential(nn.Linear(16, 24), between, nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)), recipe
+    )
+    shared = DistributedDataParallel(model)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), fb.loss_scaler(model)
+    generator, found = torch.Generator().manual_seed(rank), []
+    for _ in range(steps):
+        x = (1 + 3 * rank) * torch.randn(32, 16, generator=generator)  # one half is much larger than the other
+        loss = shared(x).square().mean()
+        (scaler.scale(loss) if scaler else loss).backward()
+        before = states(model)
+        fb.synchronize(model)
+        found.append((before, states(model), scaler.value if scaler else None))
+        if scaler is None or scaler.unscale_(optimizer):
+            optimizer.step()
+        if scaler:
+            scaler.update()
+        optimizer.zero_grad()
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_processes_have_one_state(tmp_path, recipe):
+    multiprocessing.spawn(work, (str(tmp_path), recipe, 6), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    disagreed = set()
+    for (before_0, after_0, scale_0), (before_1, after_1, scale_1) in zip(first, second, strict=True):
+        assert after_0.keys() == after_1.keys() and scale_0 == scale_1
+        for name in after_0:
+            assert torch.equal(after_0[name], after_1[name]), name
+            if not torch.equal(before_0[name], before_1[name]):
+                disagreed.add(name.rsplit(".", 1)[-1])
+    assert {"x_alpha", "x_signed", "g_amax"} <= disagreed  # without it they go apart
+
+
+def test_the_vote_is_the_sign_of_the_sum():
+    """Beyond the range a gradient votes down, in its lower half up."""
+    model = three_layers()
+    state = middle(model)
+    scaling = state.spec.g_scaling.scaling
+    up, down = torch.tensor(scaling.max / 64), torch.tensor(scaling.max * 4)
+    assert int(scaling.vote(up)) == -int(scaling.vote(down)) != 0
+    state.agree_on_votes(torch.stack((up, up, down)))
+    assert float(state.g_amax) == float(up)
+    state.agree_on_votes(torch.stack((up, down, down)))
+    assert float(state.g_amax) == float(down)
+    state.agree_on_votes(torch.stack((up, down)))
+    assert float(state.g_amax) == -1 and int(scaling.vote(state.g_amax)) == 0
+
+
+def test_the_smallest_first_exponent_wins_and_an_unset_one_does_not():
+    model = three_layers()
+    state = middle(model)
+    state.g_exponent.fill_(9)
+    others = {torch.int32: [UNSET, 7], torch.int8: [-1, 1], torch.float32: [0.0, 0.25]}
+    with torch.no_grad():
+        state.agree_on_first_batch(lambda t: torch.stack((t, *(torch.full_like(t, v) for v in others[t.dtype]))))
+    assert int(state.g_exponent) == 7
+    assert float(state.x_alpha) == 0.25 and int(state.x_signed) == 1
+
+
+def test_alone_it_does_nothing():
+    model = three_layers()
+    before = states(model)
+    fb.synchronize(model)
+    assert states(model).keys() == before.keys() and all(torch.equal(before[n], t) for n, t in states(model).items())
