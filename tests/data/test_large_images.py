@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +75,17 @@ def test_what_is_drawn_depends_on_image_and_epoch_alone(photographs):
     assert not torch.equal(whole[0][0], epoch(1)[0][0])
     apart = epoch(0, workers=1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, apart, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_does_not_take_the_workers_away(photographs, number):
+    stream = batches(photographs, "train", 1, workers=1)
+    seen = [next(stream)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 1
+    os.kill(workers[0].pid, number)
+    assert len(seen + list(stream)) == num_batches(photographs, "train", 1)
+    assert not workers[0].is_alive()
 
 
 def test_processes_decode_their_own_share_of_each_batch(photographs):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourbit import models, recipes
+from fourbit import data, models, recipes
 from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
 from fourbit.reproduce._statistics import paired, sentence
-from fourbit.reproduce._table import Column, best_of, described, sentences, table_of
+from fourbit.reproduce._table import Column, best_of, best_table, described, sentences, table_of
 from fourbit.train import TrainConfig
 from fourbit.train._validate import validated
 
@@ -48,8 +48,6 @@ def test_every_row_has_settings_that_are_valid_and_recipes_that_fit(row):
 
 
 def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    import fourbit.data as data
-
     whole = data.load("digits")
     small = dataclasses.replace(whole, train_x=whole.train_x[:64], train_y=whole.train_y[:64])
     monkeypatch.setattr(data, "load", lambda name, folder=None: small)
@@ -67,6 +65,36 @@ def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypa
     again = reproduce("table1", "resnet18", scale="smoke", seeds=(0, 1), **changes)
     assert again.text == done.text
     assert (tmp_path / "table1-resnet18-smoke" / "fp32-seed0" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
+    changes = {"tensorboard": False, "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
+    reproduce("questions", "radix", columns=("fp32", "ibm2020-no-tpr"), **changes)
+    done = reproduce("questions", "radix", columns=("ibm2020-radix2", "luq"), seeds=(1,), **changes)
+    stored = json.loads((tmp_path / "questions-radix-smoke" / "reproduced.json").read_text())["columns"]
+    assert {c["recipe"]: sorted(c["by_seed"]) for c in stored} == {
+        "fp32": ["0"], "ibm2020-radix2": ["1"], "ibm2020-no-tpr": ["0"], "luq": ["1"]
+    }  # fmt: skip
+    assert "Ours: digits_cnn on digits, 1 epoch, seeds 0, 1." in done.text
+    other = reproduce("questions", "phases", columns=("fp32",), **changes)  # shares the runs, but not the columns
+    assert "radix2" not in other.text and "luq" not in other.text
+
+
+def test_a_stand_in_is_not_taken_for_the_papers_data(tmp_path, monkeypatch):
+    part = dataclasses.replace(data.load("digits"), name="cifar10")
+    monkeypatch.setattr(data, "load", lambda name, folder=None: part)
+    with pytest.raises(
+        UserError, match="needs all of cifar10, at least 50,000 training images, but the data has 1,437"
+    ):
+        reproduce("table1", "resnet18", scale="paper", out=tmp_path)
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_the_best_learning_rate_at_the_edge_is_marked():
+    columns = [Column("fp32", {0: 50.0}, (), 0.05), Column("ibm2020", {0: 60.0}, (), 0.1)]
+    text = "\n".join(best_table(columns, (0.05, 0.1, 0.2)))
+    assert "| 0.05* |" in text and "| 0.1 |" in text and "may lie beyond" in text
+    assert "beyond" not in "\n".join(best_table(columns[1:], (0.05, 0.1, 0.2)))
 
 
 def test_intervals_are_students():

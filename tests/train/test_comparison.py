@@ -11,7 +11,7 @@ from run_files import STEPS_PER_EPOCH, snapshot
 
 from fourbit.errors import UserError
 from fourbit.report import summarize
-from fourbit.train import CompareConfig, _compare, compare
+from fourbit.train import CompareConfig, _compare, collect, compare
 from fourbit.train._loop import Loop
 from fourbit.train._result import Result
 
@@ -147,6 +147,54 @@ def test_runs_with_other_settings_are_not_mixed_in(small, tmp_path):
     with pytest.raises(UserError, match=r"made with lr 0\.1, not 0\.2"):
         compare(small(recipes=("int4-fwd", "fp32"), seeds=(0,), lr=0.2))
     assert snapshot(tmp_path / "c") == before
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """`texts(name, words)`: a folder with a corpus of these words."""
+
+    def write(name, words):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("train", "test"):
+            (folder / f"ptb.{split}.txt").write_text(f"{words}\n" * 40)
+        return folder
+
+    return write
+
+
+def test_runs_of_other_data_are_not_mixed_in(small, texts, monkeypatch):
+    """A folder elsewhere with the same content is as good; finished runs are compared with no others, nor unfinished ones."""
+    mine, copy, other = texts("a", "one two three"), texts("b", "one two three"), texts("c", "one two three four")
+    plan = {"model": "lstm_200", "data": "ptb", "batch_size": 4, "recipes": ("fp32",), "seeds": (0,), "max_steps": 1}
+    compare(small(**plan, data_dir=mine))
+    with monkeypatch.context() as patch:
+        patch.setattr(_compare, "run", lambda *_, **__: pytest.fail("a run was started"))
+        compare(small(**plan, data_dir=copy))
+        with pytest.raises(UserError, match=r"other examples, labels or vocabulary of ptb: it read .*/a, not .*/c"):
+            compare(small(**plan, data_dir=other))
+    (mine / "ptb.train.txt").write_text("one two three four\n" * 40)
+    with pytest.raises(UserError, match=r"what .*/a holds has changed since then"):
+        compare(small(**plan | {"seeds": (0, 1)}, data_dir=mine))
+    assert not (small().out / "fp32-seed1").exists()
+
+
+def test_what_was_found_before_is_collected(small):
+    compare(small(recipes=("fp32", "int4-fwd"), seeds=(0,)))
+    compare(small(recipes=("fp32",), seeds=(1,)))
+    rows = collect(small(recipes=("fp32", "int4-fwd", "ibm2020"), seeds=(0, 1))).rows
+    assert [sorted(row.values) for row in rows] == [[0, 1], [0], []]
+    assert all(row.diverged == () for row in rows)
+    assert all(not row.values for row in collect(small(lr=0.7)).rows)
+
+
+def test_data_can_be_refused_before_a_run(small):
+    def refuse(found):
+        raise UserError(f"{found.num_classes} classes are too few")
+
+    with pytest.raises(UserError, match="10 classes are too few"):
+        compare(small(), check_data=refuse)
+    assert not (small().out / "fp32-seed0").exists()
 
 
 def test_a_foreign_folder_in_the_way_is_left_alone(small, tmp_path):

@@ -60,6 +60,8 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
     assert main(["fidelity", str(run), "--recipes", "ibm2020,luq", "--markdown", str(tmp_path / "t.md")]) == 0
     assert "ibm2020" in capsys.readouterr().out
     assert (tmp_path / "t.md").read_text().startswith("| layer | ibm2020 | luq |")
+    assert main(["fidelity", str(run), "--recipes", "luq", "--markdown", str(tmp_path / "no" / "t.md")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
     assert main(["fidelity", str(tmp_path / "none")]) == 2
     assert "there is no run in" in capsys.readouterr().err
     with pytest.raises(UserError, match="ibm2021"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,8 +10,9 @@ import signal
 import pytest
 from run_files import STEPS_PER_EPOCH, metrics, snapshot, tensors
 
+from fourbit import data
 from fourbit.errors import UserError
-from fourbit.train import train
+from fourbit.train import load, train
 from fourbit.train._folder import RunFolder
 from fourbit.train._loop import Loop
 
@@ -120,6 +122,26 @@ def test_a_finished_run_is_left_as_it_is(make_config):
     before = snapshot(config.out)
     assert train(config, resume=True) == first
     assert snapshot(config.out) == before
+
+
+def test_a_run_goes_on_with_its_own_data_alone(make_config, signal_after, monkeypatch, few_digits):
+    """Other labels have the same shapes: only what is in the files tells them apart."""
+    config = make_config()
+    signal_after(1)
+    train(config)
+    before = snapshot(config.out)
+    other = dataclasses.replace(few_digits, train_y=few_digits.train_y.flip(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda name, folder=None: other)
+        with pytest.raises(UserError, match="was made with other examples, labels or vocabulary of digits"):
+            train(config, resume=True)
+        with pytest.raises(UserError, match="was made with other examples"):
+            load(config.out)
+    assert snapshot(config.out) == before
+    written = json.loads((config.out / "config.json").read_text())
+    del written["data_identity"]  # of a run that began with an earlier version
+    (config.out / "config.json").write_text(json.dumps(written))
+    assert train(config, resume=True).stopped == "done"
 
 
 def test_a_run_is_not_shortened(make_config):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import Parameter
 
+from fourbit._files import problem
 from fourbit.cli._app import EXIT_USER_ERROR, app
 from fourbit.cli._terminal import EXIT_INTERRUPTED, make_table, program, say, show
 from fourbit.errors import UserError, unknown
@@ -93,6 +94,8 @@ def fidelity(
         "ibm2020-luq",
     ),
     data_dir: Path | None = None,
+    threads: int | None = None,
+    progress: bool = True,
     markdown: Path | None = None,
 ) -> None:
     """Show how much of the exact gradient of each weight is left in 4 bits, layer by layer.
@@ -104,13 +107,15 @@ def fidelity(
         run: Folder of a run that has a checkpoint.
         recipes: Recipes, separated by commas.
         data_dir: Folder with the files of the data set. None: as in the run.
+        threads: CPU threads. None: torch's own choice.
+        progress: Show a progress bar, if the output is a terminal.
         markdown: Write the table to this file as well.
     """
     from fourbit.train import gradient_fidelity
 
     if not recipes:
         raise UserError("recipes is empty: name at least one; fourbit recipes lists them.")
-    found = gradient_fidelity(run, recipes, data_dir=data_dir)
+    found = gradient_fidelity(run, recipes, data_dir=data_dir, threads=threads, progress=progress)
     rows = []
     for layer in dict.fromkeys(layer for each in found.values() for layer in each):
         both = (each.get(layer) for each in found.values())
@@ -123,7 +128,10 @@ def fidelity(
     if markdown is not None:
         lines = ["| layer | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        markdown.write_text("\n".join(lines) + "\n")
+        try:
+            markdown.write_text("\n".join(lines) + "\n")
+        except OSError as error:
+            raise UserError(f"the table could not be written to {markdown}: {problem(error, markdown)}.") from error
 
 
 @app.command

@@ -18,6 +18,7 @@ from fourbit.data._base import names as names
 from fourbit.data._base import num_batches as num_batches
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
+from fourbit.data._identity import identity as identity
 from fourbit.data._large_images import LargeImages as LargeImages
 from fourbit.data._speech import SpeechData as SpeechData
 from fourbit.data._speech import utterances as utterances

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,12 @@ def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
     return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and SIGTERM often go to all processes of a job; the one that trains finishes its step with these workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def large_batches(
     data: LargeImages,
     split: str,
@@ -193,6 +200,7 @@ def large_batches(
         _Decoded(data, split, seed, epoch, training and augment),  # type: ignore[arg-type]
         batch_sampler=[rows for rows in picked if rows],
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # else it draws from torch's global one, and dropout with it
     )
     offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,3 +72,15 @@ class TableRow:
         if scale not in self.scales:
             raise UserError(f"{self.name} of {self.table} cannot run at the scale {scale}: {self.missing}.")
         return dict(self.scales[scale])
+
+
+def said_of(settings: Settings, seeds: Sequence[int]) -> str:
+    """What is trained, in a few words.
+
+    >>> said_of({"model": "digits_cnn", "data": "digits", "epochs": 4}, (0, 1))
+    'digits_cnn on digits, 4 epochs, seeds 0, 1'
+    """
+    epochs, steps = settings["epochs"], settings.get("max_steps")
+    length = f"{epochs} epoch{'s' if epochs != 1 else ''}" + (f", at most {steps} steps" if steps else "")
+    numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return f"{settings['model']} on {settings['data']}, {length}, {numbers}"

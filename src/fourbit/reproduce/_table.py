@@ -89,13 +89,14 @@ def table_of(row: TableRow, columns: Sequence[Column]) -> list[str]:
     return lines
 
 
-def best_table(best: Sequence[Column]) -> list[str]:
-    """Lines of the table of `best_of`."""
-    return [
-        "| column | best learning rate | ours |",
-        "|---|---:|---:|",
-        *(f"| {c.title} | {c.lr:g} | {_text(c.mean)} |" for c in best),
-    ]
+def best_table(best: Sequence[Column], rates: Sequence[float]) -> list[str]:
+    """Lines of the table of `best_of`; a rate at the edge of those that were tried is marked."""
+    edges = (min(rates), max(rates))
+    lines = ["| column | best learning rate | ours |", "|---|---:|---:|"]
+    lines += [f"| {c.title} | {c.lr:g}{'*' if c.lr in edges else ''} | {_text(c.mean)} |" for c in best]
+    if any(c.lr in edges for c in best):
+        lines += ["", "*: the least or the largest that was tried; a better one may lie beyond."]
+    return lines
 
 
 def sentences(row: TableRow, columns: Sequence[Column], unit: str) -> list[str]:

@@ -15,14 +15,14 @@ Importing this package does not import torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fourbit.train._config import CompareConfig as CompareConfig
 from fourbit.train._config import Settings as Settings
 from fourbit.train._config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from fourbit.recipes import Recipe
@@ -81,7 +81,12 @@ def load(
 
 
 def gradient_fidelity(
-    folder: Path, recipes: Sequence[str], *, data_dir: Path | None = None
+    folder: Path,
+    recipes: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    threads: int | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[str, Fidelity]]:
     """How much of each weight's exact gradient recipes leave, on the weights of a run and one batch.
 
@@ -95,6 +100,8 @@ def gradient_fidelity(
         folder: of a run that has a checkpoint.
         recipes: names.
         data_dir: folder of the data; None: as in the run.
+        threads: CPU threads, from now on; None: as they are.
+        progress: show a bar, if the output is a terminal.
 
     Returns:
         {recipe: {layer: Fidelity}}, from the input to the output as the network lists its layers; without layers whose exact
@@ -105,15 +112,27 @@ def gradient_fidelity(
     """
     from fourbit.train._fidelity import fidelity
 
-    return fidelity(folder, recipes, data_dir)
+    return fidelity(folder, recipes, data_dir, threads, progress)
 
 
-def compare(config: CompareConfig) -> Comparison:
+def collect(config: CompareConfig) -> Comparison:
+    """The table of those runs of a comparison that have ended, if they were made with the same settings. Trains, prints and
+    writes nothing.
+    """
+    from fourbit.train._compare import collect as collect_all
+
+    return collect_all(config)
+
+
+def compare(config: CompareConfig, *, check_data: Callable[[Any], None] | None = None) -> Comparison:
     """One run per recipe and seed, each in `config.out/<recipe>-seed<k>`, and a table of them all.
 
     Runs that are finished are left alone and unfinished ones go on, so an interrupted comparison is continued by
     calling it again. Raises as `train`; a run that diverges is noted in the table and the others go on.
+
+    Args:
+        check_data: is called with the data before each run, and may raise a UserError.
     """
     from fourbit.train._compare import compare as run_all
 
-    return run_all(config)
+    return run_all(config, check_data)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourbit import data as datasets
 from fourbit._statistics import half_interval
-from fourbit.errors import NonFiniteError
+from fourbit.errors import NonFiniteError, UserError
 from fourbit.train._config import CompareConfig, TrainConfig
 from fourbit.train._display import make_console
 from fourbit.train._folder import (
@@ -26,12 +27,13 @@ from fourbit.train._folder import (
     records,
     require_free,
     require_same,
+    require_same_data,
     same_length,
 )
 from fourbit.train._result import Result
-from fourbit.train._run import finished, run
+from fourbit.train._run import CheckData, finished, run
 from fourbit.train._table import write_tables
-from fourbit.train._validate import validated_comparison
+from fourbit.train._validate import validated, validated_comparison
 from fourbit.train.tasks import Metric, metric_of
 
 REFERENCE = "fp32"
@@ -80,11 +82,12 @@ class Comparison:
     interrupted: bool = False
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: CompareConfig, check_data: CheckData | None = None) -> Comparison:
     """See `fourbit.train.compare`. The table is printed, and written to table.md and table.json."""
     runs = validated_comparison(config)
     for each in runs:
         _check_folder(each)
+    _check_data(config, runs)
     console = make_console()
     results: list[tuple[TrainConfig, Result]] = []
     for number, each in enumerate(runs, 1):
@@ -94,7 +97,8 @@ def compare(config: CompareConfig) -> Comparison:
         if known is None or not same_length(each.out, each) or _retries(each, known):
             console.print(title, markup=False)
             try:
-                known = run(each, resume=has_run(each.out), title=title)
+                beside = results[0][1].folder if results else None
+                known = run(each, resume=has_run(each.out), title=title, beside=beside, check_data=check_data)
             except NonFiniteError as error:
                 console.print(f"diverged: {error}", markup=False, soft_wrap=True)
                 known = finished(RunFolder(each.out))
@@ -107,6 +111,21 @@ def compare(config: CompareConfig) -> Comparison:
     return comparison
 
 
+def collect(config: CompareConfig) -> Comparison:
+    """What `compare` found before: the runs of the plan that have ended, as they are. Trains, prints and writes nothing."""
+    results = []
+    for each in map(validated, config.runs()):
+        assert each.out is not None
+        try:
+            require_same(each.out, each)
+        except UserError:
+            continue
+        known = finished(RunFolder(each.out))
+        if known is not None and same_length(each.out, each):
+            results.append((each, known))
+    return Comparison(config.out, metric_of(config), _rows(config, results))
+
+
 def _check_folder(config: TrainConfig) -> None:
     """Reject a folder that holds something else than this run, before any run starts."""
     assert config.out is not None
@@ -114,6 +133,22 @@ def _check_folder(config: TrainConfig) -> None:
         require_same(config.out, config)
     else:
         require_free(config.out)
+
+
+def _check_data(config: CompareConfig, runs: Sequence[TrainConfig]) -> None:
+    """Where finished runs read another folder than this one, see whether it holds the same."""
+    elsewhere = []
+    for each in runs:
+        assert each.out is not None
+        if finished(RunFolder(each.out)) is not None:
+            read = read_json(each.out / "config.json").get("data_dir")
+            if read is not None and config.data_dir is not None and Path(read) != config.data_dir:
+                elsewhere.append(each)
+    if elsewhere:
+        identity = datasets.identity(datasets.load(config.data, config.data_dir))
+        for each in elsewhere:
+            assert each.out is not None
+            require_same_data(each.out, each, identity)
 
 
 def _retries(config: TrainConfig, known: Result) -> bool:
@@ -131,7 +166,7 @@ def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) 
         for c, r in results
         if r.stopped != "diverged" and (value := metric.of(r.test_loss, r.test_accuracy, r.test_score)) is not None
     }
-    rows = []
+    tried, rows = {(c.recipe, c.seed) for c, _ in results}, []
     for recipe in config.recipes:
         mine = {seed: measured[recipe, seed] for seed in config.seeds if (recipe, seed) in measured}
         paired = [value - measured[REFERENCE, seed] for seed, value in mine.items() if (REFERENCE, seed) in measured]
@@ -141,7 +176,7 @@ def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) 
             Row(
                 recipe=recipe,
                 values=mine,
-                diverged=tuple(seed for seed in config.seeds if seed not in mine),
+                diverged=tuple(seed for seed in config.seeds if seed not in mine and (recipe, seed) in tried),
                 difference=mean(paired),
                 difference_half=half_interval(paired),
                 train_loss=mean([loss for f in folders if (loss := _train_loss(f)) is not None]),

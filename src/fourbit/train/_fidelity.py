@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from fourbit import recipes
+from fourbit.train._display import make_console
 from fourbit.train._load import load
 
 LOSS_SCALE = 2.0**12
@@ -57,12 +59,23 @@ def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path 
     }
 
 
-def fidelity(folder: Path, names: Sequence[str], data_dir: Path | None) -> dict[str, dict[str, Fidelity]]:
+def fidelity(
+    folder: Path, names: Sequence[str], data_dir: Path | None, threads: int | None, progress: bool
+) -> dict[str, dict[str, Fidelity]]:
     """See `fourbit.train.gradient_fidelity`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = make_console()
     found: dict[str, dict[str, Fidelity]] = {}
     known: dict[recipes.Recipe, dict[str, Tensor]] = {}
-    for name in names:
-        recipe = recipes.get(name)
+    for recipe in track(
+        [recipes.get(name) for name in names],
+        description="recipes",
+        console=console,
+        transient=True,
+        disable=not (progress and console.is_terminal),
+    ):
+        name = recipe.name
         reference = exact_gradients(recipe)
         same_forward = replace(reference, name="", summary="", source="")
         if same_forward not in known:

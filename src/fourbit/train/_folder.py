@@ -34,6 +34,10 @@ LENGTH = frozenset({"epochs", "max_steps"})
 """Fields that may change too if the learning rate does not depend on the length of the run."""
 
 
+DATA = "data_identity"
+"""In config.json: `fourbit.data.identity` of what the run was trained on."""
+
+
 def finite(value: Any) -> Any:
     """`value` with null for every NaN and infinity in it."""
     if isinstance(value, float):
@@ -107,8 +111,11 @@ class RunFolder:
         finally:
             os.close(place)
 
-    def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
+    def create(self, config: TrainConfig, environment: dict[str, Any], data: str) -> None:
         """Start a new run.
+
+        Args:
+            data: `fourbit.data.identity` of the data.
 
         Raises:
             UserError: the folder is not empty, or cannot be written.
@@ -118,18 +125,18 @@ class RunFolder:
         require_free(self.path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
+        self._write_config(config, data)
         self._write("env.json", environment)
         self._truncate(0)
 
-    def reopen(self, config: TrainConfig, environment: dict[str, Any], metrics_bytes: int) -> None:
+    def reopen(self, config: TrainConfig, environment: dict[str, Any], data: str, metrics_bytes: int) -> None:
         """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
         if not self.active:
             return
         first = read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
         first.setdefault("resumed", []).append(environment)
         self._write("env.json", first)
-        self._write("config.json", config.as_dict() | {"fourbit_version": __version__})
+        self._write_config(config, data)
         self._truncate(metrics_bytes)
 
     def metrics_bytes(self) -> int:
@@ -147,6 +154,9 @@ class RunFolder:
             rest = line.encode()
             while rest:
                 rest = rest[file.write(rest) :]
+
+    def _write_config(self, config: TrainConfig, data: str) -> None:
+        self._write("config.json", config.as_dict() | {DATA: data, "fourbit_version": __version__})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         replace_file(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
@@ -197,6 +207,23 @@ def require_same(path: Path, config: TrainConfig) -> None:
                 f"the run in {path} was made with {field} {_shown(before.get(field))}, not {_shown(value)}: "
                 "repeat its settings to resume it, or choose another --out."
             )
+
+
+def require_same_data(path: Path, config: TrainConfig, data: str) -> None:
+    """Check that the run in `path` saw the data with the identity `data`. Earlier versions did not note it: then all is well.
+
+    Raises:
+        UserError: it did not.
+    """
+    written = read_json(path / "config.json")
+    if written.get(DATA, data) != data:
+        place = "the hub" if config.data_dir is None else str(config.data_dir)
+        before = written.get("data_dir") or "the hub"
+        where = f"what {place} holds has changed since then" if before == place else f"it read {before}, not {place}"
+        raise UserError(
+            f"the run in {path} was made with other examples, labels or vocabulary of {config.data}: {where}; give the data of "
+            "then (--data-dir), or choose another --out."
+        )
 
 
 def same_length(path: Path, config: TrainConfig) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fourbit import data as datasets
 from fourbit import recipes
 from fourbit.errors import UserError
 from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
-from fourbit.train._folder import RunFolder, has_run, read_json
+from fourbit.train._folder import RunFolder, has_run, read_json, require_same_data
 from fourbit.train.tasks import Task, make_task
 
 
@@ -41,6 +42,7 @@ def load(
         raise UserError(f"{folder} has no checkpoint{which}: name another run, or another epoch.")
     checkpoint = _checkpoint.load(path)
     task = make_task(config, torch.device("cpu"), 0, 1)
+    require_same_data(folder, config, datasets.identity(task.data))
     model = task.build()
     options = {"seed": config.seed, "products": config.products, "fuse": config.fuse if fuse is None else fuse}
     if recipe is None or recipe == config.recipe:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from fourbit import data as datasets
 from fourbit.errors import UserError
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
 from fourbit.train._environment import describe
-from fourbit.train._folder import RunFolder, last_record, require_free, require_same
+from fourbit.train._folder import RunFolder, last_record, require_free, require_same, require_same_data
 from fourbit.train._loop import Loop
 from fourbit.train._recorder import Recorder
 from fourbit.train._result import Result
@@ -19,9 +22,24 @@ from fourbit.train._state import LoopState, load_optimizer_tensors, load_rng_ten
 from fourbit.train._tensorboard import Board
 from fourbit.train._validate import validated
 
+CheckData = Callable[[Any], None]
 
-def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result:
-    """See `fourbit.train.train`. `title` stands in front of the progress bar."""
+
+def run(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    title: str = "",
+    beside: Path | None = None,
+    check_data: CheckData | None = None,
+) -> Result:
+    """See `fourbit.train.train`.
+
+    Args:
+        title: stands in front of the progress bar.
+        beside: folder of a run that this one will be compared with, and so must have seen the same data.
+        check_data: see `fourbit.train.compare`.
+    """
     config = validated(config)
     assert config.out is not None
     if resume:
@@ -31,15 +49,21 @@ def run(config: TrainConfig, *, resume: bool = False, title: str = "") -> Result
     session = open_session(config)
     config = session.config
     assert config.out is not None
+    if check_data is not None:
+        check_data(session.task.data)
+    identity = datasets.identity(session.task.data)
+    for other in (config.out if resume else None, beside):
+        if other is not None:
+            require_same_data(other, config, identity)
     main = session.accelerator.is_main_process
     folder = RunFolder(config.out, active=main)
     with folder.held():
-        return _train(session, folder, resume, title)
+        return _train(session, folder, resume, title, identity)
 
 
-def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Result:
+def _train(session: Session, folder: RunFolder, resume: bool, title: str, identity: str) -> Result:
     config, main = session.config, folder.active
-    state = _resume(session, folder) if resume else None
+    state = _resume(session, folder, identity) if resume else None
     if state is not None and state.step > session.total_steps:
         raise UserError(
             f"{folder.path} has trained for {state.step} steps, more than the {session.total_steps} that are asked for: "
@@ -50,9 +74,9 @@ def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Res
     if state is None:
         state = LoopState()
         if resume:
-            folder.reopen(config, _environment(session), metrics_bytes=0)
+            folder.reopen(config, _environment(session), identity, metrics_bytes=0)
         else:
-            folder.create(config, _environment(session))
+            folder.create(config, _environment(session), identity)
     board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
@@ -80,7 +104,7 @@ def finished(folder: RunFolder) -> Result | None:
     )
 
 
-def _resume(session: Session, folder: RunFolder) -> LoopState | None:
+def _resume(session: Session, folder: RunFolder, identity: str) -> LoopState | None:
     """Load the checkpoint into the session; None if the run was interrupted before the first one.
 
     Raises:
@@ -110,7 +134,7 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
         raise UserError(f"the checkpoint in {path} does not fit this run: start anew with another --out.") from error
     if state.step >= session.total_steps and finished(folder) is not None:
         return state
-    folder.reopen(session.config, _environment(session), metrics_bytes)
+    folder.reopen(session.config, _environment(session), identity, metrics_bytes)
     return state
 
 

@@ -134,9 +134,10 @@ def _check_recipes_fit(config: CompareConfig) -> None:
 
     from fourbit import models, recipes
 
-    with (
+    place = (
         nullcontext() if ":" in config.model else torch.device("meta")
-    ):  # other libraries' models are tried as they are built
+    )  # other libraries' are tried as they are built
+    with place:
         model = models.build(config.model, num_classes=10)
     for recipe in config.recipes:
         recipes.explain(model, recipe)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce._row import SCALES, ScaleName
+from fourbit.reproduce._row import SCALES, ScaleName, said_of
 from fourbit.reproduce.questions import NETWORKS
 from fourbit.train import CompareConfig, compare
 
@@ -42,6 +42,7 @@ class Studio:
         runs: folder of the training runs, shared by all figures of the scale.
         data_dir, threads, progress: as of `fourbit.train.Settings`.
         seeds: of the runs, where a figure uses several.
+        trained: what `train` was asked for, in words.
     """
 
     scale: ScaleName
@@ -51,6 +52,7 @@ class Studio:
     threads: int | None = None
     progress: bool = False
     seeds: tuple[int, ...] = (0,)
+    trained: list[str] = field(default_factory=list)
 
     def train(
         self, network: str, recipes: Sequence[str], seeds: Sequence[int] | None = None
@@ -66,6 +68,7 @@ class Studio:
             seeds=tuple(self.seeds if seeds is None else seeds),
             out=self.runs / settings["model"],
         )
+        self.trained.append(said_of(settings, config.seeds))
         comparison = compare(config)
         if comparison.interrupted:
             raise Interrupted
@@ -152,6 +155,9 @@ def draw(
     try:
         paper = f"In the paper: {PAPER[name]}.\n\n" if name in PAPER else ""
         text = f"# {title(name)}\n\n{paper}{maker(studio)}\n"
+        text += "".join(f"\nTrained: {each}.\n" for each in dict.fromkeys(studio.trained))
+        if scale == "smoke" and studio.trained:
+            text += "\nA smoke run is short, on small images: its numbers say nothing about accuracy.\n"
     except Interrupted:
         return Drawn(name, folder, "", interrupted=True)
     with _writing(folder):

@@ -28,6 +28,8 @@ class Task(ABC):
     """
 
     metric: Metric
+    data: Any
+    """What `fourbit.data.load` gave."""
     judged_at_the_end = False
     """Whether `evaluate` is so slow that only the last evaluation calls it; the others take the counts of `loss`."""
 
