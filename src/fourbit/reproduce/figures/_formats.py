@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourbit import formats
 from fourbit.quantizers import round_to_format
-from fourbit.report import panels, style
+from fourbit.report import legend, panels, style
 from fourbit.reproduce.figures._base import Studio, register, table
 from fourbit.reproduce.figures._probe import output_gradients, sample
 
@@ -119,21 +119,24 @@ def fig2b(studio: Studio) -> str:
         rows.append((name, f"{best:.2f}", f"{crossing:.2f}", f"{error[at]:.3f}", f"{100 * bias[at]:+.1f}"))
     with style():
         figure, (left, right) = panels(2, "Multiplier of radix-4 rounding", columns=2, height=3.2, sharey=False)
+        drawn = {}
         for axis, curves, label in (
             (left, errors, "squared error / squared norm"),
             (right, biases, "change of the mean magnitude"),
         ):
             for name, values in curves.items():
                 synthetic = name.startswith("log-normal")
-                axis.plot(
-                    MULTIPLIERS, values, color="#D55E00" if synthetic else "#0072B2", alpha=1 if synthetic else 0.45
-                )
-            axis.axvline(1.6, color="#333333", linewidth=0.8)
-            axis.axvline(1.85, color="#333333", linewidth=0.8, linestyle=":")
-            axis.set_xlabel("multiplier (lines: 1.6, and 1.85 dotted)")
+                color, alpha = ("#D55E00", 1.0) if synthetic else ("#0072B2", 0.45)
+                drawn[name if synthetic else "output gradient of a convolution"] = axis.plot(
+                    MULTIPLIERS, values, color=color, alpha=alpha
+                )[0]
+            drawn["1.6, the paper's"] = axis.axvline(1.6, color="#333333", linewidth=0.8)
+            drawn["1.85"] = axis.axvline(1.85, color="#333333", linewidth=0.8, linestyle=":")
+            axis.set_xlabel("multiplier")
             axis.set_ylabel(label)
         left.set_yscale("log")
         right.axhline(0, color="#333333", linewidth=0.8)
+        legend(figure, drawn)
     best = [float(row[1]) for row in rows[:-1]]
     zero = [float(row[2]) for row in rows[:-1]]
     return "\n\n".join(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fourbit import recipes
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, stream_key
-from fourbit.report import panels, style
+from fourbit.report import PALETTE, legend, panels, style
 from fourbit.reproduce.figures._base import Studio, color, register, table
 from fourbit.reproduce.figures._formats import quantized
 from fourbit.reproduce.figures._probe import output_gradients
@@ -48,18 +48,22 @@ def fig1b(studio: Studio) -> str:
     rows = []
     with style():
         figure, axes = panels(2, "Range of dL/dy by layer", columns=2, height=3.6)
+        shown = {}
         for axis, gradients, name in zip(
             axes, (first, last), (f"after epoch {keep}", f"after epoch {epochs}"), strict=True
         ):
             found = [_log2_quantiles(g) for g in gradients.values()]
             values, x = np.array([q for q, _ in found]), range(len(found))
-            axis.fill_between(x, values[:, 0], values[:, -1], color="#56B4E9", alpha=0.35, label="0.1 to 99.9 %")
-            axis.fill_between(x, values[:, 2], values[:, 4], color="#0072B2", alpha=0.5, label="25 to 75 %")
-            axis.plot(x, values[:, 3], color="#333333", label="median")
+            shown = {
+                "0.1 to 99.9 %": axis.fill_between(x, values[:, 0], values[:, -1], color="#56B4E9", alpha=0.35),
+                "1 to 99 % (table)": axis.fill_between(x, values[:, 1], values[:, 5], color="#56B4E9", alpha=0.6),
+                "25 to 75 %": axis.fill_between(x, values[:, 2], values[:, 4], color="#0072B2", alpha=0.5),
+                "median": axis.plot(x, values[:, 3], color="#333333")[0],
+            }
             axis.set_title(name, loc="left")
             axis.set_xticks(list(x), list(gradients), rotation=90, fontsize=6)
             axis.set_ylabel("log2 |dL/dy|")
-            axis.legend(loc="lower right", frameon=True, framealpha=0.85)
+        legend(figure, shown)
     for name in first:
         (a, zeros_a), (b, zeros_b) = _log2_quantiles(first[name]), _log2_quantiles(last[name])
         cells = (f"{q[1]:.1f} to {q[5]:.1f}" for q in (a, b))
@@ -115,7 +119,7 @@ def fig6(studio: Studio) -> str:
             axes, (FIG6, ("ibm2020", *MORE)), ("FP8 in some layers", "all in 4 bits"), strict=True
         ):
             for recipe in names:
-                axis.plot(curves[recipe], label=recipe)
+                axis.plot(curves[recipe], label=recipe, color=PALETTE[(*FIG6, *MORE).index(recipe)])
             axis.axhline(1, color="#333333", linewidth=0.8)
             axis.set_yscale("log", base=2)
             axis.set_title(name, loc="left")
@@ -159,10 +163,10 @@ def sums(studio: Studio) -> str:
     with style():
         figure, (axis,) = panels(1, "Channel sums of rounded gradients", columns=1, height=3.8)
         for name, values in columns.items():
-            axis.plot(np.maximum(values, 1e-8), label=name, color=color(name))
+            axis.plot([100 * v if v else np.nan for v in values], label=name, color=color(name))
         axis.set_yscale("log")
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        axis.set_ylabel("|sum| / sum of magnitudes, median channel")
+        axis.set_ylabel("|sum| / sum of magnitudes, %, median channel")
         axis.legend(ncols=3)
     return "\n\n".join(
         (

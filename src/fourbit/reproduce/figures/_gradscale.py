@@ -65,8 +65,12 @@ def fig3(studio: Studio) -> str:
             [np.log2(line["loss_scale"]) for line in shared],
             color="black",
             linestyle="--",
+            label="one scale for all layers",
         )
-        left.set_ylabel("log2 of the scale; dark: near the input")
+        for place, share in (("first", 0.0), ("last", 1.0)):
+            left.plot([], [], color=_depth(share), label=f"GradScale, {place} layer in 4 bits")
+        left.set_ylabel("log2 of the scale")
+        left.legend()
         step_axis(left)
         for recipe in ("fp32", *RECIPES):
             mean = np.mean([_accuracies(runs[recipe, s]) for s in studio.seeds], axis=0)

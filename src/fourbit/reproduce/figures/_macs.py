@@ -55,7 +55,7 @@ def macs(studio: Studio) -> str:
             axis.barh(range(len(RECIPES)), values, color="#0072B2")
             axis.set_yticks(range(len(RECIPES)), [r.removeprefix("ibm2020").lstrip("-") or "ibm2020" for r in RECIPES])
             axis.set_xlim(0, 100)
-            axis.set_title(f"{name.removesuffix('_imagenet')}, {NETWORKS[name]} pixels", loc="left")
+            axis.set_title(f"{name.removesuffix('_imagenet')}, {NETWORKS[name]} pixels", loc="left", fontsize=8)
         axes[0].invert_yaxis()  # all share it
     rows = [
         (name, f"`{recipe}`", *(f"{found[kind]:.1f}" for kind in KINDS)) for (name, recipe), found in shares.items()

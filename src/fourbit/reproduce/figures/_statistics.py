@@ -160,7 +160,7 @@ def fig5(studio: Studio) -> str:
             for kind, dashes in (("interpolated", "-"), ("recomputed", "--")):
                 axis.plot(steps, curves[recipe, kind], dashes, label=f"statistics {kind}")
             axis.set_title(recipe, loc="left")
-            axis.set_xlabel("alpha")
+            axis.set_xlabel(f"0: epoch {epochs}, 1: epoch {earlier}")
             axis.set_ylabel("test loss")
             axis.legend()
     inside = (steps > -1e-6) & (steps < 1 + 1e-6)
@@ -168,5 +168,5 @@ def fig5(studio: Studio) -> str:
         (f"`{recipe}`", kind, f"{curve[inside][0]:.3f}", f"{curve[inside][-1]:.3f}", f"{curve[inside].max():.3f}")
         for (recipe, kind), curve in curves.items()
     ]
-    head = ("recipe", "statistics", "loss at 0", "loss at 1", "largest between")
+    head = ("recipe", "statistics", f"loss at epoch {epochs}", f"at epoch {earlier}", "largest between")
     return "\n\n".join((studio.picture(figure, "fig5"), table(head, rows)))
