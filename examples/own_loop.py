@@ -6,15 +6,17 @@ python examples/own_loop.py luq
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 import torch.nn.functional as F
 
 import fourbit as fb
-from fourbit import data, models
+from fourbit import data, models, recipes
 
-recipe = sys.argv[1] if len(sys.argv) > 1 else "ibm2020"
+parser = argparse.ArgumentParser(description="Four bits in a training loop of one's own.")
+parser.add_argument("recipe", nargs="?", default="ibm2020", choices=recipes.names(), metavar="recipe")
+recipe = parser.parse_args().recipe
 digits = data.load("digits")
 torch.manual_seed(0)
 model = models.build(

@@ -43,6 +43,8 @@ def problem(error: OSError, path: Path) -> str:
     """
     if error.errno in FULL:
         return "the disk is full; free some space, or write elsewhere"
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        return f"nothing can be created in {path.parent}; write elsewhere"
     if error.errno == errno.ENOENT:
         return f"there is no folder {path.parent}; create it, or write elsewhere"
     if error.errno == errno.ENOTDIR:

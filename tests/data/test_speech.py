@@ -119,7 +119,7 @@ def test_augmentation_masks_bands_and_frames_and_leaves_the_data_alone(tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (wav(tone(300, rate=16000), rate=16000), "has 16000 samples per second, but the others have 8000: resample it"),
+        (wav(tone(300, rate=16000), rate=16000), "has 16000 samples per second, but 8000 are needed: resample it"),
         (wav(np.zeros(0, "<i2")), "has no samples: remove it"),
         (b"RIFF nonsense", "is not a WAV file that can be read"),
         (b"", "is not a WAV file that can be read"),

@@ -24,6 +24,14 @@ def test_runs_that_differ_by_seed_and_out_alone_are_one_group_sorted_by_seed(gro
     assert [r.seed for r in group.runs] == ["2", "9", "10"]
 
 
+def test_where_the_data_lay_and_what_is_recorded_separates_nothing(groups_of):
+    """Nor whether a run notes the identity of its data, which earlier versions did not."""
+    (group,) = groups_of(
+        {"seed": 0, "data_dir": "/a", "keep_every": 1}, {"seed": 1, "data_dir": "/b", "data_identity": "x"}
+    )
+    assert [r.seed for r in group.runs] == ["0", "1"]
+
+
 def test_full_precision_comes_first_and_the_rest_in_the_order_of_labels(groups_of):
     groups = groups_of(*({"recipe": r} for r in ("luq-10", "a", "fp32", "luq-9")))
     assert [g.label for g in groups] == ["fp32", "a", "luq-9", "luq-10"]

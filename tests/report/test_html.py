@@ -108,6 +108,14 @@ def test_the_page_can_be_put_elsewhere_and_named(make_run, tmp_path):
     assert (tmp_path / "mine.html").is_file()
 
 
+def test_a_name_of_another_kind_of_file_is_refused(make_run, tmp_path):
+    with pytest.raises(
+        UserError, match=r"a page of HTML, not \.pdf: give --out a folder, or a name that ends in \.html"
+    ):
+        write_report([make_run("run", epochs=1)], tmp_path / "x.pdf")
+    assert not (tmp_path / "x.pdf").exists()
+
+
 def test_strings_from_files_are_text_and_never_markup(make_run):
     nasty = '<script>alert("x")</script> $\\frac{$ & \'_x'
     run = make_run("run", recipe=nasty, epochs=2, layers=2, model="<img src=http://x>", note="<b>")

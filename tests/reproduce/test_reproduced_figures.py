@@ -134,6 +134,11 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):
     assert "fig1a is a figure and has neither rows nor columns" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown scale 'tiny'"):
         draw("fig1a", scale="tiny", out=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="there is no data folder"):
+        draw("fig6", scale="small", data_dir=tmp_path / "none", out=tmp_path)
+    assert not (tmp_path / "fig6-small").exists()
+    assert main(["reproduce", "list", "--row", "x"]) == 2
+    assert "list shows everything there is" in capsys.readouterr().err
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match="could not be written"):

@@ -168,6 +168,8 @@ def reproduce(
     from fourbit.reproduce._row import TABLES
 
     if what == "list":
+        if row is not None or columns:
+            raise UserError("list shows everything there is: leave out --row and --columns.")
         return _list_reproductions()
     if what not in TABLES:
         from fourbit.reproduce.figures import FIGURES, draw

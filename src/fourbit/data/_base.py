@@ -175,6 +175,8 @@ def load(
     if data_dir is None:
         return loader(None)
     folder = Path(data_dir).expanduser()
+    if folder.is_file():
+        raise UserError(f"the data folder {folder} is a file: give the folder that it lies in.")
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: give an existing one, or none to use the hub.")
     return loader(folder)

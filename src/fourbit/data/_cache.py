@@ -38,7 +38,7 @@ def cached(name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[s
             _write(path, tensors)
         except OSError as error:
             warnings.warn(
-                f"decoded images could not be kept in {path.parent} ({error.strerror or error}): the next start "
+                f"decoded data could not be kept in {path.parent} ({error.strerror or error}): the next start "
                 f"decodes them again; set FOURBIT_CACHE to a folder that can be written."
             )
     return tensors

@@ -164,7 +164,7 @@ def decode_wav(content: bytes, where: str, rate: int) -> Tensor:
         why = str(error) or "it is damaged"
         raise UserError(f"{where} is not a WAV file that can be read ({why}): convert it to 16-bit PCM.") from error
     if found != rate:
-        raise UserError(f"{where} has {found} samples per second, but the others have {rate}: resample it.")
+        raise UserError(f"{where} has {found} samples per second, but {rate} are needed: resample it.")
     if not raw:
         raise UserError(f"{where} has no samples: remove it.")
     if len(raw) % (width * channels):

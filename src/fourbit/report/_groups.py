@@ -1,4 +1,5 @@
-"""Runs that differ by their seed alone form a group; a group is one line in a table and one colour in a figure.
+"""Runs that differ by their seed alone, or by what does not touch the numbers, form a group: one line in a table, one colour in
+a figure.
 
 The label of a group is its recipe. Model and data set join the label where the page shows several of them, and any
 other setting where two groups share a recipe and differ in it, so that labels are short and never ambiguous. The metric
@@ -14,8 +15,9 @@ from typing import Any
 
 from fourbit.report._read import Run, planned_order, text
 
-NOT_SETTINGS = ("seed", "out")
-"""Fields of `config.json` in which the runs of one group may differ."""
+NOT_SETTINGS = ("seed", "out", "data_dir", "data_identity", "progress", "tensorboard", "tune_malloc", "workers")
+NOT_SETTINGS += ("checkpoint_every", "keep_every")
+"""Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design."""
 
 TASK = ("model", "data", "dataset")
 """Fields that say what is trained; they are shown as a bare value, and only equal ones are compared."""
@@ -73,7 +75,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group by every setting but seed and out; in the order of the comparison, or full precision first, then by label."""
+    """Group by every setting but `NOT_SETTINGS`; in the order of the comparison, or full precision first, then by label."""
     known = {_data(run): run.metric for run in runs if run.metric}
     by_settings: dict[frozenset[tuple[str, str]], tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:  # by the text of the values, so that different groups always have different labels

@@ -62,7 +62,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     paths = [Path(p) for p in paths]
     groups = group_runs(load_runs(paths))
     out = Path(out) if out is not None else paths[0] / "report"
-    page = out if out.suffix == ".html" else out / "index.html"
+    page = page_of(out)
     try:
         folder = page.parent / ("figures" if page is not out else f"{page.stem}_figures")
         if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
@@ -93,6 +93,19 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def page_of(out: Path) -> Path:
+    """The page that `out`, X.html or a folder, stands for.
+
+    Raises:
+        UserError: the name of another kind of file.
+    """
+    if out.suffix.lower() in (".pdf", ".htm", ".md", ".png", ".svg", ".txt", ".json") and not out.is_dir():
+        raise UserError(
+            f"a report is a page of HTML, not {out.suffix}: give --out a folder, or a name that ends in .html."
+        )
+    return out if out.suffix == ".html" else out / "index.html"
 
 
 def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Picture]]]) -> str:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from fourbit._files import problem, replace_file
 from fourbit.errors import UserError
-from fourbit.report._html import MARK, environment, render
+from fourbit.report._html import MARK, environment, page_of, render
 from fourbit.report._style import Plot, style
 
 
@@ -53,7 +53,7 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
     Raises:
         UserError: `out` cannot be written, or there is a page there that is not a report.
     """
-    page = out if out.suffix == ".html" else out / "index.html"
+    page = page_of(out)
     folder = page.parent / ("figures" if page is not out else f"{page.stem}_figures")
     try:
         if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +160,10 @@ def draw(
             text += "\nA smoke run is short, on small images: its numbers say nothing about accuracy.\n"
     except Interrupted:
         return Drawn(name, folder, "", interrupted=True)
+    except UserError:
+        with suppress(OSError):
+            folder.rmdir()  # if there is nothing in it
+        raise
     with _writing(folder):
         (folder / f"{name}.md").write_text(text)
     return Drawn(name, folder, text)

@@ -127,9 +127,8 @@ def fig2b(studio: Studio) -> str:
             for name, values in curves.items():
                 synthetic = name.startswith("log-normal")
                 color, alpha = ("#D55E00", 1.0) if synthetic else ("#0072B2", 0.45)
-                drawn[name if synthetic else "output gradient of a convolution"] = axis.plot(
-                    MULTIPLIERS, values, color=color, alpha=alpha
-                )[0]
+                line = axis.plot(MULTIPLIERS, values, color=color, alpha=alpha)[0]
+                drawn[name if synthetic else "output gradient of a convolution"] = line
             drawn["1.6, the paper's"] = axis.axvline(1.6, color="#333333", linewidth=0.8)
             drawn["1.85"] = axis.axvline(1.85, color="#333333", linewidth=0.8, linestyle=":")
             axis.set_xlabel("multiplier")
