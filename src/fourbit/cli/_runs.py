@@ -202,17 +202,27 @@ def reproduce(
 
 def _list_reproductions() -> int:
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce._row import COLUMNS, SHORT, TABLES, TITLES
+    from fourbit.reproduce._row import COLUMNS, SCALES, SHORT, TABLES, TITLES
     from fourbit.reproduce.figures import FIGURES, PAPER
     from fourbit.reproduce.figures import title as figure_title
 
     for name in TABLES[:-1]:
-        table = make_table(f"{name} --row", TITLES[name], "", *SHORT, "scales")
-        for r in rows_of(name).values():
+        rows = rows_of(name).values()
+        metrics = {r.metric for r in rows}
+        table = (
+            make_table(f"{name} --row", *metrics)
+            if len(metrics) == 1
+            else make_table(f"{name} --row", TITLES[name], "")
+        )
+        for title in SHORT:
+            table.add_column(title, no_wrap=True)
+        for r in rows:
             numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
-            table.add_row(r.name, r.title, r.metric, *numbers, ", ".join(r.scales))
+            missing = "".join(f", not at the scale {scale}" for scale in SCALES if scale not in r.scales)
+            table.add_row(r.name, r.title + missing, *([] if len(metrics) == 1 else [r.metric]), *numbers)
         show(table)
     say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
+    say("Scales: " + ", ".join(SCALES))
     table = make_table("questions --row", TITLES["questions"], "recipes")
     for r in rows_of("questions").values():
         table.add_row(r.name, r.title, ", ".join(r.columns))
