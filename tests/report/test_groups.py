@@ -49,6 +49,11 @@ def test_a_table_that_no_comparison_wrote_orders_nothing(groups_of, tmp_path, co
     assert [g.label for g in groups_of({"recipe": "luq"}, {"recipe": "fp32"})] == ["fp32", "luq"]
 
 
+def test_several_networks_come_one_after_the_other(groups_of):
+    found = groups_of(*({"recipe": r, "model": m} for r in ("luq", "fp32") for m in ("resnet20", "vgg16")))
+    assert [g.label for g in found] == ["fp32, resnet20", "luq, resnet20", "fp32, vgg16", "luq, vgg16"]
+
+
 def test_one_and_one_point_zero_are_the_same_setting(groups_of):
     assert len(groups_of({"lr": 1, "seed": 0}, {"lr": 1.0, "seed": 1})) == 1
 

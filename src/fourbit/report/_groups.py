@@ -75,7 +75,9 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group by every setting but `NOT_SETTINGS`; in the order of the comparison, or full precision first, then by label."""
+    """Group by every setting but `NOT_SETTINGS`; network by network, each in the order of the comparison, or full precision
+    first, then by label.
+    """
     known = {_data(run): run.metric for run in runs if run.metric}
     by_settings: dict[frozenset[tuple[str, str]], tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:  # by the text of the values, so that different groups always have different labels
@@ -90,7 +92,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     ]
     order = planned_order(runs)
     rank = {recipe: i for i, recipe in enumerate(order)}
-    return sorted(groups, key=lambda g: (rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)))
+
+    def place(g: Group) -> tuple[Any, ...]:
+        network = [_natural(setting(g.config, field)) for field in TASK]
+        return network, rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)
+
+    return sorted(groups, key=place)
 
 
 def metrics(groups: Sequence[Group]) -> list[str]:
