@@ -3,6 +3,7 @@ import shutil
 import socket
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -249,9 +250,21 @@ def _file_damaged_inside(folder):
     path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
 
 
+def _file_without_rows(folder):
+    path = folder.file("test-00000-of-00001")
+    pq.write_table(pq.read_table(path)[:0], path)
+
+
+def _file_instead_of_folder(folder):
+    shutil.rmtree(folder.path)
+    folder.path.write_text("")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_file_without_rows, r"test-00000-of-00001.parquet has no rows: replace the file, or remove it if there are"),
+        (_file_instead_of_folder, r"the data folder .*cifar10 is a file: give the folder that it lies in"),
         (_remove_folder, r"there is no data folder .*cifar10: give an existing one"),
         (_remove_files, r"no parquet file in .*cifar10"),
         (_remove_test, r"no test split in .*cifar10: name its files like test-00000-of-00001.parquet"),

@@ -99,9 +99,13 @@ def open_folder(files: Mapping[str, list[Path]]) -> dict[str, Dataset]:
         raise UserError(f"this data set needs the package datasets: {INSTALL}.") from error
     for path in (path for paths in files.values() for path in paths):
         try:
-            pq.read_schema(path)  # only the footer: names the damaged file, which `datasets` would not
+            rows = pq.read_metadata(
+                path
+            ).num_rows  # only the footer: names the damaged file, which `datasets` would not
         except Exception as error:
             raise UserError(f"cannot read {path} as parquet: replace the file ({_first_line(error)}).") from error
+        if not rows:
+            raise UserError(f"{path} has no rows: replace the file, or remove it if there are others.")
     try:
         with _quiet():
             # Not load_dataset("parquet"), which asks the hub for a page even when all files are local.
