@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 
 from fourbit import data
 from fourbit.data import LargeImages, batches, num_batches
-from fourbit.data._large_images import MEAN, STD, _middle, _random_part
+from fourbit.data._large_images import MEAN, STD, _Decoded, _middle, _random_part
 from fourbit.errors import UserError
 
 
@@ -86,6 +89,27 @@ def test_a_signal_to_the_whole_job_does_not_take_the_workers_away(photographs, n
     os.kill(workers[0].pid, number)
     assert len(seen + list(stream)) == num_batches(photographs, "train", 1)
     assert not workers[0].is_alive()
+
+
+def test_a_worker_that_hangs_does_not_outlive_the_stream(photographs, monkeypatch):
+    """It ignores SIGTERM while the stream is open, and not any more when it is closed."""
+    opened = _Decoded._open
+    monkeypatch.setattr(_Decoded, "_open", lambda self, i: time.sleep(600) if self.epoch == 7 else opened(self, i))
+    stream = batches(photographs, "train", 1, epoch=7, workers=1)
+    timer = threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGALRM))
+    before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
+    timer.start()
+    try:
+        with pytest.raises(TimeoutError):
+            next(stream)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    stream.close()
+    gc.collect()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join(30)
+        assert not worker.is_alive()
 
 
 def test_processes_decode_their_own_share_of_each_batch(photographs):

@@ -49,6 +49,18 @@ def test_a_table_that_no_comparison_wrote_orders_nothing(groups_of, tmp_path, co
     assert [g.label for g in groups_of({"recipe": "luq"}, {"recipe": "fp32"})] == ["fp32", "luq"]
 
 
+def test_runs_of_different_data_are_different_groups(groups_of):
+    found = groups_of(*({"recipe": "luq", "seed": i, "data_identity": d} for i, d in enumerate("aba")))
+    assert [(g.label, [r.seed for r in g.runs]) for g in found] == [
+        ("luq, data_identity=a", ["0", "2"]),
+        ("luq, data_identity=b", ["1"]),
+    ]
+
+
+def test_of_earlier_versions_the_folder_says_what_the_data_were(groups_of):
+    assert len(groups_of(*({"seed": i, "data_dir": d} for i, d in enumerate(("/a", "/b"))))) == 2
+
+
 def test_several_networks_come_one_after_the_other(groups_of):
     found = groups_of(*({"recipe": r, "model": m} for r in ("luq", "fp32") for m in ("resnet20", "vgg16")))
     assert [g.label for g in found] == ["fp32, resnet20", "luq, resnet20", "fp32, vgg16", "luq, vgg16"]

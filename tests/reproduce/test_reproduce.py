@@ -17,6 +17,7 @@ from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
 from fourbit.reproduce._statistics import paired, sentence
 from fourbit.reproduce._table import Column, best_of, best_table, described, sentences, table_of
 from fourbit.train import TrainConfig
+from fourbit.train._folder import RunFolder
 from fourbit.train._validate import validated
 
 
@@ -76,8 +77,23 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
         "fp32": ["0"], "ibm2020-radix2": ["1"], "ibm2020-no-tpr": ["0"], "luq": ["1"]
     }  # fmt: skip
     assert "Ours: digits_cnn on digits, 1 epoch, seeds 0, 1." in done.text
+    RunFolder(tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4").create(
+        TrainConfig(data="digits"), {}, "x"
+    )
+    edited = tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4" / "config.json"
+    edited.write_text(edited.read_text().replace('"data_identity": "x",', ""))  # of another program under way
+    other = reproduce("questions", "radix", columns=("fp32",), **changes)
+    assert "radix2" in other.text and "radix8" not in other.text and "seeds 0, 1." in other.text
     other = reproduce("questions", "phases", columns=("fp32",), **changes)  # shares the runs, but not the columns
     assert "radix2" not in other.text and "luq" not in other.text
+
+
+def test_a_folder_of_a_rows_own_keeps_every_column(tmp_path, monkeypatch):
+    small = dataclasses.replace(data.load("digits"), name="cifar10")
+    monkeypatch.setattr(data, "load", lambda name, folder=None: small)
+    changes = {"model": "digits_cnn", "tensorboard": False, "progress": False, "out": tmp_path, "scale": "smoke"}
+    reproduce("table1", "resnet18", columns=("fp32", "luq"), **changes)
+    assert "`luq`" in reproduce("table1", "resnet18", columns=("fp32",), **changes).text
 
 
 def test_a_stand_in_is_not_taken_for_the_papers_data(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fourbit import formats
+from fourbit import data, formats
 from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.reproduce.figures import FIGURES, draw
@@ -125,6 +126,14 @@ def test_kept_checkpoints_and_the_network_of_a_run(run):
         load(run, epoch=9)
     with pytest.raises(UserError, match="there is no run in"):
         load(run / "nothing")
+
+
+def test_a_figure_at_the_scale_of_the_paper_takes_no_stand_in(tmp_path, monkeypatch):
+    part = dataclasses.replace(data.load("digits"), name="cifar10")
+    monkeypatch.setattr(data, "load", lambda name, folder=None: part)
+    with pytest.raises(UserError, match="needs all of cifar10, at least 50,000 training images"):
+        draw("fig6", scale="paper", out=tmp_path)
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):

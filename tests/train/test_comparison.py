@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 
 import pytest
+import torch
 from run_files import STEPS_PER_EPOCH, snapshot
 
 from fourbit.errors import UserError
 from fourbit.report import summarize
 from fourbit.train import CompareConfig, _compare, collect, compare
+from fourbit.train._folder import RunFolder
 from fourbit.train._loop import Loop
 from fourbit.train._result import Result
 
@@ -112,6 +115,22 @@ def test_a_run_that_diverged_is_tried_again_where_nan_is_to_be_skipped(small, mo
     assert asked == [("stop", False), ("skip", True)]
 
 
+def test_a_run_that_diverged_and_cannot_go_on_stays_as_it_is(small, monkeypatch):
+    plan = {"recipes": ("fp32",), "seeds": (0,), "epochs": 2}
+    step = Loop._step
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", lambda self, *args: blow_up(self) or step(self, *args))
+        compare(small(**plan))
+    shutil.rmtree(small().out / "fp32-seed0" / "checkpoint")  # as in results that were copied
+    assert compare(small(**plan, on_nonfinite="skip")).rows[0].diverged == (0,)
+
+
+def blow_up(loop):
+    if loop.state.step == STEPS_PER_EPOCH + 1:
+        with torch.no_grad():
+            next(loop.session.model.parameters()).fill_(math.nan)
+
+
 def test_models_of_another_library_are_compared(small, few_digits):
     pytest.importorskip("transformers")
     name = "hf:vit?num_hidden_layers=2&hidden_size=16&num_attention_heads=2&intermediate_size=32&patch_size=4"
@@ -174,27 +193,42 @@ def test_runs_of_other_data_are_not_mixed_in(small, texts, monkeypatch):
         with pytest.raises(UserError, match=r"other examples, labels or vocabulary of ptb: it read .*/a, not .*/c"):
             compare(small(**plan, data_dir=other))
     (mine / "ptb.train.txt").write_text("one two three four\n" * 40)
-    with pytest.raises(UserError, match=r"what .*/a holds has changed since then"):
-        compare(small(**plan | {"seeds": (0, 1)}, data_dir=mine))
-    assert not (small().out / "fp32-seed1").exists()
+    for later in ({"seeds": (0, 1)}, {"seeds": (1, 0)}, {"recipes": ("ibm2020",)}):  # whichever comes first
+        with pytest.raises(UserError, match=r"what .*/a holds has changed since then"):
+            compare(small(**plan | later, data_dir=mine))
+    assert [p.name for p in small().out.iterdir() if p.is_dir()] == ["fp32-seed0"]
+    compare(small(**plan | {"seeds": (2,)}, data_dir=mine, out=small().out / "apart"))
+    (small().out / "apart" / "fp32-seed2").rename(small().out / "fp32-seed2")
+    with pytest.raises(UserError, match=r"fp32-seed0 and .*fp32-seed2 were made with different examples"):
+        collect(small(**plan, data_dir=mine))
 
 
 def test_what_was_found_before_is_collected(small):
     compare(small(recipes=("fp32", "int4-fwd"), seeds=(0,)))
     compare(small(recipes=("fp32",), seeds=(1,)))
-    rows = collect(small(recipes=("fp32", "int4-fwd", "ibm2020"), seeds=(0, 1))).rows
-    assert [sorted(row.values) for row in rows] == [[0, 1], [0], []]
-    assert all(row.diverged == () for row in rows)
-    assert all(not row.values for row in collect(small(lr=0.7)).rows)
+    RunFolder(small().out / "fp32-seed7").create(small().run("fp32", 7), {}, "x")  # under way
+    (small().out / "notes").mkdir()
+    (small().out / "fp32-seedling").mkdir()
+    edited = small().out / "fp32-seed7" / "config.json"
+    edited.write_text(edited.read_text().replace('"data_identity": "x",', ""))
+    rows = collect(small(recipes=("fp32", "int4-fwd", "ibm2020"), seeds=(5,))).rows
+    assert [(row.recipe, sorted(row.values), row.diverged) for row in rows] == [
+        ("fp32", [0, 1], ()),
+        ("int4-fwd", [0], ()),
+    ]
+    assert collect(small(lr=0.7)).rows == ()
 
 
-def test_data_can_be_refused_before_a_run(small):
+def test_data_can_be_refused_even_where_all_runs_are_there(small):
     def refuse(found):
         raise UserError(f"{found.num_classes} classes are too few")
 
     with pytest.raises(UserError, match="10 classes are too few"):
         compare(small(), check_data=refuse)
     assert not (small().out / "fp32-seed0").exists()
+    compare(small(recipes=("fp32",)))
+    with pytest.raises(UserError, match="10 classes are too few"):
+        compare(small(recipes=("fp32",)), check_data=refuse)
 
 
 def test_a_foreign_folder_in_the_way_is_left_alone(small, tmp_path):

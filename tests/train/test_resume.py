@@ -144,8 +144,11 @@ def test_a_run_goes_on_with_its_own_data_alone(make_config, signal_after, monkey
     assert train(config, resume=True).stopped == "done"
 
 
-def test_a_run_is_not_shortened(make_config):
-    train(make_config(epochs=2, schedule="constant"))
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_is_not_shortened(make_config, signal_after, interrupted):
+    if interrupted:
+        signal_after(6)
+    train(make_config(epochs=3 if interrupted else 2, schedule="constant"))
     before = snapshot(make_config().out)
     with pytest.raises(
         UserError, match=r"has trained for 6 steps, more than the 3 that are asked for: ask for as many"

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import io
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -163,10 +165,16 @@ def from_tables(name: str, tables: dict[str, Any]) -> LargeImages:
     return LargeImages(name, images["train"], labels["train"], images["test"], labels["test"], classes)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and SIGTERM often go to all processes of a job; the one that trains finishes its step with these workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_signals_to_the_parent(closing: Any, parent: int, worker: int) -> None:
+    """Ctrl-C and SIGTERM often go to all processes of a job; the one that trains finishes its step with these workers. Only
+    when it has closed the stream, or is gone, SIGTERM ends a worker, one that hangs too."""
+
+    def end(number: int, frame: Any) -> None:
+        if closing.value or os.getppid() != parent:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 def large_batches(
@@ -196,11 +204,12 @@ def large_batches(
     picked = [order[k * batch_size : (k + 1) * batch_size][part].tolist() for k in indices]
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
+    closing = multiprocessing.RawValue("b", 0)
     decoded = torch.utils.data.DataLoader(
         _Decoded(data, split, seed, epoch, training and augment),  # type: ignore[arg-type]
         batch_sampler=[rows for rows in picked if rows],
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_leave_signals_to_the_parent, closing, os.getpid()),
         generator=torch.Generator(),  # else it draws from torch's global one, and dropout with it
     )
     offset = torch.tensor(data.mean).mul(255).view(-1, 1, 1)
@@ -214,6 +223,8 @@ def large_batches(
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         ) from None
+    finally:
+        closing.value = 1
 
 
 class _Decoded(torch.utils.data.Dataset[Tensor]):

@@ -13,8 +13,9 @@ def synchronize(model: nn.Module) -> None:
     """Give the quantized layers of all processes one state. Call it in every process after each backward pass; with one
     process, or outside of torch.distributed, it does nothing. `fourbit train` does so itself.
 
-        PACT         clip values that the first batch decided: those of the first process (signed, if any process saw a
-                     negative number); later they move by their gradients, which DistributedDataParallel averages
+        PACT         clip values that the first batch decided: those of the first process, or, if any process saw a negative
+                     number, signed and those of the first that did; later they move by their gradients, which
+                     DistributedDataParallel averages
         GradScale    first exponents: the smallest. Then the votes of all processes are summed: the layer keeps the largest
                      gradient of those that voted as the sum says, -1 (no vote) if none did
         loss scale   the largest gradient of all

@@ -15,9 +15,15 @@ from typing import Any
 
 from fourbit.report._read import Run, planned_order, text
 
-NOT_SETTINGS = ("seed", "out", "data_dir", "data_identity", "progress", "tensorboard", "tune_malloc", "workers")
-NOT_SETTINGS += ("checkpoint_every", "keep_every")
-"""Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design."""
+NOT_SETTINGS = (
+    *("seed", "out", "data_dir", "data_identity"),
+    *("progress", "tensorboard", "log_every", "observe_every", "checkpoint_every", "keep_every"),
+    *("threads", "tune_malloc", "workers"),
+)
+"""Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design. For
+the data see `_of_one_data`."""
+
+IDENTITY = "data_identity"
 
 TASK = ("model", "data", "dataset")
 """Fields that say what is trained; they are shown as a bare value, and only equal ones are compared."""
@@ -85,8 +91,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         if metric := run.metric or known.get(_data(run)):
             fields["metric"] = metric
         by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), (fields, []))[1].append(run)
-    members = [sorted(g, key=lambda r: _natural(r.seed)) for _, g in by_settings.values()]
-    configs = [fields for fields, _ in by_settings.values()]
+    parts = [(fields | source, g) for fields, whole in by_settings.values() for source, g in _of_one_data(whole)]
+    members = [sorted(g, key=lambda r: _natural(r.seed)) for _, g in parts]
+    configs = [fields for fields, _ in parts]
     groups = [
         Group(label, config, tuple(g)) for label, config, g in zip(labels(configs), configs, members, strict=True)
     ]
@@ -98,6 +105,21 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         return network, rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)
 
     return sorted(groups, key=place)
+
+
+def _of_one_data(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
+    """The runs that saw the same data, and the field that tells them from others. `data_identity` says so; of runs that do not
+    note it, all saw the data of those that do, if these agree; where none does, the folder counts."""
+    identities = list(dict.fromkeys(text(r.config[IDENTITY]) for r in runs if IDENTITY in r.config))
+    if len(identities) == 1:
+        return [({}, list(runs))]
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        field = IDENTITY if IDENTITY in run.config else "data_dir"
+        found.setdefault((field, setting(run.config, field)), []).append(run)
+    if len(found) == 1:
+        return [({}, list(runs))]
+    return [({field: value}, g) for (field, value), g in found.items()]
 
 
 def metrics(groups: Sequence[Group]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fourbit.errors import UserError, unknown
 from fourbit.reproduce._row import ScaleName, TableName, TableRow, said_of
+from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
 from fourbit.reproduce.catalog import rows_of
 from fourbit.train import CompareConfig, collect, compare
@@ -37,7 +38,8 @@ def reproduce(
     threads: int | None = None,
     **settings: Any,
 ) -> Reproduction:
-    """Run one row of a table, or go on with it, and write reproduced.md and reproduced.json, of all its runs that lie in `out`.
+    """Run one row of a table, or go on with it, and write reproduced.md and reproduced.json, also with the row's columns that
+    earlier calls have left in `out`.
 
     Args:
         table, row: as in `fourbit.reproduce.ROWS`.
@@ -59,24 +61,22 @@ def reproduce(
     values: dict[str, Any] = {**chosen.settings(scale), "data_dir": data_dir, "threads": threads, **settings}
     if values["data"] == "digits":
         values["data_dir"] = None
-    recipes = tuple(columns) or chosen.columns
     folder = out / f"{table}-{row}-{scale}"
     parts, contents, all_columns, unit = [], [], [], ""
     for rate in chosen.rates or (None,):
         varied: dict[str, Any] = values if rate is None else values | {"lr": rate}
         place = _runs_folder(chosen, scale, out, varied["model"], rate)
-        plan = CompareConfig(**varied, recipes=recipes, seeds=tuple(seeds), out=place)
-        if compare(plan, check_data=_whole if scale == "paper" else None).interrupted:
+        plan = CompareConfig(**varied, recipes=tuple(columns) or chosen.columns, seeds=tuple(seeds), out=place)
+        if compare(plan, check_data=require_whole if scale == "paper" else None).interrupted:
             return Reproduction(chosen, folder, "", True)
-        everything = _all_in(plan, chosen)
-        comparison = collect(everything)
+        comparison = collect(replace(plan, recipes=_wanted(plan, chosen)))
         unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
         mine = columns_of(comparison, varied["lr"])
         all_columns += mine
         at = "" if rate is None else f", learning rate {rate:g}"
         parts += [
             f"**{chosen.title}** ({table}), {chosen.metric}, scale {scale}{at}",
-            f"Ours: {said_of(varied, everything.seeds)}.",
+            f"Ours: {said_of(varied, sorted({s for r in comparison.rows for s in (*r.values, *r.diverged)}))}.",
             "\n".join(table_of(chosen, mine)),
         ]
         parts += ["The paper prints the column in bold type in bold."] if chosen.bold else []
@@ -107,38 +107,15 @@ def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float |
     return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{model}-lr-{rate:g}")
 
 
-def _all_in(plan: CompareConfig, row: TableRow) -> CompareConfig:
-    """The plan, and what earlier calls have left in its folder: other columns of the row, other seeds."""
-    recipes, seeds = [*dict.fromkeys((*row.columns, *plan.recipes))], set(plan.seeds)
-    found = {(recipe, int(s)) for path in plan.out.glob("*-seed*") for recipe, s in [_named(path.name)] if s.isdigit()}
-    seeds |= {seed for recipe, seed in found if recipe in recipes}
-    present = plan.recipes + tuple(recipe for recipe, _ in found)
-    return replace(plan, recipes=tuple(r for r in recipes if r in present), seeds=tuple(sorted(seeds)))
+def _wanted(plan: CompareConfig, row: TableRow) -> tuple[str, ...]:
+    """Recipes of the table: the row's, the plan's, and, in a folder that belongs to the row alone, whatever lies there."""
+    wanted = dict.fromkeys((*row.columns, *plan.recipes))
+    if row.table != "questions":
+        from fourbit import recipes
 
-
-def _named(folder: str) -> tuple[str, str]:
-    recipe, _, seed = folder.rpartition("-seed")
-    return recipe, seed
-
-
-SIZES: dict[str, tuple[Callable[[Any], int], int, str]] = {
-    "cifar10": (lambda data: len(data.train_y), 50_000, "training images"),
-    "imagenet": (lambda data: data.num_classes, 1000, "classes"),
-    "ptb": (lambda data: len(data.vocabulary), 10_000, "words"),
-    "wmt14": (lambda data: len(data.train[0]), 4_000_000, "training pairs"),
-}
-"""What the paper's data sets have at least."""
-
-
-def _whole(data: Any) -> None:
-    """UserError for a part of a data set, or another in its place, at the scale of the paper."""
-    if data.name in SIZES:
-        count, least, what = SIZES[data.name]
-        if count(data) < least:
-            raise UserError(
-                f"the scale paper needs all of {data.name}, at least {least:,} {what}, but the data has {count(data):,}: "
-                "give the folder of the whole set (--data-dir), or choose --scale small."
-            )
+        lying = {path.name.rpartition("-seed")[0] for path in plan.out.glob("*-seed*")}
+        wanted |= dict.fromkeys(name for name in recipes.names() if name in lying)
+    return tuple(wanted)
 
 
 def _said(row: TableRow, columns: Sequence[Column], unit: str, scale: str) -> str:

@@ -116,8 +116,11 @@ def gradient_fidelity(
 
 
 def collect(config: CompareConfig) -> Comparison:
-    """The table of those runs of a comparison that have ended, if they were made with the same settings. Trains, prints and
-    writes nothing.
+    """The table of all runs in `config.out` that have ended, with any seed, if recipe and settings are those of the plan.
+    Trains, prints and writes nothing.
+
+    Raises:
+        UserError: runs of different data.
     """
     from fourbit.train._compare import collect as collect_all
 
@@ -131,7 +134,7 @@ def compare(config: CompareConfig, *, check_data: Callable[[Any], None] | None =
     calling it again. Raises as `train`; a run that diverges is noted in the table and the others go on.
 
     Args:
-        check_data: is called with the data before each run, and may raise a UserError.
+        check_data: is called with the data before the first run, and may raise a UserError.
     """
     from fourbit.train._compare import compare as run_all
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fourbit import data as datasets
 from fourbit._statistics import half_interval
 from fourbit.errors import NonFiniteError, UserError
+from fourbit.train import _checkpoint
 from fourbit.train._config import CompareConfig, TrainConfig
 from fourbit.train._display import make_console
 from fourbit.train._folder import (
+    DATA,
     RunFolder,
     has_run,
     last_record,
@@ -31,12 +33,14 @@ from fourbit.train._folder import (
     same_length,
 )
 from fourbit.train._result import Result
-from fourbit.train._run import CheckData, finished, run
+from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
 from fourbit.train._validate import validated, validated_comparison
 from fourbit.train.tasks import Metric, metric_of
 
 REFERENCE = "fp32"
+
+CheckData = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def compare(config: CompareConfig, check_data: CheckData | None = None) -> Compa
     runs = validated_comparison(config)
     for each in runs:
         _check_folder(each)
-    _check_data(config, runs)
+    _noted(config)
+    _check_data(config, runs, check_data)
     console = make_console()
     results: list[tuple[TrainConfig, Result]] = []
     for number, each in enumerate(runs, 1):
@@ -97,8 +102,7 @@ def compare(config: CompareConfig, check_data: CheckData | None = None) -> Compa
         if known is None or not same_length(each.out, each) or _retries(each, known):
             console.print(title, markup=False)
             try:
-                beside = results[0][1].folder if results else None
-                known = run(each, resume=has_run(each.out), title=title, beside=beside, check_data=check_data)
+                known = run(each, resume=has_run(each.out), title=title, beside=_noted(config))
             except NonFiniteError as error:
                 console.print(f"diverged: {error}", markup=False, soft_wrap=True)
                 known = finished(RunFolder(each.out))
@@ -112,7 +116,11 @@ def compare(config: CompareConfig, check_data: CheckData | None = None) -> Compa
 
 
 def collect(config: CompareConfig) -> Comparison:
-    """What `compare` found before: the runs of the plan that have ended, as they are. Trains, prints and writes nothing."""
+    """See `fourbit.train.collect`."""
+    _noted(config)
+    found = {_named(path) for path in config.out.glob("*-seed*")}
+    seeds = sorted({seed for recipe, seed in found if recipe in config.recipes and seed is not None})
+    config = replace(config, seeds=tuple(seeds))
     results = []
     for each in map(validated, config.runs()):
         assert each.out is not None
@@ -123,7 +131,37 @@ def collect(config: CompareConfig) -> Comparison:
         known = finished(RunFolder(each.out))
         if known is not None and same_length(each.out, each):
             results.append((each, known))
-    return Comparison(config.out, metric_of(config), _rows(config, results))
+    rows = tuple(row for row in _rows(config, results) if row.values or row.diverged)
+    return Comparison(config.out, metric_of(config), rows)
+
+
+def _named(folder: Path) -> tuple[str, int | None]:
+    """Recipe and seed of a run of a comparison."""
+    recipe, _, seed = folder.name.rpartition("-seed")
+    return recipe, int(seed) if seed.isdigit() else None
+
+
+def _noted(config: CompareConfig) -> Path | None:
+    """A run in the folder that notes the identity of the configured data; None if there is none.
+
+    Raises:
+        UserError: there are two, of different identities.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(config.out.glob("*-seed*/config.json")):
+        try:
+            written = read_json(path)
+        except UserError:
+            continue
+        if written.get("data") == config.data and DATA in written:
+            found.setdefault(written[DATA], path.parent)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"{one} and {other} were made with different examples, labels or vocabulary of {config.data} and cannot be "
+            "compared: move one of them away, or choose another --out."
+        )
+    return next(iter(found.values()), None)
 
 
 def _check_folder(config: TrainConfig) -> None:
@@ -135,28 +173,33 @@ def _check_folder(config: TrainConfig) -> None:
         require_free(config.out)
 
 
-def _check_data(config: CompareConfig, runs: Sequence[TrainConfig]) -> None:
-    """Where finished runs read another folder than this one, see whether it holds the same."""
+def _check_data(config: CompareConfig, runs: Sequence[TrainConfig], check_data: CheckData | None) -> None:
+    """Ask `check_data`, and where finished runs read another place than this comparison, see whether both hold the same."""
     elsewhere = []
     for each in runs:
         assert each.out is not None
         if finished(RunFolder(each.out)) is not None:
             read = read_json(each.out / "config.json").get("data_dir")
-            if read is not None and config.data_dir is not None and Path(read) != config.data_dir:
+            if (None if read is None else Path(read)) != config.data_dir:
                 elsewhere.append(each)
+    if not elsewhere and check_data is None:
+        return
+    found = datasets.load(config.data, config.data_dir)
+    if check_data is not None:
+        check_data(found)
     if elsewhere:
-        identity = datasets.identity(datasets.load(config.data, config.data_dir))
+        identity = datasets.identity(found)
         for each in elsewhere:
             assert each.out is not None
             require_same_data(each.out, each, identity)
 
 
 def _retries(config: TrainConfig, known: Result) -> bool:
-    """Whether a run that diverged is asked to treat NaN in another way now."""
+    """Whether a run that diverged is asked to treat NaN in another way now, and can go on."""
     assert config.out is not None
-    return (
-        known.stopped == "diverged" and read_json(config.out / "config.json").get("on_nonfinite") != config.on_nonfinite
-    )
+    other = read_json(config.out / "config.json").get("on_nonfinite") != config.on_nonfinite
+    begins = _checkpoint.find(RunFolder(config.out).checkpoint) is not None or not records(config.out, "epoch")
+    return known.stopped == "diverged" and other and begins
 
 
 def _rows(config: CompareConfig, results: Sequence[tuple[TrainConfig, Result]]) -> tuple[Row, ...]:

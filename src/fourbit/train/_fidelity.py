@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fourbit import recipes
+from fourbit.errors import UserError
 from fourbit.train._display import make_console
 from fourbit.train._load import load
 
@@ -64,6 +65,8 @@ def fidelity(
 ) -> dict[str, dict[str, Fidelity]]:
     """See `fourbit.train.gradient_fidelity`."""
     if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads is {threads}, but must be at least 1.")
         torch.set_num_threads(threads)
     console = make_console()
     found: dict[str, dict[str, Fidelity]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from fourbit.train._state import LoopState, load_optimizer_tensors, load_rng_ten
 from fourbit.train._tensorboard import Board
 from fourbit.train._validate import validated
 
-CheckData = Callable[[Any], None]
-
 
 def run(
     config: TrainConfig,
@@ -31,14 +28,12 @@ def run(
     resume: bool = False,
     title: str = "",
     beside: Path | None = None,
-    check_data: CheckData | None = None,
 ) -> Result:
     """See `fourbit.train.train`.
 
     Args:
         title: stands in front of the progress bar.
         beside: folder of a run that this one will be compared with, and so must have seen the same data.
-        check_data: see `fourbit.train.compare`.
     """
     config = validated(config)
     assert config.out is not None
@@ -49,8 +44,6 @@ def run(
     session = open_session(config)
     config = session.config
     assert config.out is not None
-    if check_data is not None:
-        check_data(session.task.data)
     identity = datasets.identity(session.task.data)
     for other in (config.out if resume else None, beside):
         if other is not None:
@@ -64,11 +57,6 @@ def run(
 def _train(session: Session, folder: RunFolder, resume: bool, title: str, identity: str) -> Result:
     config, main = session.config, folder.active
     state = _resume(session, folder, identity) if resume else None
-    if state is not None and state.step > session.total_steps:
-        raise UserError(
-            f"{folder.path} has trained for {state.step} steps, more than the {session.total_steps} that are asked for: "
-            "ask for as many, or choose another --out."
-        )
     if state is not None and state.step >= session.total_steps and (ended := finished(folder)) is not None:
         return ended
     if state is None:
@@ -108,7 +96,7 @@ def _resume(session: Session, folder: RunFolder, identity: str) -> LoopState | N
     """Load the checkpoint into the session; None if the run was interrupted before the first one.
 
     Raises:
-        UserError: a checkpoint that is damaged or of another model.
+        UserError: a checkpoint that is damaged, of another model, or of a longer run.
     """
     path = _checkpoint.find(folder.checkpoint)
     if path is None:
@@ -132,6 +120,11 @@ def _resume(session: Session, folder: RunFolder, identity: str) -> LoopState | N
         if isinstance(error, UserError):
             raise
         raise UserError(f"the checkpoint in {path} does not fit this run: start anew with another --out.") from error
+    if state.step > session.total_steps:
+        raise UserError(
+            f"{folder.path} has trained for {state.step} steps, more than the {session.total_steps} that are asked for: "
+            "ask for as many, or choose another --out."
+        )
     if state.step >= session.total_steps and finished(folder) is not None:
         return state
     folder.reopen(session.config, _environment(session), identity, metrics_bytes)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
 from fourbit.reproduce._row import SCALES, ScaleName, said_of
+from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce.questions import NETWORKS
 from fourbit.train import CompareConfig, compare
 
@@ -69,7 +70,7 @@ class Studio:
             out=self.runs / settings["model"],
         )
         self.trained.append(said_of(settings, config.seeds))
-        comparison = compare(config)
+        comparison = compare(config, check_data=require_whole if self.scale == "paper" else None)
         if comparison.interrupted:
             raise Interrupted
         for row in comparison.rows:
