@@ -77,6 +77,9 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
         "fp32": ["0"], "ibm2020-radix2": ["1"], "ibm2020-no-tpr": ["0"], "luq": ["1"]
     }  # fmt: skip
     assert "Ours: digits_cnn on digits, 1 epoch, seeds 0, 1." in done.text
+    assert "taken seed by seed" not in done.text  # every column has one seed
+    two = reproduce("questions", "radix", columns=("fp32",), seeds=(1,), **changes)
+    assert "Differences are taken seed by seed, over the seeds that both columns have." in two.text
     RunFolder(tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4").create(
         TrainConfig(data="digits"), {}, "x"
     )
@@ -170,6 +173,23 @@ def test_each_column_has_its_best_learning_rate():
     columns = [Column("fp32", {0: v}, (), lr) for v, lr in ((60.0, 0.05), (70.0, 0.1), (65.0, 0.2))]
     columns += [Column("ibm2020", {0: v}, (), lr) for v, lr in ((66.0, 0.05), (62.0, 0.1))]
     assert [(c.recipe, c.lr) for c in best_of(row, columns)] == [("fp32", 0.1), ("ibm2020", 0.05)]
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fourbit.reproduce._run.compare", stop)
+    assert main(["reproduce", "table1", "--row", "resnet18", "--scale", "smoke", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on with it" in capsys.readouterr().out
+
+
+def test_the_folder_of_shared_runs_is_named(tmp_path, capsys):
+    options = ["--columns", "fp32", "--scale", "smoke", "--no-progress", "--out", str(tmp_path)]
+    assert main(["reproduce", "questions", "--row", "zerosum", *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"runs: {tmp_path / 'networks-smoke' / 'digits_cnn'}" in printed
+    assert not list(tmp_path.rglob("table.md")) and "seconds" not in printed
 
 
 def test_the_list_shows_every_row(capsys):

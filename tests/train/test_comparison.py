@@ -190,6 +190,7 @@ def test_runs_of_other_data_are_not_mixed_in(small, texts, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_compare, "run", lambda *_, **__: pytest.fail("a run was started"))
         compare(small(**plan, data_dir=copy))
+        compare(small(**plan))  # without a folder: they are finished, and nobody needs the data
         with pytest.raises(UserError, match=r"other examples, labels or vocabulary of ptb: it read .*/a, not .*/c"):
             compare(small(**plan, data_dir=other))
     (mine / "ptb.train.txt").write_text("one two three four\n" * 40)

@@ -158,10 +158,12 @@ def reproduce(
         scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
         seeds: Seeds, separated by commas.
         columns: Recipes, separated by commas. None: the row's columns.
-        data_dir: Folder with the files of the data set. None: the Hugging Face hub.
+        data_dir: Folder with the files of the data set. None: the Hugging Face hub. Figures and questions at the scale smoke
+            take the built-in digits instead.
         threads: CPU threads. None: torch's own choice.
         progress: Show a progress bar, if the output is a terminal.
-        out: Folder; each row has a folder of its own in it.
+        out: Folder; each row and each figure has a folder of its own in it. The runs of figures and questions, which share
+            them, are in networks-SCALE.
     """
     from fourbit.reproduce import reproduce as run
     from fourbit.reproduce import rows_of
@@ -171,32 +173,35 @@ def reproduce(
         if row is not None or columns:
             raise UserError("list shows everything there is: leave out --row and --columns.")
         return _list_reproductions()
-    if what not in TABLES:
-        from fourbit.reproduce.figures import FIGURES, draw
+    try:
+        if what not in TABLES:
+            from fourbit.reproduce.figures import FIGURES, draw
 
-        if what not in FIGURES:
-            raise unknown("thing to reproduce", what, ("list", *TABLES, *FIGURES))
-        if row is not None or columns:
-            raise UserError(f"{what} is a figure and has neither rows nor columns: leave out --row and --columns.")
-        done = draw(what, scale=scale, data_dir=data_dir, out=out, threads=threads, progress=progress, seeds=seeds)
-    else:
-        if row is None:
-            raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
-        done = run(
-            cast("TableName", what),
-            row,
-            scale=scale,
-            seeds=seeds,
-            columns=columns,
-            data_dir=data_dir,
-            out=out,
-            threads=threads,
-            progress=progress,
-        )
-    if done.interrupted:
+            if what not in FIGURES:
+                raise unknown("thing to reproduce", what, ("list", *TABLES, *FIGURES))
+            if row is not None or columns:
+                raise UserError(f"{what} is a figure and has neither rows nor columns: leave out --row and --columns.")
+            done = draw(what, scale=scale, data_dir=data_dir, out=out, threads=threads, progress=progress, seeds=seeds)
+        else:
+            if row is None:
+                raise UserError(f"{what} has the rows {', '.join(rows_of(what))}: name one with --row.")
+            done = run(
+                cast("TableName", what),
+                row,
+                scale=scale,
+                seeds=seeds,
+                columns=columns,
+                data_dir=data_dir,
+                out=out,
+                threads=threads,
+                progress=progress,
+            )
+    except KeyboardInterrupt:  # outside of a training step, which ends by itself
+        done = None
+    if done is None or done.interrupted:
         say("stopped; the same command goes on with it.")
         return EXIT_INTERRUPTED
-    say(f"{done.text}\nfolder: {done.folder}")
+    say(f"{done.text}\nfolder: {done.folder}" + (f"\nruns: {done.runs}" if done.runs != done.folder else ""))
     return 0
 
 

@@ -14,14 +14,16 @@ from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
 from fourbit.reproduce.catalog import rows_of
 from fourbit.train import CompareConfig, collect, compare
+from fourbit.train._display import make_console
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came out. `interrupted`: some runs are missing, and the same call goes on with them."""
+    """What came out, and the folder of its runs. `interrupted`: some are missing, and the same call goes on with them."""
 
     row: TableRow
     folder: Path
+    runs: Path
     text: str
     interrupted: bool
 
@@ -67,8 +69,10 @@ def reproduce(
         varied: dict[str, Any] = values if rate is None else values | {"lr": rate}
         place = _runs_folder(chosen, scale, out, varied["model"], rate)
         plan = CompareConfig(**varied, recipes=tuple(columns) or chosen.columns, seeds=tuple(seeds), out=place)
-        if compare(plan, check_data=require_whole if scale == "paper" else None).interrupted:
-            return Reproduction(chosen, folder, "", True)
+        if rate is not None:
+            make_console().print(f"learning rate {rate:g}")
+        if compare(plan, check_data=require_whole if scale == "paper" else None, table=False).interrupted:
+            return Reproduction(chosen, folder, place, "", True)
         comparison = collect(replace(plan, recipes=_wanted(plan, chosen)))
         unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
         mine = columns_of(comparison, varied["lr"])
@@ -80,6 +84,8 @@ def reproduce(
             "\n".join(table_of(chosen, mine)),
         ]
         parts += ["The paper prints the column in bold type in bold."] if chosen.bold else []
+        if any(len(column.values) > 1 for column in mine):
+            parts.append("Differences are taken seed by seed, over the seeds that both columns have.")
         parts.append(_said(chosen, mine, unit, scale))
         contents.append(
             ({} if rate is None else {"lr": rate})
@@ -96,7 +102,7 @@ def reproduce(
         (folder / "reproduced.json").write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"the table could not be written to {folder}: {error.strerror or error}.") from error
-    return Reproduction(chosen, folder, text, False)
+    return Reproduction(chosen, folder, _runs_folder(chosen, scale, out, values["model"], None), text, False)
 
 
 def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float | None) -> Path:

@@ -127,7 +127,9 @@ def collect(config: CompareConfig) -> Comparison:
     return collect_all(config)
 
 
-def compare(config: CompareConfig, *, check_data: Callable[[Any], None] | None = None) -> Comparison:
+def compare(
+    config: CompareConfig, *, check_data: Callable[[Any], None] | None = None, table: bool = True
+) -> Comparison:
     """One run per recipe and seed, each in `config.out/<recipe>-seed<k>`, and a table of them all.
 
     Runs that are finished are left alone and unfinished ones go on, so an interrupted comparison is continued by
@@ -135,7 +137,8 @@ def compare(config: CompareConfig, *, check_data: Callable[[Any], None] | None =
 
     Args:
         check_data: is called with the data before the first run, and may raise a UserError.
+        table: print the table, and write it to table.md and table.json.
     """
     from fourbit.train._compare import compare as run_all
 
-    return run_all(config, check_data)
+    return run_all(config, check_data, table)

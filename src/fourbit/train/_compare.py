@@ -86,7 +86,7 @@ class Comparison:
     interrupted: bool = False
 
 
-def compare(config: CompareConfig, check_data: CheckData | None = None) -> Comparison:
+def compare(config: CompareConfig, check_data: CheckData | None = None, table: bool = True) -> Comparison:
     """See `fourbit.train.compare`. The table is printed, and written to table.md and table.json."""
     runs = validated_comparison(config)
     for each in runs:
@@ -111,7 +111,8 @@ def compare(config: CompareConfig, check_data: CheckData | None = None) -> Compa
             return Comparison(config.out, metric_of(config), (), interrupted=True)
         results.append((each, known))
     comparison = Comparison(config.out, metric_of(config), _rows(config, results))
-    write_tables(comparison, console)
+    if table:
+        write_tables(comparison, console)
     return comparison
 
 
@@ -180,7 +181,7 @@ def _check_data(config: CompareConfig, runs: Sequence[TrainConfig], check_data: 
         assert each.out is not None
         if finished(RunFolder(each.out)) is not None:
             read = read_json(each.out / "config.json").get("data_dir")
-            if (None if read is None else Path(read)) != config.data_dir:
+            if config.data_dir is not None and (read is None or Path(read) != config.data_dir):
                 elsewhere.append(each)
     if not elsewhere and check_data is None:
         return

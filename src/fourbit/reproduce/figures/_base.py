@@ -25,10 +25,11 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure that is finished, or `interrupted` before."""
+    """A figure that is finished, or `interrupted` before, and the folder of the runs that it shares with others."""
 
     name: str
     folder: Path
+    runs: Path
     text: str
     interrupted: bool = False
 
@@ -70,7 +71,7 @@ class Studio:
             out=self.runs / settings["model"],
         )
         self.trained.append(said_of(settings, config.seeds))
-        comparison = compare(config, check_data=require_whole if self.scale == "paper" else None)
+        comparison = compare(config, check_data=require_whole if self.scale == "paper" else None, table=False)
         if comparison.interrupted:
             raise Interrupted
         for row in comparison.rows:
@@ -160,14 +161,14 @@ def draw(
         if scale == "smoke" and studio.trained:
             text += "\nA smoke run is short, on small images: its numbers say nothing about accuracy.\n"
     except Interrupted:
-        return Drawn(name, folder, "", interrupted=True)
+        return Drawn(name, folder, studio.runs, "", interrupted=True)
     except UserError:
         with suppress(OSError):
             folder.rmdir()  # if there is nothing in it
         raise
     with _writing(folder):
         (folder / f"{name}.md").write_text(text)
-    return Drawn(name, folder, text)
+    return Drawn(name, folder, studio.runs if studio.trained else folder, text)
 
 
 @contextmanager

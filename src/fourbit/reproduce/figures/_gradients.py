@@ -129,7 +129,7 @@ def fig6(studio: Studio) -> str:
     return "\n\n".join(
         (
             studio.picture(figure, "fig6"),
-            table(("recipe", "variance at the first layer too small by", "projection of dW", "cosine of dW"), rows),
+            table(("recipe", "variance at the first layer, exact / rounded", "projection of dW", "cosine of dW"), rows),
         )
     )
 

@@ -155,7 +155,9 @@ def fig5(studio: Studio) -> str:
                 values.append(_loss(trained, test, recompute))
             curves[recipe, kind] = np.array(values)
     with style():
-        figure, axes = panels(len(RECIPES), f"Loss between epochs {epochs} and {earlier}", columns=3, height=3.0)
+        figure, axes = panels(
+            len(RECIPES), f"Loss on the line from epoch {epochs} to epoch {earlier}", columns=3, height=3.0
+        )
         for axis, recipe in zip(axes, RECIPES, strict=True):
             for kind, dashes in (("interpolated", "-"), ("recomputed", "--")):
                 axis.plot(steps, curves[recipe, kind], dashes, label=f"statistics {kind}")
