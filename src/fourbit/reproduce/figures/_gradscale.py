@@ -75,7 +75,7 @@ def fig3(studio: Studio) -> str:
         for recipe in ("fp32", *RECIPES):
             mean = np.mean([_accuracies(runs[recipe, s]) for s in studio.seeds], axis=0)
             right.plot(range(1, len(mean) + 1), 100 * mean, label=recipe, color=color(recipe))
-        right.set_xlabel("epoch")
+        step_axis(right, "epoch")
         right.set_ylabel("test accuracy %")
         right.legend()
     rows = []
