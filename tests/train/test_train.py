@@ -11,7 +11,7 @@ from run_files import NUM_TEST, STEPS_PER_EPOCH, metrics, snapshot, tensors
 from safetensors.torch import load_file
 
 import fourbit as fb
-from fourbit import models, recipes
+from fourbit import data, models, recipes
 from fourbit.errors import UserError
 from fourbit.recipes._fuse import Fused
 from fourbit.train import TrainConfig, train
@@ -174,7 +174,8 @@ def test_config_and_environment_are_written_with_the_defaults_filled_in(make_con
     assert written["eval_batch_size"] == 256
     assert written["alpha_weight_decay"] == 1e-4
     assert written["out"] == str(config.out)
-    assert set(written) == set(config.as_dict()) | {"fourbit_version"}
+    assert set(written) == set(config.as_dict()) | {"fourbit_version", "data_identity"}
+    assert written["data_identity"] == data.identity(data.load("digits"))
     environment = json.loads((config.out / "env.json").read_text())
     assert environment["torch"] == torch.__version__
     assert environment["device"]
