@@ -79,23 +79,51 @@ def test_the_vote_is_the_sign_of_the_sum():
     scaling = state.spec.g_scaling.scaling
     up, down = torch.tensor(scaling.max / 64), torch.tensor(scaling.max * 4)
     assert int(scaling.vote(up)) == -int(scaling.vote(down)) != 0
-    state.agree_on_votes(torch.stack((up, up, down)))
-    assert float(state.g_amax) == float(up)
-    state.agree_on_votes(torch.stack((up, down, down)))
-    assert float(state.g_amax) == float(down)
-    state.agree_on_votes(torch.stack((up, down)))
-    assert float(state.g_amax) == -1 and int(scaling.vote(state.g_amax)) == 0
+    assert float(agreed_vote(state, up, up, down)) == float(up)
+    assert float(agreed_vote(state, up, down, down)) == float(down)
+    assert float(agreed_vote(state, up, down)) == -1 and int(scaling.vote(state.g_amax)) == 0
+
+
+def agreed_vote(state: LayerState, *amax: torch.Tensor) -> torch.Tensor:
+    """What the layer keeps if several processes, equal otherwise, recorded these largest gradients."""
+    told = []
+    with torch.no_grad():
+        for each in amax:
+            state.g_amax.copy_(each)
+            told.append(state.shared())
+        state.agree(torch.stack(told))
+    return state.g_amax
 
 
 def test_the_smallest_first_exponent_wins_and_an_unset_one_does_not():
+    """The first process has seen no negative number, the second no batch, the third a negative one."""
     model = three_layers()
     state = middle(model)
-    state.g_exponent.fill_(9)
-    others = {torch.int32: [UNSET, 7], torch.int8: [-1, 1], torch.float32: [0.0, 0.25]}
+    told = []
     with torch.no_grad():
-        state.agree_on_first_batch(lambda t: torch.stack((t, *(torch.full_like(t, v) for v in others[t.dtype]))))
+        for exponent, form, alpha in ((9, 0, 1.5), (UNSET, -1, 1.0), (7, 1, 0.25)):
+            state.g_exponent.fill_(exponent)
+            state.x_signed.fill_(form)
+            state.x_alpha.fill_(alpha)
+            told.append(state.shared())
+        state.agree(torch.stack(told))
     assert int(state.g_exponent) == 7
-    assert float(state.x_alpha) == 0.25 and int(state.x_signed) == 1
+    assert float(state.x_alpha.detach()) == 0.25 and int(state.x_signed) == 1
+
+
+def test_what_the_first_batch_decided_is_told_until_all_have_it():
+    model = three_layers()
+    state = middle(model)
+    undecided = state.shared().numel()
+    with torch.no_grad():
+        state.agree(state.shared().expand(2, -1))
+        assert state.shared().numel() == undecided > state.g_amax.numel()
+        state.g_exponent.fill_(3)
+        for signed in (state.x_signed, state.w_signed):
+            if signed is not None:
+                signed.fill_(0)
+        state.agree(state.shared().expand(2, -1))
+    assert state.shared().numel() == state.g_amax.numel()
 
 
 def test_alone_it_does_nothing():

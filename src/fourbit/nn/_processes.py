@@ -31,14 +31,11 @@ def synchronize(model: nn.Module) -> None:
         return
     states = [layer.quant for layer in quantized_layers(model).values()]
     with torch.no_grad():
-        for state in states:
-            state.agree_on_first_batch(_everywhere)
-        recorded = [(state, state.g_amax) for state in states if state.g_amax is not None]
-        if recorded:
-            flat = _everywhere(torch.cat([amax.flatten() for _, amax in recorded]))
-            parts = flat.split([amax.numel() for _, amax in recorded], 1)
-            for (state, amax), part in zip(recorded, parts, strict=True):
-                state.agree_on_votes(part.view(-1, *amax.shape))
+        mine = [state.shared() for state in states]
+        if any(each.numel() for each in mine):
+            everywhere = _everywhere(torch.cat(mine)).split([each.numel() for each in mine], 1)
+            for state, part in zip(states, everywhere, strict=True):
+                state.agree(part)
 
 
 def _everywhere(t: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec
 from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
-from fourbit.ops._state import Observer as Observer
 from fourbit.ops._steps import LstmBackward as LstmBackward
 from fourbit.ops._steps import LstmForward as LstmForward
+from fourbit.ops._stored import Observer as Observer
 from fourbit.ops._watch import Watcher as Watcher
 from fourbit.ops._watch import watch as watch

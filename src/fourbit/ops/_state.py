@@ -1,26 +1,12 @@
-"""`LayerState`: everything that a quantized layer remembers, as plain tensors in a module of its own.
-
-It is the child named `quant` of each converted layer, so its tensors appear in the state_dict as `<layer>.quant.*`:
-
-    x_alpha, w_alpha    PACT clip values (Parameters), with x_signed, w_signed: -1 not yet known, 0 unsigned, 1 signed
-    g_exponent          log2 of GradScale's multiplier (int32), UNSET before the first gradient
-    g_amax              largest scaled gradient since the exponent or the loss scale last moved; -1 where there was none
-    step                [backward passes seen, whether one is pending]: the counter of the random words; the uses of a
-                        shared layer draw different words for its gradients, the same for its forward operands
-
-One vote per backward pass: backward only records the largest gradient, over all uses of the layer; the exponent moves at
-the next training forward outside a backward pass. So every use of a shared layer sees one scale, and recomputation under
-gradient checkpointing changes nothing.
-"""
+"""`LayerState`: how a quantized layer uses and changes what it remembers (`StoredState`)."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +15,7 @@ from fourbit.formats import Format
 from fourbit.ops._contraction import Which
 from fourbit.ops._product import Products
 from fourbit.ops._spec import REUSE, SLOTS, LayerSpec
+from fourbit.ops._stored import StoredState
 from fourbit.quantizers import (
     UNSET,
     ClipValue,
@@ -53,14 +40,6 @@ def along(t: Tensor, axis: int, num_dims: int) -> Tensor:
     return t.view([-1 if d == axis % num_dims else 1 for d in range(num_dims)]) if t.dim() else t
 
 
-class Observer(Protocol):
-    """Something that watches operands; it must not change them."""
-
-    def record(self, slot: str, x: Tensor, quantized: QTensor) -> None:
-        """Called after `x` became `quantized` in `slot`."""
-        ...
-
-
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 _next_handle = itertools.count()
 
@@ -76,8 +55,8 @@ def state_of(handle: int) -> LayerState:
     return _states[handle]
 
 
-class LayerState(nn.Module):
-    """State of one layer.
+class LayerState(StoredState):
+    """State of one layer: its tensors, and the quantization of its operands with them.
 
     Args:
         spec: the layer's six slots.
@@ -85,14 +64,6 @@ class LayerState(nn.Module):
         seed, index: coordinates of the layer's random words.
         products: how backends may multiply, "fast" or "exact" (see `fourbit.ops.Products`).
     """
-
-    products: Products
-    x_alpha: nn.Parameter | None
-    w_alpha: nn.Parameter | None
-    step: Tensor | None
-    g_exponent: Tensor | None
-    g_amax: Tensor | None
-    nonfinite: Tensor
 
     def __init__(
         self,
@@ -102,39 +73,7 @@ class LayerState(nn.Module):
         index: int = 0,
         products: Products = "fast",
     ):
-        super().__init__()
-        self.spec, self.seed, self.index = spec, seed, index
-        self.products: Products = products
-        self.observer: Observer | None = None
-        self._signed: dict[str, bool] = {}
-        self._undecided = False  # whether the forward pass that awaits its backward decided the form of x
-        self._uses = 0
-        self._piece = 0
-        self._known = False  # whether every exponent is set; a cache, so that it need not be read from memory
-        self._count: list[int] | None = None  # `step`, likewise: reading it from a GPU would wait for the GPU
-        self._agreed = False  # whether the clip values and exponents of the first batch are those of all processes
-        for operand in ("x", "w"):
-            operand_spec = getattr(spec, f"{operand}_fprop")
-            alpha, signed = None, None
-            if operand_spec is not None and operand_spec.scaling.stored_kind == "alpha":
-                clip: ClipValue = operand_spec.scaling
-                alpha = nn.Parameter(torch.tensor(clip.init or 1.0), requires_grad=clip.learned)
-                decided = clip.init is not None and (clip.signed_format is None or operand_spec.format.signed)
-                signed = torch.tensor(int(operand_spec.format.signed) if decided else -1, dtype=torch.int8)
-            self.register_parameter(f"{operand}_alpha", alpha)
-            self.register_buffer(f"{operand}_signed", signed)
-        exponent = amax = None
-        g_spec = spec.g_scaling
-        if g_spec is not None:
-            shape = (num_channels,) if g_spec.granularity == "channel" else ()
-            amax = torch.full(shape, -1.0)
-            if isinstance(g_spec.scaling, GradScale):
-                init = g_spec.scaling.init
-                exponent = torch.full(shape, UNSET if init is None else init, dtype=torch.int32)
-        self.register_buffer("g_exponent", exponent)
-        self.register_buffer("g_amax", amax)
-        self.register_buffer("step", torch.zeros(2, dtype=torch.int64) if spec.stochastic else None)
-        self.register_buffer("nonfinite", torch.zeros(3, dtype=torch.int64), persistent=False)
+        super().__init__(spec, num_channels, seed, index, products)
         self.handle = _enter(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,71 +108,6 @@ class LayerState(nn.Module):
     def next_piece(self) -> None:
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
         self._piece += 1
-
-    @contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Whatever the layer does in the block, its state is afterwards what it was."""
-        restore = self.snapshot()
-        try:
-            yield
-        finally:
-            restore()
-
-    def snapshot(self) -> Callable[[], None]:
-        """What the layer remembers now; a call of the result brings it back."""
-        tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
-        signed, undecided, uses, known = dict(self._signed), self._undecided, self._uses, self._known
-        count, agreed = None if self._count is None else list(self._count), self._agreed
-
-        def restore() -> None:
-            with torch.no_grad():
-                for tensor, before in tensors:
-                    tensor.copy_(before)
-            self._signed, self._undecided, self._uses, self._known = dict(signed), undecided, uses, known
-            self._count, self._agreed = None if count is None else list(count), agreed
-
-        return restore
-
-    def agree_on_votes(self, everywhere: Tensor) -> None:
-        """Keep the vote of several processes: see `fourbit.nn.synchronize`.
-
-        Args:
-            everywhere: `g_amax` of each, along a first axis.
-        """
-        amax, g_spec = self.g_amax, self.spec.g_scaling
-        assert amax is not None and g_spec is not None
-        if isinstance(g_spec.scaling, GradScale):
-            votes = g_spec.scaling.vote(everywhere)
-            everywhere = torch.where(votes == votes.sum(0).sign(), everywhere, -1.0)
-        amax.copy_(everywhere.amax(0))
-
-    def agree_on_first_batch(self, exchange: Callable[[Tensor], Tensor]) -> None:
-        """Make the clip values and exponents that the first batch decided those of all processes, likewise.
-
-        Args:
-            exchange: stacks the tensors of all processes along a new first axis.
-        """
-        if self._agreed:
-            return
-        decided = []
-        for operand in ("x", "w"):
-            alpha, signed = getattr(self, f"{operand}_alpha"), getattr(self, f"{operand}_signed")
-            if alpha is None:
-                continue
-            forms, values = exchange(signed), exchange(alpha.detach())
-            form = int(forms.max())
-            signed.fill_(form)
-            alpha.copy_(values[int((forms == form).to(torch.int8).argmax())])
-            if form >= 0:
-                self._signed[operand] = bool(form)
-            decided.append(form >= 0)
-        if self.g_exponent is not None:
-            exponents = exchange(self.g_exponent)
-            smallest = torch.where(exponents == UNSET, torch.iinfo(torch.int32).max, exponents).amin(0)
-            self.g_exponent.copy_(torch.where((exponents == UNSET).all(0), UNSET, smallest))
-            self._known = not bool((self.g_exponent == UNSET).any())
-            decided.append(self._known)
-        self._agreed = all(decided)
 
     def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
@@ -459,19 +333,6 @@ class LayerState(nn.Module):
         stream = len(SLOTS) + ("fprop", "dgrad", "wgrad").index(which)
         return stream_key(self.seed, self.index, step, stream, self._piece if which == "fprop" else self._uses)
 
-    def _form_known(self, operand: str) -> bool:
-        """Whether a batch has decided between PACT's two forms; read from the buffer once, as after a resume."""
-        signed: Tensor = getattr(self, f"{operand}_signed")
-        if operand not in self._signed and int(signed) >= 0:
-            self._signed[operand] = bool(signed)
-        return operand in self._signed
-
-    def _exponents_known(self) -> bool:
-        """Whether every exponent is set, likewise."""
-        if not self._known and self.g_exponent is not None:
-            self._known = not bool((self.g_exponent == UNSET).any())
-        return self._known
-
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
         """Format and alpha of a PACT operand; the first training batch decides what is still open."""
         clip: ClipValue = spec.scaling  # type: ignore[assignment]
@@ -498,20 +359,3 @@ class LayerState(nn.Module):
         clip = spec.scaling
         signed = isinstance(clip, ClipValue) and self._signed.get(operand) and not spec.format.signed
         return clip.signed_format or spec.format if isinstance(clip, ClipValue) and signed else spec.format
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A float checkpoint has none of these tensors: then the state stays as it is, and nothing counts as missing."""
-        self._signed.clear()
-        self._undecided = self._known = self._agreed = False
-        self._count = None
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerState:
-        """Moves between devices, but keeps float32: scales span more than half precision's range."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
