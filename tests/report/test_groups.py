@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fourbit.report._groups import group_runs, labels, reference_of
+from fourbit.report._groups import group_runs, labels, networks, reference_of
 from fourbit.report._read import load_runs
 
 
@@ -81,8 +81,38 @@ def test_a_setting_joins_the_label_only_where_two_groups_of_a_recipe_differ_in_i
         "fp32",
         "luq, lr=0.05, clip=none",
         "luq, lr=0.05, clip=unset",
-        "luq, lr=0.1, clip=unset",
+        "luq, lr=0.1",
     ]
+
+
+def test_seeds_of_an_earlier_version_with_fewer_fields_join_those_of_a_newer(groups_of):
+    (group,) = groups_of({"seed": 0}, {"seed": 1, "clip": None})
+    assert [r.seed for r in group.runs] == ["0", "1"]
+    assert group.config["clip"] is None
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"seed": 0, "clip": 1.0}],  # the seed is there already
+        [{"seed": 1, "clip": 1.0}, {"seed": 1, "clip": 2.0}],  # with which of the two?
+        [{"seed": 1, "clip": 1.0, "lr": 0.5}],
+    ],
+)
+def test_runs_with_fewer_fields_stay_apart_where_it_is_not_certain_that_they_are_the_same(groups_of, others):
+    groups = groups_of({"seed": 0, "lr": 0.1}, *({"lr": 0.1} | other for other in others))
+    assert len(groups) == 1 + len(others)
+
+
+def test_groups_of_several_networks_have_a_name_within_theirs_and_look_alike(groups_of):
+    groups = groups_of(
+        {"recipe": "luq", "model": "resnet20"},
+        {"recipe": "ibm2020", "model": "resnet20"},
+        {"recipe": "fp32", "model": "vgg16"},
+        {"recipe": "luq", "model": "vgg16"},
+    )
+    assert [[g.name for g in part] for part in networks(groups)] == [["ibm2020", "luq"], ["fp32", "luq"]]
+    assert groups[1].place == groups[3].place != groups[0].place
 
 
 def test_models_and_data_sets_are_named_for_every_group_once_there_are_several():

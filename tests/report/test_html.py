@@ -192,8 +192,8 @@ def test_each_metric_has_its_own_sentences_tables_and_figures(make_run, tmp_path
     assert text.count("test accuracy (%)") == 2  # results, runs
     assert text.count("test perplexity") == 3  # and a sentence
     assert text.count("Best against full precision: ") == 2
-    assert "Test accuracy by recipe" in page.read_text()
-    assert "Test perplexity by recipe" in page.read_text()
+    assert ": test accuracy by recipe" in page.read_text()
+    assert "lstm on ptb: test perplexity by recipe" in page.read_text()
     fp32, luq = (load_run(tmp_path / f"{r}-p").result for r in ("fp32", "luq"))
     assert f"luq, lstm, ptb with {luq:.2f} (+{luq - fp32:.2f})." in text
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fourbit.report._groups import Group, metrics, reference_of
+from fourbit.report._groups import Group, reference_of
 from fourbit.report._metric import decimal, heading, name, sign
 from fourbit.report._read import Run, number
 from fourbit.report._stats import Series, across, mean_std, smooth
@@ -52,7 +52,7 @@ def final_result(groups: Sequence[Group], metric: str) -> Plot | None:
             axis.plot([mean - std, mean + std], [row, row], color=color, linewidth=1.2)
         if group.is_reference:
             axis.axvline(mean, color=color, linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(rows)), [short(g.label, 44) for g in rows])
+    axis.set_yticks(range(len(rows)), [short(g.name, 44) for g in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8))
     axis.margins(x=0.06)
@@ -60,7 +60,7 @@ def final_result(groups: Sequence[Group], metric: str) -> Plot | None:
     title = f"Test {_name(metric)} by recipe"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return Plot(
-        _file("result", groups, metric),
+        "result",
         title,
         "One dot per seed; the upright bar is the mean over seeds and the line through it one standard deviation to "
         "either side. The dotted vertical line marks full precision: recipes whose dots surround it lose nothing."
@@ -91,13 +91,13 @@ def training_curves(groups: Sequence[Group], metric: str) -> Plot | None:
     _dress_metric(right, metric)
     if sign(metric) < 0 and _log_if_wide(right):
         right.set_ylabel(short(f"{heading(metric)}, log scale"))
-    legend(figure, {g.label: _handle(look[g.label]) for g in shown})
+    legend(figure, {g.name: _handle(look[g.label]) for g in shown})
     caption = "Thick lines are means over seeds, thin lines single seeds" + (
         ", bands reach from the lowest to the highest seed." if with_band else "."
     )
     if width > 1:
         caption += f" The loss is a running mean over {width} logged points."
-    return Plot(_file("curves", groups, metric), title, caption + _cross_note(shown), figure)
+    return Plot("curves", title, caption + _cross_note(shown), figure)
 
 
 def curves_beside_reference(groups: Sequence[Group], metric: str) -> Plot | None:
@@ -115,17 +115,17 @@ def curves_beside_reference(groups: Sequence[Group], metric: str) -> Plot | None
         if reference is not None:
             _group_curve(axis, [_metric(r) for r in reference.runs], look[reference.label], False, None)
         _group_curve(axis, [_metric(r) for r in group.runs], look[group.label], True, group)
-        panel_title(axis, group.label, look[group.label], 30)
+        panel_title(axis, group.name, look[group.label], 27 if len(others) > 6 else 36)
         _dress_metric(axis, metric)
     outer_labels(axes)
     better = sign(metric)
     _cut_start(axes, better)
     beyond = [_mark_beyond(axis, group, look[group.label], better) for axis, group in zip(axes, others, strict=True)]
     if references:
-        legend(figure, {g.label: _handle(look[g.label]) for g in references})
+        legend(figure, {g.name: _handle(look[g.label]) for g in references})
     against = "against full precision (dark grey) " if references else ""
     return Plot(
-        _file("curves-each", groups, metric),
+        "curves-each",
         title,
         f"The same curves {against}with one panel per recipe and a common vertical axis that leaves out "
         f"the first quarter of training and results far {_worse(metric)} the others; the band reaches "
@@ -250,12 +250,6 @@ def _name(metric: str) -> str:
 
 def _worse(metric: str) -> str:
     return "below" if sign(metric) > 0 else "above"
-
-
-def _file(plot: str, groups: Sequence[Group], metric: str) -> str:
-    """The name of a figure that there is once for each metric: numbered from the second on."""
-    index = metrics(groups).index(metric)
-    return f"{plot}-{index + 1}" if index else plot
 
 
 def _handle(look: Look) -> Artist:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fourbit.report._read import Run, planned_order, text
@@ -37,11 +37,17 @@ _NO_METRIC = "result"
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration over its seeds (sorted)."""
+    """The runs of one configuration over its seeds (sorted).
+
+    `label` tells it from all others on the page, `name` from those of the same network and data; groups of one name are drawn
+    alike: `place` counts the names before it, of full precision and of the rest apart.
+    """
 
     label: str
     config: Mapping[str, Any]
     runs: tuple[Run, ...]
+    name: str
+    place: int
 
     @property
     def recipe(self) -> str:
@@ -91,12 +97,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         if metric := run.metric or known.get(_data(run)):
             fields["metric"] = metric
         by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), (fields, []))[1].append(run)
-    parts = [(fields | source, g) for fields, whole in by_settings.values() for source, g in _of_one_data(whole)]
+    whole = _with_newer(list(by_settings.values()))
+    parts = [(fields | source, g) for fields, members in whole for source, g in _of_one_data(members)]
     members = [sorted(g, key=lambda r: _natural(r.seed)) for _, g in parts]
     configs = [fields for fields, _ in parts]
-    groups = [
-        Group(label, config, tuple(g)) for label, config, g in zip(labels(configs), configs, members, strict=True)
-    ]
+    label_of, name_of = labels(configs), _names(configs)
+    groups = [Group(label_of[i], configs[i], tuple(g), name_of[i], 0) for i, g in enumerate(members)]
     order = planned_order(runs)
     rank = {recipe: i for i, recipe in enumerate(order)}
 
@@ -104,7 +110,68 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         network = [_natural(setting(g.config, field)) for field in TASK]
         return network, rank.get(g.recipe, len(order)), not g.is_reference, _natural(g.label)
 
-    return sorted(groups, key=place)
+    ordered = sorted(groups, key=place)
+    names = [list(dict.fromkeys(g.name for g in ordered if g.is_reference is kind)) for kind in (False, True)]
+    return [replace(g, place=names[g.is_reference].index(g.name)) for g in ordered]
+
+
+def networks(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups of each model on each data set."""
+    found: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        found.setdefault(_task(group.config), []).append(group)
+    return list(found.values())
+
+
+def title(groups: Sequence[Group]) -> str:
+    """What was trained on what, such as "resnet20 on cifar10"."""
+    model, data = _values(groups, "model"), _values(groups, *TASK[1:])
+    words = listing(model, 3) or "4-bit training"
+    return f"{words} on {listing(data, 3)}" if data else words
+
+
+def listing(items: Sequence[str], at_most: int) -> str:
+    """The first of them, and how many more there are."""
+    kept = list(items[:at_most])
+    return ", ".join(kept) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
+
+
+def _values(groups: Sequence[Group], *names: str) -> list[str]:
+    found = [setting(g.config, n) for g in groups for n in names if n in g.config]
+    return list(dict.fromkeys(found))
+
+
+def _task(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(setting(config, k) for k in TASK)
+
+
+def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The label of each configuration among those of the same task."""
+    found = [""] * len(configs)
+    for task in dict.fromkeys(map(_task, configs)):
+        places = [i for i, c in enumerate(configs) if _task(c) == task]
+        for i, label in zip(places, labels([configs[i] for i in places]), strict=True):
+            found[i] = label
+    return found
+
+
+def _with_newer(groups: Sequence[tuple[dict[str, Any], list[Run]]]) -> list[tuple[dict[str, Any], list[Run]]]:
+    """An earlier version wrote fewer fields: its runs join, as further seeds, those that have its fields and more, if only one
+    group does."""
+    kept: list[tuple[dict[str, Any], list[Run]]] = []
+    for fields, runs in sorted(groups, key=lambda g: -len(g[0])):
+        hosts = [
+            host
+            for host in kept
+            if ("metric" in host[0]) is ("metric" in fields)
+            and not {r.seed for r in host[1]} & {r.seed for r in runs}
+            and all(name in host[0] and setting(host[0], name) == setting(fields, name) for name in fields)
+        ]
+        if len(hosts) == 1:
+            hosts[0][1].extend(runs)
+        else:
+            kept.append((fields, list(runs)))
+    return kept
 
 
 def _of_one_data(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
@@ -134,13 +201,19 @@ def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     ['fp32', 'luq, lr=0.1', 'luq, lr=0.2']
     """
     task = [k for k in TASK if k in differing(configs)]
-    found = []
+
+    def label(config: Mapping[str, Any], fields: Sequence[str]) -> str:
+        parts = [setting(config, "recipe"), *(setting(config, k) for k in task)]
+        return ", ".join([*parts, *(f"{k}={setting(config, k)}" for k in fields)])
+
+    found, full = [], []
     for config in configs:
         peers = [c for c in configs if all(setting(c, k) == setting(config, k) for k in ("recipe", *task))]
         extra = [k for k in differing(peers) if k not in task]
-        parts = [setting(config, "recipe"), *(setting(config, k) for k in task)]
-        found.append(", ".join([*parts, *(f"{k}={setting(config, k)}" for k in extra)]))
-    return found
+        named = [k for k in extra if len({setting(c, k) for c in peers if k in c}) > 1]
+        found.append(label(config, named))
+        full.append(label(config, extra))
+    return [full[i] if found.count(one) > 1 else one for i, one in enumerate(found)]
 
 
 def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:

@@ -92,7 +92,7 @@ def gradient_histograms(group: Group, index: int) -> Plot | None:
     names = coarse or names  # layers in 16 bits, such as the first and the last, show nothing of interest
     chosen = list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
     slots = [s for s in GRADIENT_SLOTS if any(last[n][s] for n in chosen)]
-    title = f"Gradients on the grid: {short(group.label, 60)}"
+    title = f"Gradients on the grid: {short(group.name, 60)}"
     figure = Figure(figsize=(WIDTH, 1.95 * len(chosen) + 1.0), layout="constrained")
     grid = figure.subplots(len(chosen), len(slots), squeeze=False, sharex=True)
     keys: dict[str, Artist] = {}

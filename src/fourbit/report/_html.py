@@ -20,7 +20,7 @@ from fourbit._files import problem, replace_file
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._figures import Section, sections
-from fourbit.report._groups import TASK, Group, group_runs, metrics, setting
+from fourbit.report._groups import Group, group_runs, listing, metrics, title
 from fourbit.report._metric import name, sign, unit
 from fourbit.report._read import load_runs, text
 from fourbit.report._stats import RecipeSummary, summarize_group
@@ -134,13 +134,6 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
     )
 
 
-def title(groups: Sequence[Group]) -> str:
-    """What was trained on what, such as "resnet20 on cifar10"."""
-    model, data = _values(groups, "model"), _values(groups, *TASK[1:])
-    words = _listing(model, 3) or "4-bit training"
-    return f"{words} on {_listing(data, 3)}" if data else words
-
-
 def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:
     """One short paragraph: what was trained, with which recipes and seeds, and what came out."""
     runs = [r for g in groups for r in g.runs]
@@ -149,8 +142,8 @@ def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary
     parts = [
         f"{title(groups)}: {_count(len(runs), 'run')}"
         + _length(groups)
-        + f" with {_count(len(recipes), 'recipe')} ({_listing(recipes, 12)}), "
-        + f"seed{'s' if len(seeds) != 1 else ''} {_listing(seeds, 10)}."
+        + f" with {_count(len(recipes), 'recipe')} ({listing(recipes, 12)}), "
+        + f"seed{'s' if len(seeds) != 1 else ''} {listing(seeds, 10)}."
     ]
     for metric in metrics(groups):
         parts.extend(_result(metric, [(g, s) for g, s in zip(groups, summaries, strict=True) if g.metric == metric]))
@@ -203,16 +196,6 @@ def _against(summary: RecipeSummary) -> str:
 
 def _reached(summary: RecipeSummary) -> str:
     return tables.measured(summary.metric_mean, summary.metric_std) + unit(summary.metric)
-
-
-def _values(groups: Sequence[Group], *names: str) -> list[str]:
-    found = [setting(g.config, n) for g in groups for n in names if n in g.config]
-    return list(dict.fromkeys(found))
-
-
-def _listing(items: Sequence[str], at_most: int) -> str:
-    kept = list(items[:at_most])
-    return ", ".join(kept) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
 
 
 def _count(number: int, noun: str) -> str:

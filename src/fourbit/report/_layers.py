@@ -94,7 +94,7 @@ def layer_lines(groups: Sequence[Group], key: str, title: str, unit: str, captio
                 drawstyle="steps-mid" if key == "g_exponent" else "default",
                 marker="o" if len(trace.steps) == 1 else None,
             )
-        panel_title(axis, f"{group.label} ({len(having)} layer{'s' if len(having) > 1 else ''})", look[group.label])
+        panel_title(axis, f"{group.name} ({len(having)} layer{'s' if len(having) > 1 else ''})", look[group.label])
         axis.set_ylabel(unit)
         axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=key == "g_exponent"))
         step_axis(axis)
@@ -164,7 +164,7 @@ def slot_lines(groups: Sequence[Group]) -> Plot | None:
             if statistic.is_share:
                 axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
             step_axis(axis, "optimizer step" if row is grid[-1] else "")
-        panel_title(row[0], group.label, look[group.label], 36)
+        panel_title(row[0], group.name, look[group.label], 36)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     legend(figure, {s: slots[s] for s in SLOT_COLOR if s in slots})
     return Plot(
@@ -186,7 +186,7 @@ def slot_map(groups: Sequence[Group], statistic: Statistic) -> Plot | None:
     tables = [np.stack([g.shown.trace.last(s, statistic.key) for s in g.shown.trace.slots()], axis=1) for g in shown]
     num_layers = max(len(t) for t in tables)
     same = all(g.shown.trace.layers == shown[0].shown.trace.layers for g in shown)
-    columns = 3 if not same or len(shown) <= 3 else 4 if len(shown) <= 8 or max(len(g.label) for g in shown) > 18 else 5
+    columns = 3 if not same or len(shown) <= 3 else 4 if len(shown) <= 8 or max(len(g.name) for g in shown) > 18 else 5
     title = f"{statistic.title} by layer and slot, newest observation"
     height = 0.75 + _row_height(num_layers) * num_layers
     figure, axes = panels(len(shown), title, columns=columns, height=height, sharey=False, extra=0.75)
@@ -198,7 +198,7 @@ def slot_map(groups: Sequence[Group], statistic: Statistic) -> Plot | None:
         _name_cells(axis, group, named=not same or spec is None or spec.is_first_col())
         if len(table) <= 40:
             _write_numbers(axis, table, statistic, norm)
-        panel_title(axis, group.label, look[group.label], 90 // min(columns, len(shown)) - 1)
+        panel_title(axis, group.name, look[group.label], 90 // min(columns, len(shown)) - 1)
         axis.grid(False)
     bar = figure.colorbar(
         ScalarMappable(norm, statistic.colors), ax=axes, orientation="horizontal", fraction=0.02, aspect=60, pad=0.01

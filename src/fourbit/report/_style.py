@@ -86,19 +86,12 @@ def style() -> Iterator[None]:
 
 
 def looks(groups: Sequence[Group]) -> dict[str, Look]:
-    """Colour and dashes of each group by label."""
+    """Colour and dashes of each group by label; groups of different networks that have the same name look the same."""
     found: dict[str, Look] = {}
-    references, others = 0, 0
     for group in groups:
-        if group.is_reference:
-            found[group.label] = Look(
-                REFERENCE_COLOR, DASHES[references % len(DASHES)], MARKERS[references % len(MARKERS)]
-            )
-            references += 1
-        else:
-            cycle, index = divmod(others, len(PALETTE))
-            found[group.label] = Look(PALETTE[index], DASHES[cycle % len(DASHES)], MARKERS[cycle % len(MARKERS)])
-            others += 1
+        cycle, index = divmod(group.place, 1 if group.is_reference else len(PALETTE))
+        color = REFERENCE_COLOR if group.is_reference else PALETTE[index]
+        found[group.label] = Look(color, DASHES[cycle % len(DASHES)], MARKERS[cycle % len(MARKERS)])
     return found
 
 
@@ -135,9 +128,10 @@ def panels(
 
 
 def legend(figure: Figure, entries: Mapping[str, Artist], title: str | None = None) -> None:
-    """A legend under the panels, in as many columns as its longest entry allows."""
+    """A legend under the panels, in as many columns as its longest entry allows; the figure grows with its lines."""
     names = [short(name, 44) for name in entries]
     columns = max(1, min(len(names), int(120 / (max(map(len, names)) + 8))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, math.ceil(len(names) / columns) - 3))
     figure.legend(list(entries.values()), names, loc="outside lower center", ncols=columns, title=title)
 
 
@@ -149,8 +143,25 @@ def step_axis(axis: Axes, label: str = "optimizer step") -> None:
 
 
 def panel_title(axis: Axes, label: str, look: Look | None = None, length: int = 38) -> None:
-    """The recipe above its panel, in its colour."""
-    axis.set_title(short(label, length), loc="left", color=look.color if look else "black", fontweight="bold")
+    """The recipe above its panel, in its colour, its settings in lines of at most `length` characters."""
+    lines = wrapped(label, length)
+    axis.set_title("\n".join(lines), loc="left", color=look.color if look else "black", fontweight="bold")
+
+
+def wrapped(label: str, length: int) -> list[str]:
+    """`label` broken at its commas; what is longer than a line is cut in its middle.
+
+    >>> wrapped("ibm2020-corrected, epochs=3, lr=0.05, schedule=step", 27)
+    ['ibm2020-corrected,', 'epochs=3, lr=0.05,', 'schedule=step']
+    """
+    lines: list[str] = []
+    *parts, last = label.split(", ")
+    for part in (*(f"{each}," for each in parts), last):
+        if lines and len(lines[-1]) + 1 + len(part) <= length:
+            lines[-1] = f"{lines[-1]} {part}"
+        else:
+            lines.append(short(part, length))
+    return lines
 
 
 def outer_labels(axes: Sequence[Axes]) -> None:
