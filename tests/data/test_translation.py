@@ -70,7 +70,10 @@ def test_test_pairs_all_come_and_lengths_are_similar(pairs_of_text):
 
 def test_empty_and_overlong_training_pairs_are_left_out(tmp_path):
     rows = {"en": ["a", "", "b " * 300, "c"], "de": ["x", "y", "z", "w"]}
-    found = data.load("multi30k", write_pairs(tmp_path / "data", **rows))
+    with pytest.warns(
+        UserWarning, match="2 of 4 training pairs are left out: a side is empty, or has more than 250 tokens."
+    ):
+        found = data.load("multi30k", write_pairs(tmp_path / "data", **rows))
     assert isinstance(found, TranslationData)
     assert len(found.train[0]) == 2 and len(found.test[0]) == 4
 

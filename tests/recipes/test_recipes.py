@@ -389,6 +389,18 @@ def test_the_loss_scale_starts_where_the_first_gradients_just_fit():
     assert restored.value == 4.0 and restored.clean_steps == 4
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_loss_scale_doubles_after_so_many_steps_without_overflow(interval):
+    net = fb.convert(Net(), "ibm2020-global-scale")
+    scaler, (x, y), found = fb.loss_scaler(net, interval), batch(), []
+    scaler.load_state_dict({"value": 1.0, "clean_steps": 0})
+    for _ in range(4):
+        (scaler.scale(F.cross_entropy(net(x), y)) * 2.0**-30).backward()
+        scaler.update()
+        found.append(scaler.value)
+    assert found == {1: [2.0, 4.0, 8.0, 16.0], 2: [1.0, 2.0, 2.0, 4.0]}[interval]
+
+
 def test_the_loss_scale_sees_the_largest_gradient_of_all_backward_passes_of_a_step():
     """The second of two passes is small; the first, out of range, still halves the scale, and is forgotten after it."""
     net = fb.convert(Net(), "ibm2020-global-scale")

@@ -91,6 +91,18 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
     assert "radix2" not in other.text and "luq" not in other.text
 
 
+def test_the_table_alone_is_that_of_the_finished_runs(tmp_path):
+    changes = {"tensorboard": False, "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
+    with pytest.raises(UserError, match="digits_cnn has no finished run of radix at the scale smoke: check --out, or"):
+        reproduce("questions", "radix", table_only=True, **changes)
+    done = reproduce("questions", "radix", columns=("fp32", "ibm2020-radix2"), **changes)
+    runs = sorted(path.name for path in done.runs.iterdir())
+    (done.folder / "reproduced.md").unlink()
+    assert reproduce("questions", "radix", table_only=True, **changes).text == done.text
+    assert (done.folder / "reproduced.md").read_text() == done.text
+    assert sorted(path.name for path in done.runs.iterdir()) == runs
+
+
 def test_a_folder_of_a_rows_own_keeps_every_column(tmp_path, monkeypatch):
     small = dataclasses.replace(data.load("digits"), name="cifar10")
     monkeypatch.setattr(data, "load", lambda name, folder=None: small)
@@ -173,6 +185,8 @@ def test_each_column_has_its_best_learning_rate():
     columns = [Column("fp32", {0: v}, (), lr) for v, lr in ((60.0, 0.05), (70.0, 0.1), (65.0, 0.2))]
     columns += [Column("ibm2020", {0: v}, (), lr) for v, lr in ((66.0, 0.05), (62.0, 0.1))]
     assert [(c.recipe, c.lr) for c in best_of(row, columns)] == [("fp32", 0.1), ("ibm2020", 0.05)]
+    more = [Column("fp32", {0: 60.0}, (), 0.05), Column("fp32", {0: 61.0, 1: 50.0, 2: 50.0}, (), 0.1)]
+    assert [c.lr for c in best_of(row, more)] == [0.1]  # by the seed that both have
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):

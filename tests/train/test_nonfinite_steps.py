@@ -126,12 +126,18 @@ def test_an_infinite_gradient_alone_is_noticed(make_config, monkeypatch):
 
 
 def test_a_loss_scale_that_overflows_is_halved_and_no_fault(make_config, monkeypatch):
-    config = make_config(recipe="ibm2020-global-scale", epochs=1)
+    config = make_config(recipe="ibm2020-global-scale", epochs=1, loss_scale_interval=7)
     from fourbit.recipes import LossScaler
 
-    init = LossScaler.__init__
-    monkeypatch.setattr(LossScaler, "__init__", lambda self, model, **_: init(self, model, init=2.0**140))
+    init, intervals = LossScaler.__init__, []
+
+    def far_too_large(self, model, interval):
+        intervals.append(interval)
+        init(self, model, init=2.0**140)
+
+    monkeypatch.setattr(LossScaler, "__init__", far_too_large)
     result = train(config)
+    assert intervals == [7]
     assert result.stopped == "done"
     assert result.skipped == STEPS_PER_EPOCH  # far too large for float32: halved at every step, never small enough
     assert torch.isfinite(torch.tensor(result.test_loss))

@@ -145,6 +145,7 @@ def reproduce(
     data_dir: Path | None = None,
     threads: int | None = None,
     progress: bool = True,
+    table_only: Annotated[bool, Parameter(negative="")] = False,
     out: Path = Path("runs/reproduce"),
 ) -> int:
     """Reproduce a row of the paper's tables, with the paper's numbers beside ours, a figure, or an open question.
@@ -162,6 +163,7 @@ def reproduce(
             take the built-in digits instead.
         threads: CPU threads. None: torch's own choice.
         progress: Show a progress bar, if the output is a terminal.
+        table_only: Train nothing: write the table of a row from the runs that lie in --out and are finished.
         out: Folder; each row and each figure has a folder of its own in it. The runs of figures and questions, which share
             them, are in networks-SCALE.
     """
@@ -181,6 +183,8 @@ def reproduce(
                 raise unknown("thing to reproduce", what, ("list", *TABLES, *FIGURES))
             if row is not None or columns:
                 raise UserError(f"{what} is a figure and has neither rows nor columns: leave out --row and --columns.")
+            if table_only:
+                raise UserError(f"{what} is a figure and looks into the trained networks: leave out --table-only.")
             done = draw(what, scale=scale, data_dir=data_dir, out=out, threads=threads, progress=progress, seeds=seeds)
         else:
             if row is None:
@@ -195,6 +199,7 @@ def reproduce(
                 out=out,
                 threads=threads,
                 progress=progress,
+                table_only=table_only,
             )
     except KeyboardInterrupt:  # outside of a training step, which ends by itself
         done = None

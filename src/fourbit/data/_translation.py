@@ -7,6 +7,7 @@ and 2 are padding, begin and end.
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,13 @@ def encode_pairs(
         sides = [Sentences.of(_encoded(tokenizer, file, found, side)) for side in (0, 1)]
         if split == "train":
             fits = [(s.lengths > 1) & (s.lengths <= longest) for s in sides]
-            sides = [s.only(fits[0] & fits[1]) for s in sides]
+            kept = fits[0] & fits[1]
+            if lost := len(kept) - int(kept.sum()):
+                warnings.warn(
+                    f"{lost:,} of {len(kept):,} training pairs are left out: a side is empty, or has more than {longest} "
+                    "tokens."
+                )
+            sides = [s.only(kept) for s in sides]
         for name, sentences in zip(("source", "target"), sides, strict=True):
             tensors |= {f"{split}.{name}.tokens": sentences.tokens, f"{split}.{name}.starts": sentences.starts}
     references = "\n".join(" ".join(target.split()) for _, target in rows["test"])

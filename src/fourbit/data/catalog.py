@@ -228,7 +228,7 @@ def multi30k(data_dir: Path | None) -> TranslationData:
     """Captions of photographs, English to German: 29,000 training and 1,000 test pairs (2016), 5,000 pieces of words.
 
     Elliott et al., "Multi30K: multilingual English-German image descriptions", 2016. Reads parquet files with the columns en
-    and de.
+    and de. Training pairs of more than 250 pieces are left out, with a warning (here there are none).
     """
     return _translation("multi30k", data_dir, ("bentrevett/multi30k", None), ("en", "de"), 5000)
 
@@ -237,7 +237,7 @@ def multi30k(data_dir: Path | None) -> TranslationData:
 def wmt14(data_dir: Path | None) -> TranslationData:
     """WMT 2014, English to German: 4.5 million training and 3,003 test pairs, 37,000 pieces of words as in Vaswani et al.
 
-    Reads parquet files with the columns en and de, or with one column translation. Training pairs of 250 pieces or more are
-    left out.
+    Reads parquet files with the columns en and de, or with one column translation. Training pairs of more than 250 pieces are
+    left out, with a warning.
     """
     return _translation("wmt14", data_dir, ("wmt/wmt14", "de-en"), ("en", "de"), 37_000)

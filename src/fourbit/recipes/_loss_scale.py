@@ -93,7 +93,7 @@ class LossScaler:
         self._undecided = bool(state.get("undecided", False))
 
 
-def loss_scaler(model: nn.Module) -> LossScaler | None:
+def loss_scaler(model: nn.Module, interval: int = 200) -> LossScaler | None:
     """A LossScaler if the model's recipe needs one, None otherwise. In a training loop:
 
     scaler = fb.loss_scaler(model)          # once, after convert
@@ -102,9 +102,12 @@ def loss_scaler(model: nn.Module) -> LossScaler | None:
     if scaler.unscale_(optimizer):          # in place of optimizer.step()
         optimizer.step()
     scaler.update()
+
+    Args:
+        interval: as of `LossScaler`.
     """
     for layer in quantized_layers(model).values():
         g_spec = layer.spec.g_scaling
         if g_spec is not None and isinstance(g_spec.scaling, LossScaled):
-            return LossScaler(model)
+            return LossScaler(model, interval=interval)
     return None

@@ -23,6 +23,15 @@ NOT_SETTINGS = (
 """Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design. For
 the data see `_of_one_data`."""
 
+ADDED = {
+    "max_test_batches": None,
+    "sequence_length": 35,
+    "beam_size": 1,
+    "beta2": 0.999,
+    "loss_scale_interval": 200,
+}
+"""Fields that an earlier version did not write, with the value that it trained with."""
+
 IDENTITY = "data_identity"
 
 TASK = ("model", "data", "dataset")
@@ -91,14 +100,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     first, then by label.
     """
     known = {_data(run): run.metric for run in runs if run.metric}
+    written = {name for run in runs for name in run.config}
     by_settings: dict[frozenset[tuple[str, str]], tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:  # by the text of the values, so that different groups always have different labels
         fields = settings(run.config)
+        fields |= {name: value for name, value in ADDED.items() if name in written and name not in fields}
         if metric := run.metric or known.get(_data(run)):
             fields["metric"] = metric
         by_settings.setdefault(frozenset((k, setting(fields, k)) for k in fields), (fields, []))[1].append(run)
-    whole = _with_newer(list(by_settings.values()))
-    parts = [(fields | source, g) for fields, members in whole for source, g in _of_one_data(members)]
+    parts = [(fields | source, g) for fields, whole in by_settings.values() for source, g in _of_one_data(whole)]
     members = [sorted(g, key=lambda r: _natural(r.seed)) for _, g in parts]
     configs = [fields for fields, _ in parts]
     label_of, name_of = labels(configs), _names(configs)
@@ -153,25 +163,6 @@ def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         for i, label in zip(places, labels([configs[i] for i in places]), strict=True):
             found[i] = label
     return found
-
-
-def _with_newer(groups: Sequence[tuple[dict[str, Any], list[Run]]]) -> list[tuple[dict[str, Any], list[Run]]]:
-    """An earlier version wrote fewer fields: its runs join, as further seeds, those that have its fields and more, if only one
-    group does."""
-    kept: list[tuple[dict[str, Any], list[Run]]] = []
-    for fields, runs in sorted(groups, key=lambda g: -len(g[0])):
-        hosts = [
-            host
-            for host in kept
-            if ("metric" in host[0]) is ("metric" in fields)
-            and not {r.seed for r in host[1]} & {r.seed for r in runs}
-            and all(name in host[0] and setting(host[0], name) == setting(fields, name) for name in fields)
-        ]
-        if len(hosts) == 1:
-            hosts[0][1].extend(runs)
-        else:
-            kept.append((fields, list(runs)))
-    return kept
 
 
 def _of_one_data(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:

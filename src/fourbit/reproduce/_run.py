@@ -38,6 +38,7 @@ def reproduce(
     data_dir: Path | None = None,
     out: Path = Path("runs/reproduce"),
     threads: int | None = None,
+    table_only: bool = False,
     **settings: Any,
 ) -> Reproduction:
     """Run one row of a table, or go on with it, and write reproduced.md and reproduced.json, also with the row's columns that
@@ -51,10 +52,12 @@ def reproduce(
         data_dir: folder of the data set.
         out: the row gets the folder TABLE-ROW-SCALE in it; the runs of questions are in networks-SCALE.
         threads: CPU threads.
+        table_only: train nothing, and write the table of the runs that lie there and are finished.
         settings: other fields of `fourbit.train.Settings`, instead of the row's.
 
     Raises:
-        UserError: an unknown row or scale, a row that cannot run, or as `fourbit.train.compare`.
+        UserError: an unknown row or scale, a row that cannot run, as `fourbit.train.compare`, or there is no finished run for
+            `table_only`.
     """
     rows = rows_of(table)
     if row not in rows:
@@ -71,9 +74,14 @@ def reproduce(
         plan = CompareConfig(**varied, recipes=tuple(columns) or chosen.columns, seeds=tuple(seeds), out=place)
         if rate is not None:
             make_console().print(f"learning rate {rate:g}")
-        if compare(plan, check_data=require_whole if scale == "paper" else None, table=False).interrupted:
+        check = require_whole if scale == "paper" else None
+        if not table_only and compare(plan, check_data=check, table=False).interrupted:
             return Reproduction(chosen, folder, place, "", True)
         comparison = collect(replace(plan, recipes=_wanted(plan, chosen)))
+        if not comparison.rows:
+            raise UserError(
+                f"{place} has no finished run of {row} at the scale {scale}: check --out, or leave out --table-only."
+            )
         unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
         mine = columns_of(comparison, varied["lr"])
         all_columns += mine

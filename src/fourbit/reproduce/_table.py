@@ -55,15 +55,22 @@ def columns_of(comparison: Comparison, lr: float) -> list[Column]:
 
 
 def best_of(row: TableRow, columns: Sequence[Column]) -> list[Column]:
-    """Every recipe at its best learning rate, by the mean over the seeds. (Chosen on the test data, for all alike.)"""
-    best: dict[str, Column] = {}
+    """Every recipe at its best learning rate, by the mean over the seeds that all its rates have, or that each has, where they
+    have none in common. (Chosen on the test data, for all alike.)"""
+    by_recipe: dict[str, list[Column]] = {}
     for column in columns:
-        if column.mean is None or column.diverged:
-            continue
-        known = best.get(column.recipe)
-        if known is None or known.mean is None or (column.mean > known.mean) == row.higher_is_better:
-            best[column.recipe] = column
-    return list(best.values())
+        if column.values and not column.diverged:
+            by_recipe.setdefault(column.recipe, []).append(column)
+    found = []
+    for rates in by_recipe.values():
+        common = set(rates[0].values).intersection(*(c.values for c in rates))
+
+        def merit(column: Column, common: set[int] = common) -> float:
+            values = [v for s, v in column.values.items() if not common or s in common]
+            return sum(values) / len(values) * (1 if row.higher_is_better else -1)
+
+        found.append(max(rates, key=merit))
+    return found
 
 
 def table_of(row: TableRow, columns: Sequence[Column]) -> list[str]:

@@ -109,6 +109,8 @@ class Settings:
     """Share of the target spread over all classes; the test loss goes without."""
     gradient_clip: Annotated[float | None, OPTIMIZATION] = None
     """Largest norm of the gradient of all parameters together. None: no limit."""
+    loss_scale_interval: Annotated[int, OPTIMIZATION, WHOLE] = 200
+    """Steps without overflow before the loss scale doubles, of recipes that have one scale for all layers."""
     grad_accumulation: Annotated[int, OPTIMIZATION, WHOLE] = 1
     """Batches per optimizer step; the gradients are averaged."""
 

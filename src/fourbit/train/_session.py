@@ -119,7 +119,7 @@ def open_session(config: TrainConfig) -> Session:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        scaler=recipes.loss_scaler(accelerator.unwrap_model(model)),
+        scaler=recipes.loss_scaler(accelerator.unwrap_model(model), config.loss_scale_interval),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
     )

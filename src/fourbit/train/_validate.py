@@ -43,6 +43,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_steps": _NOT_NEGATIVE,
     "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     "gradient_clip": _POSITIVE,
+    "loss_scale_interval": _AT_LEAST_1,
     "grad_accumulation": _AT_LEAST_1,
     "threads": _AT_LEAST_1,
     "workers": _NOT_NEGATIVE,

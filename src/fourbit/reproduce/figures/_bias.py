@@ -96,7 +96,16 @@ def bias(studio: Studio) -> str:
         "Scatter: root mean square over classes of the difference to fp32 of the same seed, mean difference taken out; of "
         f"`fp32` itself, between its seeds. {len(studio.seeds)} seed(s)."
     )
-    return "\n\n".join((studio.picture(figure, "bias"), table(head, rows), note))
+    by_class = [
+        (
+            name,
+            f"{accuracies['fp32'][:, i].mean():.1f}",
+            *(", ".join(f"{d:+.1f}" for d in (accuracies[r] - accuracies["fp32"])[:, i]) for r in RECIPES[1:]),
+        )
+        for i, name in enumerate(classes)
+    ]
+    classes_head = ("class", "accuracy %, `fp32`", *(f"`{r}` - `fp32`, by seed" for r in RECIPES[1:]))
+    return "\n\n".join((studio.picture(figure, "bias"), table(head, rows), note, table(classes_head, by_class)))
 
 
 def _scatter(reference: np.ndarray, found: np.ndarray, between_seeds: bool) -> float:
