@@ -86,7 +86,11 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
     edited = tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4" / "config.json"
     edited.write_text(edited.read_text().replace('"data_identity": "x",', ""))  # of another program under way
     other = reproduce("questions", "radix", columns=("fp32",), **changes)
-    assert "radix2" in other.text and "radix8" not in other.text and "seeds 0, 1." in other.text
+    assert (
+        "| `ibm2020-radix2` |" in other.text
+        and "| `ibm2020-radix8` |" not in other.text
+        and "seeds 0, 1." in other.text
+    )
     other = reproduce("questions", "phases", columns=("fp32",), **changes)  # shares the runs, but not the columns
     assert "radix2" not in other.text and "luq" not in other.text
 
@@ -96,11 +100,16 @@ def test_the_table_alone_is_that_of_the_finished_runs(tmp_path):
     with pytest.raises(UserError, match="digits_cnn has no finished run of radix at the scale smoke: check --out, or"):
         reproduce("questions", "radix", table_only=True, **changes)
     done = reproduce("questions", "radix", columns=("fp32", "ibm2020-radix2"), **changes)
+    assert "Columns of the row without a finished run: `ibm2020-121`, `ibm2020-no-tpr`, `ibm2020-radix8`," in done.text
     runs = sorted(path.name for path in done.runs.iterdir())
     (done.folder / "reproduced.md").unlink()
     assert reproduce("questions", "radix", table_only=True, **changes).text == done.text
     assert (done.folder / "reproduced.md").read_text() == done.text
     assert sorted(path.name for path in done.runs.iterdir()) == runs
+    with pytest.raises(
+        UserError, match="digits_cnn has no finished run of luq, fourbit: leave out --table-only, or that"
+    ):
+        reproduce("questions", "radix", columns=("fp32", "luq", "fourbit"), table_only=True, **changes)
 
 
 def test_a_folder_of_a_rows_own_keeps_every_column(tmp_path, monkeypatch):
@@ -225,6 +234,8 @@ def test_the_list_shows_every_row(capsys):
         (["table4", "--row", "x"], "table4"),
         (["table1", "--row", "vgg16", "--scale", "tiny"], "tiny"),
         (["table1", "--row", "vgg16", "--data-dir", "nowhere"], "there is no data folder nowhere"),
+        (["table1", "--row", "vgg16", "--table-only", "--seeds", "1"], "--table-only shows all seeds that lie there"),
+        (["fig1a", "--table-only"], "fig1a is a figure and looks into the trained networks: leave out --table-only"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):

@@ -140,7 +140,7 @@ def reproduce(
     *,
     row: str | None = None,
     scale: Literal["paper", "small", "smoke"] = "small",
-    seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (0,),
+    seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (),
     columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
     data_dir: Path | None = None,
     threads: int | None = None,
@@ -157,13 +157,14 @@ def reproduce(
             fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
         row: Row, as the list calls it.
         scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
-        seeds: Seeds, separated by commas.
+        seeds: Seeds, separated by commas. None: 0.
         columns: Recipes, separated by commas. None: the row's columns.
         data_dir: Folder with the files of the data set. None: the Hugging Face hub. Figures and questions at the scale smoke
             take the built-in digits instead.
         threads: CPU threads. None: torch's own choice.
         progress: Show a progress bar, if the output is a terminal.
-        table_only: Train nothing: write the table of a row from the runs that lie in --out and are finished.
+        table_only: Train nothing: write the table of a row from the runs that lie in --out and are finished, of all seeds;
+            --columns adds recipes to the row's.
         out: Folder; each row and each figure has a folder of its own in it. The runs of figures and questions, which share
             them, are in networks-SCALE.
     """
@@ -175,6 +176,9 @@ def reproduce(
         if row is not None or columns:
             raise UserError("list shows everything there is: leave out --row and --columns.")
         return _list_reproductions()
+    if table_only and seeds:
+        raise UserError("--table-only shows all seeds that lie there: leave out --seeds.")
+    seeds = seeds or (0,)
     try:
         if what not in TABLES:
             from fourbit.reproduce.figures import FIGURES, draw

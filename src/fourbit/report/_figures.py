@@ -53,7 +53,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
             "gradscale",
             "Gradient scales",
             [(part, grad_scales(part)) for part in parts],
-            "No run has a recipe with GradScale.",
+            "No run has recorded scales of GradScale.",
         ),
         section(
             "loss",
@@ -75,7 +75,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
             "alpha",
             "Clip values of activations",
             [(part, clip_values(part)) for part in parts],
-            "No run has a learned clip value.",
+            "No run has recorded learned clip values.",
         ),
         section("sqnr", "Quantization noise", [(part, slot_map(part, sqnr)) for part in parts], no_layers),
     ]

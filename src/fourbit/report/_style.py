@@ -31,8 +31,8 @@ DPI = 125
 
 REFERENCE_COLOR = "#333333"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 # The last tenth of viridis is a yellow that cannot be seen on white.
 DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"]([i / 255 * 0.9 for i in range(256)]))

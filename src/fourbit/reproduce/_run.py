@@ -52,7 +52,7 @@ def reproduce(
         data_dir: folder of the data set.
         out: the row gets the folder TABLE-ROW-SCALE in it; the runs of questions are in networks-SCALE.
         threads: CPU threads.
-        table_only: train nothing, and write the table of the runs that lie there and are finished.
+        table_only: train nothing, and write the table of the runs that lie there and are finished, with all their seeds.
         settings: other fields of `fourbit.train.Settings`, instead of the row's.
 
     Raises:
@@ -82,6 +82,11 @@ def reproduce(
             raise UserError(
                 f"{place} has no finished run of {row} at the scale {scale}: check --out, or leave out --table-only."
             )
+        there = [r.recipe for r in comparison.rows]
+        if table_only and (lacking := [name for name in columns if name not in there]):
+            raise UserError(
+                f"{place} has no finished run of {', '.join(lacking)}: leave out --table-only, or that column."
+            )
         unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
         mine = columns_of(comparison, varied["lr"])
         all_columns += mine
@@ -94,6 +99,8 @@ def reproduce(
         parts += ["The paper prints the column in bold type in bold."] if chosen.bold else []
         if any(len(column.values) > 1 for column in mine):
             parts.append("Differences are taken seed by seed, over the seeds that both columns have.")
+        if missing := [name for name in chosen.columns if name not in there]:
+            parts.append(f"Columns of the row without a finished run: {', '.join(f'`{name}`' for name in missing)}.")
         parts.append(_said(chosen, mine, unit, scale))
         contents.append(
             ({} if rate is None else {"lr": rate})

@@ -88,7 +88,8 @@ def bias(studio: Studio) -> str:
             axis.bar(x, difference.mean(0), width, yerr=spread, label=recipe, error_kw={"linewidth": 0.8})
         axis.axhline(0, color="#333333", linewidth=0.8)
         axis.set_xticks(range(len(classes)), list(classes))
-        axis.set_xlabel("class; bars: mean over the seeds, lines: their standard deviation")
+        several = len(studio.seeds) > 1
+        axis.set_xlabel("class; bars: mean over the seeds, lines: their standard deviation" if several else "class")
         axis.set_ylabel("points")
         axis.legend()
     head = ("recipe", "accuracy %", "calibration error %", "negative log likelihood", "scatter over classes, points")
