@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from run_files import NUM_TEST, STEPS_PER_EPOCH, metrics, snapshot, tensors
@@ -164,6 +165,26 @@ def test_the_saved_weights_load_into_a_fresh_model(make_config):
     model = models.build("digits_cnn", num_classes=10, in_channels=1, image_size=8)
     recipes.convert(model, "ibm2020")
     model.load_state_dict(load_file(result.folder / "checkpoint" / "model.safetensors"))
+
+
+def test_clip_values_have_a_learning_rate_of_their_own(make_config):
+    """The first step of SGD without decay moves them in proportion to it; at 0 they stay."""
+    after = {}
+    for factor in (0.0, 0.5, 1.0):
+        config = make_config(
+            f"run-{factor}", recipe="int4-fwd", alpha_lr_factor=factor, alpha_weight_decay=0.0, max_steps=2, epochs=1
+        )
+        train(config)
+        after[factor] = [
+            np.array([s["x_alpha"] for s in line["scales"].values() if s["x_alpha"] is not None])
+            for line in metrics(config.out)
+            if line["kind"] == "step"
+        ]
+    start = after[0.0][0]
+    assert np.array_equal(after[0.0][1], start)
+    moved = after[1.0][0] - start
+    assert np.abs(moved).max() > 1e-4
+    assert after[0.5][0] - start == pytest.approx(0.5 * moved, abs=1e-6)
 
 
 def test_config_and_environment_are_written_with_the_defaults_filled_in(make_config):

@@ -29,6 +29,7 @@ ADDED = {
     "beam_size": 1,
     "beta2": 0.999,
     "loss_scale_interval": 200,
+    "alpha_lr_factor": 1.0,
 }
 """Fields that an earlier version did not write, with the value that it trained with."""
 

@@ -94,6 +94,8 @@ class Settings:
     """Weight decay."""
     alpha_weight_decay: Annotated[float | None, OPTIMIZATION] = None
     """Weight decay of the clip values of PACT. None: as of the weights."""
+    alpha_lr_factor: Annotated[float, OPTIMIZATION] = 1.0
+    """Learning rate of the clip values of PACT over that of the weights; 0: they stay what the first batch made them."""
     schedule: Annotated[Literal["step", "cosine", "inverse_sqrt", "constant"], OPTIMIZATION] = "step"
     """How the learning rate falls: at milestones, along half a cosine to 0, with the root of the steps, or not at all."""
     milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1, negative="")] = (

@@ -38,6 +38,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta2": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     "weight_decay": _NOT_NEGATIVE,
     "alpha_weight_decay": _NOT_NEGATIVE,
+    "alpha_lr_factor": _NOT_NEGATIVE,
     "milestones": (lambda v: all(0 < f < 1 for f in v) and list(v) == sorted(v), "ascending fractions between 0 and 1"),
     "lr_decay": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "warmup_steps": _NOT_NEGATIVE,
