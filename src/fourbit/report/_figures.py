@@ -33,7 +33,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
     no_layers = "No run has observations of quantized layers (full precision has none)."
 
     def section(id: str, title: str, plots: Sequence[tuple[Sequence[Group], Plot | None]], nothing: str) -> Section:
-        of = heading if len(parts) > 1 else lambda plot, part: plot
+        of = _with_network if len(parts) > 1 else lambda plot, part: plot
         return Section(id, title, tuple(of(plot, part) for part, plot in plots if plot is not None), nothing)
 
     found = [
@@ -82,7 +82,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
     return [replace(s, plots=tuple(_numbered(s.plots))) for s in found]
 
 
-def heading(plot: Plot, part: Sequence[Group]) -> Plot:
+def _with_network(plot: Plot, part: Sequence[Group]) -> Plot:
     """The figure with its network in its title."""
     said = f"{title(part)}: {plot.title[:1].lower()}{plot.title[1:]}"
     plot.figure.suptitle(said, x=0.01, ha="left", fontsize=12, fontweight="bold")
