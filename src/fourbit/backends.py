@@ -17,7 +17,8 @@ reference runs.
 and, without a reference, because the modules themselves are one:
 
     norm_supported   a tensor, format to round to or None      True, or None
-    norm_forward     ops.NormForward                           o, its codes, what backward needs
+    norm_statistics  ops.NormStatistics                        ops.Normalized
+    norm_apply       ops.NormApply                             o, its codes, where the activation passes
     norm_backward    ops.NormBackward                          gradients
     lstm_forward     gates_x, gates_h, c, kept                 h', c'
     lstm_backward    dh, dc, gates, c, c', out                 gradient of c
@@ -48,7 +49,8 @@ OPERATIONS = (
     "epilogue",
     "product",
     "norm_supported",
-    "norm_forward",
+    "norm_statistics",
+    "norm_apply",
     "norm_backward",
     "lstm_forward",
     "lstm_backward",

@@ -19,9 +19,7 @@ from fourbit.ops import (
     Contraction,
     LayerSpec,
     LayerState,
-    OperandHandover,
     Products,
-    ResultHandover,
     contract,
 )
 from fourbit.quantizers import require_numbers
@@ -103,11 +101,9 @@ class Quantized(nn.Module):
         layer that is not converted."""
         raise TypeError(f"{type(self).__name__} defines no contraction")
 
-    def contract(
-        self, x: Tensor | OperandHandover, w: Tensor, contraction: Contraction, result: ResultHandover | None = None
-    ) -> Tensor:
+    def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:
         """x * w under this layer's spec."""
-        return contract(x, w, contraction, self.spec, self.quant, result)
+        return contract(x, w, contraction, self.spec, self.quant)
 
     def extra_repr(self) -> str:
         """torch's description plus the operands."""

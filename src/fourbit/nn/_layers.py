@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_input, swaps
-from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, OperandHandover, Products
+from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, Products, ResultHandover, contract
 from fourbit.quantizers import require_numbers
 
 
@@ -73,15 +74,6 @@ class _Conv(Quantized, nn.modules.conv._ConvNd):
         y = _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, num_dims)
         return y if batched else y.squeeze(0)
 
-    @property
-    def takes_handover(self) -> bool:
-        """Whether the input may come quantized already: nothing happens to it before the product."""
-        return not self.spec.is_identity and _own_padding(self) is not None
-
-    def forward_handover(self, x: OperandHandover) -> Tensor:
-        """`forward` of an input that was quantized by the node before."""
-        return _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, len(self.stride))
-
 
 class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):
     """Transposed convolution: x is spread by w over the output."""
@@ -113,7 +105,21 @@ class Conv1d(_Conv, nn.Conv1d):
 
 @swaps(nn.Conv2d)
 class Conv2d(_Conv, nn.Conv2d):
-    """torch.nn.Conv2d with quantized operands."""
+    """torch.nn.Conv2d with quantized operands. In training it may be part of a chain (`fourbit.chains`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] or [C, H, W] -> [N, out_channels, ...] or [out_channels, ...]."""
+        state = self.quant
+        if self.spec.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
+            return super().forward(input)
+        contraction = self.contraction()
+        require_input(input, self, 1, self.in_channels)
+        over = take(input, state) if _own_padding(self) is not None else None
+        if self.bias is not None or _own_padding(self) is None:
+            y = contract(input, self.weight, contraction, self.spec, state, over) if over else None
+            return begin_with(super().forward(input) if y is None else _add_bias(y, self.bias, 2))
+        result = ResultHandover()
+        return begin(contract(input, self.weight, contraction, self.spec, state, over, result), result, state)
 
 
 @swaps(nn.Conv3d)

@@ -23,6 +23,7 @@ from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
 from fourbit.ops._spec import REUSE, LayerSpec
@@ -32,42 +33,42 @@ from fourbit.quantizers import Packed, Quantized, QuantSpec
 
 
 def contract(
-    x: Tensor | OperandHandover,
+    x: Tensor,
     w: Tensor,
     contraction: Contraction,
     spec: LayerSpec,
     state: LayerState,
+    over: OperandHandover | None = None,
     result: ResultHandover | None = None,
 ) -> Tensor:
     """y = x * w under `spec`, differentiable in x, w and the clip values.
 
     Args:
-        x, w: operands of `contraction`, any floating dtypes. The products are computed in float32 (float64 if x is). x may
-            have been quantized by the node before it.
+        x, w: operands of `contraction`, any floating dtypes. The products are computed in float32 (float64 if x is).
         state: the layer's memory; it is updated in training mode.
+        over: x, quantized by the node before.
         result: takes the product for a node that finishes it.
 
     Returns:
-        y in the dtype of x, or autocast's where autocast is on; with `result`, the token that stands for y.
+        y in the dtype of x, or autocast's where autocast is on; with `result`, the Pending tensor that stands for y.
 
     Raises:
         UserError: a tensor on the meta device.
     """
-    over = x if isinstance(x, OperandHandover) else None
-    t = x if isinstance(x, Tensor) else x.token
-    if t.is_meta or w.is_meta:
+    if over is None:
+        settle_all((x, w), "a layer")
+    if x.is_meta or w.is_meta:
         raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
     device = w.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x_alpha = None if over is not None else state.x_alpha
     if torch.compiler.is_compiling():
         from fourbit.ops._compiled import compiled_contract
 
         assert over is None and result is None
-        return compiled_contract(t, w, x_alpha, state.w_alpha, contraction, state, dtype)
-    num_elements = t.numel() if over is None else over.layout.shape.numel()
-    with full_precision(device), computing(state, num_elements):
-        return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
+        return compiled_contract(x, w, x_alpha, state.w_alpha, contraction, state, dtype)
+    with full_precision(device), computing(state, x.numel()):
+        return _Contract.apply(x, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -119,22 +120,28 @@ class _Contract(torch.autograd.Function):
         if result is not None:
             result.needs = needs_of(ctx.needs_input_grad)
         y, saved = run_forward(
-            x, w, contraction, spec, state, dtype, (x_alpha is not None, w_alpha is not None), over, result
+            numbers_of(x), numbers_of(w), contraction, spec, state, dtype, (x_alpha is not None, w_alpha is not None), over, result
         )
         tensors, ctx.outline = flatten(saved)
         ctx.save_for_backward(*tensors)
         ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, result = grads[0], ctx.result
+        if g is None and result is not None:
+            g, result.g = result.g, None
+        if g is None and (result is None or result.quantized is None):
+            return (None,) * 10
         saved = unflatten(ctx.outline, ctx.saved_tensors)
-        with full_precision(grads[0].device.type):
+        with full_precision(saved.x.device.type):
             dx, dw, dx_alpha, dw_alpha = run_backward(
-                grads[0],
+                g,
                 saved,
                 ctx.contraction,
                 ctx.spec,
@@ -177,8 +184,9 @@ def run_forward(
     if over is None:
         x = contraction.prepare(x.detach(), "x")
         x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
-    else:  # its mask is the business of the node that made it
-        x_fprop, x_saved, x_mask = *_kept(over.take(), spec.x_fprop), None
+    else:
+        quantized = over.take()
+        x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
     weight = quantize_weight(w, contraction, spec, state) if isinstance(w, Tensor) else w
     sums = (spec.accumulation, state.sum_key("fprop"))
     takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
@@ -194,7 +202,7 @@ def run_forward(
     if isinstance(w, Weight):
         state.next_piece()
     x_layout = over.layout if over is not None else Layout.of(x)
-    codes = x_codes if learned[0] else None, weight.codes if learned[1] else None
+    codes = x_codes if learned[0] or over is not None else None, weight.codes if learned[1] else None
     return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout)
 
 
@@ -210,7 +218,7 @@ def quantize_weight(w: Tensor, contraction: Contraction, spec: LayerSpec, state:
 
 
 def run_backward(
-    g: Tensor,
+    g: Tensor | None,
     saved: Saved,
     contraction: Contraction,
     spec: LayerSpec,
@@ -224,31 +232,32 @@ def run_backward(
     need_x, need_w = needs
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     dx = dw = dx_alpha = dw_alpha = None
-    g = contraction.prepare(g if result is None or result.g is None else result.g, "g")
-    if result is not None and result.quantized is not None:
-        g_dgrad, g_wgrad = result.quantized
+    if g is None:
+        assert result is not None and result.quantized is not None
+        (g_dgrad, g_wgrad), result.quantized = result.quantized, None
     else:
+        g = contraction.prepare(g, "g")
         needs_axis = spec.g_scaling or spec.restores or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
         axis = contraction.channel_axis("g") if needs_axis else 0
         g_dgrad, g_wgrad = state.gradients(g, axis, need_x, need_w)
         if spec.restores:
             g_dgrad = restored(g, g_dgrad, spec.resolved("g_dgrad"), axis)
             g_wgrad = restored(g, g_wgrad, spec.resolved("g_wgrad"), axis)
-    if result is not None:
-        result.g = result.quantized = None
     if spec.g_wgrad is REUSE:
         g_wgrad = g_dgrad
     for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
-        if needed and found is None:
+        if needed and found is None and g is not None:
             state.count_nonfinite(slot, g)
     if need_x:
         a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
         sums = (spec.accumulation, state.sum_key("dgrad"))
         gemm = Gemm("dgrad", contraction, a, _operand(saved.w), saved.x_layout, compute, state.products, *sums)
-        if over is None:
+        if over is None or over.link.is_visible():
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
+            if over is not None:  # the clip value is an input of the node before
+                over.back.clipped, dx_alpha = dx_alpha, None
         else:
-            dx = _give_back(gemm, spec, late, over)
+            _give_back(gemm, spec, late, over)
     if need_w:
         after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
         a, late = _gradient(g, g_wgrad, spec.resolved("g_wgrad"), after)
@@ -268,11 +277,12 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     elif not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
         y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
         raw, scale = Raw(y, rounded=True), 1.0
+    raw = raw._replace(y=raw.y.contiguous(memory_format=torch.channels_last))
     result.raw, result.scale, result.output = raw, scale, spec.output
-    return raw.y.new_zeros((), dtype=torch.float32)
+    return Pending.make(raw.y.shape, raw.y.stride())
 
 
-def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> Tensor:
+def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> None:
     """Leave the gradient of the operand to the node that made it, as it comes out of the multiplier where that will do."""
     raw = multiply(gemm)
     assert gemm.layout is not None
@@ -280,9 +290,10 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
         scale = raw.unit
         for factor in (gemm.scale, late):
             scale = scale if factor is None else scale * float(factor)
-        return over.give_back(gemm.layout.match(raw.y), scale)
+        over.back.grad, over.back.scale = gemm.layout.match(raw.y), scale
+        return
     dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
-    return over.give_back(dx, 1.0)
+    over.back.grad, over.back.scale = dx, 1.0
 
 
 def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:

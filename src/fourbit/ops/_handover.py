@@ -1,13 +1,14 @@
 """Seams between fused neighbours: what one autograd node leaves for the next instead of a float tensor.
 
-A layer's products and the normalization behind them are nodes of their own. Where `fourbit.nn` knows that nobody else
-reads the tensor between two nodes, it is never made: a 0-d token stands for it in the graph of autograd, and a handover
-carries the content, forward and back.
+A layer's products and the normalization behind them are nodes of their own. Where nobody but the next of them uses the
+tensor between two (`fourbit.chains` knows), it is never made: a `Pending` tensor stands for it in the graph of
+autograd, and a handover carries the content, forward and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +18,27 @@ from fourbit.ops._product import Layout, Raw
 from fourbit.quantizers import Quantized
 
 
+class Visible(Protocol):
+    """A result between two nodes."""
+
+    def is_visible(self) -> bool:
+        """Whether somebody else than the node behind may see the result or its gradient."""
+        ...
+
+
 @dataclass
 class GradientReturn:
-    """The way back of an operand's gradient: scale * grad, not yet masked. Both nodes hold it; it refers to neither."""
+    """The way back of an operand's gradient: scale * grad, not yet masked. Both nodes hold it; it refers to neither.
+
+    `clipped`: the gradient of the clip value, where the layer behind masked the gradient itself.
+    """
 
     grad: Tensor | None = None
     scale: float = 1.0
+    clipped: Tensor | None = None
 
-    def take(self) -> tuple[Tensor, float]:
-        """The gradient that was left."""
-        assert self.grad is not None, "the layer behind a fused normalization was not differentiated"
+    def take(self) -> tuple[Tensor | None, float]:
+        """The gradient that was left; None if there is none."""
         grad, self.grad = self.grad, None
         return grad, self.scale
 
@@ -36,16 +48,16 @@ class OperandHandover:
     """The operand of a layer, quantized by the node before it.
 
     Attributes:
-        token: stands for the operand in autograd.
         layout: of the operand.
         quantized: codes, scale, packed codes and mask, as `LayerState.quantize` would have made them; until they are taken.
-        back: the way back. The node that made the operand keeps this alone: if it held the token, which leads to the node
-            itself, nothing of the graph would ever be freed.
+        link: the step of the chain whose result the operand is. It says at the time of the backward pass whether somebody
+            else can see the gradient of that result, which must then be a tensor.
+        back: the way back.
     """
 
-    token: Tensor
     layout: Layout
     quantized: Quantized | None
+    link: Visible
     back: GradientReturn
 
     def take(self) -> Quantized:
@@ -54,11 +66,6 @@ class OperandHandover:
         quantized, self.quantized = self.quantized, None
         return quantized
 
-    def give_back(self, grad: Tensor, scale: float) -> Tensor:
-        """Leave the gradient; returns what stands for it in autograd."""
-        self.back.grad, self.back.scale = grad, scale
-        return torch.zeros_like(self.token)
-
 
 @dataclass
 class ResultHandover:
@@ -66,8 +73,8 @@ class ResultHandover:
 
     Attributes:
         needs: whether the layer will need the gradient for dgrad and for wgrad.
-        g: the way back: the gradient of the result, in full precision,
-        quantized: or already quantized for dgrad and wgrad.
+        quantized: the way back: the gradient of the result, quantized for dgrad and wgrad.
+        g: or as it is.
     """
 
     raw: Raw = field(default_factory=lambda: Raw(torch.empty(0)))

@@ -65,6 +65,11 @@ class LayerState(StoredState):
         products: how backends may multiply, "fast" or "exact" (see `fourbit.ops.Products`).
     """
 
+    fuse = True
+    """Whether the layer may leave its product to the normalization behind it (`fourbit.chains`)."""
+    wants_float = False
+    """Whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass."""
+
     def __init__(
         self,
         spec: LayerSpec,

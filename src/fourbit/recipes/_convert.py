@@ -13,8 +13,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fourbit.errors import UserError
 from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, learn_class, quantized_layers
 from fourbit.ops import LayerSpec, Products
-from fourbit.recipes._fuse import fuse as fuse_chains
-from fourbit.recipes._fuse import unfuse as unfuse_chains
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
 
 M = TypeVar("M", bound=nn.Module)
@@ -169,8 +167,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             result, where FP16 1-6-9 has 2^-10; docs/method.md has the table); "exact" rounds every result once, to the
             recipe's output format. On a CPU, forward products, and with 4-bit gradients all products of linear layers and 1x1
             convolutions, are exact in both; for a GPU see `fourbit.ops.Products`.
-        fuse: run each chain of convolution, batch normalization, residual, activation and quantization as one, in training,
-            where the model's code can be traced (torch.fx) and a backend has the kernels.
+        fuse: compute each chain of convolution, batch normalization, residual, activation and quantization in as few passes as
+            can be, in training, where a backend has the kernels. The model's `forward` runs as it is written either way.
 
     Raises:
         UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, or a model that is
@@ -208,8 +206,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, Quantized):
             _compose(module)
     _keep_off_fast_path(model)
-    if fuse:
-        fuse_chains(model)
+    for layer in quantized_layers(model).values():
+        layer.quant.fuse = fuse
     return model
 
 
@@ -247,7 +245,6 @@ def _nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def restore(model: M) -> M:
     """Undo `convert`: torch's own classes again, the quantization state dropped. In place; returns the model."""
-    unfuse_chains(model)
     for module in model.modules():
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)

@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 7
+ABI = 8
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -151,13 +151,14 @@ ConvFprop = _structure(
 )
 ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry)
 ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry)
-NormForward = _structure(
-    "NormForward",
+NormStatistics = _structure(
+    "NormStatistics",
     y=c_void_p,
     rows=c_int64,
     channels=c_int32,
     scale=c_float,
     rounds=c_int32,
+    coded=c_int32,
     grid=FloatGrid,
     kept=c_void_p,
     halves=c_int32,
@@ -169,6 +170,18 @@ NormForward = _structure(
     momentum=c_float,
     mean=c_void_p,
     inv_std=c_void_p,
+    slope=c_void_p,
+    offset=c_void_p,
+)
+NormApply = _structure(
+    "NormApply",
+    kept=c_void_p,
+    halves=c_int32,
+    grid=FloatGrid,
+    rows=c_int64,
+    channels=c_int32,
+    slope=c_void_p,
+    offset=c_void_p,
     residual=c_void_p,
     act=c_int32,
     cap=c_float,
@@ -245,7 +258,8 @@ _RESULTS = {
     "conv_fprop": c_int32,
     "conv_wgrad": c_int32,
     "conv_dgrad": c_int32,
-    "norm_forward": c_float,
+    "norm_statistics": None,
+    "norm_apply": c_float,
     "norm_backward": c_float,
     "accumulate": None,
     "lstm_forward": None,
@@ -296,7 +310,8 @@ class Library:
     conv_fprop: Any
     conv_wgrad: Any
     conv_dgrad: Any
-    norm_forward: Any
+    norm_statistics: Any
+    norm_apply: Any
     norm_backward: Any
     accumulate: Any
     lstm_forward: Any

@@ -13,7 +13,7 @@ from fourbit import backends
 from fourbit.formats import Format
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import BLOCK, RULES, float_grid, is_half, kernels, log_grid
-from fourbit.ops import Kept, NormBackward, NormForward
+from fourbit.chains import NormApply, NormBackward, NormGradients, Normalized, NormStatistics
 from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dtype, exponent_scale, grid_of
 
 
@@ -28,86 +28,105 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-@backends.register("norm_forward", "cpu")
-def forward(f: NormForward) -> tuple[Tensor | None, Quantized | None, Kept] | None:
-    """o, its codes, and what backward needs."""
-    y, norm, request = f.y, f.norm, f.request
+@backends.register("norm_statistics", "cpu")
+def statistics(s: NormStatistics) -> Normalized:
+    """v, and its statistics."""
+    y, norm = s.y, s.norm
     channels = y.shape[1]
-    grid = None if f.output is None else float_grid(f.output)
-    rounded = y.dtype == torch.int16
-    halves = rounded or (is_half(f.output) and math.isfinite(f.scale))
-    if rounded:
+    grid = None if s.output is None else float_grid(s.output)
+    coded = y.dtype == torch.int16
+    halves = coded or (is_half(s.output) and math.isfinite(s.scale))
+    if coded:
         v = y
     elif halves:
         v = torch.empty_like(y, dtype=torch.int16)
     else:
-        v = y if f.own or f.scale == 1.0 else torch.empty_like(y)
-    mean, inv_std = y.new_empty(2, channels, dtype=torch.float32)
-    blocks = -(-y.numel() // BLOCK)
-    out = torch.empty_like(y, dtype=torch.float32) if f.want_out else None
-    needs_pass = f.act.clips and (request is None or math.isfinite(f.act.cap))
-    passes = y.new_empty(blocks * 8, dtype=torch.uint8) if needs_pass else None
-    clip, quantized, scale = c.Clip(), None, None
-    if request is not None:
-        scale = request.spec.scaling.of(None, request.format, request.stored)  # type: ignore[arg-type]
-        integers, bound = grid_of(request.format), request.spec.scaling.bound(scale, request.format, request.stored)
-        assert isinstance(integers, Integers) and bound is not None
-        q = torch.empty_like(y, dtype=carrier_dtype(request.format))
-        packed, mask = y.new_empty(blocks * BLOCK // 2, dtype=torch.uint8), y.new_empty(blocks * 8, dtype=torch.uint8)
-        clip.inv_scale, clip.low, clip.high = float(scale.reciprocal()), integers.low, integers.high
-        clip.mask_rule, clip.bound = RULES[bound.rule], float(bound.value)
-        clip.codes, clip.packed, clip.mask = q.data_ptr(), packed.data_ptr(), mask.data_ptr()
-        quantized = (q, packed, mask)
-    amax = kernels().norm_forward(
-        ctypes.byref(
-            c.NormForward(
-                None if rounded else y.data_ptr(),
-                y.numel() // channels,
-                channels,
-                f.scale,
-                grid is not None,
-                grid or c.FloatGrid(),
-                v.data_ptr(),
-                halves,
-                _pointer(norm.gamma),
-                _pointer(norm.beta),
-                norm.eps,
-                _pointer(norm.running_mean),
-                _pointer(norm.running_var),
-                norm.momentum,
-                mean.data_ptr(),
-                inv_std.data_ptr(),
-                _pointer(f.residual),
-                f.act.clips,
-                f.act.cap,
-                _pointer(out),
-                _pointer(passes),
-                clip,
-                request is not None,
-            )
-        )
+        v = y if s.own or s.scale == 1.0 else torch.empty_like(y)
+    moments = torch.empty(4, channels, dtype=torch.float32)
+    first = moments.data_ptr()
+    mean, inv_std, slope, offset = range(first, first + 16 * channels, 4 * channels)
+    task: Any = c.NormStatistics(
+        y=None if coded else y.data_ptr(),
+        rows=y.numel() // channels,
+        channels=channels,
+        scale=s.scale,
+        rounds=grid is not None,
+        coded=coded,
+        kept=v.data_ptr(),
+        halves=halves,
+        gamma=_pointer(norm.gamma),
+        beta=_pointer(norm.beta),
+        eps=norm.eps,
+        running_mean=_pointer(norm.running_mean),
+        running_var=_pointer(norm.running_var),
+        momentum=norm.momentum,
+        mean=mean,
+        inv_std=inv_std,
+        slope=slope,
+        offset=offset,
     )
-    kept = Kept(v, f.output if halves else None, mean, inv_std, passes, f.act.cap >= clip.bound)
-    if quantized is None or request is None or scale is None:
-        return out, None, kept
-    q, data, mask = quantized
+    if grid is not None:
+        task.grid = grid
+    kernels().norm_statistics(ctypes.byref(task))
+    return Normalized(v, s.output if halves else None, moments)
+
+
+@backends.register("norm_apply", "cpu")
+def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None, bool]:
+    """o, its codes, the bits where the activation passes, and whether what it caps is clipped as well."""
+    v, moments, request = a.normalized.v, a.normalized.moments, a.request
+    channels = moments.shape[1]
+    blocks = -(-v.numel() // BLOCK)
+    out = torch.empty_like(v, dtype=torch.float32) if a.want_out else None
+    needs_pass = a.act.clips and (request is None or math.isfinite(a.act.cap))
+    passes = torch.empty(blocks * 8, dtype=torch.uint8) if needs_pass else None
+    slope = moments.data_ptr() + 8 * channels
+    task: Any = c.NormApply(
+        kept=v.data_ptr(),
+        halves=a.normalized.format is not None,
+        rows=v.numel() // channels,
+        channels=channels,
+        slope=slope,
+        offset=slope + 4 * channels,
+        residual=_pointer(a.residual),
+        act=a.act.clips,
+        cap=a.act.cap,
+        out=_pointer(out),
+        passes=_pointer(passes),
+        clips=request is not None,
+    )
+    if a.normalized.format is not None:
+        task.grid = float_grid(a.normalized.format)
+    if request is None:
+        kernels().norm_apply(ctypes.byref(task))
+        return out, None, passes, False
+    scale = request.spec.scaling.of(None, request.format, request.stored)  # type: ignore[arg-type]
+    integers, bound = grid_of(request.format), request.spec.scaling.bound(scale, request.format, request.stored)
+    assert isinstance(integers, Integers) and bound is not None
+    q = torch.empty_like(v, dtype=carrier_dtype(request.format))
+    data, mask = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8), torch.empty(blocks * 8, dtype=torch.uint8)
+    limit = float(bound.value)
+    task.clip.inv_scale, task.clip.low, task.clip.high = float(scale.reciprocal()), integers.low, integers.high
+    task.clip.mask_rule, task.clip.bound = RULES[bound.rule], limit
+    task.clip.codes, task.clip.packed, task.clip.mask = q.data_ptr(), data.data_ptr(), mask.data_ptr()
+    amax = kernels().norm_apply(ctypes.byref(task))
     if not math.isfinite(amax):
         scale = scale + amax * 0
-    packed = Packed(data, y.shape, y.stride(), request.format.min < 0)
-    return out, Quantized(QTensor(q, scale, request.format), amax, packed, mask), kept
+    packed = Packed(data, v.shape, v.stride(), request.format.min < 0)
+    return out, Quantized(QTensor(q, scale, request.format), amax, packed, mask), passes, a.act.cap >= limit
 
 
 @backends.register("norm_backward", "cpu")
-def backward(b: NormBackward) -> Any:
-    """dv or its codes, dgamma, dbeta, the residual's gradient, and the sum of what was clipped."""
-    kept, like = b.kept, b.layout
-    channels = kept.mean.numel()
-    device = kept.mean.device
+def backward(b: NormBackward) -> NormGradients:
+    """dv or its codes, and the gradients of all else."""
+    normalized, like = b.normalized, b.layout
+    v, moments = normalized.v, normalized.moments
+    channels = moments.shape[1]
     grids = [log_grid(s.format) for s in b.specs]
     specs = b.specs if all(g is not None for g in grids) else ()
-    residual = like.empty(torch.float32, device) if b.want_residual else None
-    dgamma, dbeta = torch.empty_like(kept.mean), torch.empty_like(kept.mean)
-    outs = [like.empty(torch.bfloat16, device) for _ in specs] or [like.empty(torch.float32, device)]
+    residual = like.empty(torch.float32, v.device) if b.want_residual else None
+    dgamma, dbeta = torch.empty(2, channels, dtype=torch.float32)
+    outs = [like.empty(torch.bfloat16, v.device) for _ in specs] or [like.empty(torch.float32, v.device)]
     arguments: Any = c.NormBackward(
         token=_pointer(b.dq),
         token_dtype=0 if b.dq is None else c.CODES[b.dq.dtype],
@@ -116,23 +135,23 @@ def backward(b: NormBackward) -> Any:
         is_signed=b.packed is not None and b.packed.signed,
         mask=_pointer(b.mask),
         out_grad=_pointer(b.do),
-        passes=_pointer(kept.passes),
+        passes=_pointer(b.passes),
         act=b.act.clips,
-        cap_clips=kept.cap_clips,
-        kept=kept.v.data_ptr(),
-        halves=kept.format is not None,
-        rows=kept.v.numel() // channels,
+        cap_clips=b.cap_clips,
+        kept=v.data_ptr(),
+        halves=normalized.format is not None,
+        rows=v.numel() // channels,
         channels=channels,
         gamma=_pointer(b.gamma),
-        mean=kept.mean.data_ptr(),
-        inv_std=kept.inv_std.data_ptr(),
+        mean=moments.data_ptr(),
+        inv_std=moments.data_ptr() + 4 * channels,
         g=_pointer(residual),
         dgamma=dgamma.data_ptr(),
         dbeta=dbeta.data_ptr(),
         num=len(specs),
     )
-    if kept.format is not None:
-        arguments.grid = float_grid(kept.format)
+    if normalized.format is not None:
+        arguments.grid = float_grid(normalized.format)
     for i, out in enumerate(outs):
         arguments.out[i] = out.data_ptr()
     scale = None
@@ -147,4 +166,4 @@ def backward(b: NormBackward) -> Any:
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
         quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
-    return (None if specs else outs[0]), quantized, dgamma, dbeta, residual, arguments.clipped
+    return NormGradients(None if specs else outs[0], quantized, dgamma, dbeta, residual, arguments.clipped)

@@ -132,26 +132,40 @@ struct Moments {
   float amax;  // NaN where an element is NaN
 };
 
-// Batch normalization of [rows, channels], residual, activation, and the next layer's operand. Two passes over memory:
-//   v = round(scale y), mean and variance of v per channel; t = a v + b (+ residual), out = act(t), codes of out.
-// act: 0 none, 1 max(t, 0), with t <= cap. `clip` says how out becomes codes; its x, dtype and n do not count.
-struct NormForward {
-  const float* y;         // or null: v is in `kept` already, in 16-bit codes
+// Batch normalization of [rows, channels] in two passes over memory. The first: v = round(scale y), its mean and variance per
+// channel, the running statistics, and the affine map t = slope v + offset that normalizes.
+struct NormStatistics {
+  const float* y;
   int64_t rows;
   int32_t channels;
   float scale;
   int32_t rounds;         // whether grid applies
+  int32_t coded;          // y is v in 16-bit codes of grid already, and lies in `kept`
   FloatGrid grid;
   void* kept;             // v: 16-bit codes of grid if `halves`, else float32 (may be y itself)
   int32_t halves;
-  const float* gamma;
-  const float* beta;
+  const float* gamma;     // or null
+  const float* beta;      // or null
   float eps;
   float* running_mean;    // or null
   float* running_var;
   float momentum;
   float* mean;
   float* inv_std;
+  float* slope;
+  float* offset;
+};
+
+// The second: residual, activation, and the next layer's operand: t = slope v + offset (+ residual), out = act(t), codes of out.
+// act: 0 none, 1 max(t, 0), with t <= cap. `clip` says how out becomes codes; its x, dtype and n do not count.
+struct NormApply {
+  const void* kept;
+  int32_t halves;
+  FloatGrid grid;         // of kept, if halves
+  int64_t rows;
+  int32_t channels;
+  const float* slope;
+  const float* offset;
   const float* residual;  // or null
   int32_t act;
   float cap;
@@ -161,7 +175,7 @@ struct NormForward {
   int32_t clips;          // whether clip applies
 };
 
-// The gradients of NormForward. g = token_scale * token inside the mask, plus out_grad, where the activation lets it pass;
+// The gradients of both. g = token_scale * token inside the mask, plus out_grad, where the activation lets it pass;
 // sums per channel; then dy = a (g - mean g - (v - mean) / std^2 mean(g (v - mean))), rounded to one or two logarithmic grids,
 // or as it is. `clipped` sums what the mask removed, times the sign of the code.
 struct NormBackward {
@@ -301,7 +315,8 @@ struct Table {
   double (*epilogue)(const Epilogue*);
   void (*split)(const Split*);
   Moments (*moments)(const void* x, int32_t dtype, int64_t n);
-  float (*norm_forward)(const NormForward*);   // returns max|out|
+  void (*norm_statistics)(const NormStatistics*);
+  float (*norm_apply)(const NormApply*);       // returns max|out|
   float (*norm_backward)(NormBackward*);       // returns max|dy|
   void (*accumulate)(const Accumulate*);
   void (*lstm_forward)(const LstmForward*);

@@ -80,7 +80,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 7; }
+FOURBIT_API int32_t fourbit_abi() { return 8; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -122,7 +122,8 @@ FOURBIT_API void fourbit_pack_panels(const MatMul* t, uint32_t* out) { pack_pane
 FOURBIT_API int32_t fourbit_conv_fprop(const ConvFprop* t) { return has_dot_product() && conv_fprop(t); }
 FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }
 FOURBIT_API int32_t fourbit_conv_dgrad(const ConvDgrad* t) { return has_dot_product() && conv_dgrad(t); }
-FOURBIT_API float fourbit_norm_forward(const NormForward* f) { return table->norm_forward(f); }
+FOURBIT_API void fourbit_norm_statistics(const NormStatistics* s) { table->norm_statistics(s); }
+FOURBIT_API float fourbit_norm_apply(const NormApply* a) { return table->norm_apply(a); }
 FOURBIT_API float fourbit_norm_backward(NormBackward* b) { return table->norm_backward(b); }
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
 FOURBIT_API void fourbit_accumulate(const Accumulate* a) { table->accumulate(a); }

@@ -71,10 +71,15 @@ inline void merge(std::vector<std::unique_ptr<Sums>>& all, int32_t channels, std
 
 // ---- forward ----
 
-struct ForwardTask {
-  const NormForward* f;
-  const Channels *shift, *a, *b;
+struct StatisticsTask {
+  const NormStatistics* s;
+  const Channels* shift;
   std::vector<std::unique_ptr<Sums>> sums;
+};
+
+struct ApplyTask {
+  const NormApply* a;
+  const Channels *slope, *offset;
   Largest largest;
 };
 
@@ -90,15 +95,15 @@ FOURBIT_INLINE void load_kept(const void* kept, bool halves, const Half& h, int6
 }
 
 template <bool full>
-FOURBIT_BLOCK void statistics_block(const NormForward& f, const FloatGrid& g, const Half& h, const Channels& shift, Sums& sums,
+FOURBIT_BLOCK void statistics_block(const NormStatistics& f, const FloatGrid& g, const Half& h, const Channels& shift, Sums& sums,
                              int64_t i, int rest, int64_t c) {
   const int count = full ? kBlock : rest;
   float v[kBlock];
-  const float* y = f.y ? f.y + i : nullptr;
+  const float* y = f.coded ? nullptr : f.y + i;
   const float scale = f.scale;
   if (f.halves) {
     uint16_t* kept = static_cast<uint16_t*>(f.kept) + i;
-    if (f.y) to_halves(y, scale, h, count, kept);
+    if (!f.coded) to_halves(y, scale, h, count, kept);
     from_halves(kept, h, count, v);
   } else {
     if (f.rounds) {
@@ -122,7 +127,7 @@ FOURBIT_BLOCK void statistics_block(const NormForward& f, const FloatGrid& g, co
 }
 
 template <bool full>
-FOURBIT_BLOCK void apply_block(const NormForward& f, const Half& h, const Channels& a, const Channels& b, int64_t i, int rest,
+FOURBIT_BLOCK void apply_block(const NormApply& f, const Half& h, const Channels& a, const Channels& b, int64_t i, int rest,
                         int64_t c, int32_t* top) {
   const int count = full ? kBlock : rest;
   float t[kBlock] = {};
@@ -188,6 +193,11 @@ FOURBIT_INLINE void gradient_block(const NormBackward& b, int64_t i, int count, 
     keep(g, mask);
   } else {
     for (int j = 0; j < kBlock; ++j) g[j] = 0.0f;
+    if (b.packed && b.act && !b.pass) {
+      int8_t q[kBlock];
+      unpack_block(b.packed + i / 2, b.is_signed, q);
+      pass = load_bits(b.mask + i / 8) | positive(q) | negative(q);
+    }
   }
   if (b.out_grad) {
     float d[kBlock] = {};
@@ -307,58 +317,66 @@ float backward_typed(NormBackward* b) {
 
 namespace FOURBIT_ISA {
 
-float norm_forward(const NormForward* f) {
-  const int64_t n = f->rows * f->channels;
-  const int32_t channels = f->channels;
-  Channels shift(channels), a(channels), b(channels);
+void norm_statistics(const NormStatistics* s) {
+  const int64_t n = s->rows * s->channels;
+  const int32_t channels = s->channels;
+  Channels shift(channels);
   std::vector<float> first(static_cast<size_t>(channels));  // variances are taken about the first row: nothing cancels
-  if (!f->y) from_halves(static_cast<const uint16_t*>(f->kept), Half(f->grid), channels, first.data());
-  for (int32_t c = 0; f->y && c < channels; ++c) {
-    const float v = f->y[c] * f->scale;
-    first[static_cast<size_t>(c)] = f->rounds ? float_nearest(v, f->grid) : v;
+  if (s->coded) from_halves(static_cast<const uint16_t*>(s->kept), Half(s->grid), channels, first.data());
+  for (int32_t c = 0; !s->coded && c < channels; ++c) {
+    const float v = s->y[c] * s->scale;
+    first[static_cast<size_t>(c)] = s->rounds ? float_nearest(v, s->grid) : v;
   }
   shift.fill(channels, [&](int32_t c) { return first[static_cast<size_t>(c)]; });
-  ForwardTask task{f, &shift, &a, &b, {}, {}};
+  StatisticsTask task{s, &shift, {}};
   task.sums.resize(kMaxThreads);
   parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
-    ForwardTask& t = *static_cast<ForwardTask*>(p);
-    const NormForward& f = *t.f;
-    const FloatGrid g = f.grid;
+    StatisticsTask& t = *static_cast<StatisticsTask*>(p);
+    const NormStatistics& s = *t.s;
+    const FloatGrid g = s.grid;
     const Half h(g);
     auto& sums = t.sums[static_cast<size_t>(thread)];
-    sums.reset(new Sums(f.channels));
-    each_block(begin, end, f.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) statistics_block<true>(f, g, h, *t.shift, *sums, i, kBlock, c);
-      else statistics_block<false>(f, g, h, *t.shift, *sums, i, count, c);
+    sums.reset(new Sums(s.channels));
+    each_block(begin, end, s.channels, [&](int64_t i, int count, int64_t c) {
+      if (count == kBlock) statistics_block<true>(s, g, h, *t.shift, *sums, i, kBlock, c);
+      else statistics_block<false>(s, g, h, *t.shift, *sums, i, count, c);
     });
   }, &task);
   std::vector<double> total;
   merge(task.sums, channels, total);
-  const double rows = static_cast<double>(f->rows);
+  const double rows = static_cast<double>(s->rows);
   for (int32_t c = 0; c < channels; ++c) {
     const double d = total[static_cast<size_t>(c)] / rows;
     double variance = total[static_cast<size_t>(channels + c)] / rows - d * d;
     if (variance < 0.0) variance = 0.0;
     const double mean = first[static_cast<size_t>(c)] + d;
-    f->mean[c] = static_cast<float>(mean);
-    f->inv_std[c] = static_cast<float>(1.0 / std::sqrt(variance + static_cast<double>(f->eps)));
-    if (f->running_mean) {
+    s->mean[c] = static_cast<float>(mean);
+    s->inv_std[c] = static_cast<float>(1.0 / std::sqrt(variance + static_cast<double>(s->eps)));
+    s->slope[c] = s->inv_std[c] * (s->gamma ? s->gamma[c] : 1.0f);
+    s->offset[c] = (s->beta ? s->beta[c] : 0.0f) - s->mean[c] * s->slope[c];
+    if (s->running_mean) {
       const double unbiased = rows > 1.0 ? variance * rows / (rows - 1.0) : variance;
-      const double m = static_cast<double>(f->momentum);
-      f->running_mean[c] = static_cast<float>((1.0 - m) * f->running_mean[c] + m * mean);
-      f->running_var[c] = static_cast<float>((1.0 - m) * f->running_var[c] + m * unbiased);
+      const double m = static_cast<double>(s->momentum);
+      s->running_mean[c] = static_cast<float>((1.0 - m) * s->running_mean[c] + m * mean);
+      s->running_var[c] = static_cast<float>((1.0 - m) * s->running_var[c] + m * unbiased);
     }
   }
-  a.fill(channels, [&](int32_t c) { return f->inv_std[c] * (f->gamma ? f->gamma[c] : 1.0f); });
-  b.fill(channels, [&](int32_t c) { return (f->beta ? f->beta[c] : 0.0f) - f->mean[c] * a.of[static_cast<size_t>(c)]; });
+}
+
+float norm_apply(const NormApply* a) {
+  const int64_t n = a->rows * a->channels;
+  Channels slope(a->channels), offset(a->channels);
+  slope.fill(a->channels, [&](int32_t c) { return a->slope[c]; });
+  offset.fill(a->channels, [&](int32_t c) { return a->offset[c]; });
+  ApplyTask task{a, &slope, &offset, {}};
   const int pieces = parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
-    ForwardTask& t = *static_cast<ForwardTask*>(p);
-    const NormForward& f = *t.f;
-    const Half h(f.grid);
+    ApplyTask& t = *static_cast<ApplyTask*>(p);
+    const NormApply& a = *t.a;
+    const Half h(a.grid);
     int32_t top[16] = {};
-    each_block(begin, end, f.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) apply_block<true>(f, h, *t.a, *t.b, i, kBlock, c, top);
-      else apply_block<false>(f, h, *t.a, *t.b, i, count, c, top);
+    each_block(begin, end, a.channels, [&](int64_t i, int count, int64_t c) {
+      if (count == kBlock) apply_block<true>(a, h, *t.slope, *t.offset, i, kBlock, c, top);
+      else apply_block<false>(a, h, *t.slope, *t.offset, i, count, c, top);
     });
     t.largest.of[thread] = largest_of(top);
   }, &task);

@@ -22,7 +22,8 @@
 namespace fourbit {
 
 namespace FOURBIT_ISA {
-float norm_forward(const NormForward* f);
+void norm_statistics(const NormStatistics* s);
+float norm_apply(const NormApply* a);
 float norm_backward(NormBackward* b);
 void lstm_forward(const LstmForward* task);
 void lstm_backward(const LstmBackward* task);

@@ -421,7 +421,7 @@ Moments moments(const void* x, int32_t dtype, int64_t n) {
 
 extern const Table FOURBIT_JOIN(FOURBIT_ISA, _table) = {
     clip,  log_round, float_round,               table_round,                unpack, epilogue,
-    split, moments,   FOURBIT_ISA::norm_forward, FOURBIT_ISA::norm_backward,
+    split, moments,   FOURBIT_ISA::norm_statistics, FOURBIT_ISA::norm_apply, FOURBIT_ISA::norm_backward,
     FOURBIT_JOIN(FOURBIT_ISA, _accumulate), FOURBIT_ISA::lstm_forward, FOURBIT_ISA::lstm_backward};
 
 }  // namespace fourbit

@@ -1,0 +1,320 @@
+"""The nodes of a chain in autograd's graph: one for each step, with the edges that torch would have made, and one at its end.
+
+A step's node computes nothing forward. Backward, either the end of the chain has left the gradients of all steps there, or
+a gradient comes in and the step computes its own; `Link.is_visible` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fourbit import backends
+from fourbit.chains._link import Affine, Link
+from fourbit.chains._norm import Activation, NormBackward, Normalized, NormGradients
+from fourbit.errors import UserError
+from fourbit.ops import GradientReturn, Layout, LayerState, Pending
+from fourbit.quantizers import Packed, Quantized, QuantSpec, Request, unpack_mask
+
+_UNSEEN = (
+    "a gradient reached the inside of a fused chain, by an autograd function that took a tensor without reading it: "
+    "convert the model with fuse=False"
+)
+
+
+def _placeholder(ctx: Any, x: Pending, inplace: bool) -> Pending:
+    ctx.set_materialize_grads(False)
+    if inplace:
+        ctx.mark_dirty(x)
+        return x
+    return Pending.like(x)
+
+
+class Opened(torch.autograd.Function):
+    """A finished result as the start of a chain."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Pending:
+        """A tensor that stands for y."""
+        ctx.set_materialize_grads(False)
+        return Pending.make(y.shape, y.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        """The same gradient."""
+        return grads[0]
+
+
+class Finished(torch.autograd.Function):
+    """The tensor that a Pending one stands for, in its place."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Pending, value: list[Tensor]) -> Tensor:
+        """The numbers."""
+        ctx.set_materialize_grads(False)
+        return value[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        """The same gradient."""
+        return grads[0], None
+
+
+class Normalization(torch.autograd.Function):
+    """t = slope v + offset."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Pending, link: Link, inplace: bool, gamma: Tensor | None, beta: Tensor | None, n: Normalized
+    ) -> Pending:
+        """A tensor that stands for t."""
+        ctx.save_for_backward(n.v, n.moments, gamma)
+        ctx.format, ctx.layout, ctx.link = n.format, Layout.of(n.v), link
+        return _placeholder(ctx, x, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the input, gamma and beta."""
+        g, link = grads[0], ctx.link
+        found, link.gradients = link.gradients, None
+        if g is not None:
+            if found is not None:
+                raise UserError(_UNSEEN)
+            found = differentiate(ctx, Activation(), g)
+        if found is None:
+            return (None,) * 6
+        dx, _, _, dgamma, dbeta, _ = ctx.needs_input_grad
+        return (
+            found.dv if dx else None,
+            None,
+            None,
+            found.dgamma if dgamma else None,
+            found.dbeta if dbeta else None,
+            None,
+        )
+
+
+class Sum(torch.autograd.Function):
+    """t + residual."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Pending, link: Link, inplace: bool, residual: Tensor) -> Pending:
+        """A tensor that stands for the sum."""
+        ctx.link = link
+        return _placeholder(ctx, x, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of both."""
+        g, link = grads[0], ctx.link
+        found, link.d_residual = link.d_residual, None
+        if g is None:
+            return None, None, None, found
+        if found is not None:
+            raise UserError(_UNSEEN)
+        return g, None, None, g if ctx.needs_input_grad[3] else None
+
+
+class Activated(torch.autograd.Function):
+    """min(max(t, 0), cap)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Pending, link: Link, inplace: bool) -> Pending:
+        """A tensor that stands for the result."""
+        ctx.link = link
+        return _placeholder(ctx, x, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Where 0 < t < cap."""
+        g, link = grads[0], ctx.link
+        if g is None:
+            return None, None, None
+        if link.passing is None:
+            raise UserError(_UNSEEN)
+        return g * link.passing, None, None
+
+
+@dataclass
+class Call:
+    """What travels beside the tensors to the end of a chain, and what comes back.
+
+    Args:
+        link, node: the last step, and its node in autograd's graph.
+        content: the result.
+        behind, request: the layer that takes the codes, and how; None: the result is wanted as a tensor.
+        want_out: whether it is wanted as a tensor, too.
+    """
+
+    link: Link
+    node: Any
+    content: Affine
+    behind: LayerState | None
+    request: Request | None
+    want_out: bool
+    out: Tensor | None = None
+    quantized: Quantized | None = None
+    back: GradientReturn | None = None
+
+
+class End(torch.autograd.Function):
+    """The end of a chain: the arithmetic of all its steps, and of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Pending, alpha: Tensor | None, call: Call) -> Tensor:
+        """The result; `w` itself, now a result of this node, where a layer takes the codes."""
+        ctx.set_materialize_grads(False)
+        call.out, call.quantized, passes, ctx.cap_clips = call.content.apply(call.request, call.want_out)
+        quantized, behind = call.quantized, call.behind
+        packed = None if quantized is None else quantized.packed
+        mask = None if quantized is None else quantized.mask
+        ctx.save_for_backward(passes, None if packed is None else packed.data, mask)
+        ctx.packed = None if packed is None else (packed.shape, packed.stride, packed.signed)
+        ctx.link, ctx.node, ctx.back = call.link, call.node, None
+        ctx.alpha_shape = () if alpha is None else alpha.shape
+        if quantized is None or behind is None:
+            assert call.out is not None
+            return call.out
+        behind.saw_operand(quantized.amax, call.out, quantized.tensor)
+        ctx.back = call.back = GradientReturn()
+        ctx.mark_dirty(w)
+        return w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Leaves the gradients of the steps with them; or that of the result, where somebody may see a tensor between two."""
+        do, (passes, data, mask), back = grads[0], ctx.saved_tensors, ctx.back
+        dq, dq_scale = (None, 1.0) if back is None else back.take()
+        d_alpha = None
+        if back is not None:
+            d_alpha, back.clipped = back.clipped, None
+        packed = None if ctx.packed is None else Packed(data, *ctx.packed)
+        dw = clipped = None
+        if do is not None or dq is not None:
+            inner = [link for link, _ in steps(ctx.link, ctx.node) if link is not ctx.link and link.kind != "product"]
+            if any(link.is_visible() for link in inner):
+                dw, clipped = _by_itself(ctx, do, dq, dq_scale, packed, mask, passes)
+            else:
+                clipped = _all_at_once(ctx, do, dq, dq_scale, packed, mask, passes)
+        if dq is not None and ctx.needs_input_grad[1]:
+            d_alpha = torch.full(ctx.alpha_shape, clipped, dtype=torch.float32) if d_alpha is None else d_alpha + clipped
+        return dw, d_alpha, None
+
+
+def steps(link: Link | None, node: Any) -> Iterator[tuple[Link, Any]]:
+    """The steps of a chain and their nodes, from the last one on."""
+    while link is not None:
+        yield link, node
+        link, node = link.before, link.node
+
+
+def normalization_of(link: Link, node: Any) -> Any:
+    """The node of a chain's normalization; None where it has no gradient."""
+    return next(node for link, node in steps(link, node) if link.kind == "norm")
+
+
+def _all_at_once(ctx: Any, do: Tensor | None, dq: Tensor | None, dq_scale: float, *saved: Any) -> float:
+    """Compute the gradients of all steps, and leave them there; returns what was clipped."""
+    chain = list(steps(ctx.link, ctx.node))
+    norm = normalization_of(ctx.link, ctx.node)
+    total = next(((link, node) for link, node in chain if link.kind == "sum"), None)
+    want_residual = total is not None and total[1].needs_input_grad[3]
+    found = differentiate(norm, ctx.link.act, do, dq, dq_scale, *saved, ctx.cap_clips, want_residual)
+    norm.link.gradients = found
+    if total is not None:
+        total[0].d_residual = found.d_residual
+    return found.clipped
+
+
+def _by_itself(
+    ctx: Any,
+    do: Tensor | None,
+    dq: Tensor | None,
+    dq_scale: float,
+    packed: Packed | None,
+    mask: Tensor | None,
+    passes: Tensor | None,
+) -> tuple[Tensor, float]:
+    """The gradient of the result, for the steps to go on from; and what was clipped."""
+    some = do if do is not None else dq
+    assert some is not None
+    dw = torch.zeros_like(some, dtype=torch.float32) if do is None else do
+    dw = dw.contiguous(memory_format=torch.channels_last)
+    sign = inside = None
+    if packed is not None and mask is not None:
+        sign, inside = packed.unpack(torch.float32).sign(), unpack_mask(mask, dw)
+    passing = torch.ones_like(dw, dtype=torch.bool)
+    if ctx.link.act.clips:
+        if passes is not None:
+            passing = unpack_mask(passes, dw)
+        elif sign is not None and inside is not None:
+            passing = inside | (sign != 0)
+        ctx.link.passing = passing
+    if dq is None or sign is None or inside is None:
+        return dw, 0.0
+    dq = dq.to(torch.float32) * dq_scale
+    outside = ~inside if ctx.cap_clips else ~inside & passing
+    clipped = float((dq * sign * outside).sum(dtype=torch.float64))
+    return dw + dq * inside, clipped
+
+
+def differentiate(
+    norm: Any,
+    act: Activation,
+    do: Tensor | None,
+    dq: Tensor | None = None,
+    dq_scale: float = 1.0,
+    packed: Packed | None = None,
+    mask: Tensor | None = None,
+    passes: Tensor | None = None,
+    cap_clips: bool = False,
+    want_residual: bool = False,
+) -> NormGradients:
+    """The gradients of a normalization and of what follows it; that of its input is left to the layer before, quantized,
+    where nobody else may see it.
+
+    Args:
+        norm: the node of the normalization.
+    """
+    v, moments, gamma = norm.saved_tensors
+    product = norm.link.before
+    result, state = product.result, product.state
+    hands_over = result is not None and norm.needs_input_grad[0] and not product.is_visible()
+    specs: tuple[QuantSpec, ...] = state.gradient_specs(*result.needs) if hands_over else ()
+    do = None if do is None else do.to(torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def run(specs: tuple[QuantSpec, ...]) -> NormGradients:
+        exponent = state.g_exponent if specs else None
+        normalized = Normalized(v, norm.format, moments)
+        call = NormBackward(
+            normalized, gamma, act, norm.layout, dq, dq_scale, packed, mask, passes, cap_clips, do, want_residual, specs, exponent
+        )
+        found = backends.dispatch("norm_backward", call)
+        if found is None:
+            raise UserError("the kernels were switched off inside a fused chain: switch them off around the whole step")
+        return found
+
+    found = run(specs)
+    if not hands_over:
+        return found
+    if not found.quantized:
+        result.g = found.dv
+    else:
+        dv = run(()).dv if state.observer is not None else None
+        first = specs[0] is state.spec.g_dgrad
+        slots = ("g_dgrad", "g_wgrad") if len(found.quantized) == 2 else ("g_dgrad",) if first else ("g_wgrad",)
+        by_slot = dict(zip(slots, found.quantized, strict=True))
+        amax = found.quantized[0].amax
+        assert not isinstance(amax, Tensor)
+        state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
+        result.quantized = by_slot.get("g_dgrad"), by_slot.get("g_wgrad")
+    return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped)

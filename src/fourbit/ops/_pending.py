@@ -1,0 +1,205 @@
+"""`Pending`: a tensor whose numbers are not computed yet, for code that is written for tensors.
+
+It has shape, strides, dtype and device, and a place in autograd's graph, as the tensor that it stands for would have them.
+Python's functions of torch meet it in `__torch_function__`: those that are steps of a chain (`STEPS`) go on with it, all
+others have it computed first, and it becomes a plain torch.Tensor on the spot, the same Python object. What reaches it
+below Python, in C++, meets `__torch_dispatch__`, which computes with its numbers; then it cannot change its nature, and
+stays a `Pending` with a tensor as its content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class Settles(Protocol):
+    """What knows how a Pending tensor is computed."""
+
+    def settle(self, w: Pending, why: str) -> None:
+        """Make `w` a plain tensor, or its content a tensor."""
+        ...
+
+    def fill(self, w: Pending) -> None:
+        """Make the content of `w` a tensor."""
+        ...
+
+    def begin_anew(self) -> Settles:
+        """For another tensor, that nothing follows from."""
+        ...
+
+
+STEPS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Functions of torch that may go on with a Pending tensor, and what does it; that returns None for a call which is no step."""
+
+
+class Pending(Tensor):
+    """See above.
+
+    Attributes:
+        content: how to compute it; its numbers, once they are there.
+        link: the step of the chain that it is the result of.
+        node: its node in autograd's graph, as that step made it.
+        is_passed: whether a further step goes on from here.
+        is_taken: whether a layer has taken its codes.
+        taker: that layer's state.
+    """
+
+    content: Any
+    link: Any
+    node: Any
+    is_passed: bool
+    is_taken: bool
+    taker: Any
+
+    @staticmethod
+    def make(shape: torch.Size, stride: Sequence[int]) -> Pending:
+        """A float32 tensor on the CPU, without numbers."""
+        w = Tensor._make_wrapper_subclass(Pending, shape, strides=tuple(stride), dtype=torch.float32)  # type: ignore[attr-defined]
+        w.is_passed = w.is_taken = False
+        w.content = w.link = w.node = w.taker = None
+        return w
+
+    @staticmethod
+    def like(x: Tensor) -> Pending:
+        """Another one of that shape and order of axes."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return Pending.make(x.shape, x.stride())
+
+    def become(self, plain: Tensor) -> None:
+        """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays."""
+        self.__dict__.clear()
+        torch._C._swap_tensor_impl(self, plain)
+        object.__setattr__(self, "__class__", Tensor)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func == _GRAD_FN and node_of(args[0]) is not args[0].node:
+            return node_of(args[0])  # not of a chain's making: it stays
+        step = STEPS.get(func)
+        if step is not None:
+            result = step(*args, **kwargs)
+            if result is not None:
+                return result
+        settle_all((args, kwargs), getattr(func, "__name__", str(func)))
+        if func in _NEEDS_MEMORY:
+            args = tree_map_only(Pending, _plain, args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found: list[tuple[Pending, Tensor]] = []
+
+        def numbers(w: Pending) -> Tensor:
+            if not isinstance(w.content, Tensor):
+                w.link.fill(w)
+            found.append((w, w.content))
+            return w.content
+
+        if func is torch.ops.aten.view.default and list(args[1]) == list(args[0].size()):
+            return _alias(args[0])  # so autograd tells the input of a function, returned as it is, from its output
+        args, kwargs = tree_map_only(Pending, numbers, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return next((w for w, content in found if result is content), result)  # an operation in place returns its input
+
+
+def settle_all(arguments: Any, why: str) -> None:
+    """Compute every Pending tensor in a structure of lists, tuples and dictionaries."""
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Pending) and not isinstance(leaf.content, Tensor):
+            leaf.link.settle(leaf, why)
+
+
+def numbers_of(x: Tensor) -> Tensor:
+    """The tensor with the numbers of `x`, detached, if it is a Pending one that has some; otherwise x."""
+    return x.content if isinstance(x, Pending) and isinstance(x.content, Tensor) else x
+
+
+def node_of(w: Tensor) -> Any:
+    """The node of autograd's graph that a tensor is the result of now."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return w.grad_fn
+
+
+def plain_tensors_only(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is of a class that may mean something else by its operations."""
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+@dataclass
+class _Alias:
+    """The content of a tensor that autograd has made of another one, which it returned as it was."""
+
+    of: Pending
+
+    def compute(self) -> Tensor:
+        """A copy: what is done to it in place is not done to the other."""
+        if not isinstance(self.of.content, Tensor):
+            self.of.link.fill(self.of)
+        return self.of.content.clone()
+
+
+def _alias(of: Pending) -> Pending:
+    w = Pending.like(of)
+    w.link, w.content = of.link.begin_anew(), _Alias(of)
+    return w
+
+
+class _Plain(torch.autograd.Function):
+    """A plain tensor with the numbers of a Pending one, for what cannot take a tensor without memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Pending, content: list[Tensor]) -> Tensor:
+        return content[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _plain(w: Pending) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Plain.apply(w, [w.content.detach()])
+
+
+_GRAD_FN = Tensor.grad_fn.__get__
+
+_METADATA = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
+                *("is_cpu", "is_cuda", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized", "is_sparse"),
+                *("is_sparse_csr", "is_vulkan", "is_xla", "is_xpu", "is_mtia", "is_ipu", "is_maia", "names", "_version"),
+            )
+            if hasattr(Tensor, name)
+        ),
+        *(
+            getattr(Tensor, name)
+            for name in ("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous", "__len__")
+        ),
+        *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_signed", "is_inference", "get_device")),
+        *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "is_inference", "numel", "is_signed")),
+    }
+)
+"""What is known without the numbers."""
+
+_NEEDS_MEMORY = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *("numpy", "__array__", "data_ptr", "storage", "untyped_storage", "tolist", "share_memory_", "pin_memory"),
+        *("__deepcopy__", "__reduce_ex__", "__dlpack__", "__repr__", "__format__", "is_shared", "is_pinned"),
+    )
+)
+"""Methods that read a tensor's memory themselves."""
