@@ -185,6 +185,7 @@ _METADATA = frozenset(
             )
             if hasattr(Tensor, name)
         ),
+        Tensor._backward_hooks.__set__,  # autograd empties it for what a node changes in place
         *(
             getattr(Tensor, name)
             for name in ("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous", "__len__")
