@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fourbit import backends
+from fourbit.chains import Activation, Norm, NormApply, NormStatistics
 from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM, UINT4
 from fourbit.kernels.cpu import library
-from fourbit.ops import Activation, Convolution, Gemm, Layout, Norm, NormForward, Operand
+from fourbit.ops import Convolution, Gemm, Layout, Operand
 from fourbit.ops._product import multiply
 from fourbit.quantizers import round_to_format
 
@@ -120,9 +121,9 @@ def test_a_normalization_takes_codes_as_it_takes_what_they_were_rounded_from(exa
     found = []
     for y, factor in ((multiply(gemm).y, scale), (multiply(replace(gemm, output=FP16_169)).y, 1.0)):
         norm = Norm(torch.full((32,), 1.5), torch.full((32,), 0.25), torch.zeros(32), torch.ones(32), 0.1, 1e-5)
-        forward = NormForward(y, factor, FP16_169, norm, Activation(True), None, None, True, True)
-        out, _, kept = backends.dispatch("norm_forward", forward)
-        found.append((out, kept.v, kept.mean, kept.inv_std, norm.running_mean, norm.running_var))
+        normalized = backends.dispatch("norm_statistics", NormStatistics(y, factor, FP16_169, norm, True))
+        out = backends.dispatch("norm_apply", NormApply(normalized, None, Activation(True), None, True))[0]
+        found.append((out, normalized.v, normalized.moments, norm.running_mean, norm.running_var))
     assert found[0][1].dtype == torch.int16
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

@@ -108,13 +108,14 @@ def test_every_kernel_belongs_to_an_operation_that_is_tested_here():
     tested |= {
         "accumulate",
         "norm_supported",
-        "norm_forward",
+        "norm_statistics",
+        "norm_apply",
         "norm_backward",
         "lstm_forward",
         "lstm_backward",
         "lstm_run",
         "lstm_run_back",
-    }  # in test_cpu_accumulate.py, test_fuse.py and test_cpu_lstm.py
+    }  # in test_cpu_accumulate.py, test_chain_numbers.py and test_cpu_lstm.py
     assert {kernel.operation for kernel in backends.kernels()} <= tested
 
 

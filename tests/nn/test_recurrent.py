@@ -353,25 +353,6 @@ def test_an_empty_batch_is_an_empty_result(cls):
     assert y.shape == (3, 0, 8) and states(last)[0].shape == (1, 0, 8)
 
 
-def test_an_lstm_does_not_keep_the_chains_beside_it_from_being_fused():
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3)])
-            self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
-            self.rnn = nn.LSTM(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = norm(conv(x)).relu()
-            return self.rnn(x.mean(3).permute(2, 0, 1))[0]
-
-    model = fb.convert(Both(), fb.Recipe("x", (fb.Rule(catalog.TPR),)), fuse=False)
-    from fourbit.recipes._fuse import fuse
-
-    assert fuse(model) == [model]
-
-
 def test_every_time_step_draws_its_own_random_words():
     """The same hidden state at three steps is rounded in three ways, and in the same three ways when it is done again."""
     torch.manual_seed(0)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import fourbit as fb
 from fourbit import data, models, recipes
 from fourbit.errors import UserError
-from fourbit.recipes._fuse import Fused
 from fourbit.train import TrainConfig, train
 from fourbit.train._session import open_session
 from fourbit.train._validate import validated
@@ -146,7 +145,7 @@ def test_products_and_fuse_reach_the_layers(make_config):
         session = open_session(validated(make_config(recipe="ibm2020", products=products, fuse=fuse)))
         layers = fb.quantized_layers(session.bare)
         assert {layer.quant.products for layer in layers.values()} == {products}
-        assert any(isinstance(m, Fused) for m in session.bare.modules()) == fuse
+        assert {layer.quant.fuse for layer in layers.values()} == {fuse}
 
 
 def test_observing_does_not_change_the_numbers(make_config):

@@ -7,12 +7,14 @@ hooks, ties between layers and references held elsewhere all survive, and `resto
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fourbit.errors import UserError
 from fourbit.ops import (
@@ -46,9 +48,27 @@ def swaps(torch_class: type[nn.Module]) -> Callable[[Q], Q]:
 
     def enter(quantized_class: Q) -> Q:
         SWAPS[torch_class] = quantized_class
+        quantized_class.forward = _in_any_mode(quantized_class.forward)
         return quantized_class
 
     return enter
+
+
+def _in_any_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer is one node in a symbolic trace (torch.fx), as torch's layers are; torch.jit.trace cannot record it."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Proxy):
+            tracer = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
+        if torch.jit.is_tracing():
+            raise UserError(
+                "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with restore(model)"
+            )
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 class Quantized(nn.Module):
@@ -62,6 +82,12 @@ class Quantized(nn.Module):
     """
 
     quant: LayerState
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script is to compile."""
+        raise UserError(
+            "torch.jit.script cannot compile quantized layers: use torch.export, or take the conversion back with restore(model)"
+        )
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ class Pending(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == _GRAD_FN and node_of(args[0]) is not args[0].node:
+        if func == _GRAD_FN and isinstance(args[0], Pending) and node_of(args[0]) is not args[0].node:
             return node_of(args[0])  # not of a chain's making: it stays
         step = STEPS.get(func)
         if step is not None:
@@ -111,6 +111,17 @@ class Pending(Tensor):
         args, kwargs = tree_map_only(Pending, numbers, (args, kwargs or {}))
         result = func(*args, **kwargs)
         return next((w for w, content in found if result is content), result)  # an operation in place returns its input
+
+
+def _run_as_written(function: Callable[..., Any]) -> None:
+    """Keep torch.compile, which may be at work around the call, out of a function and all that it calls."""
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+_run_as_written(Pending.__torch_function__.__func__)  # type: ignore[attr-defined]
+_run_as_written(Pending.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
 def settle_all(arguments: Any, why: str) -> None:
