@@ -163,6 +163,7 @@ class Call:
     out: Tensor | None = None
     quantized: Quantized | None = None
     back: GradientReturn | None = None
+    cap_clips: bool = False
 
 
 class End(torch.autograd.Function):
@@ -172,7 +173,8 @@ class End(torch.autograd.Function):
     def forward(ctx: Any, w: Pending, alpha: Tensor | None, call: Call) -> Tensor:
         """The result; `w` itself, now a result of this node, where a layer takes the codes."""
         ctx.set_materialize_grads(False)
-        call.out, call.quantized, passes, ctx.cap_clips = call.content.apply(call.request, call.want_out)
+        call.out, call.quantized, passes, call.cap_clips = call.content.apply(call.request, call.want_out)
+        ctx.cap_clips = call.cap_clips
         quantized, behind = call.quantized, call.behind
         packed = None if quantized is None else quantized.packed
         mask = None if quantized is None else quantized.mask
@@ -206,7 +208,9 @@ class End(torch.autograd.Function):
             else:
                 clipped = _all_at_once(ctx, do, dq, dq_scale, packed, mask, passes)
         if dq is not None and ctx.needs_input_grad[1]:
-            d_alpha = torch.full(ctx.alpha_shape, clipped, dtype=torch.float32) if d_alpha is None else d_alpha + clipped
+            d_alpha = (
+                torch.full(ctx.alpha_shape, clipped, dtype=torch.float32) if d_alpha is None else d_alpha + clipped
+            )
         return dw, d_alpha, None
 
 
@@ -296,7 +300,20 @@ def differentiate(
         exponent = state.g_exponent if specs else None
         normalized = Normalized(v, norm.format, moments)
         call = NormBackward(
-            normalized, gamma, act, norm.layout, dq, dq_scale, packed, mask, passes, cap_clips, do, want_residual, specs, exponent
+            normalized,
+            gamma,
+            act,
+            norm.layout,
+            dq,
+            dq_scale,
+            packed,
+            mask,
+            passes,
+            cap_clips,
+            do,
+            want_residual,
+            specs,
+            exponent,
         )
         found = backends.dispatch("norm_backward", call)
         if found is None:

@@ -189,7 +189,8 @@ def _take(w: Pending, behind: LayerState) -> OperandHandover | None:
     if call.out is not None:
         w.content = call.out
     chain_ended(w.link, behind)
-    return OperandHandover(layout, call.quantized, w.link, call.back)
+    is_bounded = w.link.act.clips and not call.cap_clips
+    return OperandHandover(layout, call.quantized, w.link, call.back, is_bounded)
 
 
 def settle(w: Pending, why: str) -> None:

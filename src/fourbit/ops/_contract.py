@@ -120,7 +120,15 @@ class _Contract(torch.autograd.Function):
         if result is not None:
             result.needs = needs_of(ctx.needs_input_grad)
         y, saved = run_forward(
-            numbers_of(x), numbers_of(w), contraction, spec, state, dtype, (x_alpha is not None, w_alpha is not None), over, result
+            numbers_of(x),
+            numbers_of(w),
+            contraction,
+            spec,
+            state,
+            dtype,
+            (x_alpha is not None, w_alpha is not None),
+            over,
+            result,
         )
         tensors, ctx.outline = flatten(saved)
         ctx.save_for_backward(*tensors)
@@ -253,7 +261,10 @@ def run_backward(
         sums = (spec.accumulation, state.sum_key("dgrad"))
         gemm = Gemm("dgrad", contraction, a, _operand(saved.w), saved.x_layout, compute, state.products, *sums)
         if over is None or over.link.is_visible():
-            dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, saved.x_mask, _codes(saved.x_codes))
+            mask, codes = saved.x_mask, _codes(saved.x_codes)
+            if over is not None and mask is not None and isinstance(codes, Packed):
+                mask = over.inside(mask, codes)
+            dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, mask, codes)
             if over is not None:  # the clip value is an input of the node before
                 over.back.clipped, dx_alpha = dx_alpha, None
         else:

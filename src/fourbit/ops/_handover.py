@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourbit.formats import Format
 from fourbit.ops._product import Layout, Raw
-from fourbit.quantizers import Quantized
+from fourbit.quantizers import Packed, Quantized, pack_mask, unpack_mask
 
 
 class Visible(Protocol):
@@ -53,12 +53,22 @@ class OperandHandover:
         link: the step of the chain whose result the operand is. It says at the time of the backward pass whether somebody
             else can see the gradient of that result, which must then be a tensor.
         back: the way back.
+        is_bounded: whether nothing lies beyond the clip value, because an activation ends below it.
     """
 
     layout: Layout
     quantized: Quantized | None
     link: Visible
     back: GradientReturn
+    is_bounded: bool = False
+
+    def inside(self, mask: Tensor, codes: Packed) -> Tensor:
+        """The mask of the straight-through gradient of the operand itself, as bits.
+
+        `mask` is that of what the activation before it let pass. What it did not let pass became 0, or where it ends.
+        """
+        q = codes.unpack(torch.int8)
+        return pack_mask(torch.ones_like(q, dtype=torch.bool) if self.is_bounded else unpack_mask(mask, q) | (q == 0))
 
     def take(self) -> Quantized:
         """The operand, for the one layer that it is for."""

@@ -192,16 +192,39 @@ _METADATA = frozenset(
             for name in (
                 *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
                 *("is_cpu", "is_cuda", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized", "is_sparse"),
-                *("is_sparse_csr", "is_vulkan", "is_xla", "is_xpu", "is_mtia", "is_ipu", "is_maia", "names", "_version"),
+                *(
+                    "is_sparse_csr",
+                    "is_vulkan",
+                    "is_xla",
+                    "is_xpu",
+                    "is_mtia",
+                    "is_ipu",
+                    "is_maia",
+                    "names",
+                    "_version",
+                ),
             )
             if hasattr(Tensor, name)
         ),
         Tensor._backward_hooks.__set__,  # autograd empties it for what a node changes in place
         *(
             getattr(Tensor, name)
-            for name in ("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous", "__len__")
+            for name in (
+                "size",
+                "stride",
+                "dim",
+                "ndimension",
+                "numel",
+                "nelement",
+                "element_size",
+                "is_contiguous",
+                "__len__",
+            )
         ),
-        *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_signed", "is_inference", "get_device")),
+        *(
+            getattr(Tensor, name)
+            for name in ("is_floating_point", "is_complex", "is_signed", "is_inference", "get_device")
+        ),
         *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "is_inference", "numel", "is_signed")),
     }
 )
