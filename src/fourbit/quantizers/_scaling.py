@@ -87,7 +87,7 @@ class FixedScale(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """A constant."""
-        return torch.full((), self.value, device=statistics.x.device)
+        return torch.full((), self.value, dtype=torch.float32, device=statistics.x.device)
 
     def __str__(self) -> str:
         return f"fixed {self.value:g}"
@@ -116,13 +116,23 @@ _SAWB_COEFFICIENTS: dict[tuple[int, bool], tuple[float, float]] = {
     (255, True): (31.76, 35.04),
 }
 
+_SPARSE = 4.0
+"""The ratio sqrt(E[w^2]) / E|w| above which `Sawb` takes the excess for zeros."""
+
 
 @dataclass(frozen=True)
 class Sawb(Scaling):
     """Statistics-aware weight binning: alpha = c1 sqrt(E[w^2]) - c2 E|w|, scale = alpha / format.max.
 
-    c1 and c2 were fitted by its authors to the clip value of least squared error over six weight distributions. Where
-    alpha <= 0 (nearly binary weights), alpha = max|w|. Recomputed at every forward pass.
+    c1 and c2 were fitted by its authors to the clip value of least squared error over six weight distributions, whose ratios
+    r = sqrt(E[w^2]) / E|w| go from 1.155 (uniform) to 1.414 (Laplace). The line through them falls to nothing where all
+    weights have nearly one magnitude (r towards 1), and behind where most weights are zero (r large). So alpha is at least
+
+        min(max|w|, t E|w|)              t = max(1, 0.65 of the formula's alpha / E|w| for uniform weights)
+        min(max|w|, k E[w^2] / E|w|)     where r > 4, with the k that meets the line at r = 4
+
+    E[w^2] / E|w|, a mean of |w| that zeros do not enter, is what the best clip value is proportional to when zeros are added.
+    For int4_sym t = 1.21, which takes effect below r = 1.10, and k = 2.26. Recomputed at every forward pass.
 
     Args:
         c1, c2: coefficients; None takes the published pair for the number of levels of the format.
@@ -161,11 +171,17 @@ class Sawb(Scaling):
         """alpha / format.max, at least 2^-126."""
         c1, c2 = self.coefficients(format)
         mean_square, mean_abs, amax = statistics.moments
+        flat = max(1.0, 0.65 * (2.0 / math.sqrt(3.0) * c1 - c2))
+        sparse = (_SPARSE * c1 - c2) / _SPARSE**2
         if isinstance(mean_square, float) and isinstance(mean_abs, float) and isinstance(amax, float):
-            number = to_float32(c1 * math.sqrt(mean_square) - c2 * mean_abs)
+            is_sparse = mean_square > _SPARSE**2 * mean_abs**2 > 0
+            least = min(amax, sparse * mean_square / mean_abs if is_sparse else flat * mean_abs)
+            number = to_float32(max(c1 * math.sqrt(mean_square) - c2 * mean_abs, least))
             return _at_least_tiny(to_float32((number if number > 0 else amax) / format.max))
-        assert isinstance(mean_square, Tensor)
-        alpha = (c1 * mean_square.sqrt() - c2 * mean_abs).to(torch.float32)
+        assert isinstance(mean_square, Tensor) and isinstance(mean_abs, Tensor) and isinstance(amax, Tensor)
+        is_sparse = mean_square > _SPARSE**2 * mean_abs.square()
+        least = torch.where(is_sparse, sparse * mean_square / mean_abs, flat * mean_abs).minimum(amax.double())
+        alpha = torch.maximum(c1 * mean_square.sqrt() - c2 * mean_abs, least).to(torch.float32)
         return (torch.where(alpha > 0, alpha, amax) / format.max).clamp_min(TINY)
 
     def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
@@ -210,7 +226,7 @@ class ClipValue(Scaling):
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
-        if _is_host_scalar(stored):
+        if stored.is_cpu:  # the host is faster than torch with one number
             return _at_least_tiny(max(float(stored), TINY) / format.max)
         return (_clip_value(stored) / format.max).clamp_min(TINY)
 
@@ -239,7 +255,8 @@ def _at_least_tiny(scale: float) -> Tensor:
 
 
 def _clip_value(stored: Tensor) -> Tensor:
-    return stored.detach().to(torch.float32).clamp_min(TINY)
+    """0-d."""
+    return stored.detach().to(torch.float32).view(()).clamp_min(TINY)
 
 
 def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
@@ -364,7 +381,7 @@ class LossScaled(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """1."""
-        return torch.ones((), device=statistics.x.device)
+        return torch.ones((), dtype=torch.float32, device=statistics.x.device)
 
     def __str__(self) -> str:
         return "loss scale"
