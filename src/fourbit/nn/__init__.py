@@ -10,6 +10,7 @@ from fourbit.nn._base import learn_class as learn_class
 from fourbit.nn._base import nonfinite_layers as nonfinite_layers
 from fourbit.nn._base import quantized_layers as quantized_layers
 from fourbit.nn._base import swaps as swaps
+from fourbit.nn._base import upgraded as upgraded
 from fourbit.nn._fused import conv_norm_act as conv_norm_act
 from fourbit.nn._fused import run_layer as run_layer
 from fourbit.nn._layers import Conv1d as Conv1d

@@ -36,5 +36,6 @@ from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._steps import LstmBackward as LstmBackward
 from fourbit.ops._steps import LstmForward as LstmForward
 from fourbit.ops._stored import Observer as Observer
+from fourbit.ops._stored import upgrade as upgrade
 from fourbit.ops._watch import Watcher as Watcher
 from fourbit.ops._watch import watch as watch

@@ -60,6 +60,7 @@ def contract(
     device = w.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
     x_alpha = None if over is not None else state.x_alpha
+    state.with_gradients = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         from fourbit.ops._compiled import compiled_contract
 
@@ -145,7 +146,13 @@ class _Contract(torch.autograd.Function):
                 ctx.result,
             )
         needs = ctx.needs_input_grad
-        return (dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, *(None,) * 6)
+        alphas = clip_gradient(dx_alpha), clip_gradient(dw_alpha)
+        return (dx if needs[0] else None, dw if needs[1] else None, *alphas, *(None,) * 6)
+
+
+def clip_gradient(total: Tensor | None) -> Tensor | None:
+    """The gradient of a clip value, in its shape [1]."""
+    return None if total is None else total.view(1)
 
 
 def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:

@@ -244,7 +244,7 @@ class _Normalize(torch.autograd.Function):
                 dv = backends.dispatch("norm_backward", replace(backward, specs=()))[0]
             _return_gradient(call, specs, dv, quantized)
             dv = mean.new_zeros(())
-        d_alpha = mean.new_tensor(clipped) if ctx.needs_input_grad[4] and dq is not None else None
+        d_alpha = mean.new_tensor([clipped]) if ctx.needs_input_grad[4] and dq is not None else None
         return (
             dv,
             dgamma if ctx.needs_input_grad[1] else None,

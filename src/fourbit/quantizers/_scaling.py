@@ -240,11 +240,6 @@ class ClipValue(Scaling):
         return f"{text} ({self.signed_format.name} where inputs go negative)" if self.signed_format else text
 
 
-def _is_host_scalar(t: Tensor) -> bool:
-    """Whether the host computes faster than torch: one number, without waiting for a device."""
-    return t.is_cpu and t.dim() == 0
-
-
 def to_float32(value: float) -> float:
     """The nearest float32. A sum, product, quotient or root of float32 numbers comes out as if computed in float32."""
     return c_float(value).value
@@ -290,12 +285,17 @@ _EXPONENT_LIMIT = 100
 """Exponents stay in [-100, 100]: 2^100 lifts the smallest normal float32 gradients, and its reciprocal is still normal."""
 
 
+def is_exponent(exponent: Tensor) -> Tensor:
+    """Where it is a number that a GradScale can have: an integer in [-100, 100]."""
+    return (exponent.abs() <= _EXPONENT_LIMIT) & (exponent == exponent.round())
+
+
 def exponent_scale(exponent: Tensor) -> Tensor:
-    """2^exponent in float32; 1 where UNSET."""
-    if _is_host_scalar(exponent):
-        k = int(exponent)
+    """2^exponent in float32, an average of exponents rounded to an integer; 1 where UNSET."""
+    if exponent.is_cpu and exponent.dim() == 0:  # the host is faster than torch with one number
+        k = round(exponent.item())
         return torch.tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
-    return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32))
+    return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32).round())
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ class GradScale(Scaling):
     def step(self, exponent: Tensor | int, votes: Tensor | int) -> Tensor | int:
         """exponent + sign(votes), clamped; UNSET stays. `votes` may be a sum over workers."""
         if isinstance(exponent, Tensor) and isinstance(votes, Tensor):
-            moved = (exponent + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
+            moved = (exponent.round() + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
             return torch.where(exponent == UNSET, exponent, moved).to(torch.int32)
         if exponent == UNSET:
             return UNSET
