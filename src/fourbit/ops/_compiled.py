@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.errors import UserError
 from fourbit.ops import _contract as eager
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._product import Layout, Operand
@@ -198,6 +199,15 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _refuse(ctx: Any, grads: list[Tensor | None]) -> Any:
+    raise UserError(
+        "a gradient of a compiled model cannot be differentiated a second time: call the model itself instead"
+    )
+
+
+_backward.register_autograd(_refuse)
 
 
 def compiled_contract(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit import backends
 from fourbit.errors import UserError
@@ -25,8 +25,10 @@ from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
+from fourbit.ops._second import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
+from fourbit.ops._stored import is_shard
 from fourbit.ops._watch import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec
 
@@ -66,6 +68,12 @@ def contract(
 
         assert over is None and result is None
         return compiled_contract(t, w, x_alpha, state.w_alpha, contraction, state, dtype)
+    refuse_transforms()
+    if is_shard(w):
+        raise UserError(
+            "the weight of a quantized layer is a DTensor, of which this process has a part: call the module that fully_shard "
+            "was applied to, which gathers it"
+        )
     num_elements = t.numel() if over is None else over.layout.shape.numel()
     with full_precision(device), computing(state, num_elements):
         return _Contract.apply(t, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
@@ -127,27 +135,55 @@ class _Contract(torch.autograd.Function):
         ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
+        ctx.weight = weakref.ref(w)  # saved, it would count as memory and forbid changes
         return y
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unflatten(ctx.outline, ctx.saved_tensors)
-        with full_precision(grads[0].device.type):
-            dx, dw, dx_alpha, dw_alpha = run_backward(
-                grads[0],
-                saved,
-                ctx.contraction,
-                ctx.spec,
-                ctx.state,
-                ctx.dtypes,
-                needs_of(ctx.needs_input_grad),
-                ctx.over,
-                ctx.result,
-            )
-        needs = ctx.needs_input_grad
-        alphas = clip_gradient(dx_alpha), clip_gradient(dw_alpha)
-        return (dx if needs[0] else None, dw if needs[1] else None, *alphas, *(None,) * 6)
+        if not torch.is_grad_enabled():
+            return (*_backward(ctx, grads[0]), *(None,) * 6)
+        rounded: list[Tensor] = []
+        with torch.no_grad():
+            dx, *others = _backward(ctx, grads[0], rounded)
+        if ctx.over is not None or ctx.result is not None:
+            what, remedy = "a gradient of a fused chain", "convert with fuse=False"
+            return (*(refused(t, what, remedy) for t in (dx, *others)), *(None,) * 6)
+        if dx is not None:
+            saved = unflatten(ctx.outline, ctx.saved_tensors)
+            w = _numbers(saved.w, rounded[0].dtype, saved.w_layout)
+            masks = saved.x_mask, saved.w_mask
+            weight, pair = ctx.weight(), (rounded[0], w)
+            dx = differentiable_dgrad(dx, grads[0], weight, ctx.state.w_alpha, ctx.contraction, pair, masks)
+        what = "the gradient of a quantized layer's weight or clip value"
+        remedy = "take the penalty from gradients of inputs only, or call restore(model) first"
+        return (dx, *(refused(t, what, remedy) for t in others), *(None,) * 6)
+
+
+def _backward(ctx: Any, g: Tensor, rounded: list[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+    """dx, dw and the gradients of the clip values; `rounded` takes Q(g) as dgrad has it."""
+    saved, needs = unflatten(ctx.outline, ctx.saved_tensors), ctx.needs_input_grad
+    with full_precision(g.device.type):
+        dx, dw, dx_alpha, dw_alpha = run_backward(
+            g,
+            saved,
+            ctx.contraction,
+            ctx.spec,
+            ctx.state,
+            ctx.dtypes,
+            needs_of(needs),
+            ctx.over,
+            ctx.result,
+            rounded,
+        )
+    return dx if needs[0] else None, dw if needs[1] else None, clip_gradient(dx_alpha), clip_gradient(dw_alpha)
+
+
+def _numbers(kept: Operand, dtype: torch.dtype, layout: Layout) -> Tensor:
+    """An operand in full precision, in its layout."""
+    numbers = kept.to(dtype)
+    return layout.match(numbers if kept.scale is None else numbers * kept.scale)
 
 
 def clip_gradient(total: Tensor | None) -> Tensor | None:
@@ -226,8 +262,9 @@ def run_backward(
     needs: tuple[bool, bool],
     over: OperandHandover | None = None,
     result: ResultHandover | None = None,
+    rounded: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw and the gradients of their clip values."""
+    """dx, dw and the gradients of their clip values; `rounded` takes the gradient as dgrad has it, in full precision."""
     need_x, need_w = needs
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     dx = dw = dx_alpha = dw_alpha = None
@@ -248,6 +285,8 @@ def run_backward(
     for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
         if needed and found is None:
             state.count_nonfinite(slot, g)
+    if rounded is not None:
+        rounded.append((g if g_dgrad is None else g_dgrad.tensor.dequantize()).to(compute))
     if need_x:
         a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
         sums = (spec.accumulation, state.sum_key("dgrad"))

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit import backends
 from fourbit.formats import Format
 from fourbit.ops._handover import GradientReturn, OperandHandover, ResultHandover
 from fourbit.ops._product import Layout
+from fourbit.ops._second import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request
@@ -139,6 +139,7 @@ def normalize(
         y: the input, or what the layer before left of it, with its `token`.
         before, behind: the layers' states; None where there is no quantized layer, or it takes a float tensor.
     """
+    refuse_transforms()
     result, start = (y, token) if isinstance(y, ResultHandover) else (None, y)
     request = None if behind is None else behind.operand_request(y.raw.y if isinstance(y, ResultHandover) else y)
     call = _Call(result, norm, act, before, behind, request, want_out or request is None)
@@ -214,8 +215,10 @@ class _Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return out if call.want_out else None, token
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
-    @once_differentiable
+    @once("a gradient of a fused chain", "convert with fuse=False")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         v, mean, inv_std, passes, data, mask, gamma = ctx.saved_tensors
