@@ -101,6 +101,7 @@ class LayerState(StoredState):
             amax, exponent, g_spec = self.g_amax, self.g_exponent, self.spec.g_scaling
             if not self.training or amax is None:
                 return
+            self._exponents_known()
             if exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
                 if exponent.is_cpu and exponent.dim() == 0:  # a few scalars: the host is faster

@@ -252,7 +252,7 @@ class StoredState(nn.Module):
         return self._signed[operand]
 
     def _exponents_known(self) -> bool:
-        """Whether every exponent is set, likewise."""
+        """Whether every exponent is set, likewise; one that is none becomes UNSET."""
         exponent = self.g_exponent
         if not self._known and exponent is not None:
             with torch.no_grad():
