@@ -28,7 +28,7 @@ def refuse_transforms() -> None:
     Raises:
         UserError: one of them is at work.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         raise UserError(
             "transforms of torch.func (vmap, grad, jvp) cannot go through a quantized layer, whose state changes with every "
             "call: use torch.autograd.grad, or call restore(model) first"
