@@ -18,7 +18,7 @@ RECIPES = ("ibm2020", "ibm2020-global-scale", "ibm2020-channel-gradscale")
 
 def states(model: nn.Module) -> dict[str, torch.Tensor]:
     """Clip values, their signs, exponents and votes."""
-    kept = ("x_alpha", "w_alpha", "x_signed", "w_signed", "g_exponent", "g_amax")
+    kept = ("x_alpha", "w_alpha", "x_form", "w_form", "x_floor", "g_exponent", "g_amax")
     return {name: t.detach().clone() for name, t in model.state_dict().items() if name.rsplit(".", 1)[-1] in kept}
 
 
@@ -69,7 +69,7 @@ def test_all_processes_have_one_state(tmp_path, recipe):
             assert torch.equal(after_0[name], after_1[name]), name
             if not torch.equal(before_0[name], before_1[name]):
                 disagreed.add(name.rsplit(".", 1)[-1])
-    assert {"x_alpha", "x_signed", "g_amax"} <= disagreed  # without it they go apart
+    assert {"x_alpha", "x_form", "x_floor", "g_amax"} <= disagreed  # without it they go apart
 
 
 def test_the_vote_is_the_sign_of_the_sum():
@@ -82,6 +82,23 @@ def test_the_vote_is_the_sign_of_the_sum():
     assert float(agreed_vote(state, up, up, down)) == float(up)
     assert float(agreed_vote(state, up, down, down)) == float(down)
     assert float(agreed_vote(state, up, down)) == -1 and int(scaling.vote(state.g_amax)) == 0
+
+
+def test_first_votes_are_cast_under_the_exponent_that_all_will_have():
+    """Largest gradients 1, 2 and 8 set 2^6, 2^5 and 2^3; under 2^3 they vote up, up, and not at all."""
+    model = three_layers()
+    state = middle(model)
+    scaling, told = state.spec.g_scaling.scaling, []
+    with torch.no_grad():
+        for largest in (1.0, 2.0, 8.0):
+            exponent = scaling.first_exponent(torch.tensor(largest))
+            state.g_exponent.fill_(int(exponent))
+            state.g_amax.fill_(largest * 2.0 ** int(exponent))
+            told.append(state.shared())
+        state.agree(torch.stack(told))
+    assert int(state.g_exponent) == 3
+    assert float(state.g_amax) == 2 * 2.0**3  # the largest of those that vote up
+    assert int(scaling.vote(state.g_amax)) == 1
 
 
 def agreed_vote(state: LayerState, *amax: torch.Tensor) -> torch.Tensor:
@@ -101,14 +118,14 @@ def test_the_smallest_first_exponent_wins_and_an_unset_one_does_not():
     state = middle(model)
     told = []
     with torch.no_grad():
-        for exponent, form, alpha in ((9, 0, 1.5), (UNSET, -1, 1.0), (7, 1, 0.25)):
+        for exponent, form, alpha in ((9, [1, 0], 1.5), (UNSET, [0, 0], 0.0), (7, [0, 1], 0.25)):
             state.g_exponent.fill_(exponent)
-            state.x_signed.fill_(form)
+            state.x_form.copy_(torch.tensor(form))
             state.x_alpha.fill_(alpha)
             told.append(state.shared())
         state.agree(torch.stack(told))
     assert int(state.g_exponent) == 7
-    assert float(state.x_alpha.detach()) == 0.25 and int(state.x_signed) == 1
+    assert float(state.x_alpha.detach()) == 0.25 and int(state.x_signed) == 1 and float(state.x_floor) == 0.125
 
 
 def test_what_the_first_batch_decided_is_told_until_all_have_it():
@@ -119,9 +136,9 @@ def test_what_the_first_batch_decided_is_told_until_all_have_it():
         state.agree(state.shared().expand(2, -1))
         assert state.shared().numel() == undecided > state.g_amax.numel()
         state.g_exponent.fill_(3)
-        for signed in (state.x_signed, state.w_signed):
-            if signed is not None:
-                signed.fill_(0)
+        for form in (state.x_form, state.w_form):
+            if form is not None:
+                form[0] = 1
         state.agree(state.shared().expand(2, -1))
     assert state.shared().numel() == state.g_amax.numel()
 

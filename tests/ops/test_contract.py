@@ -328,16 +328,6 @@ def test_clipping_is_decided_in_float32_for_half_precision_inputs():
     assert float(x.grad) == 1.0
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    spec = fb.recipes.get("int4-fwd").rules[-1].spec
-    x = torch.rand(3, 5, requires_grad=True)
-    w = torch.randn(2, 5, requires_grad=True)
-    y = contract(x, w, LinearMap(), spec, LayerState(spec)).square().sum()
-    (dx,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.square().sum().backward()
-
-
 def test_infinity_in_a_full_precision_operand_is_not_saturated_by_the_output_format():
     layer = fb.nn.Linear(2, 1, bias=False, spec=LayerSpec(output=formats.FP16_169))
     assert layer(torch.tensor([[float("inf"), 0.0]])).isinf().all()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fourbit import formats
+from fourbit import backends, formats
 from fourbit.errors import UserError
 from fourbit.quantizers import (
     UNSET,
@@ -53,9 +53,80 @@ def test_sawb_on_gaussian_weights_clips_near_the_optimum():
     assert alpha == pytest.approx(best_clip_value(w, formats.INT4_SYM), rel=0.12)
 
 
-def test_sawb_falls_back_to_the_largest_weight_where_its_formula_is_not_positive():
-    w = torch.tensor([0.5, -0.5, 0.5, -0.5])  # c1 < c2 * |w| / |w|: 12.68 - 12.80 < 0
-    assert float(quantize(w, QuantSpec(formats.INT4_MIDRISE, Sawb())).scale) * 7.5 == pytest.approx(0.5)
+def relative_error(w: torch.Tensor, alpha: float) -> float:
+    """Of rounding w to 15 levels up to alpha, in float64."""
+    step = alpha / 7
+    rounded = (w.double() / step).round().clamp(-7, 7) * step
+    return float((rounded - w.double()).norm() / w.double().norm())
+
+
+def sawb_alpha(w: torch.Tensor, format=formats.INT4_SYM) -> float:
+    return float(quantize(w, QuantSpec(format, Sawb())).scale) * format.max
+
+
+def signs(n: int) -> torch.Tensor:
+    return torch.where(torch.rand(n, generator=torch.Generator().manual_seed(9)) < 0.5, -1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "format", [formats.INT4_SYM, formats.INT4_MIDRISE, formats.INT8_SYM, formats.INT2_SYM], ids=str
+)
+@pytest.mark.parametrize(
+    "w", [torch.full((16,), 0.5), 0.3 * signs(50), torch.tensor([[0.7]])], ids=["one value", "+-", "one"]
+)
+def test_sawb_keeps_weights_of_one_magnitude(format, w):
+    assert sawb_alpha(w, format) == pytest.approx(float(w.abs().max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("smaller", [0.95, 0.9, 0.8, 0.7, 0.65])
+def test_sawb_keeps_weights_of_two_magnitudes_that_are_alike(smaller):
+    w = torch.where(torch.arange(1000) % 2 == 0, 1.0, smaller) * signs(1000)
+    assert sawb_alpha(w) == pytest.approx(1, rel=1e-6)
+
+
+def test_sawb_is_never_much_worse_than_the_best_clip_value_from_binary_to_gaussian_and_sparse_weights():
+    generator = torch.Generator().manual_seed(0)
+    normal, uniform = torch.randn(20_000, generator=generator), torch.rand(20_000, generator=generator)
+    family = [normal.abs() ** power * signs(20_000) for power in (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1)]
+    family += [(low + (1 - low) * uniform) * signs(20_000) for low in (0.95, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0)]
+    for share in (0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.001):
+        family += [torch.where(uniform < share, w, 0.0) for w in (normal, signs(20_000))]
+    family += [torch.cat([signs(20_000), torch.tensor([3.0])])]
+    for w in family:
+        best = min(relative_error(w, float(w.abs().max()) * i / 100) for i in range(2, 101))
+        found = relative_error(w, sawb_alpha(w))
+        assert found < 0.2
+        assert found < best + 0.12 or sawb_alpha(w) > float(
+            w.abs().max()
+        )  # the published line, above the largest weight
+
+
+def test_ordinary_weights_get_the_published_line():
+    """From weights that are evenly spread, as torch starts layers, to heavier tails than Laplace's."""
+    generator = torch.Generator().manual_seed(0)
+    normal, uniform = torch.randn(5000, generator=generator), torch.rand(5000, generator=generator) * 2 - 1
+    for w in (
+        uniform,
+        normal,
+        normal * normal.abs(),
+        (uniform + uniform.roll(1)),
+        torch.where(uniform > 0, normal, 0.0),
+    ):
+        line = 12.035 * float(w.double().square().mean().sqrt()) - 12.03 * float(w.double().abs().mean())
+        assert sawb_alpha(w) == pytest.approx(line, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "w", [0.3 * signs(64), torch.eye(16) * 2, torch.linspace(0.9, 1.1, 32)], ids=["binary", "sparse", "flat"]
+)
+def test_sawb_is_the_same_per_tensor_per_channel_with_kernels_and_without(w):
+    row = w.reshape(1, -1)
+    per_channel = quantize(row, QuantSpec(formats.INT4_SYM, Sawb(), "channel"), channel_axis=0)
+    whole = quantize(row, QuantSpec(formats.INT4_SYM, Sawb()))
+    with backends.without("cpu"):
+        reference = quantize(row, QuantSpec(formats.INT4_SYM, Sawb()))
+    assert torch.equal(whole.scale, reference.scale) and torch.equal(whole.q, reference.q)
+    assert float(per_channel.scale) == float(whole.scale)
 
 
 def test_sawb_refuses_a_format_without_published_coefficients_unless_told():

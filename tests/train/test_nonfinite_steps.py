@@ -79,9 +79,9 @@ def test_a_first_step_that_is_left_out_decides_nothing(make_config, poison):
     config = make_config(recipe="ibm2020", on_nonfinite="skip", max_steps=1, milestones=())
     assert train(config).skipped == 1
     state = load_file(config.out / "checkpoint" / "model.safetensors")
-    undecided = {"x_signed": -1, "w_signed": -1, "g_exponent": UNSET, "g_amax": -1}
+    undecided = {"x_form": 0, "w_form": 0, "x_alpha": 0, "x_floor": 0, "g_exponent": UNSET, "g_amax": -1}
     found = {name: t for name, t in state.items() if name.rsplit(".", 1)[-1] in undecided}
-    assert {name.rsplit(".", 1)[-1] for name in found} >= {"x_signed", "g_exponent", "g_amax"}
+    assert {name.rsplit(".", 1)[-1] for name in found} >= {"x_form", "x_alpha", "g_exponent", "g_amax"}
     for name, t in found.items():
         assert (t == undecided[name.rsplit(".", 1)[-1]]).all(), name
 

@@ -24,10 +24,10 @@ between them: no other operation used one, and none of their Python objects is a
 from fourbit.chains._link import Link as Link
 from fourbit.chains._norm import Activation as Activation
 from fourbit.chains._norm import Norm as Norm
+from fourbit.chains._norm import Normalized as Normalized
 from fourbit.chains._norm import NormApply as NormApply
 from fourbit.chains._norm import NormBackward as NormBackward
 from fourbit.chains._norm import NormGradients as NormGradients
-from fourbit.chains._norm import Normalized as Normalized
 from fourbit.chains._norm import NormStatistics as NormStatistics
 from fourbit.chains._steps import begin as begin
 from fourbit.chains._steps import begin_with as begin_with

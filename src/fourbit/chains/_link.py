@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.chains._norm import Activation, Norm, NormApply, Normalized, NormGradients
+from fourbit.chains._norm import Activation, Norm, Normalized, NormApply, NormGradients
 from fourbit.errors import UserError
 from fourbit.ops import Finish, LayerState, Pending, ResultHandover, finish
 from fourbit.quantizers import Quantized, Request

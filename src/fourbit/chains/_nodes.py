@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit import backends
 from fourbit.chains._link import Affine, Link
-from fourbit.chains._norm import Activation, NormBackward, Normalized, NormGradients
+from fourbit.chains._norm import Activation, Normalized, NormBackward, NormGradients
 from fourbit.errors import UserError
-from fourbit.ops import GradientReturn, Layout, LayerState, Pending
+from fourbit.ops import GradientReturn, LayerState, Layout, Pending, once
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request, unpack_mask
 
 _UNSEEN = (
     "a gradient reached the inside of a fused chain, by an autograd function that took a tensor without reading it: "
     "convert the model with fuse=False"
 )
+
+
+_once = once("a gradient of a fused chain", "convert with fuse=False")
 
 
 def _placeholder(ctx: Any, x: Pending, inplace: bool) -> Pending:
@@ -78,7 +80,7 @@ class Normalization(torch.autograd.Function):
         return _placeholder(ctx, x, inplace)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the input, gamma and beta."""
         g, link = grads[0], ctx.link
@@ -110,7 +112,7 @@ class Sum(torch.autograd.Function):
         return _placeholder(ctx, x, inplace)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of both."""
         g, link = grads[0], ctx.link
@@ -132,7 +134,7 @@ class Activated(torch.autograd.Function):
         return _placeholder(ctx, x, inplace)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Where 0 < t < cap."""
         g, link = grads[0], ctx.link
@@ -191,7 +193,7 @@ class End(torch.autograd.Function):
         return w
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leaves the gradients of the steps with them; or that of the result, where somebody may see a tensor between two."""
         do, (passes, data, mask), back = grads[0], ctx.saved_tensors, ctx.back

@@ -20,8 +20,8 @@ from fourbit.chains._norm import Activation, Norm, NormStatistics
 from fourbit.chains._watch import chain_ended, is_watched
 from fourbit.ops import (
     STEPS,
-    Layout,
     LayerState,
+    Layout,
     OperandHandover,
     Pending,
     ResultHandover,

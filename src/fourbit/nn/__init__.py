@@ -10,6 +10,7 @@ from fourbit.nn._base import learn_class as learn_class
 from fourbit.nn._base import nonfinite_layers as nonfinite_layers
 from fourbit.nn._base import quantized_layers as quantized_layers
 from fourbit.nn._base import swaps as swaps
+from fourbit.nn._base import upgraded as upgraded
 from fourbit.nn._layers import Conv1d as Conv1d
 from fourbit.nn._layers import Conv2d as Conv2d
 from fourbit.nn._layers import Conv3d as Conv3d

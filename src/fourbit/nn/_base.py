@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from fourbit.ops import (
     LayerState,
     Products,
     contract,
+    upgrade,
 )
 from fourbit.quantizers import require_numbers
 
@@ -115,11 +116,14 @@ class Quantized(nn.Module):
         return 1
 
     def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0, products: Products = "fast") -> None:
-        """Give the layer a spec and fresh state."""
+        """Give the layer a spec and fresh state; clip values are frozen if the weight is."""
         self.quant = LayerState(spec, self.num_channels, seed, index, products)
-        weight = getattr(self, "weight", None)
+        with torch.enable_grad():  # a weight that is computed from parameters says whether they are trained
+            weight = getattr(self, "weight", None)
         if isinstance(weight, Tensor):
             self.quant.to(weight.device)
+            if not weight.requires_grad:
+                self.quant.freeze()
         self.quant.train(self.training)
 
     def contraction(self) -> Contraction:
@@ -162,6 +166,14 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state_dict without what quantization added: it loads into the unconverted model, strictly."""
     added = tuple(f"{name}.quant." if name else "quant." for name in quantized_layers(model))
     return {key: value for key, value in model.state_dict().items() if not (added and key.startswith(added))}
+
+
+def upgraded(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict of an earlier version in today's form (`load_state_dict` takes both)."""
+    found = dict(tensors)
+    for name in quantized_layers(model):
+        upgrade(found, f"{name}.quant." if name else "quant.")
+    return found
 
 
 def require_input(x: Tensor, layer: nn.Module, axis: int, size: int, num_dims: tuple[int, ...] = ()) -> None:

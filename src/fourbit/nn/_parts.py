@@ -104,8 +104,15 @@ class Composed(nn.Module):
         part = Part(info, LinearMap() if info.weight else Matmul(), num_weights)
         part.train(self.training)
         part.attach(info.fitted(spec), seed, index, products)
+        if not any(p.requires_grad for p in self._own_parameters(info)):
+            part.quant.freeze()
         device = next((p.device for p in self.parameters()), None)
         self.add_module(name, part if device is None else part.to(device))
+
+    def _own_parameters(self, info: PartInfo) -> list[Tensor]:
+        """What decides whether a part is trained: its weight, or for a product of activations all parameters around it."""
+        weight = getattr(self, info.weight, None) if info.weight else None
+        return [weight] if isinstance(weight, Tensor) else list(self.parameters())
 
     def part_weight(self, name: str) -> Tensor:
         """The weight of a part, a view of a parameter. Likewise."""

@@ -28,6 +28,7 @@ from fourbit.ops._product import Raw as Raw
 from fourbit.ops._product import finish as finish
 from fourbit.ops._recurrent import Recurrence as Recurrence
 from fourbit.ops._recurrent import recurrent as recurrent
+from fourbit.ops._second import once as once
 from fourbit.ops._spec import REUSE as REUSE
 from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec
@@ -36,6 +37,7 @@ from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._steps import LstmBackward as LstmBackward
 from fourbit.ops._steps import LstmForward as LstmForward
 from fourbit.ops._stored import Observer as Observer
+from fourbit.ops._stored import upgrade as upgrade
 from fourbit.ops._watch import Watcher as Watcher
 from fourbit.ops._watch import computing as computing
 from fourbit.ops._watch import watch as watch

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.errors import UserError
 from fourbit.ops import _contract as eager
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._product import Layout, Operand
@@ -67,8 +68,10 @@ def _forward(
     layer: int,
     geometry: Sequence[int],
     dtype: torch.dtype,
+    with_gradients: bool,
 ) -> list[Tensor]:
     state, contraction = state_of(layer), Contraction.decode(geometry)
+    state.with_gradients = with_gradients
     spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
     x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
     y, saved = eager.run_forward(x, w, contraction, spec, state, dtype, learned)
@@ -93,6 +96,7 @@ def _(
     layer: int,
     geometry: Sequence[int],
     dtype: torch.dtype,
+    with_gradients: bool,
 ) -> list[Tensor]:
     spec, contraction = state_of(layer).spec, Contraction.decode(geometry)
     of = {"x": x, "w": w}
@@ -141,7 +145,8 @@ def _backward(
         Layout.of(of["w"]),
     )
     found = eager.run_backward(g, saved, contraction, spec, state, (x.dtype, w.dtype), (needs[0], needs[1]))
-    return [g.new_empty(0) if t is None else t for t in found]
+    dx, dw, *alphas = found
+    return [g.new_empty(0) if t is None else t for t in (dx, dw, *map(eager.clip_gradient, alphas))]
 
 
 @_backward.register_fake
@@ -159,7 +164,7 @@ def _(
     dx = _blank(x, x.dtype, contraction, "x") if needs[0] else g.new_empty(0)
     dw = _blank(w, w.dtype, contraction, "w") if needs[1] else g.new_empty(0)
     alphas = [
-        g.new_empty((), dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)
+        g.new_empty(1, dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)
     ]
     return [dx, dw, *alphas]
 
@@ -175,7 +180,7 @@ def _full(t: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, w, x_alpha, w_alpha, layer, geometry, _ = inputs
+    x, w, x_alpha, w_alpha, layer, geometry, *_ = inputs
     spec = state_of(layer).spec
     x = x if spec.resolved("x_wgrad") is None else _stand_in(x)
     w = w if spec.resolved("w_dgrad") is None else _stand_in(w)
@@ -190,10 +195,19 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     assert g is not None
     needs = list(eager.needs_of(wanted))
     found = torch.ops.fourbit.contract_backward(g, x, w, tensors, ctx.layer, ctx.geometry, ctx.learned, needs)
-    return (*(t if need else None for t, need in zip(found, wanted[:4], strict=True)), None, None, None)
+    return (*(t if need else None for t, need in zip(found, wanted[:4], strict=True)), None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _refuse(ctx: Any, grads: list[Tensor | None]) -> Any:
+    raise UserError(
+        "a gradient of a compiled model cannot be differentiated a second time: call the model itself instead"
+    )
+
+
+_backward.register_autograd(_refuse)
 
 
 def compiled_contract(
@@ -207,4 +221,5 @@ def compiled_contract(
 ) -> Tensor:
     """`contract` as an operator."""
     geometry = list(contraction.encode())
-    return torch.ops.fourbit.contract(x, w, x_alpha, w_alpha, state.handle, geometry, dtype)[0]
+    recorded = torch.is_grad_enabled()
+    return torch.ops.fourbit.contract(x, w, x_alpha, w_alpha, state.handle, geometry, dtype, recorded)[0]

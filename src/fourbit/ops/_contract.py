@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit import backends
 from fourbit.errors import UserError
@@ -26,8 +26,10 @@ from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
+from fourbit.ops._second import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, along
+from fourbit.ops._stored import is_shard
 from fourbit.ops._watch import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec
 
@@ -62,11 +64,18 @@ def contract(
     device = w.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x_alpha = None if over is not None else state.x_alpha
+    state.with_gradients = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         from fourbit.ops._compiled import compiled_contract
 
         assert over is None and result is None
         return compiled_contract(x, w, x_alpha, state.w_alpha, contraction, state, dtype)
+    refuse_transforms()
+    if is_shard(w):
+        raise UserError(
+            "the weight of a quantized layer is a DTensor, of which this process has a part: call the module that fully_shard "
+            "was applied to, which gathers it"
+        )
     with full_precision(device), computing(state, x.numel()):
         return _Contract.apply(x, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
 
@@ -135,32 +144,66 @@ class _Contract(torch.autograd.Function):
         ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
         ctx.dtypes = (x.dtype, w.dtype)
+        ctx.weight = weakref.ref(w)  # saved, it would count as memory and forbid changes
         ctx.set_materialize_grads(False)
         return y
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, result = grads[0], ctx.result
         if g is None and result is not None:
             g, result.g = result.g, None
         if g is None and (result is None or result.quantized is None):
             return (None,) * 10
-        saved = unflatten(ctx.outline, ctx.saved_tensors)
-        with full_precision(saved.x.device.type):
-            dx, dw, dx_alpha, dw_alpha = run_backward(
-                g,
-                saved,
-                ctx.contraction,
-                ctx.spec,
-                ctx.state,
-                ctx.dtypes,
-                needs_of(ctx.needs_input_grad),
-                ctx.over,
-                ctx.result,
-            )
-        needs = ctx.needs_input_grad
-        return (dx if needs[0] else None, dw if needs[1] else None, dx_alpha, dw_alpha, *(None,) * 6)
+        if not torch.is_grad_enabled():
+            return (*_backward(ctx, g), *(None,) * 6)
+        rounded: list[Tensor] = []
+        with torch.no_grad():
+            dx, *others = _backward(ctx, g, rounded)
+        if ctx.over is not None or ctx.result is not None:
+            what, remedy = "a gradient of a fused chain", "convert with fuse=False"
+            return (*(refused(t, what, remedy) for t in (dx, *others)), *(None,) * 6)
+        if dx is not None and g is not None:
+            saved = unflatten(ctx.outline, ctx.saved_tensors)
+            w = _numbers(saved.w, rounded[0].dtype, saved.w_layout)
+            masks = saved.x_mask, saved.w_mask
+            weight, pair = ctx.weight(), (rounded[0], w)
+            dx = differentiable_dgrad(dx, g, weight, ctx.state.w_alpha, ctx.contraction, pair, masks)
+        what = "the gradient of a quantized layer's weight or clip value"
+        remedy = "take the penalty from gradients of inputs only, or call restore(model) first"
+        return (dx, *(refused(t, what, remedy) for t in others), *(None,) * 6)
+
+
+def _backward(ctx: Any, g: Tensor | None, rounded: list[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+    """dx, dw and the gradients of the clip values; `rounded` takes Q(g) as dgrad has it."""
+    saved, needs = unflatten(ctx.outline, ctx.saved_tensors), ctx.needs_input_grad
+    with full_precision(saved.x.device.type):
+        dx, dw, dx_alpha, dw_alpha = run_backward(
+            g,
+            saved,
+            ctx.contraction,
+            ctx.spec,
+            ctx.state,
+            ctx.dtypes,
+            needs_of(needs),
+            ctx.over,
+            ctx.result,
+            rounded,
+        )
+    return dx if needs[0] else None, dw if needs[1] else None, clip_gradient(dx_alpha), clip_gradient(dw_alpha)
+
+
+def _numbers(kept: Operand, dtype: torch.dtype, layout: Layout) -> Tensor:
+    """An operand in full precision, in its layout."""
+    numbers = kept.to(dtype)
+    return layout.match(numbers if kept.scale is None else numbers * kept.scale)
+
+
+def clip_gradient(total: Tensor | None) -> Tensor | None:
+    """The gradient of a clip value, in its shape [1]."""
+    return None if total is None else total.view(1)
 
 
 def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:
@@ -235,8 +278,9 @@ def run_backward(
     needs: tuple[bool, bool],
     over: OperandHandover | None = None,
     result: ResultHandover | None = None,
+    rounded: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw and the gradients of their clip values."""
+    """dx, dw and the gradients of their clip values; `rounded` takes the gradient as dgrad has it, in full precision."""
     need_x, need_w = needs
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     dx = dw = dx_alpha = dw_alpha = None
@@ -256,6 +300,8 @@ def run_backward(
     for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
         if needed and found is None and g is not None:
             state.count_nonfinite(slot, g)
+    if rounded is not None and g is not None:
+        rounded.append((g if g_dgrad is None else g_dgrad.tensor.dequantize()).to(compute))
     if need_x:
         a, late = _gradient(g, g_dgrad, spec.resolved("g_dgrad"))
         sums = (spec.accumulation, state.sum_key("dgrad"))
@@ -266,7 +312,7 @@ def run_backward(
                 mask = over.inside(mask, codes)
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, mask, codes)
             if over is not None:  # the clip value is an input of the node before
-                over.back.clipped, dx_alpha = dx_alpha, None
+                over.back.clipped, dx_alpha = clip_gradient(dx_alpha), None
         else:
             _give_back(gemm, spec, late, over)
     if need_w:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit.ops._cells import LSTM_CELL, Cell
-from fourbit.ops._contract import Saved, flatten, full_precision, run_backward, run_forward, unflatten
+from fourbit.ops._contract import Saved, clip_gradient, flatten, full_precision, run_backward, run_forward, unflatten
+from fourbit.ops._second import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
 from fourbit.ops._steps import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
 from fourbit.ops._watch import computing, owns
@@ -68,6 +68,10 @@ def recurrent(
         weights: w_ih [G H, I], w_hh [G H, H or projection], w_hr [projection, H] or None.
         biases: b_ih, b_hh [G H] or None.
     """
+    refuse_transforms()
+    for state in (layer.ih, layer.hh, layer.hr):
+        if state is not None:
+            state.with_gradients = torch.is_grad_enabled()
     alphas = [a for state in (layer.ih, layer.hh, layer.hr) for a in (_alphas(state))]
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -117,8 +121,10 @@ class _Recurrent(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return run.outputs, h, c
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
-    @once_differentiable
+    @once("a gradient of a quantized recurrent layer", "take the penalty elsewhere, or call restore(model) first")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gates, cells, gates_h, before, *tensors = ctx.saved_tensors
         parts: list[list[Saved]] = []
@@ -147,7 +153,8 @@ class _Recurrent(torch.autograd.Function):
             dx, dw_ih, *alphas_ih = run_backward(d_gates, saved_ih, LINEAR, layer.ih.spec, layer.ih, dtypes, wanted)
         db_ih = d_gates.sum(0) if needs[6] else None
         db_hh = d_gates_h.sum(0) if needs[7] else None
-        found = (dx, dh, dc, dw_ih, dw_hh, dw_hr, db_ih, db_hh, *alphas_ih, *alphas_hh, *alphas_hr)
+        alphas = map(clip_gradient, (*alphas_ih, *alphas_hh, *alphas_hr))
+        found = (dx, dh, dc, dw_ih, dw_hh, dw_hr, db_ih, db_hh, *alphas)
         return (*(g if need else None for g, need in zip(found, needs[:-1], strict=True)), None)
 
 

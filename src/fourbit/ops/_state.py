@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourbit.formats import Format
 from fourbit.ops._contraction import Which
@@ -38,6 +38,10 @@ from fourbit.quantizers import (
 def along(t: Tensor, axis: int, num_dims: int) -> Tensor:
     """A tensor with one entry per channel (or 0-d), broadcastable along `axis` of a tensor with `num_dims` axes."""
     return t.view([-1 if d == axis % num_dims else 1 for d in range(num_dims)]) if t.dim() else t
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
@@ -89,10 +93,11 @@ class LayerState(StoredState):
     def begin(self) -> None:
         """Start of a forward pass: apply what the last backward pass voted for."""
         self._piece = 0
-        if torch._C._current_graph_task_id() != -1:
-            return  # recomputation inside a backward pass
+        if _in_backward():
+            return  # recomputation
         self._uses = 0
         with torch.no_grad():
+            self._keep_positive()
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
@@ -101,11 +106,12 @@ class LayerState(StoredState):
             amax, exponent, g_spec = self.g_amax, self.g_exponent, self.spec.g_scaling
             if not self.training or amax is None:
                 return
+            self._exponents_known()
             if exponent is not None and g_spec is not None:
                 scaling: GradScale = g_spec.scaling  # type: ignore[assignment]
                 if exponent.is_cpu and exponent.dim() == 0:  # a few scalars: the host is faster
                     if vote := scaling.vote(amax.item()):
-                        exponent.fill_(scaling.step(int(exponent), vote))
+                        exponent.fill_(scaling.step(round(exponent.item()), vote))
                 else:
                     exponent.copy_(scaling.step(exponent, scaling.vote(amax)))
                 amax.fill_(-1.0)  # without an exponent, `LossScaler` reads it, once a step
@@ -155,7 +161,7 @@ class LayerState(StoredState):
         """Whether the clip value of an operand ("x" or "w") is to be taken from the first training batch, and is not yet."""
         spec = getattr(self.spec, f"{operand}_fprop")
         clipped = spec is not None and isinstance(spec.scaling, ClipValue)
-        return clipped and self.training and not self._form_known(operand)
+        return clipped and self.training and self._form_of(operand) is None and not self._tries(operand)
 
     def see_first_batch(self, operand: str, t: Tensor) -> None:
         """Take it from `t`, which stands for all that will be quantized in pieces."""
@@ -174,8 +180,10 @@ class LayerState(StoredState):
 
         None where it cannot: see `clip_request`, or the first batch has only just decided PACT's form.
         """
-        if self._undecided and torch._C._current_graph_task_id() == -1 and self._uses:
-            self.settle()  # a backward pass lies between
+        if not _in_backward():
+            self._keep_positive()
+            if self._undecided and self._uses:
+                self.settle()  # a backward pass lies between
         return None if self._undecided else self.clip_request(x)  # recomputation must save what the first pass saved
 
     def clip_request(self, x: Tensor) -> Request | None:
@@ -192,7 +200,7 @@ class LayerState(StoredState):
             not isinstance(clip, ClipValue)
             or spec.stochastic
             or spec.granularity != "tensor"
-            or not self._form_known("x")
+            or self._form_of("x") is None
         ):
             return None
         format, alpha = self._clip("x", x, spec)
@@ -339,28 +347,72 @@ class LayerState(StoredState):
         return stream_key(self.seed, self.index, step, stream, self._piece if which == "fprop" else self._uses)
 
     def _clip(self, operand: str, x: Tensor, spec: QuantSpec) -> tuple[Format, Tensor]:
-        """Format and alpha of a PACT operand; the first training batch decides what is still open."""
+        """Format and alpha of a PACT operand; the first training batch decides what is still open.
+
+        A pass without gradients (a check before training, new statistics for batch normalization) decides for itself and those
+        that follow, until a pass with gradients decides for good. If that is the recomputation of a pass without gradients
+        inside a backward pass (checkpointing), it takes what the first pass took.
+        """
         clip: ClipValue = spec.scaling  # type: ignore[assignment]
-        alpha: nn.Parameter = getattr(self, f"{operand}_alpha")
-        signed: Tensor = getattr(self, f"{operand}_signed")
-        if self._form_known(operand):
+        signed = self._form_of(operand)
+        if signed is not None:
             other = clip.signed_format
-            return (other if self._signed[operand] and other and not spec.format.signed else spec.format), alpha
-        negative = spec.format.signed or (clip.signed_format is not None and x.numel() > 0 and bool((x < 0).any()))
+            return (other if signed and other and not spec.format.signed else spec.format), self._clip_value(operand)
+        if self._tries(operand):
+            negative, value = self._trial[operand]
+        else:
+            negative = spec.format.signed or (clip.signed_format is not None and x.numel() > 0 and bool((x < 0).any()))
         format = clip.signed_format if negative and clip.signed_format and not spec.format.signed else spec.format
-        value = clip.init if clip.init is not None else best_clip_value(x, format)
-        amax = amax_of(x)
-        if not self.training or not bool((amax > 0) & amax.isfinite()):
-            return format, alpha.detach().new_tensor(value)
-        with torch.no_grad():
-            alpha.fill_(value)
-            signed.fill_(int(negative))
-        self._signed[operand] = negative
-        self._undecided = self._undecided or operand == "x"
-        return format, alpha
+        usable = True
+        if not self._tries(operand):
+            value = clip.init if clip.init is not None else best_clip_value(x, format)
+            amax = amax_of(x)
+            usable = bool((amax > 0) & amax.isfinite())
+        if self.training and usable and not self.with_gradients:
+            self._trial[operand] = negative, value
+        elif self.training and usable:
+            self._decide(operand, negative, value)
+            self._undecided = self._undecided or operand == "x"
+            return format, getattr(self, f"{operand}_alpha")
+        return format, torch.full((1,), value, dtype=torch.float32, device=x.device)
+
+    def _tries(self, operand: str) -> bool:
+        """Whether a pass without gradients has found a form and a clip value that hold for this one."""
+        return self.training and operand in self._trial and (not self.with_gradients or _in_backward())
+
+    def _clip_value(self, operand: str) -> Tensor:
+        """The clip value in use, [1]."""
+        alpha: Tensor = getattr(self, f"{operand}_alpha")
+        if self.training:
+            return alpha  # `begin` keeps it positive
+        form, floor = getattr(self, f"{operand}_form"), getattr(self, f"{operand}_floor")
+        if not alpha.is_cpu:
+            return torch.where(alpha.detach() <= 0, floor, alpha.detach()) / form.sum()
+        value, share = alpha.item(), sum(form.tolist())
+        if share == 1 and not value <= 0:
+            return alpha
+        return (floor if value <= 0 else alpha.detach()) / share
+
+    def _keep_positive(self) -> None:
+        """A clip value that an optimizer took to zero or below becomes half of what it last was."""
+        if not self.training:
+            return
+        for operand in self._clipped:
+            if self._form_of(operand) is None:
+                continue
+            alpha, floor = getattr(self, f"{operand}_alpha").detach(), getattr(self, f"{operand}_floor")
+            if not alpha.is_cpu:
+                alpha.copy_(torch.where(alpha <= 0, floor, alpha))
+                torch.mul(alpha, 0.5, out=floor)
+                continue
+            value = alpha.item()
+            if value <= 0:
+                value = floor.item()
+                alpha.fill_(value)
+            floor.fill_(value / 2)
 
     def format_of(self, operand: str, spec: QuantSpec) -> Format:
         """The format that an operand ("x" or "w") has in forward: PACT's signed form, or that of `spec`."""
         clip = spec.scaling
-        signed = isinstance(clip, ClipValue) and self._signed.get(operand) and not spec.format.signed
+        signed = isinstance(clip, ClipValue) and self._form_of(operand) and not spec.format.signed
         return clip.signed_format or spec.format if isinstance(clip, ClipValue) and signed else spec.format

@@ -52,7 +52,7 @@ class Packed:
         pairs = self.data.view(-1, BLOCK // 2)
         q = torch.cat([pairs & 15, pairs >> 4], 1).view(-1)
         if self.grid is not None:
-            q = torch.tensor(self.grid, device=q.device)[q.to(torch.int32)]
+            q = torch.tensor(self.grid, dtype=torch.float32, device=q.device)[q.to(torch.int32)]
         elif self.signed:
             q = (q.to(torch.int8) ^ 8) - 8
         out = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.data.device)
@@ -64,7 +64,9 @@ def pack(q: Tensor, format: Format) -> Packed:
     """Pack a dense tensor of numbers of `format`."""
     flat = memory_flat(q)
     if not has_integer_codes(format):
-        flat = torch.bucketize(flat.to(torch.float32), torch.tensor(format.grid, device=q.device), out_int32=True)
+        flat = torch.bucketize(
+            flat.to(torch.float32), torch.tensor(format.grid, dtype=torch.float32, device=q.device), out_int32=True
+        )
     flat = _padded(flat.to(torch.int8)).view(-1, BLOCK)
     data = (flat[:, : BLOCK // 2] & 15) | (flat[:, BLOCK // 2 :] << 4)
     return as_packed(data.view(torch.uint8).reshape(-1), q.shape, q.stride(), format)

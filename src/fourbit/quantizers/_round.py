@@ -174,7 +174,7 @@ class Logarithmic:
         threshold = torch.tensor(float(positive[0] / format.multiplier), dtype=torch.float64)
         single = threshold.to(torch.float32)
         if single.double() < threshold:  # x >= t for a float32 x means x >= the next float32
-            single = torch.nextafter(single, torch.tensor(math.inf))
+            single = torch.nextafter(single, torch.tensor(math.inf, dtype=single.dtype))
         return Logarithmic(positive[0], positive[-1], ratio, float(single))
 
     def nearest(self, x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class FixedScale(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """A constant."""
-        return torch.full((), self.value, device=statistics.x.device)
+        return torch.full((), self.value, dtype=torch.float32, device=statistics.x.device)
 
     def __str__(self) -> str:
         return f"fixed {self.value:g}"
@@ -116,13 +116,23 @@ _SAWB_COEFFICIENTS: dict[tuple[int, bool], tuple[float, float]] = {
     (255, True): (31.76, 35.04),
 }
 
+_SPARSE = 4.0
+"""The ratio sqrt(E[w^2]) / E|w| above which `Sawb` takes the excess for zeros."""
+
 
 @dataclass(frozen=True)
 class Sawb(Scaling):
     """Statistics-aware weight binning: alpha = c1 sqrt(E[w^2]) - c2 E|w|, scale = alpha / format.max.
 
-    c1 and c2 were fitted by its authors to the clip value of least squared error over six weight distributions. Where
-    alpha <= 0 (nearly binary weights), alpha = max|w|. Recomputed at every forward pass.
+    c1 and c2 were fitted by its authors to the clip value of least squared error over six weight distributions, whose ratios
+    r = sqrt(E[w^2]) / E|w| go from 1.155 (uniform) to 1.414 (Laplace). The line through them falls to nothing where all
+    weights have nearly one magnitude (r towards 1), and behind where most weights are zero (r large). So alpha is at least
+
+        min(max|w|, t E|w|)              t = max(1, 0.65 of the formula's alpha / E|w| for uniform weights)
+        min(max|w|, k E[w^2] / E|w|)     where r > 4, with the k that meets the line at r = 4
+
+    E[w^2] / E|w|, a mean of |w| that zeros do not enter, is what the best clip value is proportional to when zeros are added.
+    For int4_sym t = 1.21, which takes effect below r = 1.10, and k = 2.26. Recomputed at every forward pass.
 
     Args:
         c1, c2: coefficients; None takes the published pair for the number of levels of the format.
@@ -161,11 +171,17 @@ class Sawb(Scaling):
         """alpha / format.max, at least 2^-126."""
         c1, c2 = self.coefficients(format)
         mean_square, mean_abs, amax = statistics.moments
+        flat = max(1.0, 0.65 * (2.0 / math.sqrt(3.0) * c1 - c2))
+        sparse = (_SPARSE * c1 - c2) / _SPARSE**2
         if isinstance(mean_square, float) and isinstance(mean_abs, float) and isinstance(amax, float):
-            number = to_float32(c1 * math.sqrt(mean_square) - c2 * mean_abs)
+            is_sparse = mean_square > _SPARSE**2 * mean_abs**2 > 0
+            least = min(amax, sparse * mean_square / mean_abs if is_sparse else flat * mean_abs)
+            number = to_float32(max(c1 * math.sqrt(mean_square) - c2 * mean_abs, least))
             return _at_least_tiny(to_float32((number if number > 0 else amax) / format.max))
-        assert isinstance(mean_square, Tensor)
-        alpha = (c1 * mean_square.sqrt() - c2 * mean_abs).to(torch.float32)
+        assert isinstance(mean_square, Tensor) and isinstance(mean_abs, Tensor) and isinstance(amax, Tensor)
+        is_sparse = mean_square > _SPARSE**2 * mean_abs.square()
+        least = torch.where(is_sparse, sparse * mean_square / mean_abs, flat * mean_abs).minimum(amax.double())
+        alpha = torch.maximum(c1 * mean_square.sqrt() - c2 * mean_abs, least).to(torch.float32)
         return (torch.where(alpha > 0, alpha, amax) / format.max).clamp_min(TINY)
 
     def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
@@ -210,7 +226,7 @@ class ClipValue(Scaling):
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
-        if _is_host_scalar(stored):
+        if stored.is_cpu:  # the host is faster than torch with one number
             return _at_least_tiny(max(float(stored), TINY) / format.max)
         return (_clip_value(stored) / format.max).clamp_min(TINY)
 
@@ -224,11 +240,6 @@ class ClipValue(Scaling):
         return f"{text} ({self.signed_format.name} where inputs go negative)" if self.signed_format else text
 
 
-def _is_host_scalar(t: Tensor) -> bool:
-    """Whether the host computes faster than torch: one number, without waiting for a device."""
-    return t.is_cpu and t.dim() == 0
-
-
 def to_float32(value: float) -> float:
     """The nearest float32. A sum, product, quotient or root of float32 numbers comes out as if computed in float32."""
     return c_float(value).value
@@ -239,7 +250,8 @@ def _at_least_tiny(scale: float) -> Tensor:
 
 
 def _clip_value(stored: Tensor) -> Tensor:
-    return stored.detach().to(torch.float32).clamp_min(TINY)
+    """0-d."""
+    return stored.detach().to(torch.float32).view(()).clamp_min(TINY)
 
 
 def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
@@ -273,12 +285,17 @@ _EXPONENT_LIMIT = 100
 """Exponents stay in [-100, 100]: 2^100 lifts the smallest normal float32 gradients, and its reciprocal is still normal."""
 
 
+def is_exponent(exponent: Tensor) -> Tensor:
+    """Where it is a number that a GradScale can have: an integer in [-100, 100]."""
+    return (exponent.abs() <= _EXPONENT_LIMIT) & (exponent == exponent.round())
+
+
 def exponent_scale(exponent: Tensor) -> Tensor:
-    """2^exponent in float32; 1 where UNSET."""
-    if _is_host_scalar(exponent):
-        k = int(exponent)
+    """2^exponent in float32, an average of exponents rounded to an integer; 1 where UNSET."""
+    if exponent.is_cpu and exponent.dim() == 0:  # the host is faster than torch with one number
+        k = round(exponent.item())
         return torch.tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
-    return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32))
+    return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32).round())
 
 
 @dataclass(frozen=True)
@@ -341,7 +358,7 @@ class GradScale(Scaling):
     def step(self, exponent: Tensor | int, votes: Tensor | int) -> Tensor | int:
         """exponent + sign(votes), clamped; UNSET stays. `votes` may be a sum over workers."""
         if isinstance(exponent, Tensor) and isinstance(votes, Tensor):
-            moved = (exponent + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
+            moved = (exponent.round() + votes.sign()).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT)
             return torch.where(exponent == UNSET, exponent, moved).to(torch.int32)
         if exponent == UNSET:
             return UNSET
@@ -364,7 +381,7 @@ class LossScaled(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """1."""
-        return torch.ones((), device=statistics.x.device)
+        return torch.ones((), dtype=torch.float32, device=statistics.x.device)
 
     def __str__(self) -> str:
         return "loss scale"

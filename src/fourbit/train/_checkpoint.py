@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import UserError
+from fourbit.nn import upgraded
 from fourbit.train._folder import writing
 
 VERSION = 1
@@ -108,7 +109,7 @@ def restore_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: P
     Raises:
         UserError: the checkpoint belongs to another model; the first difference is named.
     """
-    own = model.state_dict()
+    own, tensors = model.state_dict(), upgraded(model, tensors)
     for name in [*own, *tensors]:
         if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
             what = "lacks" if name not in tensors else "has an unknown" if name not in own else "has another shape of"
@@ -116,7 +117,7 @@ def restore_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: P
                 f"the checkpoint in {path} is of another model (it {what} {name}): "
                 "resume with the settings that it was made with, or choose another --out."
             )
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(tensors)
 
 
 def _write_folder(folder: Path, checkpoint: Checkpoint) -> None:

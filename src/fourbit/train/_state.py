@@ -85,10 +85,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`, on an optimizer made from the same configuration."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         kind, _, rest = key.partition(".")
         if kind == "optimizer":
             number, _, name = rest.partition(".")
+            if name != "step" and value.dim() == 0 and parameters[int(number)].numel() == 1:
+                value = value.view_as(parameters[int(number)])  # clip values of earlier versions were 0-d
             state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -61,7 +61,7 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
         return None
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
     codes = torch.empty(num, size, dtype=carrier_dtype(request.format))
-    gates_h = torch.empty(num, 4 * size)
+    gates_h = torch.empty(num, 4 * size, dtype=torch.float32)
     blocks = [-(-count * size // BLOCK) for _, count in s.steps]
     packed = torch.empty(sum(blocks) * BLOCK // 2, dtype=torch.uint8)
     masks = None if bound is None else torch.empty(sum(blocks) * 8, dtype=torch.uint8)

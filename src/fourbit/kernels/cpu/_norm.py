@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
+from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
 from fourbit.formats import Format
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import BLOCK, RULES, float_grid, is_half, kernels, log_grid
-from fourbit.chains import NormApply, NormBackward, NormGradients, Normalized, NormStatistics
 from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dtype, exponent_scale, grid_of
 
 

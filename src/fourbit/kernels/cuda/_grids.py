@@ -68,7 +68,7 @@ def table(format: Format, device: torch.device) -> Tensor:
     grid, steps = Table(format), parameters(format, True)
     assert steps is not None and steps[0] == "table"
     slots = 1 << steps[1]
-    filled = torch.full((2 * slots + 1,), math.inf)
+    filled = torch.full((2 * slots + 1,), math.inf, dtype=torch.float32)
     filled[: len(grid.boundaries)] = grid.boundaries
     filled[slots : slots + len(grid.levels)] = grid.levels
     return filled.to(device)

@@ -87,7 +87,7 @@ def bfloat16_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor | None:
 
 @lru_cache(maxsize=16)
 def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def fp8_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
