@@ -6,7 +6,6 @@ Decoding runs in one thread: an image of this size takes 35 microseconds, less t
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from torch import Tensor
 from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column
+from fourbit.data._pixels import converted, opened
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.errors import UserError
 
@@ -88,23 +88,13 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
 
 
 def _decode_one(data: bytes, source: ImageSource, where: str) -> np.ndarray:
-    """uint8 [H, W, C] of one encoded image; grey and palette images are converted to the number of channels."""
-    from PIL import Image, UnidentifiedImageError
-
-    mode = "RGB" if source.channels == 3 else "L"
-    size = (source.image_size, source.image_size)
-    try:
-        image = Image.open(io.BytesIO(data))
-        fits = image.size == size
-        raw = (image if image.mode == mode else image.convert(mode)).tobytes() if fits else b""
-    except UnidentifiedImageError as error:
-        raise UserError(f"{where} cannot be decoded: replace the file (it is no image).") from error
-    except Exception as error:  # PIL raises half a dozen types for damaged files
-        raise UserError(f"{where} cannot be decoded: replace the file ({error}).") from error
-    if not fits:
+    """uint8 [H, W, C] of one encoded image."""
+    image = opened(data, where)
+    if image.size != (source.image_size, source.image_size):
         width, height = image.size
         raise UserError(
-            f"{where} is {width}x{height} pixels, but {source.name} has {size[0]}x{size[1]}: "
-            f"is the folder really {source.name}?"
+            f"{where} is {width}x{height} pixels, but {source.name} has {source.image_size}x{source.image_size}: "
+            f"is the folder really {source.name}? (For images of your own: --data images.)"
         )
-    return np.frombuffer(raw, np.uint8).reshape(*size, source.channels)
+    pixels = np.asarray(converted(image, "RGB" if source.channels == 3 else "L", where))
+    return pixels.reshape(*pixels.shape[:2], source.channels)

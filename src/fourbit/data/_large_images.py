@@ -11,7 +11,6 @@ columns image and label, as the hub has them.
 
 from __future__ import annotations
 
-import io
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._columns import file_column, number_column
+from fourbit.data._pixels import SUFFIXES, converted, opened
 from fourbit.data._random import generator
 from fourbit.data._sources import find_parquet, open_folder
 from fourbit.errors import UserError, unknown
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images, per channel, of pixel/255."""
 FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,14 +242,9 @@ class _Decoded(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def _open(self, index: int) -> Image:
-        from PIL import Image as images
-
         source = self.images[index]
         where = str(source) if isinstance(source, Path) else f"image {index} in {self.name}"
-        try:
-            return images.open(source if isinstance(source, Path) else io.BytesIO(source)).convert("RGB")
-        except Exception as error:  # PIL raises half a dozen types for damaged files
-            raise UserError(f"{where} cannot be decoded: replace or remove the file ({error}).") from None
+        return converted(opened(source, where), "RGB", where)
 
 
 def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
