@@ -18,6 +18,7 @@ from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column
 from fourbit.data._pixels import converted, opened
+from fourbit.data._progress import progress_bar
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.errors import UserError
 
@@ -61,12 +62,8 @@ def read_images(source: ImageSource, data_dir: Path | None) -> dict[str, Tensor]
 
 
 def _decode_all(source: ImageSource, splits: dict[str, Dataset]) -> dict[str, Tensor]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
     tensors = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         for split in SPLITS:
             tensors[f"{split}_x"], tensors[f"{split}_y"] = _decode(source, split, splits[split], progress)
     return tensors
@@ -76,7 +73,7 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
     """Images uint8 [N, C, H, W] and labels int64 [N] of one split."""
     where = f"{split} of {source.name}"
     images, labels = file_column(rows, where, "img", "image"), number_column(rows, where, "label")
-    check_labels(labels, source.num_classes, where)
+    check_labels(labels, source.num_classes, where, own="images")
     task = progress.add_task(f"Decoding {where}", total=len(images))
     size = source.image_size
     pixels = np.empty((len(images), size, size, source.channels), np.uint8)

@@ -50,6 +50,9 @@ class LargeImages:
         train_y, test_y: int64 [N], class numbers from 0.
         classes: name of each class.
         image_size: height and width of what the network reads.
+        mean, std: per channel, of pixel/255 over training images.
+        channels: 1 for grey, 3 for colour.
+        mirror: whether training images are mirrored at random.
     """
 
     name: str
@@ -62,6 +65,7 @@ class LargeImages:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channels: int = 3
+    mirror: bool = True
     examples: ClassVar[str] = "images"
 
     def __post_init__(self):
@@ -227,28 +231,29 @@ def large_batches(
 
 
 class _Decoded(torch.utils.data.Dataset[Tensor]):
-    """Image number i as the network reads it, uint8 [3, H, W]."""
+    """Image number i as the network reads it, uint8 [C, H, W]."""
 
     def __init__(self, data: LargeImages, split: str, seed: int, epoch: int, augment: bool):
         self.name, self.images, self.size = f"{split} of {data.name}", data.split(split)[0], data.image_size
+        self.channels, self.mirror = data.channels, data.mirror
         self.seed, self.epoch, self.augment = seed, epoch, augment
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._open(index)
         if self.augment:
-            image = _random_part(image, self.size, generator("augment", self.seed, self.epoch, index))
+            image = _random_part(image, self.size, generator("augment", self.seed, self.epoch, index), self.mirror)
         else:
             image = _middle(image, self.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def _open(self, index: int) -> Image:
         source = self.images[index]
         where = str(source) if isinstance(source, Path) else f"image {index} in {self.name}"
-        return converted(opened(source, where), "RGB", where)
+        return converted(opened(source, where), "RGB" if self.channels == 3 else "L", where)
 
 
-def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
-    """A random part, scaled to `size`; after ten parts that do not fit, the largest middle one."""
+def _random_part(image: Image, size: int, random: torch.Generator, mirror: bool = True) -> Image:
+    """A random part, scaled to `size`, perhaps mirrored; after ten parts that do not fit, the largest middle one."""
     width, height = image.size
     for _ in range(10):
         draw = torch.rand(4, generator=random).tolist()
@@ -264,7 +269,7 @@ def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
     from PIL import Image as images
 
     part = image.resize((size, size), images.Resampling.BILINEAR, (left, top, left + w, top + h))
-    mirrored = float(torch.rand((), generator=random)) < 0.5
+    mirrored = mirror and float(torch.rand((), generator=random)) < 0.5
     return part.transpose(images.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
 

@@ -108,12 +108,22 @@ def from_words(name: str, lines: Mapping[str, Iterable[str]]) -> TextData:
     return TextData(name, tokens["train"], tokens["test"], vocabulary)
 
 
-def from_characters(name: str, train: str, test: str) -> TextData:
-    """Characters, in the order of their codes; the vocabulary is that of both parts."""
+def from_characters(name: str, train: str, test: str, unknown: bool = False) -> TextData:
+    """Characters, in the order of their codes. The vocabulary is that of both parts or, with `unknown`, that of the training
+    part and, at its end, one token for all other characters."""
     first, second = _codes(train), _codes(test)
-    known = np.unique(np.concatenate((first, second)))
-    one, other = (torch.from_numpy(np.searchsorted(known, part)) for part in (first, second))
-    return TextData(name, one, other, tuple(map(chr, known.tolist())))
+    known = np.unique(first if unknown else np.concatenate((first, second)))
+    vocabulary = (*map(chr, known.tolist()), *((UNKNOWN,) if unknown else ()))
+    one, other = (np.searchsorted(known, part) for part in (first, second))
+    if unknown:
+        other[~np.isin(second, known)] = len(known)
+    return TextData(name, torch.from_numpy(one), torch.from_numpy(other), vocabulary)
+
+
+def from_bytes(name: str, train: str, test: str) -> TextData:
+    """Bytes of the text in UTF-8; the vocabulary is all 256."""
+    one, other = (torch.from_numpy(np.frombuffer(part.encode(), np.uint8).astype(np.int64)) for part in (train, test))
+    return TextData(name, one, other, tuple(f"<0x{byte:02X}>" for byte in range(256)))
 
 
 def _codes(text: str) -> np.ndarray:
