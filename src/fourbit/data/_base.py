@@ -211,8 +211,8 @@ def hub_loader(name: str) -> Loader:
         columns: Sequence[str] = (),
         tokenizer: str | None = None,
     ) -> ImageData | LargeImages | TextData | SpeechData | TranslationData:
-        """Any data set of the Hugging Face hub, or a folder that the package datasets takes (hf:./folder), of images, sound, text
-        or pairs of sentences: hf:OWNER/NAME?config=...&train=SPLIT&test=SPLIT&revision=..."""
+        """Any data set of the Hugging Face hub, or a folder that the package datasets takes (hf:./folder), of images, sound,
+        text or pairs of sentences: hf:OWNER/NAME?config=...&train=SPLIT&test=SPLIT&revision=..."""
         if data_dir is not None:
             raise UserError(f"{name} comes from the hub, or from the folder in its name: leave out --data-dir.")
         return load_hub(name.removeprefix(HUB), image_size, mirror, columns, tokenizer)

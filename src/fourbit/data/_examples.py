@@ -221,7 +221,7 @@ def _made(
     classes, numbers = _numbered(labels, names)
     if len(classes) < 2:
         raise UserError(
-            f"all {kind.files} are of one class, {classes[0]}: a network that tells classes apart needs two at least."
+            f"all {kind.files} are of one class, {', '.join(classes)}: a network that tells classes apart needs two at least."
         )
     if "test" not in files:
         chosen = held_out(numbers["train"])

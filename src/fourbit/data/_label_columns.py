@@ -44,8 +44,9 @@ class Cells(Sequence[Path | bytes]):
     def __getitem__(self, row: int) -> Path | bytes:  # type: ignore[override]
         # what the table stores: a row by way of `datasets` takes ten times as long
         cell: Any = self.table.data.table.column(self.column)[row].as_py()
-        content = cell if isinstance(cell, bytes) else cell["bytes"]
-        return Path(cell["path"]) if content is None else content
+        if isinstance(cell, bytes):
+            return cell
+        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
     def labels(self, column: str) -> list[str] | list[int]:
         """The labels beside them, text or whole numbers."""
