@@ -244,6 +244,11 @@ def _empty_cell(folder):
     write_table(folder, image=[*CELLS[:3], None], label=[0, 1, 0, 1])
 
 
+def _test_without_labels(folder):
+    write_table(folder, "train", image=CELLS, label=[0, 1] * 10)
+    write_table(folder, "test", image=CELLS[:2], id=[0, 1])
+
+
 def _empty_label(folder):
     write_table(folder, image=CELLS[:4], label=["a", "b", " ", "a"])
 
@@ -270,6 +275,10 @@ def _empty_label(folder):
             r"none of the columns label seems to hold the files \(image or img\): name those of file and label",
         ),
         (_empty_cell, "row 3 of column image of train is empty: remove the row, or replace the file"),
+        (
+            _test_without_labels,
+            "the test split has no column label, as the training split has, only image, id: are both",
+        ),
         (_empty_label, "row 2 of column label of train is empty: remove the row, or fill it in"),
     ],
 )

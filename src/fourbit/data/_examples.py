@@ -112,6 +112,15 @@ def find_examples(folder: Path, kind: Kind, columns: Sequence[str]) -> Examples:
 def from_tables(tables: Mapping[str, Dataset], kind: Kind, columns: Sequence[str], key: str) -> Examples:
     """From `datasets` tables, one per split. Raises UserError as `find_examples`."""
     file, label, names = table_columns(tables["train"], kind.columns, columns)
+    for split, table in tables.items():
+        for column in (file, label):
+            if column not in table.column_names:
+                raise UserError(
+                    f"the {split} split has no column {column}, as the training split has, only "
+                    f"{', '.join(table.column_names)}: are both of one data set?"
+                )
+        if getattr(table.features[label], "names", None) != (None if names is None else list(names)):
+            raise UserError(f"train and {split} declare different classes in column {label}: are both of one data set?")
     files = {split: Cells(table, file, f"{split}") for split, table in tables.items()}
     labels: dict[str, Labels] = {split: cells.labels(label) for split, cells in files.items()}
     return _made(files, labels, kind, f"{key} {file} {label}", names)
@@ -157,8 +166,8 @@ def _by_class(folder: Path, kind: Kind) -> list[tuple[Path, str]]:
 
 
 def _lists(folder: Path) -> list[Path]:
-    found = visible_files(folder, (".csv", ".tsv"))
-    return [path for path in found if path.stem.lower() in LISTS and len(path.relative_to(folder).parts) <= 2]
+    found = [path for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}.[ct]sv")]
+    return sorted(path for path in found if path.stem.lower() in LISTS and is_visible(path.relative_to(folder)))
 
 
 def _from_lists(folder: Path, lists: list[Path], kind: Kind, columns: Sequence[str]) -> Examples:
