@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import wave
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fourbit import data
@@ -32,6 +35,32 @@ def network() -> nn.Module:
     )
 
 
+def write_data(folder: Path) -> None:
+    """Files of the kind that the last word of the folder's path names; text, and pairs of sentences, otherwise."""
+    folder.mkdir(parents=True)
+    if folder.name in ("pictures", "tables", "sounds"):
+        content = io.BytesIO()
+        if folder.name == "sounds":
+            with wave.open(content, "wb") as file:
+                file.setparams((1, 2, 8000, 0, "NONE", ""))
+                file.writeframes(bytes(range(200)) * 4)
+        else:
+            Image.new("RGB", (8, 8), "red").save(content, "png")
+        if folder.name == "tables":
+            cells = [{"bytes": content.getvalue(), "path": None}] * 300
+            pq.write_table(pa.table({"image": cells, "label": [0, 1] * 150}), folder / "train.parquet")
+            return
+        for label in ("a", "b"):
+            (folder / label).mkdir()
+            for i in range(80):
+                (folder / label / f"{i}{'.wav' if folder.name == 'sounds' else '.png'}").write_bytes(content.getvalue())
+        return
+    sentences = [f"a sentence with {n} words" for n in ("two", "three", "four")] * 50
+    (folder / "input.txt").write_text("\n".join(sentences * 8))
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"en": sentences, "de": sentences}), folder / f"{split}.parquet")
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_blocks_run(block):
     loader = [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))] * 2
@@ -42,6 +71,7 @@ def test_the_code_blocks_run(block):
 def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
     """As written, but on digits, one step each, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOURBIT_CACHE", str(tmp_path / "cache"))
     words = shlex.split(command)[1:]
     if words[0] in ("train", "compare"):
         words = [{"resnet20": "digits_cnn", "cifar10": "digits", "0,1,2": "0"}.get(word, word) for word in words]
@@ -52,13 +82,8 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
         if words[1] == "table1":
             digits = data.load("digits")
             monkeypatch.setattr(data, "load", lambda name, folder=None: digits)
-    for name in [w for w in words if w.startswith("path/to/")]:
-        folder = Path(name)
-        folder.mkdir(parents=True)
-        sentences = [f"a sentence with {n} words" for n in ("two", "three", "four")] * 20
-        (folder / "input.txt").write_text("\n".join(sentences * 20))
-        for split in ("train", "test"):
-            pq.write_table(pa.table({"en": sentences, "de": sentences}), folder / f"{split}.parquet")
+    for name in [w.removeprefix("hf:./") for w in words if "path/to/" in w]:
+        write_data(Path(name))
     if words[0] == "fidelity":
         assert main(["train", "--model", "digits_cnn", "--data", "digits", "--max-steps", "1", "--out", words[1]]) == 0
     if words[0] == "report":

@@ -290,7 +290,10 @@ def _file_instead_of_folder(folder):
         (_numbers_for_images, r"column img of test of cifar10 must hold bytes of files, but holds double"),
         (_paths_for_images, r"column img of test of cifar10 must hold bytes of files, but holds string"),
         (_one_image_missing, r"row 5 of column img.bytes of test of cifar10 is empty"),
-        (_image_not_an_image, r"image 0 in test of cifar10 cannot be decoded: replace the file .it is no image"),
+        (
+            _image_not_an_image,
+            r"image 0 in test of cifar10 cannot be decoded: replace or remove the file .it is no image",
+        ),
         (_image_cut_short, r"image 0 in test of cifar10 cannot be decoded"),
         (_image_absent, r"row 0 of column img.bytes of test of cifar10 is empty"),
         (_file_cut_short, r"cannot read .*train-00001-of-00002.parquet as parquet: replace the file"),

@@ -17,7 +17,7 @@ REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def write_ptb(folder: Path, train: str = "the cat sat\non the mat\n", test: str = "the dog sat\n") -> Path:
-    (folder / "ptb.train.txt").write_text(train)
+    (folder / "ptb.train.txt").write_text(train, encoding="utf-8", newline="")
     (folder / "ptb.test.txt").write_text(test)
     return folder
 
@@ -63,7 +63,23 @@ def test_characters_of_one_file_are_cut_into_nine_tenths_and_one(tmp_path):
         ),
         (
             lambda folder: write_ptb(folder) and (folder / "ptb.train.txt").write_bytes(b"\xff\xfe\x00a"),
-            "is not UTF-8 text",
+            "ptb.train.txt is not UTF-8 text but UTF-16: convert it, or replace the file",
+        ),
+        (
+            lambda folder: (
+                write_ptb(folder) and (folder / "ptb.train.txt").write_bytes("a b\nt\0\0\0".encode("utf-32"))
+            ),
+            "ptb.train.txt is not UTF-8 text but UTF-32: convert it",
+        ),
+        (
+            lambda folder: write_ptb(folder) and (folder / "ptb.train.txt").write_bytes("a b\nc".encode("utf-16-le")),
+            r"is not UTF-8 text \(character 1 is zero, as in binary files and in UTF-16\): convert it",
+        ),
+        (
+            lambda folder: (
+                write_ptb(folder) and (folder / "ptb.train.txt").write_bytes("tea\ncafé\n".encode("latin-1"))
+            ),
+            r"ptb.train.txt is not UTF-8 text \(byte 7, in line 2: invalid continuation byte\): convert it",
         ),
     ],
 )
@@ -71,6 +87,23 @@ def test_bad_folders_are_named(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(UserError, match=message):
         data.load("ptb", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_every_system_end_where_they_end_and_nowhere_else(tmp_path, end):
+    odd = "a\x0cb\u2028c\x85d\x0be\x1cf\u2029g"
+    (tmp_path / "input.txt").write_bytes(f"\ufeff{odd}{end}{odd}".encode() * 20)
+    text = data.load("tinyshakespeare", tmp_path)
+    assert isinstance(text, TextData)
+    found = "".join(text.vocabulary[n] for n in torch.cat([text.train, text.test]))
+    assert found == f"{odd}\n{odd}" * 20 + "\n"
+
+
+def test_marks_and_separators_end_no_sentence_of_words(tmp_path):
+    marked = "\ufeffthe cat\x0csat on\u2028the mat\n" * 3  # as of files with marks that were joined
+    text = data.load("ptb", write_ptb(tmp_path, train=marked))
+    assert isinstance(text, TextData)
+    assert [text.vocabulary[n] for n in text.train] == ["the", "cat", "sat", "on", "the", "mat", "<eos>"] * 3
 
 
 @pytest.mark.parametrize(

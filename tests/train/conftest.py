@@ -40,7 +40,11 @@ def few_digits() -> data.ImageData:
 @pytest.fixture(autouse=True)
 def small_data(few_digits: data.ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     load = data.load
-    monkeypatch.setattr(data, "load", lambda name, folder=None: load(name, folder) if name != "digits" else few_digits)
+
+    def load_few(name: str, folder: Path | None = None, **options: Any) -> Any:
+        return few_digits if name == "digits" else load(name, folder, **options)
+
+    monkeypatch.setattr(data, "load", load_few)
 
 
 @pytest.fixture

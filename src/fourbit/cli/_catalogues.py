@@ -72,14 +72,14 @@ def models() -> None:
 @app.command
 def data() -> None:
     """List the data sets."""
-    from fourbit.data._base import DATASETS
+    from fourbit.data._base import DATASETS, hub_loader
 
-    show(_documented("data set", DATASETS))
+    show(_documented("data set", {**DATASETS, "hf:OWNER/NAME": hub_loader("hf:OWNER/NAME")}))
 
 
 def _documented(kind: str, functions: Mapping[str, object]) -> Table:
     """Names, and the first sentence of the docstring of what is registered under them."""
     table = make_table(kind, "description")
     for name, function in functions.items():
-        table.add_row(name, (function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "))
+        table.add_row(name, " ".join((function.__doc__ or "").strip().split("\n\n")[0].split()))
     return table

@@ -7,17 +7,20 @@
 `load` decodes every image once and keeps the tensors in a cache file, so that the second start takes about a second.
 `batches` works on whole tensors: one gather, crop, flip and normalisation per batch, with no worker processes. What it
 returns depends only on (seed, epoch, batch index), so a run resumes in the middle of an epoch with the same numbers.
-To add a data set, register one function (see `catalog`).
+To add a data set, register one function (see `catalog`); data of one's own need none (see `own`).
 """
 
 from fourbit.data import catalog as catalog
+from fourbit.data import own as own
 from fourbit.data._base import Augment as Augment
 from fourbit.data._base import ImageData as ImageData
+from fourbit.data._base import is_hub as is_hub
 from fourbit.data._base import load as load
 from fourbit.data._base import names as names
 from fourbit.data._base import num_batches as num_batches
 from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
+from fourbit.data._describe import describe as describe
 from fourbit.data._identity import identity as identity
 from fourbit.data._large_images import LargeImages as LargeImages
 from fourbit.data._speech import SpeechData as SpeechData

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from fourbit.data._text import TextData
     from fourbit.data._translation import TranslationData
 
-Loader = Callable[[Path | None], "ImageData | LargeImages | TextData | SpeechData | TranslationData"]
+Loader = Callable[..., "ImageData | LargeImages | TextData | SpeechData | TranslationData"]
+"""Takes the user's folder or None; its further parameters are the options of `load` that it knows."""
 
 DATASETS: Registry[Loader] = Registry("data set")
 register = DATASETS.register
@@ -135,13 +137,14 @@ def num_batches(
     return count // batch_size if drop_last else -(-count // batch_size)
 
 
-def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """UserError naming the first label that is not in 0..num_classes-1."""
+def check_labels(labels: Tensor, num_classes: int, where: str, own: str | None = None) -> None:
+    """UserError naming the first label that is not in 0..num_classes-1, and `own`, the data set for other classes."""
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise UserError(
-            f"label {int(labels[row])} in row {row} of {where} is out of range: labels must be 0 to {num_classes - 1}."
+            f"label {int(labels[row])} in row {row} of {where} is out of range: labels must be 0 to {num_classes - 1}"
+            f"{f' (for data of your own, with any classes: --data {own})' if own else ''}."
         )
 
 
@@ -155,28 +158,63 @@ def names() -> list[str]:
 
 
 def load(
-    name: str, data_dir: str | Path | None = None
+    name: str, data_dir: str | Path | None = None, **options: Any
 ) -> ImageData | LargeImages | TextData | SpeechData | TranslationData:
     """The data set `name`, decoded, in memory.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or hf:OWNER/NAME for any of the Hugging Face hub (see `_hub`).
         data_dir: folder with its files (in subfolders if need be): parquet with the split in the file name
             (train-00000-of-00002.parquet), or the text files that the data set is known by. None: from the Hugging Face hub.
+        options: of data of one's own, see the functions in `own`: image_size, mirror, columns, tokenizer.
 
     Raises:
-        UserError: unknown name, missing or unsuitable files, no connection to the hub.
+        UserError: unknown name, an option that the data set does not have, missing or unsuitable files, no connection to the
+            hub.
 
     >>> data = load("digits")
     >>> data.train_x.shape, data.num_classes
     (torch.Size([1437, 1, 8, 8]), 10)
     """
-    loader = DATASETS[name]
+    loader = hub_loader(name) if is_hub(name) else DATASETS[name]
+    known = list(inspect.signature(loader).parameters)[1:]
+    for option in options:
+        if option not in known:
+            takes = f"only {', '.join(known)}" if known else "and takes no options"
+            raise UserError(f"{name} has no option {option}, {takes}: leave it out, or choose other data.")
     if data_dir is None:
-        return loader(None)
+        return loader(None, **options)
     folder = Path(data_dir).expanduser()
     if folder.is_file():
         raise UserError(f"the data folder {folder} is a file: give the folder that it lies in.")
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: give an existing one, or none to use the hub.")
-    return loader(folder)
+    return loader(folder, **options)
+
+
+HUB = "hf:"
+
+
+def is_hub(name: str) -> bool:
+    """Whether a name means a data set of the hub."""
+    return name.startswith(HUB)
+
+
+def hub_loader(name: str) -> Loader:
+    """The loader of such a name."""
+    from fourbit.data._hub import load_hub
+
+    def load_named(
+        data_dir: Path | None,
+        image_size: int | None = None,
+        mirror: bool = False,
+        columns: Sequence[str] = (),
+        tokenizer: str | None = None,
+    ) -> ImageData | LargeImages | TextData | SpeechData | TranslationData:
+        """Any data set of the Hugging Face hub, or a folder that the package datasets takes (hf:./folder), of images, sound,
+        text or pairs of sentences: hf:OWNER/NAME?config=...&train=SPLIT&test=SPLIT&revision=..."""
+        if data_dir is not None:
+            raise UserError(f"{name} comes from the hub, or from the folder in its name: leave out --data-dir.")
+        return load_hub(name.removeprefix(HUB), image_size, mirror, columns, tokenizer)
+
+    return load_named

@@ -6,7 +6,6 @@ Decoding runs in one thread: an image of this size takes 35 microseconds, less t
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from torch import Tensor
 from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column
+from fourbit.data._pixels import converted, opened
+from fourbit.data._progress import progress_bar
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.errors import UserError
 
@@ -61,12 +62,8 @@ def read_images(source: ImageSource, data_dir: Path | None) -> dict[str, Tensor]
 
 
 def _decode_all(source: ImageSource, splits: dict[str, Dataset]) -> dict[str, Tensor]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
     tensors = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         for split in SPLITS:
             tensors[f"{split}_x"], tensors[f"{split}_y"] = _decode(source, split, splits[split], progress)
     return tensors
@@ -76,7 +73,7 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
     """Images uint8 [N, C, H, W] and labels int64 [N] of one split."""
     where = f"{split} of {source.name}"
     images, labels = file_column(rows, where, "img", "image"), number_column(rows, where, "label")
-    check_labels(labels, source.num_classes, where)
+    check_labels(labels, source.num_classes, where, own="images")
     task = progress.add_task(f"Decoding {where}", total=len(images))
     size = source.image_size
     pixels = np.empty((len(images), size, size, source.channels), np.uint8)
@@ -88,23 +85,13 @@ def _decode(source: ImageSource, split: str, rows: Dataset, progress: Progress) 
 
 
 def _decode_one(data: bytes, source: ImageSource, where: str) -> np.ndarray:
-    """uint8 [H, W, C] of one encoded image; grey and palette images are converted to the number of channels."""
-    from PIL import Image, UnidentifiedImageError
-
-    mode = "RGB" if source.channels == 3 else "L"
-    size = (source.image_size, source.image_size)
-    try:
-        image = Image.open(io.BytesIO(data))
-        fits = image.size == size
-        raw = (image if image.mode == mode else image.convert(mode)).tobytes() if fits else b""
-    except UnidentifiedImageError as error:
-        raise UserError(f"{where} cannot be decoded: replace the file (it is no image).") from error
-    except Exception as error:  # PIL raises half a dozen types for damaged files
-        raise UserError(f"{where} cannot be decoded: replace the file ({error}).") from error
-    if not fits:
+    """uint8 [H, W, C] of one encoded image."""
+    image = opened(data, where)
+    if image.size != (source.image_size, source.image_size):
         width, height = image.size
         raise UserError(
-            f"{where} is {width}x{height} pixels, but {source.name} has {size[0]}x{size[1]}: "
-            f"is the folder really {source.name}?"
+            f"{where} is {width}x{height} pixels, but {source.name} has {source.image_size}x{source.image_size}: "
+            f"is the folder really {source.name}? (For images of your own: --data images.)"
         )
-    return np.frombuffer(raw, np.uint8).reshape(*size, source.channels)
+    pixels = np.asarray(converted(image, "RGB" if source.channels == 3 else "L", where))
+    return pixels.reshape(*pixels.shape[:2], source.channels)

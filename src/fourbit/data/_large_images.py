@@ -11,7 +11,6 @@ columns image and label, as the hub has them.
 
 from __future__ import annotations
 
-import io
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from fourbit.data._base import SPLITS, check_labels
 from fourbit.data._columns import file_column, number_column
+from fourbit.data._pixels import SUFFIXES, converted, opened
 from fourbit.data._random import generator
 from fourbit.data._sources import find_parquet, open_folder
 from fourbit.errors import UserError, unknown
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images, per channel, of pixel/255."""
 FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,9 @@ class LargeImages:
         train_y, test_y: int64 [N], class numbers from 0.
         classes: name of each class.
         image_size: height and width of what the network reads.
+        mean, std: per channel, of pixel/255 over training images.
+        channels: 1 for grey, 3 for colour.
+        mirror: whether training images are mirrored at random.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LargeImages:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channels: int = 3
+    mirror: bool = True
     examples: ClassVar[str] = "images"
 
     def __post_init__(self):
@@ -228,33 +231,29 @@ def large_batches(
 
 
 class _Decoded(torch.utils.data.Dataset[Tensor]):
-    """Image number i as the network reads it, uint8 [3, H, W]."""
+    """Image number i as the network reads it, uint8 [C, H, W]."""
 
     def __init__(self, data: LargeImages, split: str, seed: int, epoch: int, augment: bool):
         self.name, self.images, self.size = f"{split} of {data.name}", data.split(split)[0], data.image_size
+        self.channels, self.mirror = data.channels, data.mirror
         self.seed, self.epoch, self.augment = seed, epoch, augment
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._open(index)
         if self.augment:
-            image = _random_part(image, self.size, generator("augment", self.seed, self.epoch, index))
+            image = _random_part(image, self.size, generator("augment", self.seed, self.epoch, index), self.mirror)
         else:
             image = _middle(image, self.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def _open(self, index: int) -> Image:
-        from PIL import Image as images
-
         source = self.images[index]
         where = str(source) if isinstance(source, Path) else f"image {index} in {self.name}"
-        try:
-            return images.open(source if isinstance(source, Path) else io.BytesIO(source)).convert("RGB")
-        except Exception as error:  # PIL raises half a dozen types for damaged files
-            raise UserError(f"{where} cannot be decoded: replace or remove the file ({error}).") from None
+        return converted(opened(source, where), "RGB" if self.channels == 3 else "L", where)
 
 
-def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
-    """A random part, scaled to `size`; after ten parts that do not fit, the largest middle one."""
+def _random_part(image: Image, size: int, random: torch.Generator, mirror: bool = True) -> Image:
+    """A random part, scaled to `size`, perhaps mirrored; after ten parts that do not fit, the largest middle one."""
     width, height = image.size
     for _ in range(10):
         draw = torch.rand(4, generator=random).tolist()
@@ -270,7 +269,7 @@ def _random_part(image: Image, size: int, random: torch.Generator) -> Image:
     from PIL import Image as images
 
     part = image.resize((size, size), images.Resampling.BILINEAR, (left, top, left + w, top + h))
-    mirrored = float(torch.rand((), generator=random)) < 0.5
+    mirrored = mirror and float(torch.rand((), generator=random)) < 0.5
     return part.transpose(images.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
 

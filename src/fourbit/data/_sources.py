@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fourbit.data._base import SPLITS
 from fourbit.errors import UserError
@@ -40,11 +40,11 @@ def find_parquet(
         raise UserError(f"no parquet file in {folder} or its subfolders: give the folder that holds the data set.")
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in files:
-        split = _split_of(path.relative_to(folder))
+        split = split_of(path.relative_to(folder))
         if split is not None:
             found[split].append(path)
     for split, word in {**(instead or {}), **(first or {})}.items():
-        others = [path for path in files if _split_of(path.relative_to(folder), (word,))]
+        others = [path for path in files if split_of(path.relative_to(folder), (word,))]
         found[split] = others or found[split] if split in (first or {}) else found[split] or others
     for split, paths in found.items():
         if not paths:
@@ -62,10 +62,10 @@ def find_parquet(
     return found
 
 
-def _split_of(path: Path, splits: Sequence[str] = SPLITS) -> str | None:
+def split_of(path: Path, splits: Sequence[str] = SPLITS) -> str | None:
     """The split that a path relative to the data folder belongs to: the file name decides before the folders.
 
-    >>> _split_of(Path("plain_text/train-00000-of-00002.parquet")), _split_of(Path("test/0000.parquet"))
+    >>> split_of(Path("plain_text/train-00000-of-00002.parquet")), split_of(Path("test/0000.parquet"))
     ('train', 'test')
     """
     for part in (path.stem, *reversed(path.parent.parts)):
@@ -125,25 +125,8 @@ def open_hub(hub_id: str, subset: str | None = None) -> dict[str, Dataset]:
     Raises:
         UserError: the hub cannot be reached, or the data set lacks a split.
     """
-    try:
-        import datasets
-        from datasets import config
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UserError(f"this data set needs the package datasets: {INSTALL}.") from error
-    try:
-        if not config.HF_HUB_OFFLINE:
-            # Fails at once where load_dataset would retry for half a minute.
-            HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
-        with _quiet():
-            found = datasets.load_dataset(hub_id) if subset is None else datasets.load_dataset(hub_id, subset)
-    except Exception as error:  # network, proxy, HTTP and cache errors of four packages
-        raise UserError(
-            f"cannot get {hub_id} from the Hugging Face hub ({_first_line(error)}): check the network, "
-            f"or download its parquet files and give their folder with --data-dir."
-        ) from error
-    splits = dict(found)
-    if "validation" in splits and ("test" not in splits or _unlabelled(splits["test"])):
+    splits = fetch(hub_id, subset)
+    if "validation" in splits and ("test" not in splits or is_unlabelled(splits["test"])):
         splits["test"] = splits["validation"]
     missing = [split for split in SPLITS if split not in splits]
     if missing:
@@ -151,9 +134,53 @@ def open_hub(hub_id: str, subset: str | None = None) -> dict[str, Dataset]:
     return {split: splits[split] for split in SPLITS}
 
 
-def _unlabelled(table: Dataset) -> bool:
+def fetch(
+    name: str, subset: str | None = None, revision: str | None = None, chosen: Mapping[str, str] | None = None
+) -> dict[str, Dataset]:
+    """The splits of a data set of the hub, or of a folder that `datasets` takes.
+
+    Args:
+        name: OWNER/NAME, or the path of the folder.
+        chosen: the expression of `datasets` that stands for a split; the others are then not fetched.
+
+    Raises:
+        UserError: the hub cannot be reached, or what is asked for is not there.
+    """
+    try:
+        import datasets
+        from datasets import config
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError(f"this data set needs the package datasets: {INSTALL}.") from error
+    local = Path(name).expanduser().is_dir()
+    options: dict[str, Any] = {
+        key: value for key, value in (("name", subset), ("revision", revision)) if value is not None
+    }
+    try:
+        if not local and not config.HF_HUB_OFFLINE:
+            # Fails at once where load_dataset would retry for half a minute.
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+        place = str(Path(name).expanduser()) if local else name
+        with _quiet():
+            if chosen:
+                return {s: cast(Any, datasets.load_dataset(place, split=e, **options)) for s, e in chosen.items()}
+            return dict(cast(Any, datasets.load_dataset(place, **options)))
+    except Exception as error:  # network, proxy, HTTP and cache errors of four packages
+        if local:
+            raise UserError(
+                f"datasets cannot read the folder {name} ({_first_line(error)}): give one that it takes, or --data-dir."
+            ) from error
+        raise UserError(
+            f"cannot get {name} from the Hugging Face hub ({_first_line(error)}): check the network and the name, "
+            f"or download its parquet files and give their folder with --data-dir."
+        ) from error
+
+
+def is_unlabelled(table: Dataset) -> bool:
     """Whether a test split keeps its labels secret, as ImageNet's does: they are all -1."""
-    return "label" in table.column_names and len(table) > 0 and table[0]["label"] == -1
+    if "label" not in table.column_names or not len(table):
+        return False
+    return table.select_columns(["label"])[0]["label"] == -1  # of a whole row, the file would be decoded
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import io
 import math
 import wave
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -150,19 +151,31 @@ def log_mel(samples: Tensor, rate: int, num_bands: int = NUM_BANDS) -> Tensor:
     return torch.log(power @ mel_bands(rate, size // 2 + 1, num_bands) + FLOOR)
 
 
+def rate_of(content: bytes, where: str) -> int:
+    """Samples per second of a WAV file. Raises UserError where it is none."""
+    with _opened(content, where) as file:
+        return file.getframerate()
+
+
+@contextmanager
+def _opened(content: bytes, where: str) -> Iterator[wave.Wave_read]:
+    try:
+        with wave.open(io.BytesIO(content)) as file:
+            yield file
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: of a chunk longer than the file
+        why = str(error) or "it is damaged"
+        raise UserError(f"{where} is not a WAV file that can be read ({why}): convert it to 16-bit PCM.") from error
+
+
 def decode_wav(content: bytes, where: str, rate: int) -> Tensor:
     """Samples of a WAV file with that many per second; several channels are averaged.
 
     Raises:
         UserError: not a WAV file, another rate, no samples, or part of one at the end.
     """
-    try:
-        with wave.open(io.BytesIO(content)) as file:
-            found, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
-            raw = file.readframes(file.getnframes())
-    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: of a chunk longer than the file
-        why = str(error) or "it is damaged"
-        raise UserError(f"{where} is not a WAV file that can be read ({why}): convert it to 16-bit PCM.") from error
+    with _opened(content, where) as file:
+        found, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
+        raw = file.readframes(file.getnframes())
     if found != rate:
         raise UserError(f"{where} has {found} samples per second, but {rate} are needed: resample it.")
     if not raw:
@@ -193,7 +206,10 @@ def read_wav_folders(folder: Path, classes: Sequence[str]) -> dict[str, list[tup
             )
         for path in paths:
             if path.parent.name not in classes:
-                raise UserError(f"{path} lies in a folder that is no class: the classes are {', '.join(classes)}.")
+                raise UserError(
+                    f"{path} lies in a folder that is no class: the classes are {', '.join(classes)} (for sounds of your own: "
+                    "--data speech)."
+                )
         found[split] = [(path.read_bytes(), str(path), classes.index(path.parent.name)) for path in paths]
     return found
 

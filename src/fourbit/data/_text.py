@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS
+from fourbit.data._text_files import lines_of, read_text
 from fourbit.errors import UserError, unknown
 
 END = "<eos>"
@@ -106,19 +108,33 @@ def from_words(name: str, lines: Mapping[str, Iterable[str]]) -> TextData:
     return TextData(name, tokens["train"], tokens["test"], vocabulary)
 
 
-def from_characters(name: str, train: str, test: str) -> TextData:
-    """Characters, in the order of their codes; the vocabulary is that of both parts."""
-    vocabulary = tuple(sorted(set(train) | set(test)))
-    numbers = {character: number for number, character in enumerate(vocabulary)}
-    first, second = (torch.tensor([numbers[c] for c in part]) for part in (train, test))
-    return TextData(name, first, second, vocabulary)
+def from_characters(name: str, train: str, test: str, unknown: bool = False) -> TextData:
+    """Characters, in the order of their codes. The vocabulary is that of both parts or, with `unknown`, that of the training
+    part and, at its end, one token for all other characters."""
+    first, second = _codes(train), _codes(test)
+    known = np.unique(first if unknown else np.concatenate((first, second)))
+    vocabulary = (*map(chr, known.tolist()), *((UNKNOWN,) if unknown else ()))
+    one, other = (np.searchsorted(known, part) for part in (first, second))
+    if unknown:
+        other[~np.isin(second, known)] = len(known)
+    return TextData(name, torch.from_numpy(one), torch.from_numpy(other), vocabulary)
+
+
+def from_bytes(name: str, train: str, test: str) -> TextData:
+    """Bytes of the text in UTF-8; the vocabulary is all 256."""
+    one, other = (torch.from_numpy(np.frombuffer(part.encode(), np.uint8).astype(np.int64)) for part in (train, test))
+    return TextData(name, one, other, tuple(f"<0x{byte:02X}>" for byte in range(256)))
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def read_lines(folder: Path, names: Mapping[str, str]) -> dict[str, list[str]]:
     """The lines of one text file per split, looked for in `folder` and below.
 
     Raises:
-        UserError: a file that is missing or is not UTF-8.
+        UserError: a file that is missing, or as `read_text`.
     """
     found = {}
     for split, name in names.items():
@@ -127,10 +143,7 @@ def read_lines(folder: Path, names: Mapping[str, str]) -> dict[str, list[str]]:
             raise UserError(
                 f"there is no {name} in {folder}: give the folder that holds {' and '.join(names.values())}."
             )
-        try:
-            found[split] = paths[0].read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{paths[0]} is not UTF-8 text ({error.reason}): replace the file.") from error
+        found[split] = lines_of(read_text(paths[0]))
         if not any(found[split]):
             raise UserError(f"{paths[0]} is empty: replace the file.")
     return found

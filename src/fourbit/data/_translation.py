@@ -75,6 +75,7 @@ class TranslationData:
         train, test: source and target.
         references: the target sentences of the test split as they were written, for BLEU.
         tokenizer: of both languages, a `tokenizers.Tokenizer`.
+        languages: names of source and target, where they were found in the data.
 
     Raises:
         UserError: a split without pairs, or sides of different numbers.
@@ -85,6 +86,7 @@ class TranslationData:
     test: tuple[Sentences, Sentences]
     references: tuple[str, ...]
     tokenizer: Any
+    languages: tuple[str, str] | None = None
     examples: ClassVar[str] = "pairs"
 
     def __post_init__(self):
@@ -215,7 +217,7 @@ def _tensor(numbers: array[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(numbers, dtype=dtype).clone() if len(numbers) else torch.empty(0, dtype=dtype)
 
 
-def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> TranslationData:
+def from_tensors(name: str, tensors: Mapping[str, Tensor], languages: tuple[str, str] | None = None) -> TranslationData:
     """The data set of `encode_pairs`."""
     from tokenizers import Tokenizer
 
@@ -224,7 +226,7 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> TranslationData:
 
     train, test = ((side(split, "source"), side(split, "target")) for split in SPLITS)
     references = tuple(_string(tensors["references"]).split("\n"))
-    return TranslationData(name, train, test, references, Tokenizer.from_str(_string(tensors["tokenizer"])))
+    return TranslationData(name, train, test, references, Tokenizer.from_str(_string(tensors["tokenizer"])), languages)
 
 
 def load_tokenizer(path: Path) -> Any:

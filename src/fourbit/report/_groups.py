@@ -30,6 +30,10 @@ ADDED = {
     "beta2": 0.999,
     "loss_scale_interval": 200,
     "alpha_lr_factor": 1.0,
+    "columns": [],
+    "image_size": None,
+    "mirror": False,
+    "tokenizer": None,
 }
 """Fields that an earlier version did not write, with the value that it trained with."""
 

@@ -185,7 +185,7 @@ def _check_data(config: CompareConfig, runs: Sequence[TrainConfig], check_data: 
                 elsewhere.append(each)
     if not elsewhere and check_data is None:
         return
-    found = datasets.load(config.data, config.data_dir)
+    found = datasets.load(config.data, config.data_dir, **config.data_options())
     if check_data is not None:
         check_data(found)
     if elsewhere:

@@ -60,9 +60,19 @@ class Settings:
     model: Annotated[str, TASK] = "resnet20"
     """Network; `fourbit models` lists them. hf:NAME, timm:NAME, torchvision:NAME: one of another library."""
     data: Annotated[str, TASK] = "cifar10"
-    """Data set; `fourbit data` lists them."""
+    """Data set; `fourbit data` lists them. images, text, speech, translation: your own. hf:OWNER/NAME: one of the hub."""
     data_dir: Annotated[Path | None, TASK] = None
     """Folder with the files of the data set. None: the Hugging Face hub."""
+    columns: Annotated[tuple[str, ...], TASK, Parameter(converter=words, n_tokens=1, negative="")] = ()
+    """Columns of your own tables, separated by commas: image and label, sound and label, the text, or source and target
+    language. None: found by name and type."""
+    image_size: Annotated[int | None, TASK, WHOLE] = None
+    """Height and width to which your own images are scaled. None: theirs, if all have the same."""
+    mirror: Annotated[bool, TASK, Parameter(negative="")] = False
+    """Mirror your own training images at random."""
+    tokenizer: Annotated[str | None, TASK] = None
+    """Tokens of your own text: characters, bytes, words, or the path of a tokenizer.json; None: characters. For your own
+    translations the path of a tokenizer.json; None: one is made."""
     epochs: Annotated[int, TASK, WHOLE] = 5
     """Passes over the training data."""
     max_steps: Annotated[int | None, TASK, WHOLE] = None
@@ -150,6 +160,11 @@ class Settings:
     """Write TensorBoard files, to the folder tb."""
     progress: Annotated[bool, RECORDS] = True
     """Show a progress bar, if the output is a terminal."""
+
+    def data_options(self) -> dict[str, Any]:
+        """The options of `fourbit.data.load` that are set."""
+        options = {name: getattr(self, name) for name in ("columns", "image_size", "mirror", "tokenizer")}
+        return {name: value for name, value in options.items() if value not in (None, False, ())}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ def _config_of(folder: Path) -> TrainConfig:
     for name in ("data_dir", "out"):
         if fields.get(name) is not None:
             fields[name] = Path(fields[name])
-    if "milestones" in fields:
-        fields["milestones"] = tuple(fields["milestones"])
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
     return TrainConfig(**fields)

@@ -68,6 +68,7 @@ def _train(session: Session, folder: RunFolder, resume: bool, title: str, identi
     board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
+        display.say(f"data: {datasets.describe(session.task.data)}")
         with StopRequest() as stop, display:
             return Loop(session, state, Recorder(config, folder, board, display), stop).run()
     finally:

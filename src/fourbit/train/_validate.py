@@ -30,6 +30,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": _AT_LEAST_1,
     "eval_batch_size": _AT_LEAST_1,
     "max_test_batches": _AT_LEAST_1,
+    "image_size": _AT_LEAST_1,
     "sequence_length": _AT_LEAST_1,
     "beam_size": _AT_LEAST_1,
     "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
@@ -119,7 +120,7 @@ def _check_names(config: TrainConfig) -> None:
     )
     models.kind_of(config.model)
     for kind, name, names in catalogues:
-        if name not in names:
+        if name not in names and not (kind == "data set" and data.is_hub(name)):
             raise unknown(kind, name, names)
 
 
@@ -159,5 +160,5 @@ def _shown(value: Any) -> str:
 def _default_out(config: TrainConfig) -> Any:
     from pathlib import Path
 
-    model = re.sub(r"[^\w.-]+", "_", config.model)
-    return Path("runs") / f"{model}-{config.data}-{config.recipe}-seed{config.seed}"
+    model, data = (re.sub(r"[^\w.-]+", "_", name) for name in (config.model, config.data))
+    return Path("runs") / f"{model}-{data}-{config.recipe}-seed{config.seed}"

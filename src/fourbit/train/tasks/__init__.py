@@ -29,7 +29,7 @@ def make_task(config: TrainConfig, device: torch.device, rank: int, world: int) 
     Raises:
         UserError: data that cannot be loaded, or that the network does not read.
     """
-    data = datasets.load(config.data, config.data_dir)
+    data = datasets.load(config.data, config.data_dir, **config.data_options())
     kinds: dict[type, models.Kind] = {TextData: "text", SpeechData: "speech", TranslationData: "translation"}
     kind = kinds.get(type(data), "image")
     reads = models.kind_of(config.model)
