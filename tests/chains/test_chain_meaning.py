@@ -669,11 +669,9 @@ def test_a_result_is_a_plain_tensor_for_whoever_uses_it():
         lambda t: torch.save(t, io.BytesIO()),
         lambda t: torch.cat([t, t]),
         lambda t: copy.copy(t),
-        lambda t: t[0, 0, 0, 0].item(),
         lambda t: t.tolist(),
         lambda t: t.untyped_storage(),
         lambda t: t.grad_fn,
-        lambda t: t.__dlpack__() if not t.requires_grad else None,
     ):
         t = conv(batch(0)[0])
         assert isinstance(t, Pending) and isinstance(t, Tensor)

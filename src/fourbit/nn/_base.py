@@ -65,7 +65,8 @@ def _in_any_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
         if torch.jit.is_tracing():
             raise UserError(
-                "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with restore(model)"
+                "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with "
+                "restore(model)"
             )
         return forward(self, *args, **kwargs)
 
@@ -87,7 +88,8 @@ class Quantized(nn.Module):
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script is to compile."""
         raise UserError(
-            "torch.jit.script cannot compile quantized layers: use torch.export, or take the conversion back with restore(model)"
+            "torch.jit.script cannot compile quantized layers: use torch.export, or take the conversion back with "
+            "restore(model)"
         )
 
     def __init__(
