@@ -373,5 +373,5 @@ def test_torchscript_and_quantized_parts_are_named_and_do_not_stop_the_rest():
     assert ("parts.script.0.weight", 16) in [(m.name, m.numel) for m in explanation.matrices]
     fb.convert(net, ONE)(torch.randn(3, 4)).sum().backward()
     assert set(fb.quantized_layers(fb.restore(net))) == set()
-    with pytest.raises(fb.UserError, match="nothing to convert: .* TorchScript cannot be converted"):
+    with pytest.raises(fb.UserError, match=r"nothing to convert: .* TorchScript cannot be converted"):
         fb.convert(torch.jit.script(nn.Linear(4, 4)), ONE)

@@ -24,8 +24,8 @@ from fourbit.nn._parts import Composed
 _ORIGINALS: WeakKeyDictionary[type, type[nn.Module]] = WeakKeyDictionary()
 """What twins that were made here were made of."""
 
-_BYPASSED = ("forward", "_conv_forward")
-"""Methods of torch's layers whose place the twin's `forward` takes."""
+_BYPASSED = ("forward", "_conv_forward", "__call__")
+"""Methods of torch's layers whose place the twin's `forward` takes, or a fused chain."""
 
 
 def torch_class_of(cls: type[nn.Module]) -> type[nn.Module] | None:

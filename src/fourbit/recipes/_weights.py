@@ -69,8 +69,12 @@ class Owners:
 
 def matrices_of(owners: Owners, counts: Counts | None, ran: Container[str]) -> tuple[MatrixExplanation, ...]:
     """The weights of all layers, and parameters with two or more axes that are no layer's; of embeddings and normalizations
-    only those that are seen to be multiplied. With `counts` of a forward pass, in which the layers `ran` have run, not those that it uses without
-    multiplying them, either."""
+    only those that are seen to be multiplied.
+
+    Args:
+        counts: of a forward pass: what it uses without multiplying it is left out, too.
+        ran: the layers that have run in it.
+    """
     multiplied = {name for call in counts.calls for name in call.weights} if counts else set()
     found: list[MatrixExplanation] = []
     seen: set[nn.Parameter] = set()
