@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fourbit as fb
 from fourbit.errors import UserError
@@ -202,3 +202,22 @@ def test_a_parametrized_layer_that_is_freed_while_converted_is_an_ordinary_one()
     parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is fb.nn.Linear
     assert type(fb.restore(layer)) is nn.Linear
+
+
+@pytest.mark.parametrize("first", ["changed", "converted"])
+@pytest.mark.parametrize("way", [nn.utils.weight_norm, nn.utils.spectral_norm, prune.l1_unstructured])
+def test_weights_that_a_hook_makes_are_what_is_quantized(way, first):
+    """The older functions of torch: the weight is an attribute that a hook sets before each forward."""
+    layer, x = nn.Linear(8, 4), torch.randn(3, 8)
+    options = {"name": "weight", "amount": 0.5} if way is prune.l1_unstructured else {}
+    steps = [lambda: way(layer, **options), lambda: fb.convert(layer, TERNARY)]
+    for step in steps if first == "changed" else reversed(steps):
+        step()
+    y = layer.eval()(x)
+    by_hand = nn.Linear(8, 4)
+    by_hand.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
+    assert torch.allclose(y, fb.convert(by_hand, TERNARY)(x), atol=1e-6)
+    y.square().sum().backward()
+    assert any(name.startswith("weight") and p.grad.any() for name, p in layer.named_parameters())
+    assert type(fb.restore(layer)) is nn.Linear
+    assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
