@@ -201,6 +201,24 @@ def test_a_convolution_writes_one_gradient_per_pixel_of_its_input():
     ]
 
 
+def test_products_of_activations_run_in_fp16_and_have_no_weights_for_the_optimizer():
+    from torch import nn
+
+    from fourbit.cli._hardware import products_of
+    from fourbit.recipes import Recipe, Rule, catalog, explain
+
+    net = nn.TransformerEncoderLayer(16, 2, 32)
+    found = products_of(explain(net, Recipe("one", (Rule(catalog.TPR),)), (5, 3, 16)))
+    scores = [p for p in found if not p.learned]
+    assert {(p.layer, p.a, p.b) for p in scores} == {
+        ("self_attn.scores", "full", "full"),
+        ("self_attn.values", "full", "full"),
+    }
+    assert [(p.count, p.m, p.n, p.k) for p in scores if p.gemm == "fprop"] == [(6, 5, 5, 8), (6, 5, 8, 5)]
+    costs = [estimate(products).parts[-1] for products in (found, [p for p in found if p.learned])]
+    assert costs[0] == costs[1] and costs[0].gemm == "optimizer"
+
+
 def test_time_is_the_longer_one_of_arithmetic_and_memory():
     p = product(512, 512, 512)
     slow, fast = (estimate([p], Machine(bandwidth=b)).parts[0] for b in (1e-3, 1e3))

@@ -297,3 +297,32 @@ def test_networks_take_the_size_of_the_data_and_give_logits_alone_in_training(na
 def test_networks_that_cannot_take_the_images_are_named(name, message):
     with pytest.raises(UserError, match=message):
         models.build(name, num_classes=7, image_size=32)
+
+
+def test_the_linear_layer_of_falcon_is_converted_and_computes_the_same():
+    config = transformers.FalconConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model, tokens = transformers.FalconForCausalLM(config).eval(), torch.arange(12).view(2, 6)
+    before, cls = model(tokens).logits, type(model.transformer.h[0].mlp.dense_h_to_4h)
+    assert torch.equal(fb.convert(model, "fp32")(tokens).logits, before)
+    fb.convert(
+        fb.restore(model), fb.Recipe("w8", (fb.Rule(fb.LayerSpec(w_fprop=fb.QuantSpec("int8_sym", fb.Amax()))),))
+    )
+    assert "transformer.h.0.mlp.dense_h_to_4h" in fb.quantized_layers(model)
+    assert 0 < (model(tokens).logits - before).norm() / before.norm() < 0.05
+    assert type(fb.restore(model).transformer.h[0].mlp.dense_h_to_4h) is cls
+
+
+def test_experts_that_are_no_layers_are_named_by_explain():
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model, tokens = transformers.MixtralForCausalLM(config), torch.arange(12).view(2, 6)
+    explanation = fb.explain(model, "ibm2020", {"input_ids": tokens})
+    whole = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
+    assert sum(m.numel for m in explanation.matrices) == whole
+    experts = [part for part in (*explanation.layers, *explanation.calls) if "experts" in part.name]
+    macs = 12 * config.num_experts_per_tok * 3 * 16 * 32
+    assert sum(part.num_macs["fprop"] for part in experts) == macs
+    attention = [call for call in explanation.calls if call.operation == "scaled_dot_product_attention"]
+    assert [call.num_macs["fprop"] for call in attention] == [2 * 2 * 2 * 6 * 6 * 8]

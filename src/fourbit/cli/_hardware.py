@@ -281,15 +281,17 @@ def step_products(model: str, recipe: str, input: str | None, classes: int | Non
 
 
 def products_of(explanation: Explanation) -> list[Product]:
-    """What a recipe's layers multiply, in the terms of `fourbit.hardware`."""
+    """What a recipe's layers multiply, and what is multiplied outside them, in the terms of `fourbit.hardware`."""
     from fourbit.hardware import Product
-    from fourbit.recipes import GEMMS
+    from fourbit.recipes import GEMMS, LayerExplanation
 
     found: list[Product] = []
-    for layer in explanation.layers:
-        specs = {slot: layer.spec.resolved(slot) if layer.spec else None for slots in GEMMS.values() for slot in slots}
+    for layer in (*explanation.layers, *explanation.calls):
+        own_spec = layer.spec if isinstance(layer, LayerExplanation) else None
+        specs = {slot: own_spec.resolved(slot) if own_spec else None for slots in GEMMS.values() for slot in slots}
         names = {slot: "full" if spec is None else spec.format.name for slot, spec in specs.items()}
-        for s, needs_dgrad in layer.sizes or ():
+        learned = bool(layer.weights)
+        for s, needs_dgrad, needs_wgrad in layer.sizes or ():
             y, depthwise = s.count * s.m * s.n, s.count > 1 and s.n == 1
             shared = (
                 s.w < s.count * s.n * s.k
@@ -301,7 +303,7 @@ def products_of(explanation: Explanation) -> list[Product]:
                 "wgrad": (steps[0], s.n, s.k, s.m * steps[1], y, s.x, s.w),
             }
             for gemm, slots in GEMMS.items():
-                if gemm == "dgrad" and not needs_dgrad:
+                if not {"fprop": True, "dgrad": needs_dgrad, "wgrad": needs_wgrad}[gemm]:
                     continue
                 own = [spec for slot in slots if (spec := specs[slot]) is not None]
                 product = Product(
@@ -310,6 +312,7 @@ def products_of(explanation: Explanation) -> list[Product]:
                     power=any(spec.scaling.stored_kind == "exponent" for spec in own),
                     shared=shared and gemm != "wgrad",
                     depthwise=depthwise,
+                    learned=learned,
                 )
                 found.append(product)
     return found

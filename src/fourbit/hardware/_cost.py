@@ -149,7 +149,7 @@ def estimate(products: Sequence[Product], machine: Machine | None = None, result
     bits = 16.0 * ELEMENTWISE * sum(p.results for p in products if p.gemm == "fprop")
     bits += sum(_operand_bits(p, d) for p, d in zip(products, dgrads, strict=True))
     parts.append(_traffic("between the products", "elementwise", bits, machine, results, base))
-    weights = sum(p.b_numbers for p in products if p.gemm == "fprop")
+    weights = sum(p.b_numbers for p in products if p.gemm == "fprop" and p.learned)
     parts.append(_traffic("weights", "optimizer", weights * machine.optimizer_bits, machine, results, base))
     names = {name for entries in made for name, _ in entries}
     quantizers = sum(min(results.points_of(name), key=lambda q: q.area).area for name in names)

@@ -34,6 +34,7 @@ class Product:
         shared: whether all `count` products have the same b, one after the other (the steps of a recurrent layer).
         depthwise: whether it is many products of vectors, which no systolic array is for: its elements work on their own
             then, all of them all the time.
+        learned: whether b of fprop are weights, which the optimizer moves, and not activations.
     """
 
     layer: str
@@ -52,6 +53,7 @@ class Product:
     power: bool = False
     shared: bool = False
     depthwise: bool = False
+    learned: bool = True
 
     @property
     def macs(self) -> int:

@@ -6,7 +6,6 @@ from fourbit.nn._attention import OutProjection as OutProjection
 from fourbit.nn._base import SWAPS as SWAPS
 from fourbit.nn._base import Quantized as Quantized
 from fourbit.nn._base import float_state_dict as float_state_dict
-from fourbit.nn._base import learn_class as learn_class
 from fourbit.nn._base import nonfinite_layers as nonfinite_layers
 from fourbit.nn._base import quantized_layers as quantized_layers
 from fourbit.nn._base import swaps as swaps
@@ -27,4 +26,8 @@ from fourbit.nn._parts import Part as Part
 from fourbit.nn._processes import synchronize as synchronize
 from fourbit.nn._recurrent import GRU as GRU
 from fourbit.nn._recurrent import LSTM as LSTM
+from fourbit.nn._twins import obstacle as obstacle
+from fourbit.nn._twins import original_class as original_class
+from fourbit.nn._twins import quantized_class as quantized_class
+from fourbit.nn._twins import torch_class_of as torch_class_of
 from fourbit.ops import LayerState as LayerState

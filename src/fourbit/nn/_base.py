@@ -30,7 +30,10 @@ from fourbit.quantizers import require_numbers
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 """torch class -> quantized class."""
 
-_FOREIGN = {("transformers.pytorch_utils", "Conv1D"): "fourbit.nn._transformers"}
+_FOREIGN = {
+    ("transformers.pytorch_utils", "Conv1D"): "fourbit.nn._transformers",
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): "fourbit.nn._falcon",
+}
 """Classes of other libraries: the module that has their twin, imported when a model has such a layer."""
 
 

@@ -2,10 +2,12 @@
 
 from fourbit.recipes._convert import convert as convert
 from fourbit.recipes._convert import restore as restore
-from fourbit.recipes._explain import GEMMS as GEMMS
-from fourbit.recipes._explain import Explanation as Explanation
-from fourbit.recipes._explain import LayerExplanation as LayerExplanation
 from fourbit.recipes._explain import explain as explain
+from fourbit.recipes._explanation import GEMMS as GEMMS
+from fourbit.recipes._explanation import CallExplanation as CallExplanation
+from fourbit.recipes._explanation import Explanation as Explanation
+from fourbit.recipes._explanation import LayerExplanation as LayerExplanation
+from fourbit.recipes._explanation import Use as Use
 from fourbit.recipes._groups import param_groups as param_groups
 from fourbit.recipes._loss_scale import LossScaler as LossScaler
 from fourbit.recipes._loss_scale import loss_scaler as loss_scaler
@@ -21,6 +23,7 @@ from fourbit.recipes._rule import kernel_size as kernel_size
 from fourbit.recipes._rule import last as last
 from fourbit.recipes._rule import name as name
 from fourbit.recipes._rule import widens as widens
+from fourbit.recipes._weights import MatrixExplanation as MatrixExplanation
 from fourbit.recipes.catalog import CATALOG as CATALOG
 from fourbit.recipes.catalog import get as get
 from fourbit.recipes.catalog import names as names

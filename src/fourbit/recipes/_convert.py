@@ -7,11 +7,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from fourbit.errors import UserError
-from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, learn_class, quantized_layers
+from fourbit.nn import (
+    SWAPS,
+    Composed,
+    MatMul,
+    Part,
+    Quantized,
+    obstacle,
+    original_class,
+    quantized_class,
+    quantized_layers,
+    torch_class_of,
+)
 from fourbit.ops import LayerSpec, Products
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
 
@@ -33,7 +46,8 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Assignment:
-    """One layer and the rule that it falls under; `rule` None: no rule matched, or `reason` says why it cannot be.
+    """One layer and the rule that it falls under; `rule` None: no rule matched, or it is not `convertible`, and `reason` says
+    why.
 
     `part`: which product of the module, where it has several (`fourbit.nn.Composed`).
     """
@@ -43,6 +57,7 @@ class Assignment:
     rule: Rule | None
     reason: str = ""
     part: str = ""
+    convertible: bool = True
 
     @property
     def quantized(self) -> Quantized | None:
@@ -53,29 +68,33 @@ class Assignment:
 
 
 class _Layer(NamedTuple):
-    """Something with weights, or that multiplies matrices; `torch_class` None: it cannot be converted; `place`: what has a
-    position of its own (None: none)."""
+    """Something with weights, or that multiplies matrices; `torch_class` None: it cannot be converted, for the `reason`;
+    `place`: what has a position of its own (None: none)."""
 
     name: str
     module: nn.Module
     part: str
     torch_class: type[nn.Module] | None
     place: str | None
+    reason: str = ""
 
 
 def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """Which rule each matrix-like layer falls under; changes nothing.
 
     Raises:
-        UserError: not a module, no convertible layer, or a rule that is not optional matches nothing, or nothing that is left.
+        UserError: not a module, layers whose weights are not made yet, no convertible layer, or a rule that is not optional
+            matches nothing, or nothing that is left.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise UserError(f"{lazy} has no shape yet, as its layer is lazy: run the model on a batch first.")
     found = list(_layers(model))
     names = [layer.name for layer in found if layer.torch_class not in (None, MatMul)]
     if not names:
-        known = ", ".join(cls.__name__ for cls in SWAPS if cls is not NonDynamicallyQuantizableLinear)
-        raise UserError(f"nothing to convert: {type(model).__name__} has no layer of these types: {known}")
+        raise UserError(f"nothing to convert: {_nothing_left(model, found)}")
     places = list(dict.fromkeys(layer.place for layer in found if layer.place is not None))
     index = {place: i for i, place in enumerate(places)}
     result, used, taken = [], set(), {}
@@ -88,8 +107,8 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             )
             continue
         if torch_class is None:
-            reason = f"{type(module).__name__} cannot be converted, stays in full precision"
-            result.append(Assignment(layer.name, module, None, reason))
+            reason = f"{layer.reason}, stays in full precision"
+            result.append(Assignment(layer.name, module, None, reason, convertible=False))
             continue
         matching = [number for number, r in enumerate(recipe.rules, 1) if r.matches(info, torch_class)]
         rule = recipe.rules[matching[0] - 1] if matching else None
@@ -118,23 +137,60 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
 def _layers(model: nn.Module) -> Iterator[_Layer]:
     """In order of definition. An embedding has a position, although it multiplies nothing: it is the first layer of its model.
     MatMul has no weights, and no position: it is never first and never last."""
+    scripted: set[nn.Module] = set()
+    projections: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        torch_class = original_class(module)
-        if isinstance(module, Part):
+        torch_class = torch_class_of(type(module))
+        if isinstance(module, Part) or module in scripted:
             continue
-        if torch_class is not None and issubclass(SWAPS[torch_class], Composed):
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.update(module.modules())
+            if any(p.dim() > 1 for p in module.parameters()):
+                yield _Layer(name, module, "", None, None, "TorchScript cannot be converted")
+        elif isinstance(module, MatMul):
+            yield _Layer(name, module, "", MatMul, None)
+        elif isinstance(module, EMBEDDINGS):
+            yield _Layer(name, module, "", None, name)
+        elif torch_class is None and not isinstance(module, MATRIX_LIKE) and not _is_quantized_by_torch(module):
+            continue
+        elif found := projections.get(module) or obstacle(module):
+            yield _Layer(name, module, "", None, None, f"{type(module).__name__} {found}")
+            if isinstance(module, nn.MultiheadAttention):  # it need not call the layer behind it
+                projections[module.out_proj] = f"belongs to {type(module).__name__}, which {found}"
+        elif torch_class is not None and issubclass(SWAPS[torch_class], Composed):
             for part, info in cast("type[Composed]", SWAPS[torch_class]).parts(module).items():  # type: ignore[arg-type]
                 full = f"{name}.{part}" if name else part
                 place = f"{name}.{info.group}" if info.weight else None
                 yield _Layer(full, module, part, torch_class if info.weight else MatMul, place)
-        elif isinstance(module, MatMul):
-            yield _Layer(name, module, "", MatMul, None)
-        elif torch_class is NonDynamicallyQuantizableLinear:  # the projection behind attention
-            yield _Layer(name, module, "", nn.MultiheadAttention, name)
-        elif torch_class is not None or isinstance(module, EMBEDDINGS):
-            yield _Layer(name, module, "", torch_class, name)
-        elif isinstance(module, MATRIX_LIKE):
-            yield _Layer(name, module, "", None, None)
+        else:
+            yield _Layer(name, module, "", _class_for_rules(torch_class), name)
+
+
+def _class_for_rules(cls: type[nn.Module] | None) -> type[nn.Module] | None:
+    """The projection behind attention belongs to the rules for it; other linear layers are linear layers."""
+    if cls is NonDynamicallyQuantizableLinear:
+        return nn.MultiheadAttention
+    return nn.Linear if cls is not None and issubclass(cls, nn.Linear) else cls
+
+
+def _is_quantized_by_torch(module: nn.Module) -> bool:
+    cls = type(module)
+    kinds = ("Linear", "Conv", "LSTM", "GRU")
+    return (
+        cls.__module__.startswith("torch.ao.nn.quantized")
+        and cls.__name__.startswith(kinds)
+        and hasattr(cls, "from_float")
+    )
+
+
+def _nothing_left(model: nn.Module, found: list[_Layer]) -> str:
+    """Why there is no layer that can be converted."""
+    reasons = list(dict.fromkeys(layer.reason for layer in found if layer.reason))
+    if not reasons:
+        known = ", ".join(cls.__name__ for cls in SWAPS if cls is not NonDynamicallyQuantizableLinear)
+        return f"{type(model).__name__} has no layer of these types: {known}"
+    more = f", and {len(reasons) - 3} other kinds of layers" if len(reasons) > 3 else ""
+    return f"of the layers of {type(model).__name__}, {'; '.join(reasons[:3])}{more}"
 
 
 def _nearest(rule: Rule, names: Iterable[str]) -> str:
@@ -142,24 +198,17 @@ def _nearest(rule: Rule, names: Iterable[str]) -> str:
     return f" (nearest layer names: {', '.join(sorted(near))})" if near else ""
 
 
-def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """The torch class that has a quantized twin: the module's own class, or the one it was converted from."""
-    cls = type(module)
-    learn_class(cls)
-    if cls in SWAPS:
-        return cls
-    return next((torch_class for torch_class, ours in SWAPS.items() if ours is cls), None)
-
-
 def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products = "fast", fuse: bool = True) -> M:
     """Train `model` by `recipe` from now on. In place; returns the model.
 
-    Layers become the quantized class of the same name; parameters, their names, hooks and ties stay as they are, and the
-    state_dict gains only `<layer>.quant.*`. Float checkpoints load into the result. Recipes with one loss scale for all layers
+    Layers become the quantized class of the same name; subclasses without a `forward` of their own, and layers with a
+    parametrized weight, one that is both. Parameters, their names, hooks and ties stay as they are, and the state_dict gains
+    only `<layer>.quant.*`. Float checkpoints load into the result. Recipes with one loss scale for all layers
     (`...-global-scale`) need a `loss_scaler` in the training loop.
 
     Args:
-        model: any module; layers of the types in `fourbit.nn.SWAPS` are considered.
+        model: any module; layers of the types in `fourbit.nn.SWAPS` are considered, and what cannot be converted is named by
+            `explain`.
         recipe: a Recipe, or the name of one in the catalogue.
         seed: seeds the random words of stochastic rounding.
         products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise
@@ -195,9 +244,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         if assignment.part:
             _compose(module).attach(assignment.part, spec, seed, index, products)
             continue
-        torch_class = original_class(module)
-        if torch_class is not None:
-            module.__class__ = SWAPS[torch_class]
+        if not isinstance(module, Quantized):
+            object.__setattr__(module, "__class__", quantized_class(type(module)))
         assert isinstance(module, Quantized)
         module.attach(spec, seed, index, products)
     for module in (
@@ -213,10 +261,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
 
 def _compose(module: nn.Module) -> Composed:
     """The module as a layer made of parts, which quantize nothing yet."""
-    torch_class = original_class(module)
-    assert torch_class is not None
     if not isinstance(module, Composed):
-        module.__class__ = SWAPS[torch_class]
+        object.__setattr__(module, "__class__", quantized_class(type(module)))
         assert isinstance(module, Composed)
         for name in module.parts():
             module.attach(name, LayerSpec())
@@ -249,19 +295,19 @@ def restore(model: M) -> M:
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)
     for module in [m for m in model.modules() if isinstance(m, Composed)]:
-        torch_class = original_class(module)
+        before = original_class(type(module))
         module.detach_parts()
-        if torch_class is not None:
-            module.__class__ = torch_class  # type: ignore[assignment]
+        if before is not None:
+            object.__setattr__(module, "__class__", before)
     for layer in quantized_layers(model).values():
-        torch_class = original_class(layer)
+        before = original_class(type(layer))
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _nothing]:
             del layer._forward_pre_hooks[key]
-        if torch_class is None:
+        if before is None:
             layer.attach(LayerSpec())
         else:
             del layer.quant
-            layer.__class__ = torch_class  # type: ignore[assignment]
+            object.__setattr__(layer, "__class__", before)
     return model
 
 

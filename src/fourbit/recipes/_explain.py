@@ -1,4 +1,5 @@
-"""`explain`: which rule each layer falls under, its six operands, its MACs, and the share of MACs in each precision.
+"""`explain`: which rule each layer falls under, its six operands, its MACs, what is outside every rule, and the share of MACs
+and weights in each precision.
 
 Of a model that is converted already, also what its layers have learned and decided so far.
 """
@@ -7,137 +8,53 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fourbit import backends
-from fourbit.errors import UserError
-from fourbit.nn import SWAPS, Composed, Quantized
-from fourbit.ops import SLOTS, Contraction, LayerSpec, ProductSize
-from fourbit.quantizers import UNSET, ClipValue, LossScaled, QuantSpec
-from fourbit.recipes._convert import Assignment, assign, original_class, resolve
+from fourbit.nn import SWAPS, Composed, MatMul, Quantized, torch_class_of
+from fourbit.ops import Contraction
+from fourbit.quantizers import UNSET, ClipValue
+from fourbit.recipes._convert import Assignment, assign, resolve
+from fourbit.recipes._count import Call, Counts, counting
+from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation, Use
+from fourbit.recipes._input import Input, batch_for, run_on
 from fourbit.recipes._rule import Recipe
-
-FAST = (
-    "where the platform's library rounds the results of a product to bfloat16 (some gradients of convolutions, on a CPU also "
-    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU also float16 (2^-12)"
-)
-EXACT = "every result is rounded once, to the output format"
-
-GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgrad": ("g_wgrad", "x_wgrad")}
-"""The three GEMMs and their operand slots."""
-
-
-@dataclass(frozen=True)
-class LayerExplanation:
-    """One layer: its rule, its spec, and the products of its fprop for the given input (None without an input).
-
-    `sizes`: (the product, whether its dgrad is needed) of every call. `state`: the layer's exponent of GradScale and clip
-    values, in words; empty for a layer that is not converted.
-    """
-
-    name: str
-    type: str
-    rule: str
-    spec: LayerSpec | None
-    note: str
-    sizes: tuple[tuple[ProductSize, bool], ...] | None
-    state: str = ""
-
-    @property
-    def num_macs(self) -> Mapping[str, int] | None:
-        """Multiply-accumulates per GEMM; None without an input."""
-        if self.sizes is None:
-            return None
-        macs = dict.fromkeys(GEMMS, sum(size.macs for size, _ in self.sizes))
-        return macs | {"dgrad": sum(size.macs for size, needed in self.sizes if needed)}
-
-    def operand(self, slot: str) -> str:
-        """Format and scale of a slot, in words."""
-        if self.spec is None:
-            return "full precision"
-        value = getattr(self.spec, slot)
-        resolved = self.spec.resolved(slot)
-        if resolved is None:
-            return "full precision"
-        return f"{resolved.format.name} (reused)" if not isinstance(value, QuantSpec) else str(resolved)
-
-    def precision(self, gemm: str) -> str:
-        """Formats of the two operands of a GEMM, e.g. "fp4_r4_even x int4_sym"."""
-        names = []
-        for slot in GEMMS[gemm]:
-            resolved = self.spec.resolved(slot) if self.spec else None
-            names.append(resolved.format.name if resolved else "full")
-        return " x ".join(names)
-
-    def bits(self, gemm: str) -> str:
-        """Widths of the two operands, wider first, e.g. "8 x 4"; 32 for full precision."""
-        widths = []
-        for slot in GEMMS[gemm]:
-            resolved = self.spec.resolved(slot) if self.spec else None
-            widths.append(resolved.format.bits if resolved else 32)
-        return " x ".join(str(b) for b in sorted(widths, reverse=True))
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a recipe does to a model. `print` it, or read `layers` and `shares`.
-
-    `products`: how the backends may multiply, as the model was converted; None for a model that is not.
-    """
-
-    recipe: Recipe
-    layers: tuple[LayerExplanation, ...]
-    products: str | None = None
-
-    @property
-    def num_macs(self) -> int:
-        """Multiply-accumulates of one training step over all layers and GEMMs."""
-        return sum(sum(layer.num_macs.values()) for layer in self.layers if layer.num_macs)
-
-    def shares(self, by: str = "bits") -> dict[str, float]:
-        """Share of the MACs of a training step by operand width ("bits") or format ("precision"), largest first."""
-        totals: dict[str, int] = defaultdict(int)
-        for layer in self.layers:
-            for gemm, macs in (layer.num_macs or {}).items():
-                totals[getattr(layer, by)(gemm)] += macs
-        whole = sum(totals.values())
-        ranked = sorted(totals.items(), key=lambda item: -item[1])
-        return {key: value / whole for key, value in ranked if value} if whole else {}
-
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
-
-Input = Tensor | tuple[int, ...] | tuple[Tensor, ...]
-"""A batch, its shape, or a batch of several tensors."""
+from fourbit.recipes._weights import ACTIVATIONS, Owners, matrices_of, weights_of
 
 
 def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) -> Explanation:
-    """What `convert(model, recipe)` does, without doing it.
+    """What `convert(model, recipe)` does, without doing it, and what it leaves out.
 
     Args:
         model: not yet converted, or converted by the same recipe (then its scales and clip values are shown too); it is not
             changed.
-        input: one batch (several tensors where the model takes several), or its shape (random numbers then), to count
-            multiply-accumulates with. dgrad of a layer whose input needs no gradient (the first one) counts 0, because it is
-            never computed.
+        input: one batch (several tensors where the model takes several, a dictionary where it takes them by name), or its
+            shape (random numbers then), to count multiply-accumulates with. Gradients of operands that need none (the input of
+            the first layer, frozen weights) count 0, because they are never computed.
 
     Raises:
         UserError: as `convert`, and if the model does not run on the input.
     """
     recipe = resolve(recipe)
     assignments = assign(model, recipe)
-    sizes = _sizes(model, assignments, input) if input is not None else {}
+    owners = Owners(model, assignments)
+    run = None if input is None else _run(model, assignments, owners, input)
+    sizes = run.sizes if run else {}
+    layers = tuple(_explain_layer(a, sizes.get(a.name)) for a in assignments)
     converted = [layer for a in assignments if (layer := _converted(a)) is not None]
-    products = converted[0].quant.products if converted else None
-    return Explanation(recipe, tuple(_explain_layer(a, sizes.get(a.name)) for a in assignments), products)
+    return Explanation(
+        recipe,
+        layers,
+        converted[0].quant.products if converted else None,
+        run.calls if run else (),
+        matrices_of(owners, run.counts if run else None, sizes),
+        tuple(f"{owners.names[m] or 'the model'}: {operator}" for m, operator in run.counts.unknown) if run else (),
+    )
 
 
-def _explain_layer(assignment: Assignment, sizes: list[tuple[ProductSize, bool]] | None) -> LayerExplanation:
+def _explain_layer(assignment: Assignment, sizes: list[Use] | None) -> LayerExplanation:
     rule = assignment.rule
     label = (rule.label or str(rule)) if rule else "-"
     spec = rule.spec if rule else None
@@ -145,7 +62,9 @@ def _explain_layer(assignment: Assignment, sizes: list[tuple[ProductSize, bool]]
     state = "" if layer is None else _state_of(layer)
     type_name = type(assignment.module).__name__
     found = None if sizes is None else tuple(sizes)
-    return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, found, state)
+    width = 8 * next((p.element_size() for p in assignment.module.parameters() if p.is_floating_point()), 4)
+    weights = tuple(name for name, _, _ in weights_of(assignment))
+    return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, found, state, width, weights)
 
 
 def _converted(assignment: Assignment) -> Quantized | None:
@@ -173,165 +92,111 @@ def _state_of(layer: Quantized) -> str:
     return ", ".join(parts)
 
 
-def _contraction_of(module: nn.Module) -> Contraction | None:
-    if isinstance(module, Quantized):
-        return module.contraction()
-    quantized_class = SWAPS.get(type(module))
-    if quantized_class is None or not issubclass(quantized_class, Quantized):
-        return None
-    return quantized_class.contraction(module)  # type: ignore[arg-type]
+class _Run(NamedTuple):
+    """What a forward pass has shown: the products of the layers by name, those outside, and which parameters they took."""
+
+    sizes: Mapping[str, list[Use]]
+    calls: tuple[CallExplanation, ...]
+    counts: Counts
 
 
-def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...]:
-    """The batch itself, or random numbers of that shape, where the model is.
-
-    Raises:
-        UserError: `model` is not a module, `input` no batch and no shape, or no memory holds it.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"the model is {_what(model)}, but must be a torch.nn.Module.")
-    if isinstance(input, Tensor):
-        return input
-    found = tuple(input) if isinstance(input, tuple | list) else ()
-    tensors = tuple(t for t in found if isinstance(t, Tensor))
-    if found and len(tensors) == len(found):
-        return tensors
-    sizes = tuple(n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0)
-    if not sizes or len(sizes) != len(found):
-        raise UserError(f"the input is {_what(input)}, but must be a batch, or the shape of one: (128, 3, 32, 32).")
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    try:
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
-    except RuntimeError as error:
-        raise UserError(
-            f"a batch of shape {sizes} cannot be made ({first_line(error)}): take a smaller one."
-        ) from error
-
-
-def run_on(model: nn.Module, batch: Tensor | tuple[Tensor, ...]) -> None:
-    """A forward pass, for what can be seen of it.
-
-    Raises:
-        UserError: the model does not take such a batch.
-    """
-    try:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (batch if isinstance(batch, tuple) else (batch,)))
-        raise UserError(f"the model does not run on an input of shape {shapes}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of torch says, without the stack of C++ calls that may follow."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _what(value: object) -> str:
-    return repr(value) if isinstance(value, str | int | float | tuple | list | None) else type(value).__name__
-
-
-def _sizes(model: nn.Module, assignments: list[Assignment], input: Input) -> dict[str, list[tuple[ProductSize, bool]]]:
-    found: dict[str, list[tuple[ProductSize, bool]]] = defaultdict(list)
+def _run(model: nn.Module, assignments: list[Assignment], owners: Owners, input: Input) -> _Run:
+    """Layers that can be converted tell the sizes of their products themselves; all others are counted as they run."""
+    found: dict[str, list[Use]] = defaultdict(list)
     handles = []
 
-    def hook(name: str, contraction: Contraction):
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0]
-            w = inputs[1] if len(inputs) > 1 else module.weight
-            found[name].append((contraction.size(x, w, output), x.requires_grad))  # type: ignore[arg-type]
+    def hook(name: str, contraction: Contraction) -> Any:
+        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            x, *others = (*inputs, *named.values())
+            w = others[0] if isinstance(module, MatMul) else cast(Tensor, module.weight)
+            found[name].append(Use(contraction.size(x, w, output), x.requires_grad, w.requires_grad))
 
         return record
 
-    def composed_hook(prefix: str):
+    def composed_hook(prefix: str, cls: type[Composed]) -> Any:
         def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            torch_class = original_class(module)
-            assert torch_class is not None
-            layer = cast("type[Composed]", SWAPS[torch_class])
-            for part, size, needed in layer.sizes(module, inputs, named):  # type: ignore[arg-type]
-                found[f"{prefix}{part}"].append((size, needed))
+            for part, size, needed in cls.sizes(module, inputs, named):  # type: ignore[arg-type]
+                found[f"{prefix}{part}"].append(Use(size, needed, _is_learned(cls, module, part)))
 
         return record
 
     composed = {a.module: a.name.removesuffix(a.part) for a in assignments if a.part}
     for module, prefix in composed.items():
-        handles.append(module.register_forward_hook(composed_hook(prefix), with_kwargs=True))
+        torch_class = torch_class_of(type(module))
+        assert torch_class is not None
+        record = composed_hook(prefix, cast("type[Composed]", SWAPS[torch_class]))
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
     inside = {child for module in composed for child in module.modules()}
+    covered = set(composed)
     for a in assignments:
-        contraction = None if a.module in inside else _contraction_of(a.module)
+        contraction = None if a.module in inside or not a.convertible else _contraction_of(a.module)
         if contraction is not None:
-            handles.append(a.module.register_forward_hook(hook(a.name, contraction)))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+            handles.append(a.module.register_forward_hook(hook(a.name, contraction), with_kwargs=True))
+            covered.add(a.module)
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # frozen TorchScript has none
     try:
+        for module, _ in modes:
+            module.training = False
         x = batch_for(model, input)
-        with torch.enable_grad():
+        with torch.enable_grad(), counting(model, covered) as counts:
             run_on(model, x)
     finally:
         for module, mode in modes:
             module.training = mode
         for handle in handles:
             handle.remove()
-    return found
+    calls = _calls(counts.calls, owners, found)
+    return _Run(found, (*calls, *_unnamed_parts(assignments, composed, found)), counts)
 
 
-def _lines(explanation: Explanation) -> list[str]:
-    recipe = explanation.recipe
-    lines = [f"recipe {recipe.name}: {recipe.summary}"]
-    if recipe.source:
-        lines.append(f"source: {recipe.source}")
-    groups: dict[tuple[str, LayerSpec | None, str], list[LayerExplanation]] = defaultdict(list)
-    for layer in explanation.layers:
-        groups[layer.rule, layer.spec, layer.note].append(layer)
-    whole = explanation.num_macs
-    for (rule, spec, note), layers in groups.items():
-        lines += ["", f"{rule}{f' ({note})' if note else ''}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"]
-        if spec is None:
-            lines.append("    full precision")
+def _contraction_of(module: nn.Module) -> Contraction | None:
+    if isinstance(module, Quantized):
+        return module.contraction()
+    torch_class = torch_class_of(type(module))
+    assert torch_class is not None
+    return cast("type[Quantized]", SWAPS[torch_class]).contraction(module)  # type: ignore[arg-type]
+
+
+def _is_learned(cls: type[Composed], module: nn.Module, part: str) -> bool:
+    """Whether the weight of a part needs a gradient."""
+    info = cls.parts(module).get(part)  # type: ignore[arg-type]
+    if info is None:
+        return cast(Tensor, module.get_submodule(part).weight).requires_grad
+    return not info.weight or getattr(module, info.weight).requires_grad
+
+
+def _calls(calls: list[Call], owners: Owners, sizes: dict[str, list[Use]]) -> list[CallExplanation]:
+    """The products outside the layers; those of layers that cannot be converted are added to `sizes`."""
+    found: dict[tuple[nn.Module, str, str], list[Call]] = defaultdict(list)
+    for call in calls:
+        layer = owners.layers.get(call.module)
+        if layer is not None and not layer.convertible:
+            sizes.setdefault(layer.name, []).append(Use(call.size, call.x, call.w))
         else:
-            lines += [f"    {slot:8} {layers[0].operand(slot)}" for slot in SLOTS]
-            if spec.accumulation is not None:
-                lines.append(f"    sums     {spec.accumulation}")
-            lines.append(f"    output   {spec.output.name if spec.output else 'float32'}")
-        width = max(len(layer.name) for layer in layers)
-        for layer in layers:
-            macs = ""
-            if layer.num_macs and whole:
-                total = sum(layer.num_macs.values())
-                per_gemm = ", ".join(f"{gemm} {_si(n)}" for gemm, n in layer.num_macs.items())
-                macs = f"  {per_gemm} MACs ({total / whole:.1%})"
-            lines.append(f"  {layer.name:{width}}  {layer.type}{macs}{f'  {layer.state}' if layer.state else ''}")
-    uncounted = [layer.name for layer in explanation.layers if whole and layer.num_macs is None]
-    if uncounted:
-        lines += ["", f"MACs not counted, and not part of the shares: {', '.join(uncounted)}"]
-    if whole:
-        lines += ["", f"MACs of a training step: {_si(whole)}, by operand bits:"]
-        lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]
-        lines.append("by format:")
-        lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
-    return [*lines, "", *_execution(explanation)]
-
-
-def _execution(explanation: Explanation) -> list[str]:
-    """By what and how the products are computed, and what a training loop has to do about it."""
-    lines = [f"kernels: {status}" for status in backends.statuses()] or ["kernels: none"]
-    if explanation.products is None:
-        lines.append(f"products: fast, unless convert(..., products='exact'). fast: {FAST}. exact: {EXACT}.")
-    else:
-        lines.append(f"products: {explanation.products}: {FAST if explanation.products == 'fast' else EXACT}.")
-    specs = [layer.spec for layer in explanation.layers if layer.spec is not None]
-    if any(s.g_scaling is not None and isinstance(s.g_scaling.scaling, LossScaled) for s in specs):
-        lines.append(
-            "one loss scale for all layers: `fourbit train` applies it; a loop of your own needs fourbit.loss_scaler(model)."
+            found[call.module, call.operation, owners.reason(call)].append(call)
+    return [
+        CallExplanation(
+            owners.names[module],
+            type(module).__name__,
+            operation,
+            reason,
+            tuple(Use(call.size, call.x, call.w) for call in group),
+            max(call.bits for call in group),
+            tuple(sorted({name for call in group for name in call.weights})),
         )
-    return lines
+        for (module, operation, reason), group in found.items()
+    ]
 
 
-def _si(n: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if n < 1000 or unit == "T":
-            return f"{n:.3g}{unit}"
-        n /= 1000
-    return str(n)
+def _unnamed_parts(
+    assignments: list[Assignment], composed: Mapping[nn.Module, str], sizes: dict[str, list[Use]]
+) -> list[CallExplanation]:
+    """The products of activations inside attention layers, which are layers only to a recipe that names them."""
+    modules = {prefix: module for module, prefix in composed.items()}
+    found = []
+    for name in sizes.keys() - {a.name for a in assignments}:
+        prefix = next(p for p in modules if name.startswith(p) and "." not in name.removeprefix(p))
+        width = 8 * next((p.element_size() for p in modules[prefix].parameters()), 4)
+        reason = f"{ACTIVATIONS}, for rules with fourbit.nn.MatMul"
+        found.append(CallExplanation(name, type(modules[prefix]).__name__, "matmul", reason, tuple(sizes[name]), width))
+    return sorted(found, key=lambda call: list(sizes).index(call.name))

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from fourbit.nn import Part, Quantized, quantized_layers
 from fourbit.ops import LayerState, watch
-from fourbit.recipes._explain import Input, batch_for, run_on
+from fourbit.recipes._input import Input, batch_for, run_on
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def memory_report(model: nn.Module, input: Input) -> MemoryReport:
         model: converted or not. It runs forward twice, in training mode if it is in evaluation; its parameters, buffers,
             scales, gradients and modes, and torch's random numbers, are afterwards what they were. What is recomputed in
             backward (gradient checkpointing) is not kept, and does not count.
-        input: one batch (several tensors where the model takes several), or its shape (random numbers then). Bytes grow in
-            proportion to the batch, up to the weights.
+        input: one batch (several tensors where the model takes several, a dictionary where it takes them by name), or its
+            shape (random numbers then). Bytes grow in proportion to the batch, up to the weights.
 
     Returns:
         MemoryReport, in bytes. The layers of a model that is not converted yet count among `others`.

@@ -105,7 +105,8 @@ class Rule:
 
     Args:
         spec: what matching layers get; None leaves them untouched, in the model's own precision.
-        types: torch classes that match (subclasses do not); None for all convertible ones but `fourbit.nn.MatMul`.
+        types: torch classes that match, and with them their subclasses that are converted; None for all convertible ones but
+            `fourbit.nn.MatMul`.
         where: selector by position or name.
         when: selector by property.
         optional: whether the rule may match nothing; otherwise that is an error.

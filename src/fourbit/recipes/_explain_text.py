@@ -1,0 +1,154 @@
+"""An `Explanation` as text."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from fourbit import backends
+from fourbit.ops import SLOTS, LayerSpec
+from fourbit.quantizers import LossScaled
+
+if TYPE_CHECKING:
+    from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation
+    from fourbit.recipes._weights import MatrixExplanation
+
+FAST = (
+    "where the platform's library rounds the results of a product to bfloat16 (some gradients of convolutions, on a CPU also "
+    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU also float16 (2^-12)"
+)
+EXACT = "every result is rounded once, to the output format"
+
+_ALIKE = 4
+"""So many entries that differ in the numbers of their names alone are one line."""
+
+E = TypeVar("E", "LayerExplanation", "CallExplanation", "MatrixExplanation")
+
+
+def lines_of(explanation: Explanation) -> list[str]:
+    """The recipe, its layers, what is outside them, shares, and how the products are computed."""
+    recipe = explanation.recipe
+    lines = [f"recipe {recipe.name}: {recipe.summary}"]
+    if recipe.source:
+        lines.append(f"source: {recipe.source}")
+    groups: dict[tuple[str, LayerSpec | None, str], list[LayerExplanation]] = defaultdict(list)
+    for layer in explanation.layers:
+        groups[layer.rule, layer.spec, layer.note].append(layer)
+    whole = explanation.num_macs
+    for (rule, spec, note), layers in groups.items():
+        lines += ["", f"{rule}{f' ({note})' if note else ''}: {_count(layers, 'layer')}"]
+        if spec is None:
+            lines.append("    full precision")
+        else:
+            lines += [f"    {slot:8} {layers[0].operand(slot)}" for slot in SLOTS]
+            if spec.accumulation is not None:
+                lines.append(f"    sums     {spec.accumulation}")
+            lines.append(f"    output   {spec.output.name if spec.output else 'float32'}")
+        alike = _alike(layers, lambda layer: (layer.type, layer.sizes, layer.state))
+        lines += _table(
+            (name, layer.type, _macs(layer.num_macs, number, whole), layer.state) for name, layer, number in alike
+        )
+    lines += _outside(explanation)
+    idle = [name for name, _, _ in _alike([layer for layer in explanation.layers if whole and layer.num_macs is None])]
+    if idle:
+        lines += ["", f"MACs not counted, and not part of the shares: {', '.join(idle)}"]
+    if explanation.uncounted:
+        lines += ["", f"products not known, and not part of the shares: {', '.join(explanation.uncounted)}"]
+    if whole:
+        lines += ["", f"MACs of a training step: {_si(whole)}, by operand bits:"]
+        lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]
+        lines.append("by format:")
+        lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
+    lines += _weights(explanation)
+    return [*lines, "", *_execution(explanation)]
+
+
+def _outside(explanation: Explanation) -> list[str]:
+    """Products that are no layer's, by operation and reason."""
+    calls, whole = explanation.calls, explanation.num_macs
+    if not calls or not whole:
+        return []
+    total = sum(sum(call.num_macs.values()) for call in calls)
+    lines = ["", f"outside all rules: {_count(calls, 'call')}, {total / whole:.1%} of the MACs", "    full precision"]
+    rows = []
+    for name, call, number in _alike(calls, lambda c: (c.type, c.operation, _pattern(c.reason), c.sizes)):
+        reason = _pattern(call.reason) if number > 1 else call.reason
+        rows.append((name or "the model", call.operation, _macs(call.num_macs, number, whole), reason))
+    return lines + _table(rows)
+
+
+def _weights(explanation: Explanation) -> list[str]:
+    """Shares of the weights, and the names of those that no rule is about."""
+    if not explanation.matrices:
+        return []
+    total = sum(matrix.numel for matrix in explanation.matrices)
+    shares = ", ".join(f"{share:.2%} in {bits} bits" for bits, share in explanation.weight_shares().items())
+    lines = ["", f"matrix weights, without embeddings: {_si(total)}, {shares}"]
+    outside = [matrix for matrix in explanation.matrices if matrix.reason]
+    if outside:
+        lines.append("of them under no rule:")
+        alike = _alike(outside, lambda m: (m.numel, m.reason))
+        lines += _table((name, f"{m.numel * n / total:.1%}", m.reason) for name, m, n in alike)
+    return lines
+
+
+def _alike(entries: Iterable[E], key: Callable[[E], Hashable] = lambda entry: None) -> list[tuple[str, E, int]]:
+    """Name, first entry and number of those that differ in the numbers of their names alone, where they are many."""
+    groups: dict[Hashable, list[E]] = defaultdict(list)
+    for entry in entries:
+        groups[_pattern(entry.name), key(entry)].append(entry)
+    found = []
+    for group in groups.values():
+        if len(group) < _ALIKE:
+            found += [(entry.name, entry, 1) for entry in group]
+        else:
+            found.append((f"{_pattern(group[0].name)} ({len(group)})", group[0], len(group)))
+    return found
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """All columns but the last aligned."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True) if w).rstrip() for row in cells]
+
+
+def _macs(macs: Mapping[str, int] | None, number: int, whole: int) -> str:
+    if not macs or not whole:
+        return ""
+    per_gemm = ", ".join(f"{gemm} {_si(n * number)}" for gemm, n in macs.items())
+    return f"{per_gemm} MACs ({sum(macs.values()) * number / whole:.1%})"
+
+
+def _count(entries: Iterable[object], what: str) -> str:
+    number = len(list(entries))
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _execution(explanation: Explanation) -> list[str]:
+    """By what and how the products are computed, and what a training loop has to do about it."""
+    lines = [f"kernels: {status}" for status in backends.statuses()] or ["kernels: none"]
+    if explanation.products is None:
+        lines.append(f"products: fast, unless convert(..., products='exact'). fast: {FAST}. exact: {EXACT}.")
+    else:
+        lines.append(f"products: {explanation.products}: {FAST if explanation.products == 'fast' else EXACT}.")
+    specs = [layer.spec for layer in explanation.layers if layer.spec is not None]
+    if any(s.g_scaling is not None and isinstance(s.g_scaling.scaling, LossScaled) for s in specs):
+        lines.append(
+            "one loss scale for all layers: `fourbit train` applies it; a loop of your own needs fourbit.loss_scaler(model)."
+        )
+    return lines
+
+
+def _si(n: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return str(n)
