@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fourbit.errors import UserError
 from fourbit.nn import SWAPS, Composed, MatMul, Part, Quantized, learn_class, quantized_layers
@@ -125,7 +126,10 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
         if isinstance(module, Part):
             continue
         if torch_class is not None and issubclass(SWAPS[torch_class], Composed):
-            for part, info in cast("type[Composed]", SWAPS[torch_class]).parts(module).items():  # type: ignore[arg-type]
+            parts = cast("type[Composed]", SWAPS[torch_class]).parts(module)  # type: ignore[arg-type]
+            if not parts:
+                yield _Layer(name, module, "", None, None)
+            for part, info in parts.items():
                 full = f"{name}.{part}" if name else part
                 place = f"{name}.{info.group}" if info.weight else None
                 yield _Layer(full, module, part, torch_class if info.weight else MatMul, place)
@@ -135,8 +139,14 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             yield _Layer(name, module, "", nn.MultiheadAttention, name)
         elif torch_class is not None or isinstance(module, EMBEDDINGS):
             yield _Layer(name, module, "", torch_class, name)
-        elif isinstance(module, MATRIX_LIKE):
+        elif isinstance(module, MATRIX_LIKE) or _has_stacked_matrices(module):
             yield _Layer(name, module, "", None, None)
+
+
+def _has_stacked_matrices(module: nn.Module) -> bool:
+    """Whether the module has a parameter that can be a stack of matrices, as experts and grouped linear layers have."""
+    own = () if isinstance(module, ParametrizationList) else module.parameters(recurse=False)
+    return any(p.dim() == 3 and min(p.shape) > 1 for p in own)
 
 
 def _nearest(rule: Rule, names: Iterable[str]) -> str:
