@@ -112,8 +112,8 @@ class Explanation:
         return "\n".join(_lines(self))
 
 
-Input = Tensor | tuple[int, ...] | tuple[Tensor, ...]
-"""A batch, its shape, or a batch of several tensors."""
+Input = Tensor | tuple[int, ...] | tuple[Tensor, ...] | Mapping[str, Tensor]
+"""A batch, its shape, or a batch of several tensors, in order or by the names of the model's arguments."""
 
 
 def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) -> Explanation:
@@ -122,9 +122,9 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
     Args:
         model: not yet converted, or converted by the same recipe (then its scales and clip values are shown too); it is not
             changed.
-        input: one batch (several tensors where the model takes several), or its shape (random numbers then), to count
-            multiply-accumulates with. dgrad of a layer whose input needs no gradient (the first one) counts 0, because it is
-            never computed.
+        input: one batch (several tensors where the model takes several, a dict of them where it takes them by name), or its
+            shape (random numbers then), to count multiply-accumulates with. dgrad of a layer whose input needs no gradient
+            (the first one) counts 0, because it is never computed.
 
     Raises:
         UserError: as `convert`, and if the model does not run on the input.
@@ -182,7 +182,7 @@ def _contraction_of(module: nn.Module) -> Contraction | None:
     return quantized_class.contraction(module)  # type: ignore[arg-type]
 
 
-def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...]:
+def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
     """The batch itself, or random numbers of that shape, where the model is.
 
     Raises:
@@ -192,6 +192,8 @@ def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...]:
         raise UserError(f"the model is {_what(model)}, but must be a torch.nn.Module.")
     if isinstance(input, Tensor):
         return input
+    if isinstance(input, Mapping) and input and all(isinstance(t, Tensor) for t in input.values()):
+        return dict(input)
     found = tuple(input) if isinstance(input, tuple | list) else ()
     tensors = tuple(t for t in found if isinstance(t, Tensor))
     if found and len(tensors) == len(found):
@@ -209,18 +211,20 @@ def batch_for(model: nn.Module, input: Input) -> Tensor | tuple[Tensor, ...]:
         ) from error
 
 
-def run_on(model: nn.Module, batch: Tensor | tuple[Tensor, ...]) -> None:
+def run_on(model: nn.Module, batch: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> None:
     """A forward pass, for what can be seen of it.
 
     Raises:
         UserError: the model does not take such a batch.
     """
+    named = batch if isinstance(batch, dict) else {}
+    inputs = batch if isinstance(batch, tuple) else (batch,) if isinstance(batch, Tensor) else ()
     try:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
+        model(*inputs, **named)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (batch if isinstance(batch, tuple) else (batch,)))
+        shapes = ", ".join(str(tuple(t.shape)) for t in (*inputs, *named.values()))
         raise UserError(f"the model does not run on an input of shape {shapes}: {first_line(error)}") from error
 
 
