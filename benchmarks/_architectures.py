@@ -1,7 +1,7 @@
 """Small networks of many architectures: the cases of the test and of the table.
 
-Each is built from a configuration, with random weights and without the network: about 30,000 weights, a batch of four. The task
-is to learn one batch by heart.
+Each is built from a configuration, with random weights and without the network: most have about 30,000 weights. The task is to
+learn one batch of four examples by heart.
 """
 
 from __future__ import annotations
