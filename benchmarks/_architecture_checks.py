@@ -17,7 +17,7 @@ from fourbit.recipes._explain import GEMMS
 STEPS = 30
 CLEARLY = 0.25
 """How much of its loss a network in full precision must lose at least, so that the task says something."""
-AS_FAR = 0.7
+AS_FAR = 0.6
 """How much of that fall the same network must show in 4 bits at least."""
 
 

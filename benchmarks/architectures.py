@@ -101,7 +101,8 @@ def _others(found: Coverage) -> str:
 def table(rows: list[tuple[str, ...]]) -> str:
     """In Markdown."""
     lines = [HEAD, tuple("---" for _ in HEAD), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def main() -> None:
