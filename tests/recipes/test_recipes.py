@@ -273,6 +273,23 @@ def test_explain_counts_layers_that_no_rule_matches_and_those_that_cannot_be_con
     assert fb.explain(net, recipe, (1, 3, 8, 8)).shares() == shares
 
 
+def test_explain_takes_a_batch_by_the_names_of_the_arguments():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+        def forward(self, *, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return self.layers(left + right)
+
+    batch = {"left": torch.ones(5, 8), "right": torch.ones(5, 8)}
+    found = fb.explain(Named(), "ibm2020", batch).layers
+    assert [layer.num_macs["fprop"] for layer in found] == [5 * 64] * 3
+    assert len(fb.memory_report(fb.convert(Named(), "ibm2020"), batch).layers) == 3
+    with pytest.raises(UserError, match=r"does not run on an input of shape \(5, 8\)"):
+        fb.explain(Named(), "ibm2020", {"middle": torch.ones(5, 8)})
+
+
 def test_explain_leaves_modes_and_the_random_generator_alone():
     net = Net()
     net.norms[0].eval()

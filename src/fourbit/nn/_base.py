@@ -36,12 +36,18 @@ _FOREIGN = {
 }
 """Classes of other libraries: the module that has their twin, imported when a model has such a layer."""
 
+_DECORATED = {"transformers.integrations.moe": "fourbit.nn._experts"}
+"""Modules of other libraries whose decorators put a `forward` of their own into a class: the module that makes its twin."""
+
 
 def learn_class(cls: type[nn.Module]) -> None:
     """Enter the twin of a class of another library, if there is one, into `SWAPS`."""
     module = _FOREIGN.get((cls.__module__, cls.__name__))
     if module is not None and cls not in SWAPS:
         importlib.import_module(module)
+    maker = _DECORATED.get(getattr(getattr(cls, "forward", None), "__globals__", {}).get("__name__", ""))
+    if maker is not None and cls not in SWAPS:
+        importlib.import_module(maker).learn(cls)
 
 
 Q = TypeVar("Q", bound="type[nn.Module]")

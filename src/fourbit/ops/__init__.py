@@ -10,6 +10,7 @@ from fourbit.ops._contraction import Convolution as Convolution
 from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
 from fourbit.ops._contraction import ProductSize as ProductSize
+from fourbit.ops._grouped import grouped as grouped
 from fourbit.ops._handover import GradientReturn as GradientReturn
 from fourbit.ops._handover import OperandHandover as OperandHandover
 from fourbit.ops._handover import ResultHandover as ResultHandover

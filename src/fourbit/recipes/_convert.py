@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fourbit.errors import UserError
 from fourbit.nn import (
@@ -152,13 +153,18 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
         elif isinstance(module, EMBEDDINGS):
             yield _Layer(name, module, "", None, name)
         elif torch_class is None and not isinstance(module, MATRIX_LIKE) and not _is_quantized_by_torch(module):
-            continue
+            if _has_stacked_matrices(module):
+                reason = f"{type(module).__name__} keeps matrices in a parameter of three axes, and cannot be converted"
+                yield _Layer(name, module, "", None, None, reason)
         elif found := projections.get(module) or obstacle(module):
             yield _Layer(name, module, "", None, None, f"{type(module).__name__} {found}")
             if isinstance(module, nn.MultiheadAttention):  # it need not call the layer behind it
                 projections[module.out_proj] = f"belongs to {type(module).__name__}, which {found}"
         elif torch_class is not None and issubclass(SWAPS[torch_class], Composed):
-            for part, info in cast("type[Composed]", SWAPS[torch_class]).parts(module).items():  # type: ignore[arg-type]
+            parts = cast("type[Composed]", SWAPS[torch_class]).parts(module)  # type: ignore[arg-type]
+            if not parts:
+                yield _Layer(name, module, "", None, None)
+            for part, info in parts.items():
                 full = f"{name}.{part}" if name else part
                 place = f"{name}.{info.group}" if info.weight else None
                 yield _Layer(full, module, part, torch_class if info.weight else MatMul, place)
@@ -191,6 +197,12 @@ def _nothing_left(model: nn.Module, found: list[_Layer]) -> str:
         return f"{type(model).__name__} has no layer of these types: {known}"
     more = f", and {len(reasons) - 3} other kinds of layers" if len(reasons) > 3 else ""
     return f"of the layers of {type(model).__name__}, {'; '.join(reasons[:3])}{more}"
+
+
+def _has_stacked_matrices(module: nn.Module) -> bool:
+    """Whether the module has a parameter that can be a stack of matrices, as experts and grouped linear layers have."""
+    own = () if isinstance(module, ParametrizationList) else module.parameters(recurse=False)
+    return any(p.dim() == 3 and min(p.shape) > 1 for p in own)
 
 
 def _nearest(rule: Rule, names: Iterable[str]) -> str:
