@@ -56,6 +56,8 @@ def convolve(g: Gemm, con: Convolution) -> Raw | None:
     x, w = g.a.q, g.b.q
     if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
         return None
+    if x.dim() != 4 or len(w.shape) != 4 or min(con.stride) < 1 or min(con.padding) < 0:
+        return None
     if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
         return None
     w = int8(g.b)

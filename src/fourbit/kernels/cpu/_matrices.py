@@ -65,7 +65,7 @@ def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     q = a.q
     assert isinstance(q, Tensor) or g.which == "fprop"
     left = a.to(torch.int8) if isinstance(q, Packed) else q
-    if left.numel() == 0 or right.numel() == 0 or g.b.format.max > 127:  # type: ignore[union-attr]
+    if left.numel() == 0 or right.numel() == 0 or right.dim() != 2 or g.b.format.max > 127:  # type: ignore[union-attr]
         return None
     shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
     rows = rows_of(left)
