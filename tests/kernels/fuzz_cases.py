@@ -44,10 +44,11 @@ def rounding(f: Fuzz) -> Case:
         return "round_pair", (first, other, scale), check_pair
 
     def check(found: Rounded) -> None:
+        if not plain(x) or not scale.numel() == scale_of(one).numel() == 1 or bool(scale != scale_of(one)):
+            return  # another scale than that of the reference
         with backends.without():
             expected = run(one)
-        known = scale.numel() == 1 and bool(scale == scale_of(one)) if plain(x) else False
-        if known and bool(x.isfinite().all()):
+        if bool(x.isfinite().all()):
             if found.q is not None:
                 same(found.q, expected.tensor.q)
             if found.packed is not None and expected.packed is not None:

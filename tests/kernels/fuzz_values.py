@@ -99,7 +99,7 @@ def scalar(f: Fuzz) -> Tensor:
     """A scale, or something else."""
     usual = torch.tensor(f.one(0.5, 0.37, 1.0, 2.0**-9))
     return f.rarely(
-        f.one(f.tensor((2,)), torch.tensor(math.nan), torch.tensor(3), torch.ones(1), usual.to("meta")), usual
+        f.one(torch.ones(2), torch.tensor(math.nan), torch.tensor(3), torch.ones(1), usual.to("meta")), usual
     )
 
 
@@ -122,7 +122,7 @@ def request(f: Fuzz, x: Tensor) -> Request:
     """How it is rounded."""
     spec = f.one(*SPECS)
     format = f.rarely(f.one(*formats.CATALOG.values()), spec.format)
-    stored = f.rarely(f.tensor((2,)), torch.tensor(1.4)) if isinstance(spec.scaling, ClipValue) else None
+    stored = f.rarely(torch.ones(2), torch.tensor(1.4)) if isinstance(spec.scaling, ClipValue) else None
     key = f.rarely(None, 7) if spec.rounding.draws else None
     return Request(x, spec, format, f.rarely((0,), None, 0.05), stored, key, f.one(True, False), f.rarely(False, True))
 
