@@ -45,17 +45,22 @@ def pointer(
         dtype: as the kernel reads it; no conversion.
         numel: elements that are read or written; a tensor may have more.
         order: the order of axes that the kernel assumes; None: any, as long as the elements fill one piece of memory.
-        like: a tensor whose elements must lie in the same order.
+        like: a dense tensor (that has gone through here itself) whose elements must lie in the same order.
 
     Raises:
         UserError: not on the CPU, another dtype, too few elements, gaps or repeats between them, another order, a view that
             is negated when it is read (torch's negative bit), or elements without memory (meta and zero tensors, storages
             that were resized).
     """
-    dense = t.is_contiguous() if order is None else t.is_contiguous(memory_format=order)
-    if t.dtype is dtype and t.numel() >= numel and t.is_cpu and (dense or (order is None and is_dense(t))):
+    if like is not None:
+        lies = _same_order(t, like)
+    elif order is not None:
+        lies = t.is_contiguous(memory_format=order)
+    else:
+        lies = t.is_contiguous() or is_dense(t)
+    if lies and t.dtype is dtype and t.numel() >= numel and t.is_cpu and not t.is_neg():
         address = t.data_ptr()
-        if (address or not numel) and not t.is_neg() and (like is None or _same_order(t, like)):
+        if address or not numel:
             return address
     raise _wrong(t, name, dtype, numel, order, like)
 
