@@ -67,6 +67,30 @@ def isas() -> list[str]:
     return found
 
 
+def has_dot_product(isa: str | None) -> bool:
+    """Whether the library's own products and convolutions run with this instruction set (None: that in use)."""
+    loaded = library()
+    with instruction_set(isa):
+        return loaded is not None and loaded.has_dot_product
+
+
+needs_dot_product = pytest.mark.skipif(
+    not has_dot_product(None), reason="the library's own products need a processor with AVX512-BF16"
+)
+
+
+def skip_without_products(implementation: Implementation) -> None:
+    """Ends a test of the library's own products where it has none."""
+    if implementation.isa is not None and not has_dot_product(implementation.isa):
+        pytest.skip(f"{implementation.isa} has no products: they need AVX512-BF16")
+
+
+def skip_if_none(taken: int) -> None:
+    """Ends a test of products that no kernel took: there is nothing to compare."""
+    if not taken:
+        pytest.skip("no kernel takes these products on this processor")
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A registered kernel, on one instruction set of the CPU."""

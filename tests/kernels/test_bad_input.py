@@ -71,6 +71,20 @@ def test_inputs_with_gaps_or_repeats_are_what_their_copies_are(case, spec):
 @pytest.mark.usefixtures("backend")
 @every_spec
 @every_layer
+def test_views_that_torch_negates_when_it_reads_them_are_their_numbers(case, spec):
+    """As the imaginary part of a conjugate: memory has the opposite sign."""
+    make, shape = case
+    x = torch.randn(shape)
+    expected = step(made(make, spec), x)
+    assert all(torch.equal(a, b) for a, b in zip(step(made(make, spec), torch._neg_view(-x)), expected, strict=True))
+    g = torch.randn_like(expected[0])
+    actual, expected = (step(made(make, spec), x, t) for t in (torch._neg_view(-g), g))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.usefixtures("backend")
+@every_spec
+@every_layer
 def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(case, spec):
     make, shape = case
     y, dx, dw = step(made(make, spec), torch.zeros(0, *shape[1:]))

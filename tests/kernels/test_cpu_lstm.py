@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import instruction_set, isas, needs_library, threads
+from kernel_cases import has_dot_product, instruction_set, isas, needs_dot_product, needs_library, threads
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -57,6 +57,34 @@ def test_other_dtypes_and_layouts_are_left_to_the_reference():
     assert cell.lstm_backward(dh.t().contiguous().t(), dc, x, c, c, x) is None
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_recurrent_layers_train_on_every_instruction_set(isa, kind):
+    """Also on those without products of their own, with a weight that is kept for all steps."""
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(0)
+        rnn = fb.convert(torch.nn.Sequential(kind(6, 16)), fb.Recipe("x", (fb.Rule(catalog.TPR),)))
+        y = rnn(torch.randn(5, 4, 6))[0]
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in rnn.parameters())]
+
+    with instruction_set(isa):
+        found = step()
+    with backends.without():
+        expected = step()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
+def test_sequences_run_at_once_as_soon_as_the_instruction_set_allows_it():
+    """What one instruction set said of the products is not remembered for another."""
+    for isa in (*isas(), *reversed(isas())):
+        with instruction_set(isa):
+            multiplies = cell.multiplies_integers(torch.ones(4, 4, dtype=torch.int8))
+        assert multiplies == has_dot_product(isa) and (isa == "avx512" or not multiplies)
+
+
 def trained(lengths: list[int] | None, size: int, spec, poison: str, last_only: bool) -> list[Tensor]:
     """Everything that three steps of a layer leave."""
     torch.manual_seed(0)
@@ -100,6 +128,7 @@ def test_a_transposed_weight_is_not_read_as_if_it_lay_in_order():
     assert rnn(torch.randn(5, 0, 6))[0].shape == (5, 0, 16)
 
 
+@needs_dot_product
 @pytest.mark.parametrize("spec", [catalog.TPR, catalog.IBM2020_DW8.rules[-1].spec], ids=["radix-4", "FP8 in wgrad"])
 @pytest.mark.parametrize("size", [7, 16, 40])
 @pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import needs_library, numbers
+from kernel_cases import instruction_set, isas, needs_library, numbers
 from torch.utils.data import DataLoader, Dataset
 
 import fourbit as fb
 from fourbit import backends
-from fourbit.kernels.cpu._build import BuildError, build, compiler
+from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import library
+from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, X86, BuildError, build, compiler
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, quantize_pair
 
 TRAIN = """
@@ -109,6 +113,54 @@ def test_without_a_compiler_the_build_says_so_and_keeps_what_is_there(tmp_path: 
     with pytest.raises(BuildError):
         build(target)
     assert target.read_text() == "old"
+
+
+def test_every_instruction_that_a_table_is_compiled_with_is_asked_for_before_it_is_used():
+    """One that the processor lacks would end the process."""
+    source = (HERE / "csrc" / "library.cpp").read_text()
+    body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in ("avx2", "avx512", "dot_product")}
+    asked = {name: set(re.findall(r'cpu_supports\("(\w+)"\)', text)) for name, text in body.items()}
+    assert "has_avx2()" in body["avx512"] and "&avx512_table" in body["dot_product"]
+    asked["avx512"] |= asked["avx2"]
+    asked["dot_product"] |= asked["avx512"]
+    for name, flags in {**X86, "dot_product": DOT_PRODUCT_FLAGS}.items():
+        needed = {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag}
+        assert needed <= asked.get(name, set()), name
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+def test_no_entry_runs_products_where_there_are_none(isa):
+    """However it is called: what the table in use has no instructions for is declined, and writes nothing."""
+    with instruction_set(isa):
+        loaded = library()
+        assert loaded is not None
+        if loaded.has_dot_product:
+            pytest.skip("these are its own products")
+        a, b = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(32, 32, dtype=torch.int8)
+        out, panels = torch.full((4, 32), 7.0), torch.full((2048,), 7, dtype=torch.int32)
+        for integers in (0, 1):
+            product = c.MatMul(a.data_ptr(), 0, b.data_ptr(), out.data_ptr(), 4, 32, 32, scale=1.0, post=1.0)
+            product.integers, product.panels = integers, panels.data_ptr()
+            assert loaded.panel_count(ctypes.byref(product)) == 0
+            assert loaded.pack_panels(ctypes.byref(product), panels.data_ptr()) == 0
+            assert loaded.multiply(ctypes.byref(product)) == 0
+        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0)  # of one row of two pixels
+        addresses = a.data_ptr(), b.data_ptr(), out.data_ptr()
+        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape, 1, 1)
+        assert loaded.conv_fprop(ctypes.byref(fprop)) == 0
+        assert loaded.conv_wgrad(ctypes.byref(c.ConvWgrad(*addresses, *shape))) == 0
+        assert loaded.conv_dgrad(ctypes.byref(c.ConvDgrad(*addresses, 0, *shape))) == 0
+        assert bool((out == 7).all() and (panels == 7).all())
+
+
+@needs_library
+def test_an_instruction_set_that_is_not_there_is_not_used():
+    loaded = library()
+    assert loaded is not None
+    before = loaded.isa
+    for name in {"avx2", "avx512", "sse9"} - set(isas()):
+        assert not loaded.use_isa(name) and loaded.isa == before
 
 
 def test_importing_the_package_loads_no_library():

@@ -6,7 +6,7 @@ Triton is not needed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product as every
 
@@ -40,6 +40,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         used.append("fp8")
         return a.float() @ b.float().t()
 
+    def convolved_once(name: str) -> Callable[..., Tensor]:
+        """A derivative as cuDNN has it: sums in float32, rounded to the operands' dtype at the end, on every processor."""
+        derivative = getattr(Convolution, name)
+
+        def convolve(self: Convolution, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+            return derivative(self, a.float(), b.float(), like.float()).to(a.dtype)
+
+        return convolve
+
     def int8(a: Tensor, b: Tensor) -> Tensor | None:
         found = _multiply.int8_mm(a, b)
         used.append("int8" if found is not None else "int8 declined")
@@ -49,6 +58,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(_multiply, "_FP8_SMALLEST", 32)
     for name, function in (("bfloat16_mm", bfloat16), ("fp8_mm", fp8), ("int8_mm", int8), ("kernels", lambda: None)):
         monkeypatch.setattr(_products, name, function)
+    for name in ("dgrad", "wgrad"):
+        monkeypatch.setattr(Convolution, name, convolved_once(name))
     monkeypatch.setattr(_quantize, "kernels", lambda: None)
     _device.capability.cache_clear()
     yield used

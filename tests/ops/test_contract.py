@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,6 +35,9 @@ CASES: dict[str, tuple[Contraction, tuple[int, ...], tuple[int, ...]]] = {
     "conv2d, grouped": (Convolution((1, 1), (1, 1), (1, 1), 2), (2, 4, 5, 5), (6, 2, 3, 3)),
     "conv2d, depthwise": (Convolution((1, 1), (1, 1), (1, 1), 4), (2, 4, 5, 5), (4, 1, 3, 3)),
     "conv2d, 1x1": (Convolution((2, 2), (0, 0), (1, 1)), (2, 3, 6, 6), (5, 3, 1, 1)),
+    "conv2d, 1x1, padded": (Convolution((2, 3), (1, 2), (1, 1)), (2, 3, 6, 7), (5, 3, 1, 1)),
+    "conv2d, 1x1, grouped": (Convolution((1, 2), (0, 0), (1, 1), 2), (2, 4, 5, 6), (6, 2, 1, 1)),
+    "conv1d, one pixel": (Convolution((3,), (1,), (1,)), (2, 3, 9), (4, 3, 1)),
     "conv3d": (Convolution((1, 2, 1), (1, 0, 1), (1, 1, 1)), (2, 2, 4, 5, 4), (3, 2, 3, 2, 3)),
     "transposed 1d": (Convolution((2,), (1,), (1,), 1, True, (1,)), (2, 3, 5), (3, 4, 3)),
     "transposed 2d": (Convolution((2, 2), (1, 1), (1, 1), 1, True, (1, 0)), (2, 3, 4, 5), (3, 4, 3, 3)),
@@ -73,6 +80,30 @@ def test_fast_derivatives_equal_the_default_by_bilinearity(case):
     g = torch.randn_like(contraction.fprop(x, w))
     torch.testing.assert_close(contraction.dgrad(g, w, x), Contraction.dgrad(contraction, g, w, x))
     torch.testing.assert_close(contraction.wgrad(g, x, w), Contraction.wgrad(contraction, g, x, w))
+
+
+STRIDED = """
+import itertools, torch, fourbit as fb
+from fourbit.recipes import catalog
+torch.set_num_threads(1)
+for rule, stride, channels, size in itertools.product(catalog.IBM2020.rules, (2, 3), range(2, 9), (6, 12)):
+    layer = fb.nn.Conv2d(channels, 8, 1, stride=stride, spec=rule.spec)
+    for _ in range(5):
+        layer(torch.randn(2, channels, size, size)).square().sum().backward()
+print("fine")
+"""
+
+
+def test_a_strided_convolution_of_one_pixel_leaves_the_heap_whole():
+    """Under the checks of the C library, where it has them: torch's own gradient writes beyond it on some processors."""
+    checks = "libc_malloc_debug.so"
+    try:
+        ctypes.CDLL(checks)
+    except OSError:
+        pytest.skip(f"this C library has no {checks}")
+    environment = {**os.environ, "MALLOC_CHECK_": "3", "LD_PRELOAD": checks}
+    ran = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0 and ran.stdout == "fine\n", ran.stderr[-1000:]
 
 
 CHANGES = {

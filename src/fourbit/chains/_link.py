@@ -120,7 +120,7 @@ class Affine:
                     "a tensor was added to the result of a batch normalization, and changed in place before the sum was used: "
                     "change a copy of it, or convert the model with fuse=False"
                 )
-            residual = residual.contiguous(memory_format=torch.channels_last)
+            residual = residual.resolve_neg().contiguous(memory_format=torch.channels_last)
         found = backends.dispatch("norm_apply", NormApply(self.normalized, residual, self.act, request, want_out))
         if found is None:
             raise UserError("the kernels were switched off inside a fused chain: switch them off around the whole step")

@@ -296,7 +296,8 @@ def differentiate(
     result, state = product.result, product.state
     hands_over = result is not None and norm.needs_input_grad[0] and not product.is_visible()
     specs: tuple[QuantSpec, ...] = state.gradient_specs(*result.needs) if hands_over else ()
-    do = None if do is None else do.to(torch.float32).contiguous(memory_format=torch.channels_last)
+    if do is not None:
+        do = do.resolve_neg().to(torch.float32).contiguous(memory_format=torch.channels_last)
 
     def run(specs: tuple[QuantSpec, ...]) -> NormGradients:
         exponent = state.g_exponent if specs else None

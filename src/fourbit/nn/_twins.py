@@ -66,7 +66,8 @@ def obstacle(module: nn.Module) -> str:
 def _added(torch_class: type[nn.Module]) -> tuple[str, ...]:
     """Attributes that the twin has and torch's class has not."""
     ours = [base for base in SWAPS[torch_class].__mro__ if not issubclass(torch_class, base)]
-    names = {name for base in ours for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    declared = (name for base in (Quantized, Composed) for name in vars(base).get("__annotations__", ()))
+    names = {name for base in ours for name in vars(base)} | set(declared)
     return tuple(sorted(name for name in names if not hasattr(torch_class, name) and not name.startswith("__")))
 
 

@@ -145,21 +145,21 @@ class Quantizing:
         request = state.clip_request(h)
         if request is None:
             return False
-        with computing(state, sum(size for _, size in steps) * h.shape[1]):
-            scale, w, output = scale_of(request), weight.fprop, state.spec.output
-            task = LstmForward(steps, gates_x, h, c, kept, cells, outputs, request, scale, w, output)
-            done = backends.dispatch("lstm_run", task)
+        scale, w, output = scale_of(request), weight.fprop, state.spec.output
+        task = LstmForward(steps, gates_x, h, c, kept, cells, outputs, request, scale, w, output)
+        done = backends.dispatch("lstm_run", task)
         if done is None:
-            return False
-        for (_, size), rounded in zip(steps, done, strict=True):
-            assert rounded.packed is not None
-            of_step = scale if math.isfinite(rounded.amax) else scale * math.nan
-            x = Operand(rounded.packed, of_step, request.format, True)
-            codes = x if learned(state)[0] else None, weight.codes if learned(state)[1] else None
-            layout = Layout(torch.Size((size, h.shape[1])), (h.shape[1], 1))
-            self.saved.append(Saved(x, weight.saved, *codes, rounded.mask, weight.mask, layout, weight.layout))
-            state.saw_operand(rounded.amax, None, None)
-            state.next_piece()
+            return False  # nothing was computed, so a watcher is told nothing
+        with computing(state, sum(size for _, size in steps) * h.shape[1]):
+            for (_, size), rounded in zip(steps, done, strict=True):
+                assert rounded.packed is not None
+                of_step = scale if math.isfinite(rounded.amax) else scale * math.nan
+                x = Operand(rounded.packed, of_step, request.format, True)
+                codes = x if learned(state)[0] else None, weight.codes if learned(state)[1] else None
+                layout = Layout(torch.Size((size, h.shape[1])), (h.shape[1], 1))
+                self.saved.append(Saved(x, weight.saved, *codes, rounded.mask, weight.mask, layout, weight.layout))
+                state.saw_operand(rounded.amax, None, None)
+                state.next_piece()
         return True
 
 

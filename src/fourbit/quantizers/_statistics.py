@@ -13,7 +13,7 @@ from fourbit import backends
 
 def is_dense(x: Tensor) -> bool:
     """Whether the elements fill one piece of memory, in whatever order of axes."""
-    if x.is_contiguous():
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit import backends
+from fourbit.kernels._check import pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Accumulation
@@ -27,7 +28,11 @@ _COSTS = {64: 1.0, 32: 1.3, 16: 2.1}
 def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None) -> Tensor | None:
     """[G, M, K] x [G, K, N] with sums in a binary float format, or None."""
     grid = float_grid(accumulation.format)
-    if a.device.type != "cpu" or grid is None or accumulation.rounding is Rounding.TRUNCATE:
+    if not (a.is_cpu and b.is_cpu) or grid is None or accumulation.rounding is Rounding.TRUNCATE:
+        return None
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or a.is_neg() or b.is_neg():
+        return None
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
         return None
     G, M, K = a.shape
     N = b.shape[2]
@@ -43,10 +48,11 @@ def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None
     padded = F.pad(right, (0, fill)) if fill else right
     columns_GPKW = padded.unflatten(2, (num_panels, width)).transpose(1, 2).contiguous()
     out = left.new_empty(G, num_rows, num_panels * width, dtype=torch.float32)
+    require(G * num_rows * num_panels * width * (K + 1) < 2**63, "a product of fewer than 2^63 additions")
     arguments: Any = c.Accumulate(
-        rows_GMK.data_ptr(),
-        columns_GPKW.data_ptr(),
-        out.data_ptr(),
+        pointer(rows_GMK, "rows", torch.float32, G * num_rows * K, torch.contiguous_format),
+        pointer(columns_GPKW, "columns", torch.float32, G * num_panels * K * width, torch.contiguous_format),
+        pointer(out, "out", torch.float32, G * num_rows * num_panels * width, torch.contiguous_format),
         G,
         num_rows,
         num_panels,

@@ -25,7 +25,7 @@ EXACT = ("-ffp-contract=off",)
 
 X86 = {
     "portable": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fourbit.kernels._check import CHANNELS_LAST, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._matrices import has_bfloat16, has_int8, int8, multiply
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
@@ -54,6 +56,8 @@ def convolve(g: Gemm, con: Convolution) -> Raw | None:
     x, w = g.a.q, g.b.q
     if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
         return None
+    if x.dim() != 4 or len(w.shape) != 4 or min(con.stride) < 1 or min(con.padding) < 0:
+        return None
     if g.b.format.max > 127 or w.shape[1:].numel() * 255 * 128 >= 2**31:  # type: ignore[union-attr]
         return None
     w = int8(g.b)
@@ -77,6 +81,11 @@ def convolve(g: Gemm, con: Convolution) -> Raw | None:
     return Raw(y)
 
 
+def _geometry_fits(con: Convolution, kernel: Sequence[int]) -> bool:
+    """Whether the loops of the library assume nothing else of stride, padding and kernel."""
+    return all(s >= 1 and 0 <= p < k for s, p, k in zip(con.stride, con.padding, kernel, strict=True))
+
+
 def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int]) -> Raw | None:
     """Unsigned activations; scaled, rounded and in 16-bit codes where the taker knows them."""
     num, in_channels, height, width = x.shape
@@ -85,16 +94,18 @@ def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int
         return None
     if num < torch.get_num_threads():  # which share the images
         return None
-    if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
+    if not _geometry_fits(con, kernel) or (g.scale is not None and g.scale.numel() != 1):
         return None
     scale = 1.0 if g.scale is None else float(g.scale)
     halves = is_half(g.output) and math.isfinite(scale)
     y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
-    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    x, w = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, w))
     arguments = c.ConvFprop(
-        x.data_ptr(),
-        w.data_ptr(),
-        y.data_ptr(),
+        pointer(x, "x", torch.uint8, x.numel(), CHANNELS_LAST),
+        pointer(w, "w", torch.int8, w.numel(), CHANNELS_LAST),
+        pointer(
+            y, "out", torch.int16 if halves else torch.float32, num * out_channels * math.prod(size), CHANNELS_LAST
+        ),
         halves,
         scale if halves else 1.0,
         float_grid(g.output) if halves else c.FloatGrid(),
@@ -134,25 +145,28 @@ def _own_backward(g: Gemm, con: Convolution) -> Raw | None:
     if g.a.q.dtype != torch.bfloat16 or g.a.q.numel() == 0 or (fast and g.which == "dgrad"):
         return None
     other = g.b.q.shape
+    if len(other) != 4 or len(g.layout.shape) != 4:
+        return None
     x_shape, w_shape = (g.layout.shape, other) if g.which == "dgrad" else (other, g.layout.shape)
     num, in_channels, height, width = x_shape
     out_channels, _, *kernel = w_shape
     if in_channels % 16 or out_channels % 16 or (fast and max(in_channels, out_channels) > FEW_CHANNELS):
         return None
-    if any(p >= k for p, k in zip(con.padding, kernel, strict=True)):
+    if not _geometry_fits(con, kernel) or w_shape[1] != in_channels:
         return None
-    gradient = g.a.q.contiguous(memory_format=torch.channels_last)
-    operand = int8(g.b).contiguous(memory_format=torch.channels_last)
+    size = [n + 2 * p - k + 1 for n, p, k in zip((height, width), con.padding, kernel, strict=True)]
+    if min(size) < 1 or tuple(g.a.q.shape) != (num, out_channels, *size):
+        return None  # the reference says what is wrong
+    gradient = g.a.q.contiguous(memory_format=CHANNELS_LAST)
+    operand = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
     y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
-    out_height, out_width = gradient.shape[2:]
-    geometry = (num, height, width, in_channels, out_height, out_width, out_channels, *kernel, *con.padding)
+    geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *con.padding)
+    at = pointer(gradient, "g", torch.bfloat16, gradient.numel(), CHANNELS_LAST)
+    other_at = pointer(operand, "x or w", torch.int8, other.numel(), CHANNELS_LAST)
+    out = pointer(y, "out", torch.float32, g.layout.shape.numel(), CHANNELS_LAST)
     if g.which == "dgrad":
-        arguments = c.ConvDgrad(
-            gradient.data_ptr(), operand.data_ptr(), y.data_ptr(), c.CODES[torch.float32], *geometry
-        )
+        arguments = c.ConvDgrad(at, other_at, out, c.CODES[torch.float32], *geometry)
         done = kernels().conv_dgrad(ctypes.byref(arguments))
     else:
-        done = kernels().conv_wgrad(
-            ctypes.byref(c.ConvWgrad(operand.data_ptr(), gradient.data_ptr(), y.data_ptr(), *geometry))
-        )
+        done = kernels().conv_wgrad(ctypes.byref(c.ConvWgrad(other_at, at, out, *geometry)))
     return Raw(y) if done else None

@@ -19,7 +19,7 @@ import torch
 from fourbit.backends import Status
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 8
+ABI = 9
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -254,7 +254,7 @@ _RESULTS = {
     "moments": None,
     "multiply": c_int32,
     "panel_count": c_int64,
-    "pack_panels": None,
+    "pack_panels": c_int32,
     "conv_fprop": c_int32,
     "conv_wgrad": c_int32,
     "conv_dgrad": c_int32,
@@ -268,6 +268,12 @@ _RESULTS = {
 
 _ARGUMENTS = {"pack_panels": [c_void_p, c_void_p]}
 """Of the functions that take something else than one structure."""
+
+_ALLOCATING = (
+    *("multiply", "pack_panels", "conv_fprop", "conv_wgrad", "conv_dgrad"),
+    *("norm_statistics", "norm_apply", "norm_backward"),
+)
+"""Those that allocate memory: without it, they raise MemoryError."""
 
 CODES = {
     torch.float32: 0,
@@ -288,12 +294,16 @@ class Library:
             raise OSError("it was built from other sources")
         self._dll.fourbit_isa.restype = c_char_p
         self._dll.fourbit_set_threads.restype = None
+        self._has_dot_product = self._dll.fourbit_has_dot_product
+        self._out_of_memory = self._dll.fourbit_out_of_memory
         self.threads = self._share_threads()
         for name, result in _RESULTS.items():
             function = getattr(self._dll, f"fourbit_{name}")
             function.restype = result
             if name in _ARGUMENTS:
                 function.argtypes = _ARGUMENTS[name]
+            if name in _ALLOCATING:
+                function.errcheck = self._check_memory
             setattr(self, name, function)
 
     clip: Any
@@ -317,6 +327,11 @@ class Library:
     lstm_forward: Any
     lstm_backward: Any
 
+    def _check_memory(self, result: Any, *_: Any) -> Any:
+        if self._out_of_memory():
+            raise MemoryError("a kernel of fourbit got no memory for its work")
+        return result
+
     def _share_threads(self) -> bool:
         """Hand over torch's OpenMP runtime; without one, everything runs on the calling thread."""
         folder = Path(torch.__file__).parent / "lib"
@@ -330,6 +345,12 @@ class Library:
                 self._dll.fourbit_set_threads(*entries)
                 return True
         return False
+
+    @property
+    def has_dot_product(self) -> bool:
+        """Whether the products and convolutions run: on processors with AVX512-BF16, while the widest instruction set is
+        in use."""
+        return bool(self._has_dot_product())
 
     @property
     def isa(self) -> str:

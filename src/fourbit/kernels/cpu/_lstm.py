@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourbit import backends
+from fourbit.kernels._check import mask_bytes, optional, packed_bytes, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _library as lib
-from fourbit.kernels.cpu._matrices import multiplies_bfloat16, multiplies_integers, panels
+from fourbit.kernels.cpu._matrices import multiplies_integers, panels
 from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
 from fourbit.ops import LstmBackward, LstmForward
 from fourbit.quantizers import BLOCK, Integers, Packed, Rounded, carrier_dtype, grid_of, has_integer_codes
 
 
 def _takes(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() and not t.is_neg() for t in tensors)
+
+
+def _address(t: Tensor, name: str, numel: int) -> int:
+    return pointer(t, name, torch.float32, numel, torch.contiguous_format)
+
+
+def _sizes(cell: Tensor, gates: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Rows and units."""
+    require(cell.dim() == 2, "a cell state with two axes")
+    rows, size = cell.shape
+    require(all(t.shape == (rows, 4 * size) for t in gates), f"gates of shape ({rows}, {4 * size})")
+    return rows, size
+
+
+def _check_steps(steps: Sequence[tuple[int, int]], num: int, total: int) -> None:
+    """Every step's rows are among `total`, and no step has more than `num`."""
+    fits = all(begin >= 0 and 0 <= count <= num and begin + count <= total for begin, count in steps)
+    require(fits, f"steps of up to {num} rows among {total}")
 
 
 @backends.register("lstm_forward", "cpu")
@@ -26,9 +46,13 @@ def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -
     """h' and c' of one step; the activated gates go into `kept`."""
     if not _takes(gates_x, gates_h, cell, kept):
         return None
+    rows, size = _sizes(cell, (gates_x, gates_h, kept))
+    require_disjoint(kept, "kept", [(gates_x, "gates_x"), (gates_h, "gates_h"), (cell, "cell")])
     h, new = torch.empty_like(cell), torch.empty_like(cell)
-    arrays = (t.data_ptr() for t in (gates_x, gates_h, cell, kept, h, new))
-    task: Any = lib.LstmForward(*arrays, *cell.shape)
+    n = rows * size
+    gates = (_address(t, name, 4 * n) for t, name in ((gates_x, "gates_x"), (gates_h, "gates_h")))
+    states = (_address(h, "h", n), _address(new, "new_c", n))
+    task: Any = lib.LstmForward(*gates, _address(cell, "c", n), _address(kept, "kept", 4 * n), *states, rows, size)
     kernels().lstm_forward(ctypes.byref(task))
     return h, new
 
@@ -38,9 +62,13 @@ def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tens
     """The gradient of the cell state before the step; that of the gates goes into `out`."""
     if not _takes(dh, dc, gates, cell, new, out):
         return None
+    rows, size = _sizes(cell, (gates, out))
+    read = ((dh, "dh", 1), (dc, "dc", 1), (gates, "gates", 4), (cell, "c", 1), (new, "new_c", 1))
+    require_disjoint(out, "out", [(t, name) for t, name, _ in read])
     before = torch.empty_like(cell)
-    arrays = (t.data_ptr() for t in (dh, dc, gates, cell, new, out, before))
-    task: Any = lib.LstmBackward(*arrays, *cell.shape)
+    n = rows * size
+    arrays = [_address(t, name, count * n) for t, name, count in read]
+    task: Any = lib.LstmBackward(*arrays, _address(out, "out", 4 * n), _address(before, "before", n), rows, size)
     kernels().lstm_backward(ctypes.byref(task))
     return before
 
@@ -50,6 +78,7 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     """All steps: hidden state to codes, their product with the weight, the cell. Memory is allocated once for all of them."""
     request, w = s.request, s.w
     grid, output = grid_of(request.format), None if s.output is None else float_grid(s.output)
+    require(s.h.dim() == s.c.dim() == 2 and s.h.shape == s.c.shape, "states of one shape, with two axes")
     num, size = s.h.shape
     if not takes(request, s.scale) or not isinstance(grid, Integers) or not has_integer_codes(request.format):
         return None
@@ -60,25 +89,37 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     if not multiplies_integers(w.q):
         return None
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
+    if bound is not None and bound.value.numel() != 1:
+        return None
+    total = s.gates_x.shape[0]
+    _check_steps(s.steps, num, total)
+    require(w.q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
+    arrays = {"gates_x": s.gates_x, "h": s.h, "c": s.c, "kept": s.kept, "cells": s.cells, "outputs": s.outputs}
+    for name in ("h", "c", "kept", "cells", "outputs"):
+        require_disjoint(arrays[name], name, [(t, other) for other, t in arrays.items() if other != name])
     codes = torch.empty(num, size, dtype=carrier_dtype(request.format))
     gates_h = torch.empty(num, 4 * size, dtype=torch.float32)
     blocks = [-(-count * size // BLOCK) for _, count in s.steps]
     packed = torch.empty(sum(blocks) * BLOCK // 2, dtype=torch.uint8)
     masks = None if bound is None else torch.empty(sum(blocks) * 8, dtype=torch.uint8)
 
-    x, h, c = s.gates_x.data_ptr(), s.h.data_ptr(), s.c.data_ptr()
-    kept, before, outputs = s.kept.data_ptr(), s.cells[0].data_ptr(), s.outputs.data_ptr()
-    after, at_packed, at_masks = s.cells[1].data_ptr(), packed.data_ptr(), 0 if masks is None else masks.data_ptr()
+    n = total * size
+    x, kept = _address(s.gates_x, "gates_x", 4 * n), _address(s.kept, "kept", 4 * n)
+    h, c, outputs = _address(s.h, "h", num * size), _address(s.c, "c", num * size), _address(s.outputs, "outputs", n)
+    before, after = (_address(t, "cells", n) for t in (s.cells[0], s.cells[1]))
+    at_packed = pointer(packed, "packed", torch.uint8, sum(blocks) * BLOCK // 2)
+    at_masks = 0 if masks is None else pointer(masks, "masks", torch.uint8, sum(blocks) * 8)
     rule, value = (0, 0.0) if bound is None else (RULES[bound.rule], float(bound.value))
     clip: Any = lib.Clip(h, lib.CODES[torch.float32], 0, float(s.scale.reciprocal()), grid.low, grid.high, rule, value)
-    clip.codes = codes.data_ptr()
-    product: Any = lib.MatMul(codes.data_ptr(), 0, w.q.data_ptr(), gates_h.data_ptr(), num, 4 * size, size, post=1.0)
+    clip.codes = pointer(codes, "codes", codes.dtype, num * size)
+    weight, into = pointer(w.q, "w", torch.int8, 4 * size * size), _address(gates_h, "gates_h", 4 * num * size)
+    product: Any = lib.MatMul(clip.codes, 0, weight, into, num, 4 * size, size, post=1.0)
     product.scale = float(s.scale if w.scale is None else s.scale * w.scale)
     product.rounds, product.integers, product.is_unsigned = output is not None, True, codes.dtype == torch.uint8
     if output is not None:
         product.grid = output
-    product.panels = panels(product, w.cache).data_ptr()
-    cell: Any = lib.LstmForward(gates_h=gates_h.data_ptr(), h=h, new_c=c, size=size)
+    product.panels = panels(product, w.cache)
+    cell: Any = lib.LstmForward(gates_h=into, h=h, new_c=c, size=size)
     run, scale = kernels(), product.scale
     row, done = 4 * size, []
     for (begin, count), length in zip(s.steps, blocks, strict=True):
@@ -111,6 +152,9 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     request, w = s.request, s.w
     output = None if s.output is None else float_grid(s.output)
     grid = log_grid(request.format)
+    require(
+        s.dh.dim() == s.dc.dim() == 2 and s.dh.shape == s.dc.shape, "gradients of states of one shape, with two axes"
+    )
     num, size = s.dh.shape
     if not takes(request, s.scale) or grid is None or carrier_dtype(request.format) is not torch.bfloat16:
         return None
@@ -118,20 +162,38 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
         return None
     if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
         return None
-    if not multiplies_bfloat16():
+    if not kernels().has_dot_product:
         return None
     if any(q is not None and (q.grid is not None or mask is None) for q, mask in zip(s.codes, s.masks, strict=True)):
         return None
+    total = s.gates.shape[0]
+    _check_steps(s.steps, num, total)
+    require(len(s.masks) == len(s.codes) == len(s.steps), "a mask and codes, or None, for every step")
+    require(w.q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
+    require(s.dy is None or s.dy.shape == (total, size), f"a gradient of the outputs of shape ({total}, {size})")
+    arrays = {"dh": s.dh, "dc": s.dc, "d_gates": s.d_gates, "gates": s.gates, "cells": s.cells}
+    for name in ("dh", "dc", "d_gates"):
+        require_disjoint(arrays[name], name, [(t, other) for other, t in arrays.items() if other != name])
     rounded = torch.empty(num, 4 * size, dtype=torch.bfloat16)
     dc_before = torch.empty_like(s.dc)
 
-    dh, dc, d_gates = s.dh.data_ptr(), s.dc.data_ptr(), s.d_gates.data_ptr()
-    gates, before, after = s.gates.data_ptr(), s.cells[0].data_ptr(), s.cells[1].data_ptr()
-    cell: Any = lib.LstmBackward(dh=dh, dc=dc, dc_before=dc_before.data_ptr(), size=size)
+    n = total * size
+    dh, dc, d_gates = (
+        _address(s.dh, "dh", num * size),
+        _address(s.dc, "dc", num * size),
+        _address(s.d_gates, "d_gates", 4 * n),
+    )
+    gates, (before, after) = (
+        _address(s.gates, "gates", 4 * n),
+        (_address(t, "cells", n) for t in (s.cells[0], s.cells[1])),
+    )
+    cell: Any = lib.LstmBackward(dh=dh, dc=dc, dc_before=_address(dc_before, "dc_before", num * size), size=size)
     log: Any = lib.LogRound(dtype=lib.CODES[torch.float32], inv_scale=float(s.scale.reciprocal()), num=1)
-    log.grid[0], log.out[0] = grid, rounded.data_ptr()
-    product: Any = lib.MatMul(rounded.data_ptr(), 0, w.q.data_ptr(), dh, num, size, 4 * size, scale=1.0, post=1.0)
-    product.panels = panels(product, w.cache).data_ptr()
+    left = pointer(rounded, "rounded", torch.bfloat16, 4 * num * size)
+    log.grid[0], log.out[0] = grid, left
+    weight = pointer(w.q, "w", torch.int8, 4 * size * size)
+    product: Any = lib.MatMul(left, 0, weight, dh, num, size, 4 * size, scale=1.0, post=1.0)
+    product.panels = panels(product, w.cache)
     float32 = lib.CODES[torch.float32]
     rest: Any = lib.Epilogue(x=dh, dtype=float32, rounds=output is not None, out=dh, out_dtype=float32)
     rest.scale = 1.0 if w.scale is None else float(w.scale)
@@ -151,9 +213,11 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
         product.rows = count
         run.multiply(ctypes.byref(product))
         rest.n, rest.post = count * size, late if math.isfinite(amax) else math.nan
-        rest.mask = None if mask is None else mask.data_ptr()
+        rest.mask = optional(mask, "mask", torch.uint8, mask_bytes(rest.n))
+        rest.packed = None
         if codes is not None:
-            rest.packed, rest.is_signed = codes.data.data_ptr(), codes.signed
+            rest.packed = pointer(codes.data, "packed", torch.uint8, packed_bytes(rest.n))
+            rest.is_signed = codes.signed
         clipped = run.epilogue(ctypes.byref(rest))
         if codes is not None:
             part = torch.tensor(clipped, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fourbit.formats import Format
+from fourbit.kernels._check import mask_bytes, packed_bytes, pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Finish, Gemm, Operand, Raw
@@ -64,7 +65,7 @@ def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     q = a.q
     assert isinstance(q, Tensor) or g.which == "fprop"
     left = a.to(torch.int8) if isinstance(q, Packed) else q
-    if left.numel() == 0 or right.numel() == 0 or g.b.format.max > 127:  # type: ignore[union-attr]
+    if left.numel() == 0 or right.numel() == 0 or right.dim() != 2 or g.b.format.max > 127:  # type: ignore[union-attr]
         return None
     shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
     rows = rows_of(left)
@@ -92,15 +93,23 @@ def own_multiply(
 ) -> tuple[Tensor, Tensor | None] | None:
     """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped. `cache`: of the
     right operand, whose panels are packed once."""
+    if not kernels().has_dot_product:
+        return None
     left, right = left.contiguous(), right.contiguous()
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
+    require(left.shape[0 if turned else 1] == depth, "a matrix with as many columns as the other has rows")
     y = left.new_empty(num_rows, columns, dtype=torch.float32)
-    arguments: Any = c.MatMul(
-        left.data_ptr(), turned, right.data_ptr(), y.data_ptr(), num_rows, columns, depth, scale=1.0, post=1.0
+    n = num_rows * columns
+    addresses = (
+        pointer(left, "a", torch.bfloat16, num_rows * depth, torch.contiguous_format),
+        turned,
+        pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
+        pointer(y, "out", torch.float32, n, torch.contiguous_format),
     )
+    arguments: Any = c.MatMul(*addresses, num_rows, columns, depth, scale=1.0, post=1.0)
     if cache is not None:
-        arguments.panels = panels(arguments, cache).data_ptr()
+        arguments.panels = panels(arguments, cache)
     codes = None
     if finish is not None:
         grid = None if finish.output is None else float_grid(finish.output)
@@ -110,40 +119,34 @@ def own_multiply(
         if grid is not None:
             arguments.grid = grid
         if finish.mask is not None:
-            arguments.mask = finish.mask.data_ptr()
+            arguments.mask = pointer(finish.mask, "mask", torch.uint8, mask_bytes(n))
+            require(columns % 16 == 0, "a masked product with columns in sixteens")
             codes = finish.codes if isinstance(finish.codes, Packed) else None
         if codes is not None:
-            arguments.packed, arguments.is_signed = codes.data.data_ptr(), codes.signed
+            arguments.packed = pointer(codes.data, "packed", torch.uint8, packed_bytes(n))
+            arguments.is_signed = codes.signed
     if not kernels().multiply(ctypes.byref(arguments)):
         return None
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
-@lru_cache(maxsize=1)
-def multiplies_bfloat16() -> bool:
-    """Whether the library has products of matrices on this machine."""
-    return bool(kernels().panel_count(ctypes.byref(c.MatMul(rows=1, columns=1, depth=1))))
-
-
 def multiplies_integers(w: Tensor) -> bool:
-    """Whether it multiplies small integers by this weight [N, K] exactly, in 32 bits."""
-    return multiplies_bfloat16() and w.shape[1] * 255 * 128 < 2**31
+    """Whether the library multiplies small integers by this weight [N, K] exactly, in 32 bits."""
+    return kernels().has_dot_product and w.shape[1] * 255 * 128 < 2**31
 
 
 def own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor, None] | None:
     """A forward product of small integers with a weight that is multiplied several times: exact, finished at once."""
     x, w = g.a.q, g.b.q
-    if (
-        not isinstance(x, Tensor)
-        or not isinstance(w, Tensor)
-        or x.device.type != "cpu"
-        or not x.numel()
-        or not w.numel()
-    ):
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not x.is_cpu or not x.numel() or not w.numel():
+        return None
+    if w.dim() != 2 or x.shape[-1:] != w.shape[1:]:
         return None
     if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or not multiplies_integers(w):
         return None
     if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
+        return None
+    if finish.scale is not None and finish.scale.numel() != 1:
         return None
     grid = None if finish.output is None else float_grid(finish.output)
     if finish.output is not None and grid is None:
@@ -151,22 +154,33 @@ def own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor
     x, w = x.contiguous(), w.contiguous()
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
     sizes = x.shape[:-1].numel(), w.shape[0], w.shape[1]
-    arguments: Any = c.MatMul(x.data_ptr(), 0, w.data_ptr(), y.data_ptr(), *sizes, scale=1.0, post=1.0)
+    addresses = (
+        pointer(x, "a", x.dtype, x.numel(), torch.contiguous_format),
+        0,
+        pointer(w, "b", torch.int8, w.numel(), torch.contiguous_format),
+        pointer(y, "out", torch.float32, sizes[0] * sizes[1], torch.contiguous_format),
+    )
+    arguments: Any = c.MatMul(*addresses, *sizes, scale=1.0, post=1.0)
     arguments.integers, arguments.is_unsigned = True, x.dtype == torch.uint8
     arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
     arguments.rounds = grid is not None
     if grid is not None:
         arguments.grid = grid
-    arguments.panels = panels(arguments, cache).data_ptr()
+    arguments.panels = panels(arguments, cache)
     return (y, None) if kernels().multiply(ctypes.byref(arguments)) else None
 
 
-def panels(arguments: Any, cache: dict[str, Any]) -> Tensor:
-    """The right operand of a product as the library multiplies it, made once."""
-    if "panels" not in cache:
-        cache["panels"] = torch.empty(kernels().panel_count(ctypes.byref(arguments)), dtype=torch.int32)
-        kernels().pack_panels(ctypes.byref(arguments), cache["panels"].data_ptr())
-    return cache["panels"]
+def panels(arguments: Any, cache: dict[str, Any]) -> int:
+    """The address of the right operand of a product as the library multiplies it, made once and kept in `cache`. Only where
+    the library multiplies at all."""
+    count = kernels().panel_count(ctypes.byref(arguments))
+    kept = cache.get("panels")
+    if kept is None:
+        kept = torch.empty(count, dtype=torch.int32)
+        packed = kernels().pack_panels(ctypes.byref(arguments), pointer(kept, "panels", torch.int32, count))
+        require(bool(packed), "an instruction set with products")
+        cache["panels"] = kept
+    return pointer(kept, "panels", torch.int32, count)
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -178,5 +192,8 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
 def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     high, low = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x, dtype=torch.int8)
-    kernels().split(ctypes.byref(c.Split(x.data_ptr(), x.numel(), unit, high.data_ptr(), low.data_ptr())))
+    n = x.numel()
+    address = pointer(x, "x", torch.bfloat16, n)
+    halves = (pointer(t, "half", torch.int8, n, like=x) for t in (high, low))
+    kernels().split(ctypes.byref(c.Split(address, n, unit, *halves)))
     return high, low

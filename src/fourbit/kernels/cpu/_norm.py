@@ -12,8 +12,10 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
 from fourbit.formats import Format
+from fourbit.kernels._check import CHANNELS_LAST, mask_bytes, optional, packed_bytes, pointer, require
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._quantize import BLOCK, RULES, float_grid, is_half, kernels, log_grid
+from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid
+from fourbit.ops import Layout
 from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dtype, exponent_scale, grid_of
 
 
@@ -24,15 +26,23 @@ def supported(y: Tensor, output: Format | None = None) -> bool | None:
     return True if y.device.type == "cpu" and y.dtype == torch.float32 and rounds else None
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+_F32, _U8 = torch.float32, torch.uint8
+
+
+def _kept(normalized: Normalized) -> tuple[int, int, int]:
+    """Number of elements of v, of channels, and the address of v."""
+    v, moments = normalized.v, normalized.moments
+    require(v.dim() == 4 and moments.shape == (4, v.shape[1]), "v of four axes, and four moments for each channel")
+    n, dtype = v.numel(), torch.int16 if normalized.format is not None else _F32
+    return n, v.shape[1], pointer(v, "v", dtype, n, CHANNELS_LAST)
 
 
 @backends.register("norm_statistics", "cpu")
 def statistics(s: NormStatistics) -> Normalized:
     """v, and its statistics."""
     y, norm = s.y, s.norm
-    channels = y.shape[1]
+    require(y.dim() == 4 and y.numel() > 0, "y of four axes that is not empty")
+    channels, n = y.shape[1], y.numel()
     grid = None if s.output is None else float_grid(s.output)
     coded = y.dtype == torch.int16
     halves = coded or (is_half(s.output) and math.isfinite(s.scale))
@@ -42,23 +52,27 @@ def statistics(s: NormStatistics) -> Normalized:
         v = torch.empty_like(y, dtype=torch.int16)
     else:
         v = y if s.own or s.scale == 1.0 else torch.empty_like(y)
-    moments = torch.empty(4, channels, dtype=torch.float32)
-    first = moments.data_ptr()
+    require(not coded or is_half(s.output), "a format of 16 bits for codes of 16 bits")
+    require((norm.running_mean is None) == (norm.running_var is None), "both running statistics, or none")
+    vectors = (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
+    require(all(t is None or t.shape == (channels,) for t in vectors), "one number for each channel")
+    moments = torch.empty(4, channels, dtype=_F32)
+    first = pointer(moments, "moments", _F32, 4 * channels)
     mean, inv_std, slope, offset = range(first, first + 16 * channels, 4 * channels)
     task: Any = c.NormStatistics(
-        y=None if coded else y.data_ptr(),
-        rows=y.numel() // channels,
+        y=None if coded else pointer(y, "y", _F32, n, CHANNELS_LAST),
+        rows=n // channels,
         channels=channels,
         scale=s.scale,
         rounds=grid is not None,
         coded=coded,
-        kept=v.data_ptr(),
+        kept=pointer(v, "v", torch.int16 if halves else _F32, n, CHANNELS_LAST),
         halves=halves,
-        gamma=_pointer(norm.gamma),
-        beta=_pointer(norm.beta),
+        gamma=optional(norm.gamma, "gamma", _F32, channels),
+        beta=optional(norm.beta, "beta", _F32, channels),
         eps=norm.eps,
-        running_mean=_pointer(norm.running_mean),
-        running_var=_pointer(norm.running_var),
+        running_mean=optional(norm.running_mean, "running_mean", _F32, channels),
+        running_var=optional(norm.running_var, "running_var", _F32, channels),
         momentum=norm.momentum,
         mean=mean,
         inv_std=inv_std,
@@ -74,25 +88,24 @@ def statistics(s: NormStatistics) -> Normalized:
 @backends.register("norm_apply", "cpu")
 def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None, bool]:
     """o, its codes, the bits where the activation passes, and whether what it caps is clipped as well."""
-    v, moments, request = a.normalized.v, a.normalized.moments, a.request
-    channels = moments.shape[1]
-    blocks = -(-v.numel() // BLOCK)
+    v, request = a.normalized.v, a.request
+    n, channels, kept = _kept(a.normalized)
     out = torch.empty_like(v, dtype=torch.float32) if a.want_out else None
     needs_pass = a.act.clips and (request is None or math.isfinite(a.act.cap))
-    passes = torch.empty(blocks * 8, dtype=torch.uint8) if needs_pass else None
-    slope = moments.data_ptr() + 8 * channels
+    passes = torch.empty(mask_bytes(n), dtype=_U8) if needs_pass else None
+    slope = pointer(a.normalized.moments, "moments", _F32, 4 * channels) + 8 * channels
     task: Any = c.NormApply(
-        kept=v.data_ptr(),
+        kept=kept,
         halves=a.normalized.format is not None,
-        rows=v.numel() // channels,
+        rows=n // max(channels, 1),
         channels=channels,
         slope=slope,
         offset=slope + 4 * channels,
-        residual=_pointer(a.residual),
+        residual=optional(a.residual, "residual", _F32, n, v),
         act=a.act.clips,
         cap=a.act.cap,
-        out=_pointer(out),
-        passes=_pointer(passes),
+        out=optional(out, "out", _F32, n, v),
+        passes=optional(passes, "passes", _U8, mask_bytes(n)),
         clips=request is not None,
     )
     if a.normalized.format is not None:
@@ -104,11 +117,13 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     integers, bound = grid_of(request.format), request.spec.scaling.bound(scale, request.format, request.stored)
     assert isinstance(integers, Integers) and bound is not None
     q = torch.empty_like(v, dtype=carrier_dtype(request.format))
-    data, mask = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8), torch.empty(blocks * 8, dtype=torch.uint8)
+    data, mask = torch.empty(packed_bytes(n), dtype=_U8), torch.empty(mask_bytes(n), dtype=_U8)
     limit = float(bound.value)
     task.clip.inv_scale, task.clip.low, task.clip.high = float(scale.reciprocal()), integers.low, integers.high
     task.clip.mask_rule, task.clip.bound = RULES[bound.rule], limit
-    task.clip.codes, task.clip.packed, task.clip.mask = q.data_ptr(), data.data_ptr(), mask.data_ptr()
+    task.clip.codes = pointer(q, "codes", q.dtype, n, like=v)
+    task.clip.packed = pointer(data, "packed", _U8, packed_bytes(n))
+    task.clip.mask = pointer(mask, "mask", _U8, mask_bytes(n))
     amax = kernels().norm_apply(ctypes.byref(task))
     if not math.isfinite(amax):
         scale = scale + amax * 0
@@ -119,41 +134,44 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
 @backends.register("norm_backward", "cpu")
 def backward(b: NormBackward) -> NormGradients:
     """dv or its codes, and the gradients of all else."""
-    normalized, like = b.normalized, b.layout
-    v, moments = normalized.v, normalized.moments
-    channels = moments.shape[1]
+    normalized = b.normalized
+    v, (n, channels, kept) = normalized.v, _kept(normalized)
+    require(b.layout == Layout.of(v), "v in the layout of the result")
+    require(b.dq is None or (b.packed is not None and b.mask is not None), "codes and mask for their gradient")
     grids = [log_grid(s.format) for s in b.specs]
     specs = b.specs if all(g is not None for g in grids) else ()
-    residual = like.empty(torch.float32, v.device) if b.want_residual else None
-    dgamma, dbeta = torch.empty(2, channels, dtype=torch.float32)
-    outs = [like.empty(torch.bfloat16, v.device) for _ in specs] or [like.empty(torch.float32, v.device)]
+    residual = torch.empty_like(v, dtype=_F32) if b.want_residual else None
+    sums = torch.empty(2, channels, dtype=_F32)
+    moments, at = (pointer(t, "moments", _F32, 2 * channels) for t in (normalized.moments, sums))
+    outs = [torch.empty_like(v, dtype=torch.bfloat16 if specs else _F32) for _ in specs or (None,)]
+    require(b.dq is None or b.dq.dtype in (_F32, torch.bfloat16), "a gradient of the codes in float32 or bfloat16")
     arguments: Any = c.NormBackward(
-        token=_pointer(b.dq),
+        token=None if b.dq is None else pointer(b.dq, "dq", b.dq.dtype, n, like=v),
         token_dtype=0 if b.dq is None else c.CODES[b.dq.dtype],
         token_scale=b.dq_scale,
-        packed=None if b.packed is None else b.packed.data.data_ptr(),
+        packed=None if b.packed is None else pointer(b.packed.data, "packed", _U8, packed_bytes(n)),
         is_signed=b.packed is not None and b.packed.signed,
-        mask=_pointer(b.mask),
-        out_grad=_pointer(b.do),
-        passes=_pointer(b.passes),
+        mask=optional(b.mask, "mask", _U8, mask_bytes(n)),
+        out_grad=optional(b.do, "do", _F32, n, v),
+        passes=optional(b.passes, "passes", _U8, mask_bytes(n)),
         act=b.act.clips,
         cap_clips=b.cap_clips,
-        kept=v.data_ptr(),
+        kept=kept,
         halves=normalized.format is not None,
-        rows=v.numel() // channels,
+        rows=n // max(channels, 1),
         channels=channels,
-        gamma=_pointer(b.gamma),
-        mean=moments.data_ptr(),
-        inv_std=moments.data_ptr() + 4 * channels,
-        g=_pointer(residual),
-        dgamma=dgamma.data_ptr(),
-        dbeta=dbeta.data_ptr(),
+        gamma=optional(b.gamma, "gamma", _F32, channels),
+        mean=moments,
+        inv_std=moments + 4 * channels,
+        g=optional(residual, "gradient of the residual", _F32, n, v),
+        dgamma=at,
+        dbeta=at + 4 * channels,
         num=len(specs),
     )
     if normalized.format is not None:
         arguments.grid = float_grid(normalized.format)
     for i, out in enumerate(outs):
-        arguments.out[i] = out.data_ptr()
+        arguments.out[i] = pointer(out, "dv", out.dtype, n, like=v)
     scale = None
     if specs:
         assert b.exponent is not None
@@ -166,4 +184,4 @@ def backward(b: NormBackward) -> NormGradients:
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
         quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
-    return NormGradients(None if specs else outs[0], quantized, dgamma, dbeta, residual, arguments.clipped)
+    return NormGradients(None if specs else outs[0], quantized, sums[0], sums[1], residual, arguments.clipped)

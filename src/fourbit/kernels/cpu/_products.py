@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
+from fourbit.kernels._check import mask_bytes, packed_bytes, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, pointwise
 from fourbit.kernels.cpu._matrices import int8, matrices, own_integers, own_multiply, rows_of
 from fourbit.kernels.cpu._quantize import float_grid, kernels
-from fourbit.ops import Convolution, Finish, Gemm, LinearMap, Raw
+from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Raw
 from fourbit.quantizers import Packed, carrier_dtype, is_dense
 
 
@@ -70,25 +71,33 @@ def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         return None
     if finish.dtype != torch.float32 or finish.keep_infinite or not layout.is_contiguous():
         return None
-    if finish.late is not None and finish.late.numel() != 1:
+    if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
         return None
     if finish.output is not None and float_grid(finish.output) is None:
         return None
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
     if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
         return None
-    right = int8(b) if g.which == "dgrad" else rows_of(int8(b))
-    found = None if right.numel() == 0 else own_multiply(rows_of(a.q), right, g.which == "wgrad", finish, b.cache)
+    right, left = int8(b) if g.which == "dgrad" else rows_of(int8(b)), rows_of(a.q)
+    if right.numel() == 0 or right.dim() != 2 or left.shape[0 if g.which == "wgrad" else 1] != right.shape[0]:
+        return None
+    if layout.shape.numel() != left.shape[1 if g.which == "wgrad" else 0] * right.shape[1]:
+        return None
+    found = own_multiply(left, right, g.which == "wgrad", finish, b.cache)
     return None if found is None else (found[0].view(layout.shape), found[1])
+
+
+_SUMS = (torch.float32, torch.bfloat16, torch.int32)
+"""What products leave."""
 
 
 @backends.register("epilogue", "cpu")
 def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     """Scale, round, mask, and sum what was clipped: one pass."""
     y, out_dtype = raw.y, finish.dtype
-    if y.device.type != "cpu" or y.dtype not in c.CODES or out_dtype not in (torch.float32, torch.bfloat16):
+    if not y.is_cpu or y.dtype not in _SUMS or out_dtype not in (torch.float32, torch.bfloat16) or y.is_neg():
         return None
-    if finish.late is not None and finish.late.numel() != 1:
+    if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
         return None
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
     if finish.mask is not None and finish.codes is not None and not integers:
@@ -98,33 +107,39 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         grid = float_grid(finish.output)
         if grid is None:
             return None
+    if raw.high is not None:
+        require(raw.high.shape == y.shape and y.dtype == torch.int32, "two int32 halves of one shape")
     if finish.layout is not None:
+        require(finish.layout.shape == y.shape, f"a product of shape {tuple(finish.layout.shape)}")
         y = finish.layout.match(y)
     elif not is_dense(y):
         y = y.contiguous()
-    high = None if raw.high is None else (raw.high if finish.layout is None else finish.layout.match(raw.high))
+    high = None if raw.high is None else Layout.of(y).match(raw.high)
     in_place = y.dtype == out_dtype
     out = y.view(out_dtype) if y.element_size() == out_dtype.itemsize else torch.empty_like(y, dtype=out_dtype)
     scale = raw.unit * (1.0 if finish.scale is None else float(finish.scale))
     if in_place and grid is None and finish.mask is None and high is None and scale == 1.0 and finish.late is None:
         return y, None
     codes = finish.codes if isinstance(finish.codes, Packed) and finish.mask is not None else None
+    n = y.numel()
+    if high is not None:
+        require_disjoint(out, "y", [(high, "high")])
     clipped = kernels().epilogue(
         ctypes.byref(
             c.Epilogue(
-                y.data_ptr(),
+                pointer(y, "y", y.dtype, n),
                 c.CODES[y.dtype],
-                y.numel(),
-                None if high is None else high.data_ptr(),
+                n,
+                None if high is None else pointer(high, "high", torch.int32, n, like=y),
                 scale,
                 grid is not None,
                 finish.keep_infinite,
                 grid or c.FloatGrid(),
                 1.0 if finish.late is None else float(finish.late),
-                None if finish.mask is None else finish.mask.data_ptr(),
-                None if codes is None else codes.data.data_ptr(),
+                None if finish.mask is None else pointer(finish.mask, "mask", torch.uint8, mask_bytes(n)),
+                None if codes is None else pointer(codes.data, "packed", torch.uint8, packed_bytes(n)),
                 codes is not None and codes.signed,
-                out.data_ptr(),
+                pointer(out, "out", out_dtype, n, like=y),
                 c.CODES[out_dtype],
             )
         )

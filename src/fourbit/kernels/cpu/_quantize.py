@@ -17,9 +17,12 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import FloatFormat, Format
+from fourbit.kernels._check import is_plain, mask_bytes, optional, packed_bytes, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
-    BLOCK,
+    BLOCK as BLOCK,
+)
+from fourbit.quantizers import (
     Binary,
     Bound,
     Cast,
@@ -35,7 +38,6 @@ from fourbit.quantizers import (
     float_bits,
     grid_of,
     has_integer_codes,
-    is_dense,
     stream_key,
 )
 
@@ -117,10 +119,12 @@ def takes(request: Request, scale: Tensor) -> bool:
     """Whether a kernel may round this, to a grid that it knows."""
     x = request.x
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in _DTYPES
+        and is_plain(x)
         and request.dims is None
         and scale.numel() == 1
+        and scale.is_cpu
         and request.spec.samples == 1
         and request.spec.rounding is not Rounding.TRUNCATE
         and (request.key is not None or not request.spec.stochastic)
@@ -134,6 +138,8 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
         return None
     grid, carrier = grid_of(request.format), carrier_dtype(request.format)
     bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
+    if bound is not None and bound.value.numel() != 1:
+        return None
     if isinstance(grid, Integers) and not request.spec.stochastic and carrier.itemsize == 1:
         return _clip(request, scale, grid, bound)
     if bound is not None:
@@ -152,6 +158,8 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     both = (first, second)
     if not all(takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
         return None
+    if first.x is not second.x or first.spec.rounding is not second.spec.rounding:
+        return None
     if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
         return None
     return _log(first.x, both, scale)
@@ -160,24 +168,24 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
 def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) -> Rounded:
     x = readable(request.x)
     q = torch.empty_like(x, dtype=carrier_dtype(request.format)) if request.carrier else None
-    blocks = -(-x.numel() // BLOCK)
+    n, codes, whole = x.numel(), carrier_dtype(request.format), (packed_bytes(x.numel()), mask_bytes(x.numel()))
     packs = request.save and has_integer_codes(request.format)
-    packed = x.new_empty(blocks * BLOCK // 2, dtype=torch.uint8) if packs else None
-    mask = None if bound is None else x.new_empty(blocks * 8, dtype=torch.uint8)
+    packed = x.new_empty(whole[0], dtype=torch.uint8) if packs else None
+    mask = None if bound is None else x.new_empty(whole[1], dtype=torch.uint8)
     amax = kernels().clip(
         ctypes.byref(
             c.Clip(
-                x.data_ptr(),
+                pointer(x, "x", x.dtype, n),
                 c.CODES[x.dtype],
-                x.numel(),
+                n,
                 _inverse(scale),
                 grid.low,
                 grid.high,
                 0 if bound is None else RULES[bound.rule],
                 0.0 if bound is None else float(bound.value),
-                _pointer(q),
-                _pointer(packed),
-                _pointer(mask),
+                optional(q, "codes", codes, n, x),
+                optional(packed, "packed", torch.uint8, whole[0]),
+                optional(mask, "mask", torch.uint8, whole[1]),
             )
         )
     )
@@ -185,20 +193,17 @@ def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) 
     return Rounded(q, amax, saved, mask)
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
 def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
     grids = [log_grid(r.format) for r in requests]
     rounding = requests[0].spec.rounding
     outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
-    arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=x.numel(), inv_scale=_inverse(scale))
+    n = x.numel()
+    arguments = c.LogRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale))
     arguments.num, arguments.rule = len(requests), RULE_OF[rounding]
     for i, (grid, out, request) in enumerate(zip(grids, outputs, requests, strict=True)):
         arguments.grid[i] = grid
-        arguments.out[i] = out.data_ptr()
+        arguments.out[i] = pointer(out, "out", torch.bfloat16, n, like=x)
         arguments.key[i] = stream_key(request.key, 0) if rounding.draws and request.key is not None else 0
     amax = kernels().log_round(ctypes.byref(arguments))
     return tuple(Rounded(out, amax) for out in outputs)
@@ -207,9 +212,9 @@ def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Round
 def _float(request: Request, scale: Tensor, parameters: Any) -> Rounded:
     x = readable(request.x)
     out = torch.empty_like(x, dtype=carrier_dtype(request.format))
-    arguments = c.FloatRound(
-        x.data_ptr(), c.CODES[x.dtype], x.numel(), _inverse(scale), parameters, out.data_ptr(), c.CODES[out.dtype]
-    )
+    n, to = x.numel(), out.dtype
+    arguments = c.FloatRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale), parameters)
+    arguments.out, arguments.out_dtype = pointer(out, "out", to, n, like=x), c.CODES[to]
     return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
 
@@ -220,16 +225,17 @@ def _by_table(request: Request, scale: Tensor) -> Rounded | None:
     if rounding is Rounding.UNDERFLOW and 0.0 not in format.grid:
         return None
     out = torch.empty_like(x, dtype=carrier_dtype(format))
+    n, num_levels = x.numel(), len(format.grid)
     arguments: Any = c.TableRound(
-        x.data_ptr(),
+        pointer(x, "x", x.dtype, n),
         c.CODES[x.dtype],
-        x.numel(),
+        n,
         _inverse(scale),
-        boundaries.data_ptr(),
-        levels.data_ptr(),
-        len(levels),
+        pointer(boundaries, "boundaries", torch.float32, num_levels - 1),
+        pointer(levels, "levels", torch.float32, num_levels),
+        num_levels,
         _overflow(format),
-        out.data_ptr(),
+        pointer(out, "out", out.dtype, n, like=x),
         c.CODES[out.dtype],
         stream_key(request.key, 0) if rounding.draws and request.key is not None else 0,
         RULE_OF[rounding],
@@ -244,10 +250,12 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """Packed integers as int8, uint8, bfloat16 or float32."""
     if dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
         return None
-    if packed.data.device.type != "cpu" or packed.grid is not None:
+    if not packed.data.is_cpu or packed.grid is not None:
         return None
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
-    arguments = c.Unpack(packed.data.data_ptr(), out.numel(), int(packed.signed), out.data_ptr(), c.CODES[dtype])
+    n = out.numel()
+    codes = pointer(packed.data, "packed", torch.uint8, packed_bytes(n))
+    arguments = c.Unpack(codes, n, int(packed.signed), pointer(out, "out", dtype, n), c.CODES[dtype])
     kernels().unpack(ctypes.byref(arguments))
     return out
 
@@ -255,9 +263,10 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
 @backends.register("moments", "cpu")
 def moments(x: Tensor) -> Moments | None:
     """Means of x^2 and |x|, and max|x|, from one read."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.numel() == 0 or not is_dense(x):
+    if not x.is_cpu or x.dtype not in _DTYPES or x.numel() == 0 or not is_plain(x):
         return None
     x = readable(x)
-    found = c.Moments()
-    kernels().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(x.numel()), ctypes.byref(found))
+    found, n = c.Moments(), x.numel()
+    address = ctypes.c_void_p(pointer(x, "x", x.dtype, n))
+    kernels().moments(address, c.CODES[x.dtype], ctypes.c_int64(n), ctypes.byref(found))
     return Moments(found.sum_square / x.numel(), found.sum_abs / x.numel(), found.amax)

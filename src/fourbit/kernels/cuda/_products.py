@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import Format
+from fourbit.kernels._check import checked, mask_bytes, packed_bytes, require
 from fourbit.kernels.cuda._device import capability, kernels, launch, takes
 from fourbit.kernels.cuda._grids import parameters, table_of
 from fourbit.kernels.cuda._multiply import (
@@ -119,7 +120,8 @@ def _transposed(operand: Operand, dtype: torch.dtype) -> Tensor:
         rows, device = q.shape[:-1].numel(), q.data.device
         out = torch.empty((columns, rows), dtype=dtype, device=device)
         programs = -(-rows // 64) * (columns // BLOCK)
-        arguments = (q.data, rows, columns, out)
+        codes = checked(q.data, "packed", torch.uint8, packed_bytes(rows * columns), out)
+        arguments = (codes, rows, columns, out)
         launch(kernels().unpack_transposed_kernel, programs, out, *arguments, SIGNED=q.signed, ROWS=64, num_warps=4)  # type: ignore[union-attr]
         return out
     return _rows(operand.to(dtype)).t().contiguous()
@@ -201,32 +203,35 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         return None
     if codes is not None and not (isinstance(codes, Packed) and codes.grid is None):
         return None
-    if y.numel() == 0 or kernels() is None:
+    if y.numel() == 0 or y.is_neg() or kernels() is None:
         return None
     grid: Any = None
     if finish.output is not None and not raw.rounded:
         grid = parameters(finish.output)
         if grid is None:
             return None
+    if finish.layout is not None:
+        require(finish.layout.shape == y.shape, f"a product of shape {tuple(finish.layout.shape)}")
     y = finish.layout.match(y) if finish.layout is not None else y if is_dense(y) else y.contiguous()
     in_place = y.dtype == finish.dtype
     if in_place and grid is None and finish.mask is None and not singles and raw.unit == 1.0:
         return y, None
     out = y if in_place else torch.empty_like(y, dtype=finish.dtype)
-    programs = -(-y.numel() // (BLOCK * ROWS))
+    n = y.numel()
+    programs = -(-n // (BLOCK * ROWS))
     clipped = torch.empty(programs, dtype=torch.float32, device=y.device) if codes is not None else None
     launch(
         kernels().epilogue_kernel,  # type: ignore[union-attr]
         programs,
         y,
-        y,
-        y.numel(),
+        checked(y, "y", y.dtype, n, y),
+        n,
         raw.unit,
         finish.scale,
         finish.late,
-        None if finish.mask is None else finish.mask.view(torch.int32),
-        None if codes is None else codes.data,
-        out,
+        None if finish.mask is None else checked(finish.mask, "mask", torch.uint8, mask_bytes(n), y).view(torch.int32),
+        None if codes is None else checked(codes.data, "packed", torch.uint8, packed_bytes(n), y),
+        checked(out, "out", finish.dtype, n, y),
         clipped,
         None if grid is None else table_of(finish.output, grid, y.device),  # type: ignore[arg-type]
         GRID=grid,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
+from fourbit.kernels._check import checked, is_plain, mask_bytes, packed_bytes
 from fourbit.kernels.cuda._device import capability, kernels, launch, takes
 from fourbit.kernels.cuda._grids import parameters, table_of
 from fourbit.kernels.cuda._multiply import fits_fp8, is_worth_fp8
@@ -28,7 +29,6 @@ from fourbit.quantizers import (
     Rounding,
     carrier_dtype,
     has_integer_codes,
-    is_dense,
     stream_key,
 )
 
@@ -43,6 +43,7 @@ def _takes(request: Request, scale: Tensor) -> bool:
         takes(x)
         and x.dtype in DTYPES
         and x.numel() > 0
+        and is_plain(x)
         and scale.numel() == 1
         and scale.dtype == torch.float32
         and scale.device == x.device
@@ -57,7 +58,8 @@ def _takes(request: Request, scale: Tensor) -> bool:
 @backends.register("round", "cuda")
 def round_one(request: Request, scale: Tensor) -> Rounded | None:
     """One operand, to one format."""
-    return _round((request,), scale)[0] if _takes(request, scale) else None
+    found = _round((request,), scale) if _takes(request, scale) else None
+    return None if found is None else found[0]
 
 
 @backends.register("round_pair", "cuda")
@@ -67,6 +69,8 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     if not all(_takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
         return None
     x = first.x
+    if second.x is not x:
+        return None
     if x.dim() in (2, 3) and x.is_contiguous() and capability(x.device) >= (8, 9):
         rows, columns = x.numel() // x.shape[-1], x.shape[-1]
         if is_worth_fp8(rows, columns) and all(fits_fp8(r.format) is torch.float8_e4m3fn for r in both):
@@ -78,18 +82,20 @@ def _zero_amax(x: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=x.device)
 
 
-def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
+def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...] | None:
     one, x = requests[0], requests[0].x
     grids: list[Any] = [parameters(r.format, r.spec.stochastic) for r in requests]
     tables = [table_of(r.format, grid, x.device) for r, grid in zip(requests, grids, strict=True)]
     q = [torch.empty_like(x, dtype=carrier_dtype(r.format)) if r.carrier else None for r in requests]
-    blocks = -(-x.numel() // BLOCK)
+    n, blocks = x.numel(), -(-x.numel() // BLOCK)
     bound = one.spec.scaling.bound(scale, one.format, one.stored) if one.save else None
+    if bound is not None and (bound.value.numel() != 1 or bound.value.dtype != torch.float32):
+        return None
     packed = mask = None
     if one.save and has_integer_codes(one.format):
-        packed = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8, device=x.device)
+        packed = torch.empty(packed_bytes(n), dtype=torch.uint8, device=x.device)
     if bound is not None:
-        mask = torch.empty(blocks * BLOCK // 32, dtype=torch.int32, device=x.device)
+        mask = torch.empty(mask_bytes(n) // 4, dtype=torch.int32, device=x.device)
     amax = _zero_amax(x)
     launch(
         kernels().round_kernel,  # type: ignore[union-attr]
@@ -98,7 +104,7 @@ def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
         x,
         x.numel(),
         scale,
-        None if bound is None else bound.value,
+        None if bound is None else checked(bound.value, "bound", torch.float32, 1, x),
         amax.view(torch.int32),
         _key(one),
         q[0],
@@ -166,8 +172,10 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     if dtype not in wanted and not (dtype is torch.float8_e4m3fn and capability(packed.data.device) >= (8, 9)):
         return None
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype, device=packed.data.device)
-    programs = -(-out.numel() // (BLOCK * ROWS))
-    arguments = (packed.data, out.numel(), out)
+    n = out.numel()
+    programs = -(-n // (BLOCK * ROWS))
+    codes = checked(packed.data, "packed", torch.uint8, packed_bytes(n), out)
+    arguments = (codes, n, checked(out, "out", dtype, n, out))
     launch(kernels().unpack_kernel, programs, out, *arguments, SIGNED=packed.signed, ROWS=ROWS, num_warps=8)  # type: ignore[union-attr]
     return out
 
@@ -175,7 +183,7 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
 @backends.register("moments", "cuda")
 def moments(x: Tensor) -> Moments | None:
     """Means of x^2 and |x|, and max|x|, from one read."""
-    if not takes(x) or x.dtype not in DTYPES or x.numel() == 0 or not is_dense(x) or kernels() is None:
+    if not takes(x) or x.dtype not in DTYPES or x.numel() == 0 or not is_plain(x) or kernels() is None:
         return None
     n, block = x.numel(), 4096
     programs = -(-n // block)

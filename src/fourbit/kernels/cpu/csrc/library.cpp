@@ -1,4 +1,7 @@
-// The C ABI: picks the instruction set once, at load time, and runs loops on the caller's OpenMP team.
+// The C ABI: picks the instruction set once, at load time, runs loops on the caller's OpenMP team, and lets no exception out.
+#include <atomic>
+#include <new>
+
 #include "common.h"
 
 namespace fourbit {
@@ -17,32 +20,58 @@ struct Region {
   Range range;
   void* task;
   int pieces;
+  std::atomic<bool> failed;  // of memory, in one of the threads: an exception must not leave the region
 };
 
 void piece(void* p) {
-  const Region& r = *static_cast<const Region*>(p);
+  Region& r = *static_cast<Region*>(p);
   const int threads = get_num_threads(), me = get_thread();
   const int64_t blocks = (r.n + r.grain - 1) / r.grain;
   for (int i = me; i < r.pieces; i += threads) {  // a runtime may grant fewer threads than were asked for
     const int64_t begin = blocks * i / r.pieces * r.grain;
     int64_t end = blocks * (i + 1) / r.pieces * r.grain;
     if (end > r.n) end = r.n;
-    if (begin < end) r.range(begin, end, i, r.task);
+    if (begin >= end) continue;
+    try {
+      r.range(begin, end, i, r.task);
+    } catch (...) {
+      r.failed = true;
+    }
   }
 }
+
+// What the sources are compiled for (_build.py): each table needs every feature of its flags.
+#if defined(FOURBIT_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
 
 const Table* choose() {
 #if defined(FOURBIT_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return &avx512_table;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_table;
+  if (has_avx512()) return &avx512_table;
+  if (has_avx2()) return &avx2_table;
 #endif
   return &portable_table;
 }
 
 const Table* table = choose();
+thread_local bool out_of_memory = false;
+
+// What `call` returns; 0 where it ran out of memory, which is noted. The kernels throw nothing else (std::vector).
+template <typename F>
+auto guarded(F call) noexcept -> decltype(call()) {
+  try {
+    return call();
+  } catch (...) {
+    out_of_memory = true;
+    return decltype(call())();
+  }
+}
 
 }  // namespace
 
@@ -55,11 +84,13 @@ int run(int64_t n, int64_t grain, Range range, void* task, bool alone) {
     if (n > 0) range(0, n, 0, task);
     return 1;
   }
-  Region region{n, grain, range, task, threads};
+  Region region{n, grain, range, task, threads, {false}};
   gomp_parallel(piece, &region, static_cast<unsigned>(threads), 0);
+  if (region.failed) throw std::bad_alloc();
   return threads;
 }
 
+// Whether the kernels of multiply.cpp and convolve.cpp may run: they go with the widest table, on processors that have more.
 bool has_dot_product() {
 #if defined(FOURBIT_X86)
   return table == &avx512_table && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
@@ -80,7 +111,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 8; }
+FOURBIT_API int32_t fourbit_abi() { return 9; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -102,30 +133,54 @@ FOURBIT_API const char* fourbit_isa() {
 FOURBIT_API int32_t fourbit_use_isa(const char* name) {
   if (!std::strcmp(name, "portable")) table = &portable_table;
 #if defined(FOURBIT_X86)
-  else if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2")) table = &avx2_table;
-  else if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512bw")) table = &avx512_table;
+  else if (!std::strcmp(name, "avx2") && has_avx2()) table = &avx2_table;
+  else if (!std::strcmp(name, "avx512") && has_avx512()) table = &avx512_table;
 #endif
   else return 0;
   return 1;
 }
 
-FOURBIT_API float fourbit_clip(const Clip* c) { return table->clip(c); }
-FOURBIT_API float fourbit_log_round(const LogRound* r) { return table->log_round(r); }
-FOURBIT_API float fourbit_float_round(const FloatRound* r) { return table->float_round(r); }
-FOURBIT_API float fourbit_table_round(const TableRound* r) { return table->table_round(r); }
-FOURBIT_API void fourbit_unpack(const Unpack* u) { table->unpack(u); }
-FOURBIT_API double fourbit_epilogue(const Epilogue* e) { return table->epilogue(e); }
-FOURBIT_API void fourbit_split(const Split* s) { table->split(s); }
-FOURBIT_API int32_t fourbit_multiply(MatMul* t) { return has_dot_product() && multiply(t); }
-FOURBIT_API int64_t fourbit_panel_count(const MatMul* t) { return has_dot_product() ? panel_count(t) : 0; }
-FOURBIT_API void fourbit_pack_panels(const MatMul* t, uint32_t* out) { pack_panels(t, out); }
-FOURBIT_API int32_t fourbit_conv_fprop(const ConvFprop* t) { return has_dot_product() && conv_fprop(t); }
-FOURBIT_API int32_t fourbit_conv_wgrad(const ConvWgrad* t) { return has_dot_product() && conv_wgrad(t); }
-FOURBIT_API int32_t fourbit_conv_dgrad(const ConvDgrad* t) { return has_dot_product() && conv_dgrad(t); }
-FOURBIT_API void fourbit_norm_statistics(const NormStatistics* s) { table->norm_statistics(s); }
-FOURBIT_API float fourbit_norm_apply(const NormApply* a) { return table->norm_apply(a); }
-FOURBIT_API float fourbit_norm_backward(NormBackward* b) { return table->norm_backward(b); }
-FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) { *out = table->moments(x, dtype, n); }
-FOURBIT_API void fourbit_accumulate(const Accumulate* a) { table->accumulate(a); }
-FOURBIT_API void fourbit_lstm_forward(const LstmForward* t) { table->lstm_forward(t); }
-FOURBIT_API void fourbit_lstm_backward(const LstmBackward* t) { table->lstm_backward(t); }
+// Whether the products and convolutions below do anything: with the instruction set in use, now.
+FOURBIT_API int32_t fourbit_has_dot_product() { return has_dot_product(); }
+
+// Whether a call of this thread ran out of memory since the last question; what it returned then means nothing.
+FOURBIT_API int32_t fourbit_out_of_memory() {
+  const bool found = out_of_memory;
+  out_of_memory = false;
+  return found;
+}
+
+#define FOURBIT_GUARDED(result, name, argument, body) \
+  FOURBIT_API result fourbit_##name(argument t) { return guarded([&]() -> result { return body; }); }
+
+FOURBIT_GUARDED(float, clip, const Clip*, table->clip(t))
+FOURBIT_GUARDED(float, log_round, const LogRound*, table->log_round(t))
+FOURBIT_GUARDED(float, float_round, const FloatRound*, table->float_round(t))
+FOURBIT_GUARDED(float, table_round, const TableRound*, table->table_round(t))
+FOURBIT_GUARDED(void, unpack, const Unpack*, table->unpack(t))
+FOURBIT_GUARDED(double, epilogue, const Epilogue*, table->epilogue(t))
+FOURBIT_GUARDED(void, split, const Split*, table->split(t))
+FOURBIT_GUARDED(void, norm_statistics, const NormStatistics*, table->norm_statistics(t))
+FOURBIT_GUARDED(float, norm_apply, const NormApply*, table->norm_apply(t))
+FOURBIT_GUARDED(float, norm_backward, NormBackward*, table->norm_backward(t))
+FOURBIT_GUARDED(void, accumulate, const Accumulate*, table->accumulate(t))
+FOURBIT_GUARDED(void, lstm_forward, const LstmForward*, table->lstm_forward(t))
+FOURBIT_GUARDED(void, lstm_backward, const LstmBackward*, table->lstm_backward(t))
+// 0: not with the instruction set in use, or not these arguments.
+FOURBIT_GUARDED(int32_t, multiply, MatMul*, has_dot_product() && multiply(t))
+FOURBIT_GUARDED(int64_t, panel_count, const MatMul*, has_dot_product() ? panel_count(t) : 0)
+FOURBIT_GUARDED(int32_t, conv_fprop, const ConvFprop*, has_dot_product() && conv_fprop(t))
+FOURBIT_GUARDED(int32_t, conv_wgrad, const ConvWgrad*, has_dot_product() && conv_wgrad(t))
+FOURBIT_GUARDED(int32_t, conv_dgrad, const ConvDgrad*, has_dot_product() && conv_dgrad(t))
+
+FOURBIT_API int32_t fourbit_pack_panels(const MatMul* t, uint32_t* out) {
+  return guarded([&]() -> int32_t {
+    if (!has_dot_product()) return 0;
+    pack_panels(t, out);
+    return 1;
+  });
+}
+
+FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) {
+  guarded([&] { *out = table->moments(x, dtype, n); });
+}

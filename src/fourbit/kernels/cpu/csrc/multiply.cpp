@@ -323,6 +323,7 @@ void multiply_integers(Task& task) {
 
 bool multiply(MatMul* t) {
   if (t->integers) {
+    if (!t->panels) return false;
     Task task(t);
     multiply_integers(task);
     return true;
