@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fourbit.errors import UserError
 from fourbit.ops._contract import (
+    clip_gradient,
     flatten,
     full_precision,
     needs_of,
@@ -30,6 +30,7 @@ from fourbit.ops._contract import (
     unflatten,
 )
 from fourbit.ops._contraction import LinearMap
+from fourbit.ops._second import once, refuse_transforms
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
 
@@ -54,6 +55,8 @@ def grouped(x: Tensor, w: Tensor, sizes: Sequence[int], state: LayerState) -> Te
     """
     if x.is_meta or w.is_meta:
         raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
+    refuse_transforms()
+    state.with_gradients = torch.is_grad_enabled()
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with full_precision(device), computing(state, x.numel()):
@@ -99,7 +102,7 @@ class _Grouped(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once("a gradient of a mixture's experts", "call restore(model) first")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         state: LayerState = ctx.state
@@ -124,4 +127,5 @@ class _Grouped(torch.autograd.Function):
                     if alpha is not None:
                         sums.append(alpha)
         x_alpha, w_alpha = (torch.stack(sums).sum(0) if sums else None for sums in alphas)
-        return (dx if needs[0] else None, dw if needs[1] else None, x_alpha, w_alpha, None, None, None)
+        clips = clip_gradient(x_alpha), clip_gradient(w_alpha)
+        return (dx if needs[0] else None, dw if needs[1] else None, *clips, None, None, None)

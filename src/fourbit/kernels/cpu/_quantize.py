@@ -20,9 +20,6 @@ from fourbit.formats import FloatFormat, Format
 from fourbit.kernels._check import is_plain, mask_bytes, optional, packed_bytes, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
-    BLOCK as BLOCK,
-)
-from fourbit.quantizers import (
     Binary,
     Bound,
     Cast,
