@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fourbit as fb
 from benchmarks._architectures import BATCH, LENGTH, WORDS, Case
-from fourbit.recipes._explain import GEMMS
+from fourbit.recipes import GEMMS
 
 STEPS = 30
 CLEARLY = 0.25

@@ -12,6 +12,7 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.chains._norm import Activation, Norm, Normalized, NormApply, NormGradients
 from fourbit.errors import UserError
+from fourbit.formats import Format
 from fourbit.ops import Finish, LayerState, Pending, ResultHandover, finish
 from fourbit.quantizers import Quantized, Request
 
@@ -92,7 +93,7 @@ class Unfinished:
             return self.y.detach()
         raw, scale, output = self.result.raw, self.result.scale, self.result.output
         if raw.y.dtype == torch.int16:
-            return as_it_is(raw.y, output).compute()
+            return Kept(raw.y, output).compute()
         what = Finish(torch.tensor(scale, dtype=torch.float32), output, False, None, torch.float32)
         return finish(raw._replace(unit=1.0), what)[0]
 
@@ -133,8 +134,15 @@ class Affine:
         return out
 
 
-def as_it_is(v: Tensor, format: Any) -> Affine:
-    """v itself, as a copy."""
-    moments = torch.zeros(4, v.shape[1], dtype=torch.float32)
-    moments[2] = 1.0
-    return Affine(Normalized(v, format, moments))
+@dataclass
+class Kept:
+    """v itself, in float32 or in 16-bit codes of `format`."""
+
+    v: Tensor
+    format: Format | None
+
+    def compute(self) -> Tensor:
+        """v as a tensor of its own."""
+        moments = torch.zeros(4, self.v.shape[1], dtype=torch.float32)
+        moments[2] = 1.0
+        return Affine(Normalized(self.v, self.format, moments)).compute()

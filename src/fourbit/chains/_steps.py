@@ -14,7 +14,7 @@ from torch.autograd import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
 from fourbit import backends
-from fourbit.chains._link import Affine, Link, Unfinished, as_it_is, hooks_now
+from fourbit.chains._link import Affine, Kept, Link, Unfinished, hooks_now
 from fourbit.chains._nodes import Activated, Call, End, Finished, Normalization, Opened, Sum, normalization_of
 from fourbit.chains._norm import Activation, Norm, NormStatistics
 from fourbit.chains._watch import chain_ended, is_watched
@@ -40,11 +40,8 @@ def can_defer(x: Tensor, state: LayerState) -> bool:
     return (
         state.fuse
         and state.training
-        and x.dtype is torch.float32
-        and x.dim() == 4
-        and x.numel() > 0
-        and (isinstance(x, Pending) or plain_tensors_only((x,)))
-        and not torch.is_autocast_enabled(x.device.type)
+        and (isinstance(x, Pending) or _is_image(x))
+        and not torch.is_autocast_enabled("cpu")
         and not torch.is_inference_mode_enabled()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
@@ -52,6 +49,16 @@ def can_defer(x: Tensor, state: LayerState) -> bool:
         and torch._C._is_torch_function_enabled()
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _is_image(x: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.is_cpu
+        and plain_tensors_only((x,))
         and backends.dispatch("norm_supported", x, None) is not None
     )
 
@@ -105,13 +112,15 @@ def normalize(w: Tensor, norm: Norm) -> Pending | None:
     """batch_norm(w) in training, which moves the running statistics on; None where that is no step of a chain."""
     if not isinstance(w, Pending) or not _is_open(w, Unfinished):
         return None
-    channels = w.size(1)
+    channels, numel = w.sizes[1], w.sizes.numel()
     vectors = [t for t in (norm.gamma, norm.beta, norm.running_mean, norm.running_var) if t is not None]
-    if w.numel() < 2 * channels or (norm.running_mean is None) != (norm.running_var is None):
+    if numel < 2 * channels or (norm.running_mean is None) != (norm.running_var is None):
         return None
     if not plain_tensors_only(vectors):
         return None
-    if any(t.shape != (channels,) or t.dtype != torch.float32 or not (t.is_cpu and t.is_contiguous()) for t in vectors):
+    if any(
+        t.shape != (channels,) or t.dtype is not torch.float32 or not (t.is_cpu and t.is_contiguous()) for t in vectors
+    ):
         return None
     result, y = w.content.result, w.content.y
     if result is None:
@@ -119,13 +128,13 @@ def normalize(w: Tensor, norm: Norm) -> Pending | None:
     else:
         output = None if result.raw.rounded and result.raw.y.dtype != torch.int16 else result.output
         statistics = NormStatistics(result.raw.y, result.scale, output, norm, own=True)
-    with computing(_WHO, w.numel()):
+    with computing(_WHO, numel):
         normalized = backends.dispatch("norm_statistics", statistics)
         if normalized is None:
             return None
         if result is not None:
             result.raw = result.raw._replace(y=torch.empty(0))
-        w.content = as_it_is(normalized.v, normalized.format)  # should somebody ask for the product
+        w.content = Kept(normalized.v, normalized.format)  # should somebody ask for the product
         link = Link("norm", w.link, w.node)
         link.norm = norm if is_watched() else None
         return _next(w, Normalization, link, Affine(normalized), False, norm.gamma, norm.beta, normalized)
@@ -135,9 +144,9 @@ def add(w: Tensor, other: Any, inplace: bool) -> Pending | None:
     """w + other; None where that is no step of a chain."""
     if not isinstance(w, Pending) or not isinstance(other, Tensor) or other is w or not _is_open(w, Affine):
         return None
-    if w.content.residual is not None or w.content.act.clips or other.shape != w.shape:
+    if w.content.residual is not None or w.content.act.clips or other.shape != w.sizes:
         return None
-    settle_all(other, "a sum")
+    settle_all((other,), "a sum")
     residual = other.content if isinstance(other, Pending) else other
     if residual.dtype != torch.float32 or not residual.is_cpu or residual.is_inference():
         return None
@@ -164,14 +173,14 @@ def take(w: Tensor, behind: LayerState) -> OperandHandover | None:
         return None
     found = _take(w, behind)
     if found is None:
-        settle_all(w, "a layer that quantizes it itself")
+        settle_all((w,), "a layer that quantizes it itself")
     return found
 
 
 def _take(w: Pending, behind: LayerState) -> OperandHandover | None:
     if not _is_open(w, Affine):
         return None
-    alpha, wants_grad = behind.x_alpha, w.requires_grad
+    alpha, wants_grad = behind.x_alpha, w.node is not None
     if wants_grad != torch.is_grad_enabled() and (wants_grad or (alpha is not None and alpha.requires_grad)):
         return None
     if wants_grad and normalization_of(w.link, w.node) is None:
@@ -213,7 +222,7 @@ def settle(w: Pending, why: str) -> None:
             if is_ours and isinstance(w.content, Unfinished) and w.content.y is not None:
                 plain = w.content.y
             elif is_ours and isinstance(w.content, Affine) and _is_whole(w):
-                with computing(_WHO, w.numel()), _saving_as(link):
+                with computing(_WHO, w.sizes.numel()), _saving_as(link):
                     plain = End.apply(w, None, Call(link, w.node, w.content, None, None, True))
             else:
                 link.fill(w)

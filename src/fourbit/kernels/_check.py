@@ -65,6 +65,11 @@ def pointer(
     raise _wrong(t, name, dtype, numel, order, like)
 
 
+def fresh(t: Tensor) -> int:
+    """The address of a CPU tensor that the caller has just made, for this kernel, with the size and order that it touches."""
+    return t.data_ptr()
+
+
 def optional(t: Tensor | None, name: str, dtype: torch.dtype, numel: int, like: Tensor | None = None) -> int | None:
     """`pointer`, or None."""
     return None if t is None else pointer(t, name, dtype, numel, None, like)

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
 from fourbit.nn._base import Quantized, require_input, swaps
-from fourbit.ops import Contraction, Convolution, LayerSpec, LinearMap, Matmul, Products, ResultHandover, contract
+from fourbit.ops import (
+    Contraction,
+    Convolution,
+    LayerSpec,
+    LinearMap,
+    Matmul,
+    Pending,
+    Products,
+    ResultHandover,
+    contract,
+)
 from fourbit.quantizers import require_numbers
 
 
@@ -113,7 +123,8 @@ class Conv2d(_Conv, nn.Conv2d):
         if self.spec.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
             return super().forward(input)
         contraction = self.contraction()
-        require_input(input, self, 1, self.in_channels)
+        if not isinstance(input, Pending) or input.sizes[1] != self.in_channels:
+            require_input(input, self, 1, self.in_channels)
         over = take(input, state) if _own_padding(self) is not None else None
         if self.bias is not None or _own_padding(self) is None:
             y = contract(input, self.weight, contraction, self.spec, state, over) if over else None

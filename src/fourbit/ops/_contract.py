@@ -59,11 +59,14 @@ def contract(
     """
     if over is None:
         settle_all((x, w), "a layer")
-    if x.is_meta or w.is_meta:
+    if w.is_meta or (over is None and x.is_meta):
         raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
     device = w.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    x_alpha = None if over is not None else state.x_alpha
+    if over is not None:
+        dtype, num_elements, x_alpha = torch.float32, over.layout.shape.numel(), None
+    else:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        num_elements, x_alpha = x.numel(), state.x_alpha
     state.with_gradients = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         from fourbit.ops._compiled import compiled_contract
@@ -76,8 +79,8 @@ def contract(
             "the weight of a quantized layer is a DTensor, of which this process has a part: call the module that fully_shard "
             "was applied to, which gathers it"
         )
-    with full_precision(device), computing(state, x.numel()):
-        return _Contract.apply(x, w, x_alpha, state.w_alpha, contraction, spec, state, dtype, over, result)
+    with full_precision(device), computing(state, num_elements):
+        return _Contract.apply(x, w, x_alpha, state.w_alpha, (contraction, spec, state, dtype, over, result))
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -119,13 +122,9 @@ class _Contract(torch.autograd.Function):
         w: Tensor,
         x_alpha: Tensor | None,
         w_alpha: Tensor | None,
-        contraction: Contraction,
-        spec: LayerSpec,
-        state: LayerState,
-        dtype: torch.dtype,
-        over: OperandHandover | None,
-        result: ResultHandover | None,
+        call: tuple[Contraction, LayerSpec, LayerState, torch.dtype, OperandHandover | None, ResultHandover | None],
     ) -> Tensor:
+        contraction, spec, state, dtype, over, result = call
         if result is not None:
             result.needs = needs_of(ctx.needs_input_grad)
         y, saved = run_forward(
@@ -143,7 +142,7 @@ class _Contract(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.contraction, ctx.spec, ctx.state = contraction, spec, state
         ctx.over, ctx.result = over, result
-        ctx.dtypes = (x.dtype, w.dtype)
+        ctx.dtypes = (torch.float32 if over is not None else x.dtype, w.dtype)
         ctx.weight = weakref.ref(w)  # saved, it would count as memory and forbid changes
         ctx.set_materialize_grads(False)
         return y
@@ -156,15 +155,15 @@ class _Contract(torch.autograd.Function):
         if g is None and result is not None:
             g, result.g = result.g, None
         if g is None and (result is None or result.quantized is None):
-            return (None,) * 10
+            return (None,) * 5
         if not torch.is_grad_enabled():
-            return (*_backward(ctx, g), *(None,) * 6)
+            return (*_backward(ctx, g), None)
         rounded: list[Tensor] = []
         with torch.no_grad():
             dx, *others = _backward(ctx, g, rounded)
         if ctx.over is not None or ctx.result is not None:
             what, remedy = "a gradient of a fused chain", "convert with fuse=False"
-            return (*(refused(t, what, remedy) for t in (dx, *others)), *(None,) * 6)
+            return (*(refused(t, what, remedy) for t in (dx, *others)), None)
         if dx is not None and g is not None:
             saved = unflatten(ctx.outline, ctx.saved_tensors)
             w = _numbers(saved.w, rounded[0].dtype, saved.w_layout)
@@ -173,7 +172,7 @@ class _Contract(torch.autograd.Function):
             dx = differentiable_dgrad(dx, g, weight, ctx.state.w_alpha, ctx.contraction, pair, masks)
         what = "the gradient of a quantized layer's weight or clip value"
         remedy = "take the penalty from gradients of inputs only, or call restore(model) first"
-        return (dx, *(refused(t, what, remedy) for t in others), *(None,) * 6)
+        return (dx, *(refused(t, what, remedy) for t in others), None)
 
 
 def _backward(ctx: Any, g: Tensor | None, rounded: list[Tensor] | None = None) -> tuple[Tensor | None, ...]:
@@ -230,7 +229,7 @@ def run_forward(
     """
     if isinstance(w, Tensor):
         state.begin()
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
     x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
     if over is None:
         x = contraction.prepare(x.detach(), "x")

@@ -42,6 +42,7 @@ class Pending(Tensor):
     """See above.
 
     Attributes:
+        sizes: its shape, for those who need not ask torch.
         content: how to compute it; its numbers, once they are there.
         link: the step of the chain that it is the result of.
         node: its node in autograd's graph, as that step made it.
@@ -50,6 +51,7 @@ class Pending(Tensor):
         taker: that layer's state.
     """
 
+    sizes: torch.Size
     content: Any
     link: Any
     node: Any
@@ -61,6 +63,7 @@ class Pending(Tensor):
     def make(shape: torch.Size, stride: Sequence[int]) -> Pending:
         """A float32 tensor on the CPU, without numbers."""
         w = Tensor._make_wrapper_subclass(Pending, shape, strides=tuple(stride), dtype=torch.float32)  # type: ignore[attr-defined]
+        w.sizes = shape
         w.is_passed = w.is_taken = False
         w.content = w.link = w.node = w.taker = None
         return w
@@ -90,7 +93,7 @@ class Pending(Tensor):
             result = step(*args, **kwargs)
             if result is not None:
                 return result
-        settle_all((args, kwargs), getattr(func, "__name__", str(func)))
+        settle_all(tree_leaves((args, kwargs)), getattr(func, "__name__", str(func)))
         if func in _NEEDS_MEMORY:
             args = tree_map_only(Pending, _plain, args)
         with torch._C.DisableTorchFunctionSubclass():
@@ -124,11 +127,11 @@ _run_as_written(Pending.__torch_function__.__func__)  # type: ignore[attr-define
 _run_as_written(Pending.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
-def settle_all(arguments: Any, why: str) -> None:
-    """Compute every Pending tensor in a structure of lists, tuples and dictionaries."""
-    for leaf in tree_leaves(arguments):
-        if isinstance(leaf, Pending) and not isinstance(leaf.content, Tensor):
-            leaf.link.settle(leaf, why)
+def settle_all(values: Iterable[Any], why: str) -> None:
+    """Compute the Pending tensors among them."""
+    for value in values:
+        if isinstance(value, Pending) and not isinstance(value.content, Tensor):
+            value.link.settle(value, why)
 
 
 def numbers_of(x: Tensor) -> Tensor:

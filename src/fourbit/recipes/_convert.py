@@ -163,7 +163,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
         elif torch_class is not None and issubclass(SWAPS[torch_class], Composed):
             parts = cast("type[Composed]", SWAPS[torch_class]).parts(module)  # type: ignore[arg-type]
             if not parts:
-                yield _Layer(name, module, "", None, None)
+                yield _Layer(name, module, "", None, None, f"{type(module).__name__} cannot be converted")
             for part, info in parts.items():
                 full = f"{name}.{part}" if name else part
                 place = f"{name}.{info.group}" if info.weight else None

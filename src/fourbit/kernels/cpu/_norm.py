@@ -12,7 +12,7 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
 from fourbit.formats import Format
-from fourbit.kernels._check import CHANNELS_LAST, mask_bytes, optional, packed_bytes, pointer, require
+from fourbit.kernels._check import CHANNELS_LAST, fresh, mask_bytes, optional, packed_bytes, pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid
 from fourbit.ops import Layout
@@ -57,7 +57,7 @@ def statistics(s: NormStatistics) -> Normalized:
     vectors = (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
     require(all(t is None or t.shape == (channels,) for t in vectors), "one number for each channel")
     moments = torch.empty(4, channels, dtype=_F32)
-    first = pointer(moments, "moments", _F32, 4 * channels)
+    first = fresh(moments)
     mean, inv_std, slope, offset = range(first, first + 16 * channels, 4 * channels)
     task: Any = c.NormStatistics(
         y=None if coded else pointer(y, "y", _F32, n, CHANNELS_LAST),
@@ -104,8 +104,8 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
         residual=optional(a.residual, "residual", _F32, n, v),
         act=a.act.clips,
         cap=a.act.cap,
-        out=optional(out, "out", _F32, n, v),
-        passes=optional(passes, "passes", _U8, mask_bytes(n)),
+        out=None if out is None else fresh(out),
+        passes=None if passes is None else fresh(passes),
         clips=request is not None,
     )
     if a.normalized.format is not None:
@@ -121,9 +121,7 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     limit = float(bound.value)
     task.clip.inv_scale, task.clip.low, task.clip.high = float(scale.reciprocal()), integers.low, integers.high
     task.clip.mask_rule, task.clip.bound = RULES[bound.rule], limit
-    task.clip.codes = pointer(q, "codes", q.dtype, n, like=v)
-    task.clip.packed = pointer(data, "packed", _U8, packed_bytes(n))
-    task.clip.mask = pointer(mask, "mask", _U8, mask_bytes(n))
+    task.clip.codes, task.clip.packed, task.clip.mask = fresh(q), fresh(data), fresh(mask)
     amax = kernels().norm_apply(ctypes.byref(task))
     if not math.isfinite(amax):
         scale = scale + amax * 0
@@ -142,7 +140,7 @@ def backward(b: NormBackward) -> NormGradients:
     specs = b.specs if all(g is not None for g in grids) else ()
     residual = torch.empty_like(v, dtype=_F32) if b.want_residual else None
     sums = torch.empty(2, channels, dtype=_F32)
-    moments, at = (pointer(t, "moments", _F32, 2 * channels) for t in (normalized.moments, sums))
+    moments, at = pointer(normalized.moments, "moments", _F32, 4 * channels), fresh(sums)
     outs = [torch.empty_like(v, dtype=torch.bfloat16 if specs else _F32) for _ in specs or (None,)]
     require(b.dq is None or b.dq.dtype in (_F32, torch.bfloat16), "a gradient of the codes in float32 or bfloat16")
     arguments: Any = c.NormBackward(
@@ -163,7 +161,7 @@ def backward(b: NormBackward) -> NormGradients:
         gamma=optional(b.gamma, "gamma", _F32, channels),
         mean=moments,
         inv_std=moments + 4 * channels,
-        g=optional(residual, "gradient of the residual", _F32, n, v),
+        g=None if residual is None else fresh(residual),
         dgamma=at,
         dbeta=at + 4 * channels,
         num=len(specs),
@@ -171,7 +169,7 @@ def backward(b: NormBackward) -> NormGradients:
     if normalized.format is not None:
         arguments.grid = float_grid(normalized.format)
     for i, out in enumerate(outs):
-        arguments.out[i] = pointer(out, "dv", out.dtype, n, like=v)
+        arguments.out[i] = fresh(out)
     scale = None
     if specs:
         assert b.exponent is not None
