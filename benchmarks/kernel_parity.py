@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from benchmarks._harness import ROOT, described, machine, markdown
 
-TESTS = ("tests/kernels", "tests/recipes/test_fuse.py", "tests/ops")
+TESTS = ("tests/kernels", "tests/chains", "tests/ops")
 
 CRITERIA = {
     "moments": "means to 1e-12, the maximum exactly",

@@ -13,6 +13,7 @@ from fuzz_values import CLEAN, Fuzz, bits, plain, request, same, scalar
 from torch import Tensor
 
 from fourbit import backends, formats
+from fourbit.chains import Activation, Norm, Normalized, NormApply, NormBackward, NormStatistics
 from fourbit.kernels import _check
 from fourbit.ops import LSTM_CELL, Accumulation, Convolution, Finish, Gemm, Layout, LinearMap, Operand, Raw
 from fourbit.ops import LstmBackward as BackwardRun
@@ -44,6 +45,8 @@ def rounding(f: Fuzz) -> Case:
         return "round_pair", (first, other, scale), check_pair
 
     def check(found: Rounded) -> None:
+        if one.stored is not None and one.stored.numel() != 1:
+            return  # the kernel was given a scale all the same
         if not plain(x) or not scale.numel() == scale_of(one).numel() == 1 or bool(scale != scale_of(one)):
             return  # another scale than that of the reference
         with backends.without():
@@ -224,7 +227,69 @@ def sequences(f: Fuzz) -> Case:
     return "lstm_run_back", (task,), lambda found: None
 
 
+def normalizing(f: Fuzz) -> Case:
+    """One of the three kernels of batch normalization, on the results of the others before it."""
+    shape = f.shape(4)
+    channels = shape[1]
+    y = f.tensor(shape)
+    y = y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 and f.one(True, True, False) else y
+    gamma, beta, mean, var = (f.one(None, f.tensor((channels,))) for _ in range(4))
+    norm = Norm(
+        gamma,
+        beta,
+        *f.rarely((mean, var), f.one((None, None), (f.tensor((channels,)), torch.ones(channels)))),
+        0.1,
+        1e-5,
+    )
+    output = f.one(None, formats.FP16_169, formats.FP8_152)
+    statistics = NormStatistics(y, f.rarely(0.37, 1.0), output, norm, f.one(True, False))
+    kept = y.clone() if plain(y) else y
+    if f.one(True, False, False):
+
+        def check(found: Normalized) -> None:
+            if output is None and statistics.scale == 1.0:
+                same(found.moments[0], kept.mean((0, 2, 3)), 1e-4)
+
+        return "norm_statistics", (statistics,), check
+    normalized = None
+    with contextlib.suppress(CLEAN):
+        normalized = backends.dispatch("norm_statistics", statistics)
+    if normalized is None:
+        normalized = Normalized(f.tensor(shape), output, f.tensor((4, channels)))
+    n = math.prod(shape)
+    residual, act = f.one(None, f.tensor(shape)), Activation(f.one(True, False), f.one(math.inf, 1.0))
+    if f.one(True, False):
+        one = f.one(
+            None,
+            Request(y, QuantSpec("uint4", ClipValue()), formats.UINT4, None, torch.ones(1), None, True),
+            request(f, y),
+        )
+        task = NormApply(normalized, residual, act, one, f.one(True, False))
+
+        def check_out(found: Any) -> None:
+            if found[0] is None or normalized.format is not None:
+                return
+            slope, offset = (m.view(1, -1, 1, 1) for m in normalized.moments[2:])
+            t = normalized.v * slope + offset
+            t = t if residual is None else t + residual
+            same(found[0], t.clamp(0.0, act.cap) if act.clips else t, 1e-4)
+
+        return "norm_apply", (task,), check_out
+    packed = f.one(None, Packed(bits(f, n, _check.packed_bytes), torch.Size(shape), normalized.v.stride(), False))
+    mask, passes = (f.one(None, bits(f, n, _check.mask_bytes)) for _ in range(2))
+    dq, do = (f.one(None, f.tensor(shape, f.rarely(torch.bfloat16, torch.float32, 0.3))) for _ in range(2))
+    specs = f.one((), (QuantSpec("fp4_r4_even", FixedScale(0.5)),), (QuantSpec("fp16_169", FixedScale(1.0)),))
+    layout = f.rarely(Layout(torch.Size(shape), (1,) * 4), Layout.of(normalized.v), 0.1)
+    exponent = torch.tensor(1.0)
+    back = NormBackward(
+        normalized, gamma, act, layout, dq, 1.0, packed, mask, passes, True, do, f.one(True, False), specs, exponent
+    )
+    return "norm_backward", (back,), lambda found: None
+
+
 CASES = (
+    normalizing,
+    normalizing,
     rounding,
     rounding,
     unpacking,

@@ -33,7 +33,7 @@ class Link:
         before, node: the step before and its node in autograd's graph; None for the first, or without a gradient.
         act: of an activation.
         norm: of a normalization, while somebody watches.
-        result, state: of a product: what the layer left, and the layer; None for a finished result.
+        result, state: of a product: what the layer left (None: a finished result), and the layer.
         owner: the tensor that stands for the result.
         hooks: of autograd's saved tensors, as they were when the step was taken.
         is_shared: whether somebody else than the step behind has used the result.

@@ -72,12 +72,13 @@ def begin(w: Tensor, result: ResultHandover, state: LayerState) -> Tensor:
     return w
 
 
-def begin_with(y: Tensor) -> Tensor:
+def begin_with(y: Tensor, state: LayerState) -> Tensor:
     """The finished result of a layer as the start of a chain."""
     if y.dim() != 4 or not y.is_contiguous(memory_format=torch.channels_last):
         return y
-    w = Opened.apply(y)
-    _stand(w, Link("product"), Unfinished(y=y))
+    w, link = Opened.apply(y), Link("product")
+    link.state = state
+    _stand(w, link, Unfinished(y=y))
     return w
 
 

@@ -128,7 +128,7 @@ class Conv2d(_Conv, nn.Conv2d):
         over = take(input, state) if _own_padding(self) is not None else None
         if self.bias is not None or _own_padding(self) is None:
             y = contract(input, self.weight, contraction, self.spec, state, over) if over else None
-            return begin_with(super().forward(input) if y is None else _add_bias(y, self.bias, 2))
+            return begin_with(super().forward(input) if y is None else _add_bias(y, self.bias, 2), state)
         result = ResultHandover()
         return begin(contract(input, self.weight, contraction, self.spec, state, over, result), result, state)
 

@@ -226,6 +226,8 @@ class ClipValue(Scaling):
         """alpha / format.max."""
         if stored is None:
             raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
+        if stored.numel() != 1:
+            raise UserError(f"PACT's clip value must be one number, but has shape {tuple(stored.shape)}")
         if stored.is_cpu:  # the host is faster than torch with one number
             return _at_least_tiny(max(float(stored), TINY) / format.max)
         return (_clip_value(stored) / format.max).clamp_min(TINY)

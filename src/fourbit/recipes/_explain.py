@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fourbit.nn import SWAPS, Composed, MatMul, Quantized, torch_class_of
 from fourbit.ops import Contraction
 from fourbit.quantizers import UNSET, ClipValue
-from fourbit.recipes._convert import Assignment, assign, resolve
+from fourbit.recipes._chains import chains_of
+from fourbit.recipes._convert import Assignment, assign, convert, resolve
 from fourbit.recipes._count import Call, Counts, counting
 from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation, Use
 from fourbit.recipes._input import Input, batch_for, run_on
@@ -51,6 +52,7 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
         run.calls if run else (),
         matrices_of(owners, run.counts if run else None, sizes),
         tuple(f"{owners.names[m] or 'the model'}: {operator}" for m, operator in run.counts.unknown) if run else (),
+        tuple if input is None else lambda: chains_of(model, lambda twin: convert(twin, recipe), input),
     )
 
 

@@ -62,6 +62,7 @@ def lines_of(explanation: Explanation) -> list[str]:
         lines.append("by format:")
         lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
     lines += _weights(explanation)
+    lines += _chains(explanation)
     return [*lines, "", *_execution(explanation)]
 
 
@@ -129,6 +130,27 @@ def _macs(macs: Mapping[str, int] | None, number: int, whole: int) -> str:
 def _count(entries: Iterable[object], what: str) -> str:
     number = len(list(entries))
     return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _chains(explanation: Explanation) -> list[str]:
+    """Which chains are fused in training, which are not, and why."""
+    chains = explanation.chains
+    if not chains:
+        return []
+    fused = sum(chain.fused for chain in chains)
+    alike: dict[str, int] = defaultdict(int)
+    for chain in chains:
+        alike[_pattern(str(chain))] += 1
+    lines = ["", f"chains computed at once in training: {fused} of {len(chains)}"]
+    shown = set()
+    for chain in chains:
+        pattern = _pattern(str(chain))
+        if alike[pattern] < _ALIKE:
+            lines.append(f"  {chain}")
+        elif pattern not in shown:
+            lines.append(f"  {pattern} ({alike[pattern]})")
+            shown.add(pattern)
+    return lines
 
 
 def _execution(explanation: Explanation) -> list[str]:

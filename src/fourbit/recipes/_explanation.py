@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from fourbit.ops import LayerSpec, ProductSize
 from fourbit.quantizers import QuantSpec
+from fourbit.recipes._chains import ChainExplanation
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import MatrixExplanation
 
@@ -133,6 +135,7 @@ class Explanation:
         matrices: parameters with two or more axes, but for those of embeddings and normalizations: of the layers, and of
             other modules. With an input, of the latter only what is multiplied, or does not run.
         uncounted: operators of other libraries that take parameters, "module: operator": what they multiply is not known.
+        find_chains: finds `chains`.
     """
 
     recipe: Recipe
@@ -141,6 +144,13 @@ class Explanation:
     calls: tuple[CallExplanation, ...] = ()
     matrices: tuple[MatrixExplanation, ...] = ()
     uncounted: tuple[str, ...] = ()
+    find_chains: Callable[[], tuple[ChainExplanation, ...]] = tuple
+
+    @cached_property
+    def chains(self) -> tuple[ChainExplanation, ...]:
+        """Convolutions, batch normalizations and what follows them, that are computed at once in training, and those that are
+        not, with the reason. Empty without an input. A copy of the model takes two training steps when first asked."""
+        return self.find_chains()
 
     @property
     def num_macs(self) -> int:

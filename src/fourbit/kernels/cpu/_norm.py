@@ -11,12 +11,23 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
+from fourbit.errors import UserError
 from fourbit.formats import Format
 from fourbit.kernels._check import CHANNELS_LAST, fresh, mask_bytes, optional, packed_bytes, pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid
 from fourbit.ops import Layout
-from fourbit.quantizers import Integers, Packed, QTensor, Quantized, carrier_dtype, exponent_scale, grid_of
+from fourbit.quantizers import (
+    ClipValue,
+    Integers,
+    Packed,
+    QTensor,
+    Quantized,
+    carrier_dtype,
+    exponent_scale,
+    grid_of,
+    has_integer_codes,
+)
 
 
 @backends.register("norm_supported", "cpu")
@@ -113,10 +124,13 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     if request is None:
         kernels().norm_apply(ctypes.byref(task))
         return out, None, passes, False
-    scale = request.spec.scaling.of(None, request.format, request.stored)  # type: ignore[arg-type]
-    integers, bound = grid_of(request.format), request.spec.scaling.bound(scale, request.format, request.stored)
-    assert isinstance(integers, Integers) and bound is not None
-    q = torch.empty_like(v, dtype=carrier_dtype(request.format))
+    clip, integers, carrier = request.spec.scaling, grid_of(request.format), carrier_dtype(request.format)
+    require(isinstance(clip, ClipValue), "a clip value")
+    scale = clip.of(None, request.format, request.stored)  # type: ignore[arg-type]
+    bound = clip.bound(scale, request.format, request.stored)
+    if not (isinstance(integers, Integers) and bound and carrier.itemsize == 1 and has_integer_codes(request.format)):
+        raise UserError("arguments of a kernel do not go together: a clipped format of 4-bit integers is needed")
+    q = torch.empty_like(v, dtype=carrier)
     data, mask = torch.empty(packed_bytes(n), dtype=_U8), torch.empty(mask_bytes(n), dtype=_U8)
     limit = float(bound.value)
     task.clip.inv_scale, task.clip.low, task.clip.high = float(scale.reciprocal()), integers.low, integers.high
