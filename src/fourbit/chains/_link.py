@@ -21,7 +21,7 @@ Kind = Literal["product", "norm", "sum", "act"]
 
 def hooks_now() -> Any:
     """What is called with the tensors that autograd saves; None: nothing."""
-    found = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    found = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
     return None if found is None else found[0]
 
 

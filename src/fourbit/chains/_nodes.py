@@ -187,6 +187,7 @@ class End(torch.autograd.Function):
         if quantized is None or behind is None:
             assert call.out is not None
             return call.out
+        assert not isinstance(quantized.amax, Tensor)
         behind.saw_operand(quantized.amax, call.out, quantized.tensor)
         ctx.back = call.back = GradientReturn()
         ctx.mark_dirty(w)
@@ -202,7 +203,7 @@ class End(torch.autograd.Function):
         if back is not None:
             d_alpha, back.clipped = back.clipped, None
         packed = None if ctx.packed is None else Packed(data, *ctx.packed)
-        dw = clipped = None
+        dw, clipped = None, 0.0
         if do is not None or dq is not None:
             inner = [link for link, _ in steps(ctx.link, ctx.node) if link is not ctx.link and link.kind != "product"]
             if any(link.is_visible() for link in inner):
@@ -234,7 +235,8 @@ def _all_at_once(ctx: Any, do: Tensor | None, dq: Tensor | None, dq_scale: float
     norm = normalization_of(ctx.link, ctx.node)
     total = next(((link, node) for link, node in chain if link.kind == "sum"), None)
     want_residual = total is not None and total[1].needs_input_grad[3]
-    found = differentiate(norm, ctx.link.act, do, dq, dq_scale, *saved, ctx.cap_clips, want_residual)
+    packed, mask, passes = saved
+    found = differentiate(norm, ctx.link.act, do, dq, dq_scale, packed, mask, passes, ctx.cap_clips, want_residual)
     norm.link.gradients = found
     if total is not None:
         total[0].d_residual = found.d_residual
@@ -292,15 +294,18 @@ def differentiate(
         norm: the node of the normalization.
     """
     v, moments, gamma = norm.saved_tensors
-    product = norm.link.before
+    product: Link = norm.link.before
     result, state = product.result, product.state
-    hands_over = result is not None and norm.needs_input_grad[0] and not product.is_visible()
-    specs: tuple[QuantSpec, ...] = state.gradient_specs(*result.needs) if hands_over else ()
+    specs: tuple[QuantSpec, ...] = ()
+    if not norm.needs_input_grad[0] or product.is_visible():
+        result = None
+    if result is not None and state is not None:
+        specs = state.gradient_specs(*result.needs)
     if do is not None:
         do = do.resolve_neg().to(torch.float32).contiguous(memory_format=torch.channels_last)
 
     def run(specs: tuple[QuantSpec, ...]) -> NormGradients:
-        exponent = state.g_exponent if specs else None
+        exponent = state.g_exponent if specs and state is not None else None
         normalized = Normalized(v, norm.format, moments)
         call = NormBackward(
             normalized,
@@ -324,13 +329,13 @@ def differentiate(
         return found
 
     found = run(specs)
-    if not hands_over:
+    if result is None or state is None:
         return found
     if not found.quantized:
         result.g = found.dv
     else:
         dv = run(()).dv if state.observer is not None else None
-        first = specs[0] is state.spec.g_dgrad
+        first = bool(specs) and specs[0] is state.spec.g_dgrad
         slots = ("g_dgrad", "g_wgrad") if len(found.quantized) == 2 else ("g_dgrad",) if first else ("g_wgrad",)
         by_slot = dict(zip(slots, found.quantized, strict=True))
         amax = found.quantized[0].amax

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import _unsafe_preserve_version_counter
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
 from fourbit import backends
@@ -43,7 +43,7 @@ def can_defer(x: Tensor, state: LayerState) -> bool:
         and (isinstance(x, Pending) or _is_image(x))
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_inference_mode_enabled()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._is_torch_function_enabled()
@@ -215,7 +215,8 @@ def settle(w: Pending, why: str) -> None:
             w.taker.wants_float = True  # then the next time both come out of one pass
         if not (w.is_passed or w.is_taken):
             chain_ended(link, why)
-        if w.is_passed or w.is_taken or w._use_count() > 1 or torch._C._are_functorch_transforms_active():
+        held = w._use_count() > 1  # type: ignore[attr-defined]
+        if w.is_passed or w.is_taken or held or torch._C._are_functorch_transforms_active():
             link.fill(w)
             return
         is_ours = w.grad_fn is w.node

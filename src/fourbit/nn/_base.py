@@ -72,7 +72,7 @@ def _in_any_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
         if args and isinstance(args[0], Proxy):
             tracer = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             raise UserError(
                 "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with "
                 "restore(model)"

@@ -430,7 +430,7 @@ def _codes(kept: Operand | None) -> Packed | Tensor | None:
 
 
 def _gradient(
-    g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
+    g: Tensor | None, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
 ) -> tuple[Operand, Tensor | None]:
     """The gradient operand, and the scale to be taken out after the product was rounded.
 
@@ -438,6 +438,7 @@ def _gradient(
     number of dimensions). Where it sums over them, what the channels differ by goes in before, and the largest comes out.
     """
     if quantized is None:
+        assert g is not None
         return Operand(g), None
     q, scale, format = quantized.tensor
     on_grid = spec is not None and spec.samples == 1 and spec.restore != "sum"

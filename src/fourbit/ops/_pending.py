@@ -76,7 +76,7 @@ class Pending(Tensor):
 
     def become(self, plain: Tensor) -> None:
         """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays."""
-        self.__dict__.clear()
+        vars(self).clear()  # type: ignore[attr-defined]
         torch._C._swap_tensor_impl(self, plain)
         object.__setattr__(self, "__class__", Tensor)
 
@@ -186,7 +186,7 @@ def _plain(w: Pending) -> Tensor:
         return _Plain.apply(w, [w.content.detach()])
 
 
-_GRAD_FN = Tensor.grad_fn.__get__
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 _METADATA = frozenset(
     {
@@ -209,7 +209,7 @@ _METADATA = frozenset(
             )
             if hasattr(Tensor, name)
         ),
-        Tensor._backward_hooks.__set__,  # autograd empties it for what a node changes in place
+        Tensor._backward_hooks.__set__,  # type: ignore[union-attr]  # autograd empties it for what a node changes in place
         *(
             getattr(Tensor, name)
             for name in (
