@@ -11,6 +11,7 @@ import inspect
 import io
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -708,3 +709,176 @@ def test_part_of_a_model_can_be_compiled():
         loss(h).backward()
         found[fuse] = model.stem.weight.grad
     torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-6)
+
+
+# ---- what a gradient, or a tensor, may go through between two uses ----
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.n1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.c2, self.n2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.c3 = nn.Conv2d(16, 8, 3, padding=1)
+
+
+class Other(Tensor):
+    """A class of tensors with operations of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.add, Tensor.__add__, torch.add):
+            return args[0].as_subclass(Tensor) - args[1].as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _in_place_without_gradients(m: Parts, x: Tensor) -> Any:
+    h = m.n1(m.c1(x))
+    with torch.no_grad():
+        h.relu_()
+        h += 2 * torch.ones_like(h)
+    return m.c2(h).square().mean(), [h]
+
+
+def _an_earlier_backward(m: Parts, x: Tensor) -> Any:
+    h = torch.relu(m.n1(m.c1(x)))
+    a, b = 100 * m.c2(h).square().mean(), h.mean()
+    del h
+    torch.autograd.grad(a, m.c2.weight, retain_graph=True)
+    return b, []
+
+
+def _an_earlier_backward_while_held(m: Parts, x: Tensor) -> Any:
+    h = torch.relu(m.n1(m.c1(x)))
+    a = m.c2(h).square().mean()
+    torch.autograd.grad(a, m.c2.weight, retain_graph=True)
+    return a, []
+
+
+def _a_hook_on_what_was_taken(m: Parts, x: Tensor) -> Any:
+    h = torch.relu(m.n1(m.c1(x)))
+    y = m.n2(m.c2(h)) + h
+    h.register_hook(lambda g: g * 3)
+    return m.c3(y).square().mean(), []
+
+
+def _a_node_of_what_was_taken(m: Parts, x: Tensor) -> Any:
+    h = torch.relu(m.n1(m.c1(x)))
+    y = m.c2(h)
+    h.grad_fn.register_prehook(lambda gs: tuple(g * 3 for g in gs))
+    return y.square().mean(), []
+
+
+def _a_view_of_what_was_taken(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        h = m.n1(m.c1(x))
+        y = m.c2(h)
+        h.view_as(h).mul_(3)
+    return m.c3(h).square().mean() + y.mean(), [h]
+
+
+def _another_class(m: Parts, x: Tensor) -> Any:
+    r = torch.ones(6, 16, 8, 8).as_subclass(Other)
+    return m.c2(m.n1(m.c1(x)) + r).square().mean() + m.c3(r + m.n1(m.c1(x))).mean(), []
+
+
+def _data_set(m: Parts, x: Tensor) -> Any:
+    h = m.n1(m.c1(x))
+    y = torch.relu(h)
+    h.data = h.data * 3
+    return m.c2(y).square().mean() + m.c3(h).mean(), [h]
+
+
+def _steps_in_a_checkpoint(m: Parts, x: Tensor) -> Any:
+    h = m.n1(m.c1(x))
+    return checkpoint(lambda t: m.c2(torch.relu(t)), h, use_reentrant=False).square().mean(), []
+
+
+def _order_of_axes(m: Parts, x: Tensor) -> Any:
+    y = torch.ones(6, 16, 8, 8) + m.n1(m.c1(x))
+    return m.c2(y).square().mean() + y.view(6, -1).mean(), []
+
+
+def _infinities(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        m.n1.bias[:3] = torch.tensor([float("inf"), -float("inf"), 0.5])
+    h = torch.relu(m.n1(m.c1(x)))
+    return h[:, 2:].square().mean(), []
+
+
+def _no_slope(m: Parts, x: Tensor) -> Any:
+    with torch.inference_mode():
+        h = torch.relu(m.n1(m.c1(x)))
+    return m.c2(h.clone()).square().mean(), []
+
+
+BETWEEN = [
+    _in_place_without_gradients,
+    _an_earlier_backward,
+    _an_earlier_backward_while_held,
+    _a_hook_on_what_was_taken,
+    _a_node_of_what_was_taken,
+    _a_view_of_what_was_taken,
+    _another_class,
+    _data_set,
+    _steps_in_a_checkpoint,
+    _order_of_axes,
+    _infinities,
+    _no_slope,
+]
+
+
+@pytest.mark.parametrize("do", BETWEEN, ids=[f.__name__.strip("_") for f in BETWEEN])
+def test_between_two_uses_everything_is_as_torch_has_it(do):
+    found = {}
+    for fuse in (False, True):
+        model = make(Parts, fuse)
+        for step in range(3):
+            x = batch(step)[0].requires_grad_()
+            model.zero_grad()
+            loss, tensors = do(model, x)
+            kept = [t.detach().clone() for t in tensors]
+            needs = [t.requires_grad for t in tensors]
+            del tensors
+            loss.backward()
+        results = {"loss": loss.detach(), "x": x.grad, "needs": needs, **{f"tensor {i}": t for i, t in enumerate(kept)}}
+        found[fuse] = results | {n: p.grad for n, p in model.named_parameters()}
+    same(found[True], found[False])
+
+
+def test_two_threads_may_use_one_result():
+    model = make(Parts, True)
+    for step in range(5):
+        h = model.n1(model.c1(batch(step)[0]))
+        results: list[float] = []
+        threads = [
+            threading.Thread(target=lambda h=h, k=k, results=results: results.append(float((h * k).detach().mean())))
+            for k in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 2
+
+
+def test_attributes_that_a_user_gives_a_result_stay():
+    model = make(Parts, True)
+    h = model.n1(model.c1(batch(0)[0]))
+    h.tag = 5
+    h.mean()
+    assert h.tag == 5 and type(h) is Tensor
+
+
+def test_an_eps_that_torch_refuses_is_refused():
+    model = make(Parts, True)
+    model.n1.eps = 0.0
+    errors = []
+    for fuse in (True, False):
+        model.c1.quant.fuse = fuse
+        try:
+            model.n1(model.c1(batch(0)[0]))
+            errors.append("")
+        except ValueError as error:
+            errors.append(str(error))
+    assert errors[0] == errors[1]

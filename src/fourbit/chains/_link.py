@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.chains._norm import Activation, Norm, Normalized, NormApply, NormGradients
+from fourbit.chains._norm import Activation, Norm, Normalized, NormApply
 from fourbit.errors import UserError
 from fourbit.formats import Format
-from fourbit.ops import Finish, LayerState, Pending, ResultHandover, finish
+from fourbit.ops import Finish, LayerState, Mailbox, Pending, ResultHandover, finish
 from fourbit.quantizers import Quantized, Request
 
 Kind = Literal["product", "norm", "sum", "act"]
@@ -51,8 +52,7 @@ class Link:
         self.hooks = hooks_now()
         self.is_shared = False
         self.passing: Tensor | None = None
-        self.gradients: NormGradients | None = None
-        self.d_residual: Tensor | None = None
+        self.gradients, self.d_residual = Mailbox(), Mailbox()
 
     def is_visible(self) -> bool:
         """Whether somebody else than the step behind may see the result or its gradient: it was used, or is still held."""
@@ -75,7 +75,7 @@ class Link:
         if not w.is_taken:
             self.is_shared = True
             if not w.is_passed and self.kind == "act":
-                self.passing = (out > 0) & (out < self.act.cap)
+                self.passing = ~((out <= 0) | (out >= self.act.cap)) if math.isfinite(self.act.cap) else ~(out <= 0)
         w.content = out
 
 
@@ -95,6 +95,7 @@ class Unfinished:
         if raw.y.dtype == torch.int16:
             return Kept(raw.y, output).compute()
         what = Finish(torch.tensor(scale, dtype=torch.float32), output, False, None, torch.float32)
+        self.result.raw = raw._replace(y=torch.empty(0))
         return finish(raw._replace(unit=1.0), what)[0]
 
 

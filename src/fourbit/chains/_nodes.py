@@ -84,7 +84,7 @@ class Normalization(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the input, gamma and beta."""
         g, link = grads[0], ctx.link
-        found, link.gradients = link.gradients, None
+        found: NormGradients | None = link.gradients.take()
         if g is not None:
             if found is not None:
                 raise UserError(_UNSEEN)
@@ -116,7 +116,7 @@ class Sum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of both."""
         g, link = grads[0], ctx.link
-        found, link.d_residual = link.d_residual, None
+        found = link.d_residual.take()
         if g is None:
             return None, None, None, found
         if found is not None:
@@ -198,10 +198,8 @@ class End(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leaves the gradients of the steps with them; or that of the result, where somebody may see a tensor between two."""
         do, (passes, data, mask), back = grads[0], ctx.saved_tensors, ctx.back
-        dq, dq_scale = (None, 1.0) if back is None else back.take()
-        d_alpha = None
-        if back is not None:
-            d_alpha, back.clipped = back.clipped, None
+        dq, dq_scale = (None if back is None else back.grad.take()) or (None, 1.0)
+        d_alpha = None if back is None else back.clipped.take()
         packed = None if ctx.packed is None else Packed(data, *ctx.packed)
         dw, clipped = None, 0.0
         if do is not None or dq is not None:
@@ -237,9 +235,9 @@ def _all_at_once(ctx: Any, do: Tensor | None, dq: Tensor | None, dq_scale: float
     want_residual = total is not None and total[1].needs_input_grad[3]
     packed, mask, passes = saved
     found = differentiate(norm, ctx.link.act, do, dq, dq_scale, packed, mask, passes, ctx.cap_clips, want_residual)
-    norm.link.gradients = found
+    norm.link.gradients.leave(found)
     if total is not None:
-        total[0].d_residual = found.d_residual
+        total[0].d_residual.leave(found.d_residual)
     return found.clipped
 
 
@@ -332,7 +330,7 @@ def differentiate(
     if result is None or state is None:
         return found
     if not found.quantized:
-        result.g = found.dv
+        result.g.leave(found.dv)
     else:
         dv = run(()).dv if state.observer is not None else None
         first = bool(specs) and specs[0] is state.spec.g_dgrad
@@ -341,5 +339,5 @@ def differentiate(
         amax = found.quantized[0].amax
         assert not isinstance(amax, Tensor)
         state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
-        result.quantized = by_slot.get("g_dgrad"), by_slot.get("g_wgrad")
+        result.quantized.leave((by_slot.get("g_dgrad"), by_slot.get("g_wgrad")))
     return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped)

@@ -19,6 +19,7 @@ from fourbit.chains._nodes import Activated, Call, End, Finished, Normalization,
 from fourbit.chains._norm import Activation, Norm, NormStatistics
 from fourbit.chains._watch import chain_ended, is_watched
 from fourbit.ops import (
+    LOCK,
     STEPS,
     LayerState,
     Layout,
@@ -42,13 +43,20 @@ def can_defer(x: Tensor, state: LayerState) -> bool:
         and state.training
         and (isinstance(x, Pending) or _is_image(x))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.is_inference_mode_enabled()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
         and torch._C._is_torch_function_enabled()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
+        and _is_eager()
+    )
+
+
+def _is_eager() -> bool:
+    """Whether nothing is in force that wants to see each operation."""
+    return not (
+        torch.is_inference_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -87,14 +95,16 @@ def _stand(w: Pending, link: Link, content: Any) -> None:
     w.link, w.content, w.node = link, content, node_of(w)
 
 
-def _is_open(w: Any, content: type) -> bool:
-    """Whether the next step may follow: nobody has used w, and no other node has taken its place in autograd's graph."""
+def _is_open(w: Pending, content: type, inplace: bool = False) -> bool:
+    """Whether the next step may follow: nobody has used w, no other node has taken its place in autograd's graph, and the
+    step is one that autograd sees as it saw those before."""
     return (
-        isinstance(w, Pending)
-        and type(w.content) is content
+        type(w.content) is content
         and not w.is_passed
         and not w.is_taken
         and node_of(w) is w.node
+        and _is_eager()
+        and (not inplace or w.node is None or torch.is_grad_enabled())
     )
 
 
@@ -111,11 +121,11 @@ def _next(w: Pending, function: Any, link: Link, content: Affine, inplace: bool,
 
 def normalize(w: Tensor, norm: Norm) -> Pending | None:
     """batch_norm(w) in training, which moves the running statistics on; None where that is no step of a chain."""
-    if not isinstance(w, Pending) or not _is_open(w, Unfinished):
+    if not isinstance(w, Pending) or not _is_open(w, Unfinished) or hooks_now() is not w.link.hooks:
         return None
     channels, numel = w.sizes[1], w.sizes.numel()
     vectors = [t for t in (norm.gamma, norm.beta, norm.running_mean, norm.running_var) if t is not None]
-    if numel < 2 * channels or (norm.running_mean is None) != (norm.running_var is None):
+    if not norm.eps > 0 or numel < 2 * channels or (norm.running_mean is None) != (norm.running_var is None):
         return None
     if not plain_tensors_only(vectors):
         return None
@@ -143,7 +153,9 @@ def normalize(w: Tensor, norm: Norm) -> Pending | None:
 
 def add(w: Tensor, other: Any, inplace: bool) -> Pending | None:
     """w + other; None where that is no step of a chain."""
-    if not isinstance(w, Pending) or not isinstance(other, Tensor) or other is w or not _is_open(w, Affine):
+    if not isinstance(w, Pending) or not isinstance(other, Tensor) or other is w:
+        return None
+    if not _is_open(w, Affine, inplace) or hooks_now() is not w.link.hooks:
         return None
     if w.content.residual is not None or w.content.act.clips or other.shape != w.sizes:
         return None
@@ -160,7 +172,9 @@ def add(w: Tensor, other: Any, inplace: bool) -> Pending | None:
 
 def activate(w: Tensor, cap: float, inplace: bool) -> Pending | None:
     """min(max(w, 0), cap); None where that is no step of a chain."""
-    if not isinstance(w, Pending) or not _is_open(w, Affine) or w.content.act.clips or not cap > 0:
+    if not isinstance(w, Pending) or not _is_open(w, Affine, inplace) or w.content.act.clips or not cap > 0:
+        return None
+    if hooks_now() is not w.link.hooks:
         return None
     link = Link("act", w.link, w.node)
     link.act = Activation(True, cap)
@@ -172,7 +186,8 @@ def take(w: Tensor, behind: LayerState) -> OperandHandover | None:
     """The operand of the layer `behind`, quantized; None where it must quantize the tensor, plain from now on, itself."""
     if not isinstance(w, Pending):
         return None
-    found = _take(w, behind)
+    with LOCK:
+        found = _take(w, behind) if isinstance(w, Pending) else None
     if found is None:
         settle_all((w,), "a layer that quantizes it itself")
     return found
@@ -282,7 +297,10 @@ def _add(input: Any, other: Any, *deprecated: Any, alpha: float = 1, out: Any = 
     if deprecated or alpha != 1 or out is not None:
         return None
     found = add(input, other, False)
-    return add(other, input, False) if found is None else found
+    if found is not None or not isinstance(input, Tensor) or not isinstance(other, Pending):
+        return found
+    # the result has the order of axes of the first
+    return add(other, input, False) if input.is_contiguous(memory_format=torch.channels_last) else None
 
 
 @step(Tensor.add_, Tensor.__iadd__)

@@ -12,9 +12,11 @@ from fourbit.ops._contraction import Matmul as Matmul
 from fourbit.ops._contraction import ProductSize as ProductSize
 from fourbit.ops._grouped import grouped as grouped
 from fourbit.ops._handover import GradientReturn as GradientReturn
+from fourbit.ops._handover import Mailbox as Mailbox
 from fourbit.ops._handover import OperandHandover as OperandHandover
 from fourbit.ops._handover import ResultHandover as ResultHandover
 from fourbit.ops._matrices import Matrices as Matrices
+from fourbit.ops._pending import LOCK as LOCK
 from fourbit.ops._pending import STEPS as STEPS
 from fourbit.ops._pending import Pending as Pending
 from fourbit.ops._pending import node_of as node_of

@@ -151,16 +151,16 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, result = grads[0], ctx.result
+        g, result, quantized = grads[0], ctx.result, None
         if g is None and result is not None:
-            g, result.g = result.g, None
-        if g is None and (result is None or result.quantized is None):
+            g, quantized = result.g.take(), result.quantized.take()
+        if g is None and quantized is None:
             return (None,) * 5
         if not torch.is_grad_enabled():
-            return (*_backward(ctx, g), None)
+            return (*_backward(ctx, g, quantized), None)
         rounded: list[Tensor] = []
         with torch.no_grad():
-            dx, *others = _backward(ctx, g, rounded)
+            dx, *others = _backward(ctx, g, quantized, rounded)
         if ctx.over is not None or ctx.result is not None:
             what, remedy = "a gradient of a fused chain", "convert with fuse=False"
             return (*(refused(t, what, remedy) for t in (dx, *others)), None)
@@ -175,7 +175,12 @@ class _Contract(torch.autograd.Function):
         return (dx, *(refused(t, what, remedy) for t in others), None)
 
 
-def _backward(ctx: Any, g: Tensor | None, rounded: list[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any,
+    g: Tensor | None,
+    quantized: tuple[Quantized | None, Quantized | None] | None,
+    rounded: list[Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
     """dx, dw and the gradients of the clip values; `rounded` takes Q(g) as dgrad has it."""
     saved, needs = unflatten(ctx.outline, ctx.saved_tensors), ctx.needs_input_grad
     with full_precision(saved.x.device.type):
@@ -188,7 +193,7 @@ def _backward(ctx: Any, g: Tensor | None, rounded: list[Tensor] | None = None) -
             ctx.dtypes,
             needs_of(needs),
             ctx.over,
-            ctx.result,
+            quantized,
             rounded,
         )
     return dx if needs[0] else None, dw if needs[1] else None, clip_gradient(dx_alpha), clip_gradient(dw_alpha)
@@ -276,7 +281,7 @@ def run_backward(
     dtypes: tuple[torch.dtype, torch.dtype],
     needs: tuple[bool, bool],
     over: OperandHandover | None = None,
-    result: ResultHandover | None = None,
+    quantized: tuple[Quantized | None, Quantized | None] | None = None,
     rounded: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dw and the gradients of their clip values; `rounded` takes the gradient as dgrad has it, in full precision."""
@@ -284,8 +289,8 @@ def run_backward(
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     dx = dw = dx_alpha = dw_alpha = None
     if g is None:
-        assert result is not None and result.quantized is not None
-        (g_dgrad, g_wgrad), result.quantized = result.quantized, None
+        assert quantized is not None
+        g_dgrad, g_wgrad = quantized
     else:
         g = contraction.prepare(g, "g")
         needs_axis = spec.g_scaling or spec.restores or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
@@ -311,7 +316,8 @@ def run_backward(
                 mask = over.inside(mask, codes)
             dx, dx_alpha = product(gemm, spec.output, dtypes[0], late, mask, codes)
             if over is not None:  # the clip value is an input of the node before
-                over.back.clipped, dx_alpha = clip_gradient(dx_alpha), None
+                over.back.clipped.leave(clip_gradient(dx_alpha))
+                dx_alpha = None
         else:
             _give_back(gemm, spec, late, over)
     if need_w:
@@ -346,10 +352,10 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
         scale = raw.unit
         for factor in (gemm.scale, late):
             scale = scale if factor is None else scale * float(factor)
-        over.back.grad, over.back.scale = gemm.layout.match(raw.y), scale
+        over.back.grad.leave((gemm.layout.match(raw.y), scale))
         return
     dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
-    over.back.grad, over.back.scale = dx, 1.0
+    over.back.grad.leave((dx, 1.0))
 
 
 def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:

@@ -8,7 +8,7 @@ autograd, and a handover carries the content, forward and back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,21 +26,35 @@ class Visible(Protocol):
         ...
 
 
-@dataclass
-class GradientReturn:
-    """The way back of an operand's gradient: scale * grad, not yet masked. Both nodes hold it; it refers to neither.
+class Mailbox:
+    """Where a node leaves something for another node of the same backward pass; another pass does not find it."""
 
-    `clipped`: the gradient of the clip value, where the layer behind masked the gradient itself.
+    __slots__ = ("_backward", "_content")
+
+    def __init__(self) -> None:
+        self._content: Any = None
+        self._backward = -1
+
+    def leave(self, content: Any) -> None:
+        """For the node that comes for it."""
+        self._content, self._backward = content, torch._C._current_graph_task_id()
+
+    def take(self) -> Any:
+        """What was left in this backward pass; None: nothing."""
+        content, self._content = self._content, None
+        return content if self._backward == torch._C._current_graph_task_id() else None
+
+
+class GradientReturn:
+    """The way back of an operand's gradient. Both nodes hold it; it refers to neither.
+
+    Attributes:
+        grad: (gradient, scale), not yet masked.
+        clipped: the gradient of the clip value, where the layer behind masked the gradient itself.
     """
 
-    grad: Tensor | None = None
-    scale: float = 1.0
-    clipped: Tensor | None = None
-
-    def take(self) -> tuple[Tensor | None, float]:
-        """The gradient that was left; None if there is none."""
-        grad, self.grad = self.grad, None
-        return grad, self.scale
+    def __init__(self) -> None:
+        self.grad, self.clipped = Mailbox(), Mailbox()
 
 
 @dataclass
@@ -91,5 +105,5 @@ class ResultHandover:
     scale: float = 1.0
     output: Format | None = None
     needs: tuple[bool, bool] = (True, True)
-    g: Tensor | None = None
-    quantized: tuple[Quantized | None, Quantized | None] | None = None
+    g: Mailbox = field(default_factory=Mailbox)
+    quantized: Mailbox = field(default_factory=Mailbox)

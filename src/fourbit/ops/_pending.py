@@ -9,6 +9,7 @@ stays a `Pending` with a tensor as its content.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +34,9 @@ class Settles(Protocol):
         """For another tensor, that nothing follows from."""
         ...
 
+
+LOCK = threading.RLock()
+"""Held while a Pending tensor becomes another."""
 
 STEPS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Functions of torch that may go on with a Pending tensor, and what does it; that returns None for a call which is no step."""
@@ -76,7 +80,8 @@ class Pending(Tensor):
 
     def become(self, plain: Tensor) -> None:
         """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays."""
-        vars(self).clear()  # type: ignore[attr-defined]
+        for name in _OWN:
+            vars(self).pop(name, None)  # type: ignore[attr-defined]
         torch._C._swap_tensor_impl(self, plain)
         object.__setattr__(self, "__class__", Tensor)
 
@@ -88,12 +93,24 @@ class Pending(Tensor):
                 return func(*args, **kwargs)
         if func == _GRAD_FN and isinstance(args[0], Pending) and node_of(args[0]) is not args[0].node:
             return node_of(args[0])  # not of a chain's making: it stays
-        step = STEPS.get(func)
+        others = any(t not in (Pending, Tensor, torch.nn.Parameter) for t in types)
+        step = None if others else STEPS.get(func)
         if step is not None:
-            result = step(*args, **kwargs)
+            with LOCK:
+                result = step(*args, **kwargs)
             if result is not None:
                 return result
-        settle_all(tree_leaves((args, kwargs)), getattr(func, "__name__", str(func)))
+        leaves = tree_leaves((args, kwargs))
+        settle_all(leaves, getattr(func, "__name__", str(func)))
+        left = [w for w in leaves if isinstance(w, Pending)]
+        if others:  # a class with operations of its own
+            return NotImplemented if left else func(*args, **kwargs)
+        if func == _SET_DATA and left:
+            left[0].content = args[1].detach()
+            return None
+        if func in _OBSERVING:
+            for w in left:
+                w.link.is_shared = True
         if func in _NEEDS_MEMORY:
             args = tree_map_only(Pending, _plain, args)
         with torch._C.DisableTorchFunctionSubclass():
@@ -109,7 +126,8 @@ class Pending(Tensor):
             found.append((w, w.content))
             return w.content
 
-        if func is torch.ops.aten.view.default and list(args[1]) == list(args[0].size()):
+        same_shape = func is torch.ops.aten.view.default and list(args[1]) == list(args[0].size())
+        if same_shape and not isinstance(args[0].content, Tensor):
             return _alias(args[0])  # so autograd tells the input of a function, returned as it is, from its output
         args, kwargs = tree_map_only(Pending, numbers, (args, kwargs or {}))
         result = func(*args, **kwargs)
@@ -130,8 +148,10 @@ _run_as_written(Pending.__torch_dispatch__.__func__)  # type: ignore[attr-define
 def settle_all(values: Iterable[Any], why: str) -> None:
     """Compute the Pending tensors among them."""
     for value in values:
-        if isinstance(value, Pending) and not isinstance(value.content, Tensor):
-            value.link.settle(value, why)
+        if isinstance(value, Pending):
+            with LOCK:  # two threads may come for one
+                if isinstance(value, Pending) and not isinstance(value.content, Tensor):
+                    value.link.settle(value, why)
 
 
 def numbers_of(x: Tensor) -> Tensor:
@@ -186,6 +206,10 @@ def _plain(w: Pending) -> Tensor:
         return _Plain.apply(w, [w.content.detach()])
 
 
+_OWN = ("sizes", "content", "link", "node", "is_passed", "is_taken", "taker")
+"""Attributes of a Pending tensor, which a plain one has not."""
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[union-attr]
 _GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 _METADATA = frozenset(
@@ -232,6 +256,9 @@ _METADATA = frozenset(
     }
 )
 """What is known without the numbers."""
+
+_OBSERVING = frozenset({_GRAD_FN, Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook})
+"""By which a gradient can be seen after the tensor is gone."""
 
 _NEEDS_MEMORY = frozenset(
     getattr(Tensor, name)

@@ -153,8 +153,8 @@ def backward(b: NormBackward) -> NormGradients:
     grids = [log_grid(s.format) for s in b.specs]
     specs = b.specs if all(g is not None for g in grids) else ()
     residual = torch.empty_like(v, dtype=_F32) if b.want_residual else None
-    sums = torch.empty(2, channels, dtype=_F32)
-    moments, at = pointer(normalized.moments, "moments", _F32, 4 * channels), fresh(sums)
+    dgamma, dbeta = torch.empty(channels, dtype=_F32), torch.empty(channels, dtype=_F32)
+    moments = pointer(normalized.moments, "moments", _F32, 4 * channels)
     outs = [torch.empty_like(v, dtype=torch.bfloat16 if specs else _F32) for _ in specs or (None,)]
     require(b.dq is None or b.dq.dtype in (_F32, torch.bfloat16), "a gradient of the codes in float32 or bfloat16")
     arguments: Any = c.NormBackward(
@@ -176,8 +176,8 @@ def backward(b: NormBackward) -> NormGradients:
         mean=moments,
         inv_std=moments + 4 * channels,
         g=None if residual is None else fresh(residual),
-        dgamma=at,
-        dbeta=at + 4 * channels,
+        dgamma=fresh(dgamma),
+        dbeta=fresh(dbeta),
         num=len(specs),
     )
     if normalized.format is not None:
@@ -196,4 +196,4 @@ def backward(b: NormBackward) -> NormGradients:
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
         quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
-    return NormGradients(None if specs else outs[0], quantized, sums[0], sums[1], residual, arguments.clipped)
+    return NormGradients(None if specs else outs[0], quantized, dgamma, dbeta, residual, arguments.clipped)
