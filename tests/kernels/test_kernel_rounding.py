@@ -205,7 +205,8 @@ def test_two_grids_from_one_read_equal_one_after_the_other(implementation, dtype
     inputs = [ALL_BFLOAT16.to(dtype), *(numbers(size, dtype) for size in SIZES)]
     inputs += list(layouts(numbers(3 * 5 * 7 * 9, dtype).view(3, 5, 7, 9)).values())
     for x, exponent, specs in itertools.product(inputs, (0, 5, -80), ((even, odd), (odd, even), (odd, odd))):
-        requests = [request_for(x, spec, stored=torch.tensor(exponent)) for spec in specs]
+        one = request_for(x, specs[0], stored=torch.tensor(exponent))
+        requests = [one, request_for(one.x, specs[1], stored=torch.tensor(exponent))]  # of one tensor
         (scale, first), (_, second) = map(reference, requests)
         found = implementation(*requests, scale)
         assert found is not None or implementation.kernel.backend != "cpu"

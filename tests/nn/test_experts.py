@@ -380,8 +380,8 @@ def test_other_stacks_of_matrices_are_named_and_stay_in_full_precision():
     from torch.nn.utils.parametrizations import weight_norm
 
     model = nn.Sequential(nn.Linear(8, 8), Grouped(), nn.Linear(8, 8))
-    found = {layer.name: layer for layer in fb.explain(model, recipe(catalog.TPR)).layers}
-    assert found["1"].note.startswith("Grouped keeps matrices in a parameter of three axes, and cannot be converted")
+    found = {matrix.name: matrix for matrix in fb.explain(model, recipe(catalog.TPR)).matrices}
+    assert found["1.weight"].reason == "parameter of Grouped, not of a layer" and not found["0.weight"].reason
     fb.convert(model, recipe(catalog.TPR))
     assert type(model[1]) is Grouped
     normed = nn.Sequential(nn.Conv1d(8, 8, 3), weight_norm(nn.Conv1d(8, 8, 3)))

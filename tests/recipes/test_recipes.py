@@ -286,7 +286,7 @@ def test_explain_takes_a_batch_by_the_names_of_the_arguments():
     found = fb.explain(Named(), "ibm2020", batch).layers
     assert [layer.num_macs["fprop"] for layer in found] == [5 * 64] * 3
     assert len(fb.memory_report(fb.convert(Named(), "ibm2020"), batch).layers) == 3
-    with pytest.raises(UserError, match=r"does not run on an input of shape \(5, 8\)"):
+    with pytest.raises(UserError, match=r"does not run on an input of shape middle=\(5, 8\)"):
         fb.explain(Named(), "ibm2020", {"middle": torch.ones(5, 8)})
 
 

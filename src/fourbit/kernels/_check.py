@@ -98,6 +98,19 @@ def require(holds: bool, what: str) -> None:
         raise UserError(f"arguments of a kernel do not go together: {what} is needed")
 
 
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same numbers, in the same place."""
+    return a is b or (
+        a.shape == b.shape
+        and a.dtype is b.dtype
+        and a.device == b.device
+        and is_plain(a)
+        and is_plain(b)
+        and a.stride() == b.stride()
+        and a.data_ptr() == b.data_ptr()
+    )
+
+
 def require_disjoint(written: Tensor, name: str, others: Iterable[tuple[Tensor, str]]) -> None:
     """No byte that a kernel writes into one argument is one of another's.
 

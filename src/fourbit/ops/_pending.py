@@ -93,6 +93,8 @@ class Pending(Tensor):
                 return func(*args, **kwargs)
         if func == _GRAD_FN and isinstance(args[0], Pending) and node_of(args[0]) is not args[0].node:
             return node_of(args[0])  # not of a chain's making: it stays
+        if _is_autograds_own(func, args):
+            return _alias(args[0])
         others = any(t not in (Pending, Tensor, torch.nn.Parameter) for t in types)
         step = None if others else STEPS.get(func)
         if step is not None:
@@ -126,9 +128,6 @@ class Pending(Tensor):
             found.append((w, w.content))
             return w.content
 
-        same_shape = func is torch.ops.aten.view.default and list(args[1]) == list(args[0].size())
-        if same_shape and not isinstance(args[0].content, Tensor):
-            return _alias(args[0])  # so autograd tells the input of a function, returned as it is, from its output
         args, kwargs = tree_map_only(Pending, numbers, (args, kwargs or {}))
         result = func(*args, **kwargs)
         return next((w for w, content in found if result is content), result)  # an operation in place returns its input
@@ -181,6 +180,14 @@ class _Alias:
         if not isinstance(self.of.content, Tensor):
             self.of.link.fill(self.of)
         return self.of.content.clone()
+
+
+def _is_autograds_own(func: Any, args: Any) -> bool:
+    """Whether autograd tells the input of a function, which returned it as it is, from its output: it has hold of it then."""
+    if getattr(func, "__name__", "") != "view_as" or len(args) != 2 or args[0] is not args[1]:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return args[0]._use_count() > 1
 
 
 def _alias(of: Pending) -> Pending:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fourbit.errors import UserError
 from fourbit.nn import (
@@ -153,9 +152,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
         elif isinstance(module, EMBEDDINGS):
             yield _Layer(name, module, "", None, name)
         elif torch_class is None and not isinstance(module, MATRIX_LIKE) and not _is_quantized_by_torch(module):
-            if _has_stacked_matrices(module):
-                reason = f"{type(module).__name__} keeps matrices in a parameter of three axes, and cannot be converted"
-                yield _Layer(name, module, "", None, None, reason)
+            continue
         elif found := projections.get(module) or obstacle(module):
             yield _Layer(name, module, "", None, None, f"{type(module).__name__} {found}")
             if isinstance(module, nn.MultiheadAttention):  # it need not call the layer behind it
@@ -197,12 +194,6 @@ def _nothing_left(model: nn.Module, found: list[_Layer]) -> str:
         return f"{type(model).__name__} has no layer of these types: {known}"
     more = f", and {len(reasons) - 3} other kinds of layers" if len(reasons) > 3 else ""
     return f"of the layers of {type(model).__name__}, {'; '.join(reasons[:3])}{more}"
-
-
-def _has_stacked_matrices(module: nn.Module) -> bool:
-    """Whether the module has a parameter that can be a stack of matrices, as experts and grouped linear layers have."""
-    own = () if isinstance(module, ParametrizationList) else module.parameters(recurse=False)
-    return any(p.dim() == 3 and min(p.shape) > 1 for p in own)
 
 
 def _nearest(rule: Rule, names: Iterable[str]) -> str:

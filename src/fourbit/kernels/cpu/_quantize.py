@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import FloatFormat, Format
-from fourbit.kernels._check import is_plain, mask_bytes, optional, packed_bytes, pointer
+from fourbit.kernels._check import is_plain, is_same, mask_bytes, optional, packed_bytes, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
     Binary,
@@ -155,7 +155,7 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     both = (first, second)
     if not all(takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
         return None
-    if first.x is not second.x or first.spec.rounding is not second.spec.rounding:
+    if first.spec.rounding is not second.spec.rounding or not is_same(first.x, second.x):
         return None
     if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
         return None
