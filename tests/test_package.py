@@ -38,3 +38,14 @@ def test_every_public_name_resolves_and_is_known_to_type_checkers():
 
 def test_an_unknown_attribute_is_an_attribute_error():
     assert not hasattr(fourbit, "no_such_name")
+
+
+def test_a_first_step_needs_no_compiler():
+    """Importing torch's compiler takes longer than the step."""
+    code = """
+import sys, torch, torch.nn as nn, fourbit as fb
+net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+fb.convert(net, "ibm2020")(torch.randn(2, 3, 8, 8)).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fourbit.errors import UserError
 from fourbit.nn._base import SWAPS, require_input
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import ProductSize, grouped
+from fourbit.ops import ProductSize, as_written, grouped
 
 
 class Experts(Composed):
@@ -70,7 +70,7 @@ class Experts(Composed):
             return super().forward(*inputs, **named)
         return self._mix(*_arguments(self, inputs, named))  # type: ignore[call-arg]
 
-    @torch.compiler.disable
+    @as_written
     def _mix(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         up, down = self.parts()
         require_input(x, self, -1, self.part_weight(up).shape[2], (2,))

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fourbit.errors import UserError
 from fourbit.nn._base import require_input, swaps
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import GRU_CELL, LSTM_CELL, ProductSize, Recurrence, recurrent
+from fourbit.ops import GRU_CELL, LSTM_CELL, ProductSize, Recurrence, as_written, recurrent
 
 Hidden = tuple[Tensor, Tensor | None]
 
@@ -66,7 +66,7 @@ class _Recurrent(Composed, nn.RNNBase):
     def _quantized(self) -> bool:
         return any(not self.part(name).spec.is_identity for name in self.parts())
 
-    @torch.compiler.disable
+    @as_written
     def _run(
         self, x: Tensor, batch_sizes: list[int], h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from fourbit.ops._accumulation import Accumulation as Accumulation
 from fourbit.ops._accumulation import accumulate as accumulate
+from fourbit.ops._as_written import as_written as as_written
 from fourbit.ops._cells import GRU_CELL as GRU_CELL
 from fourbit.ops._cells import LSTM_CELL as LSTM_CELL
 from fourbit.ops._contract import contract as contract

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fourbit.ops._as_written import as_written
+
 
 class Settles(Protocol):
     """What knows how a Pending tensor is computed."""
@@ -133,15 +135,8 @@ class Pending(Tensor):
         return next((w for w, content in found if result is content), result)  # an operation in place returns its input
 
 
-def _run_as_written(function: Callable[..., Any]) -> None:
-    """Keep torch.compile, which may be at work around the call, out of a function and all that it calls."""
-    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-
-
-_run_as_written(Pending.__torch_function__.__func__)  # type: ignore[attr-defined]
-_run_as_written(Pending.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
+as_written(Pending.__torch_function__.__func__)  # type: ignore[attr-defined]
+as_written(Pending.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
 def settle_all(values: Iterable[Any], why: str) -> None:
