@@ -108,12 +108,13 @@ class Implementation:
 
 
 def implementations(operation: str) -> list[Implementation]:
-    """The kernels of one operation."""
+    """The kernels of one operation, of the backends that this machine has: another test may have imported others."""
+    available = {status.name for status in backends.statuses() if status.available}
     found: list[Implementation] = []
     for kernel in backends.kernels():
         if kernel.operation == operation and kernel.backend == "cpu":
             found += [Implementation(kernel, isa) for isa in isas()]
-        elif kernel.operation == operation:
+        elif kernel.operation == operation and kernel.backend in available:
             found.append(Implementation(kernel, None))
     return found
 
