@@ -61,7 +61,11 @@ def coverage(case: Case, recipe: str = "ibm2020") -> Coverage:
             macs[layer.bits(gemm)] += count
     names = tuple(layer.name for layer in ours)
     other = {layer.name: layer.note for layer in found if layer.rule == "-" and layer.note}
-    other |= {m.name.rpartition(".")[0]: m.reason for m in explanation.matrices if m.reason and m.name in stacks}
+    other |= {
+        m.name.rpartition(".")[0]: m.reason
+        for m in explanation.matrices
+        if m.reason.startswith("parameter of") and m.name in stacks
+    }
     return Coverage(names, other, macs.get("4 x 4", 0) / max(1, sum(macs.values())))
 
 
