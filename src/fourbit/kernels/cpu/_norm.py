@@ -149,7 +149,8 @@ def backward(b: NormBackward) -> NormGradients:
     normalized = b.normalized
     v, (n, channels, kept) = normalized.v, _kept(normalized)
     require(b.layout == Layout.of(v), "v in the layout of the result")
-    require(b.dq is None or (b.packed is not None and b.mask is not None), "codes and mask for their gradient")
+    require((b.packed is None) == (b.mask is None), "codes and their mask, or neither")
+    require(b.dq is None or b.packed is not None, "codes for their gradient")
     grids = [log_grid(s.format) for s in b.specs]
     specs = b.specs if all(g is not None for g in grids) else ()
     residual = torch.empty_like(v, dtype=_F32) if b.want_residual else None
