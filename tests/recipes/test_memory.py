@@ -262,10 +262,14 @@ def test_fused_chains_keep_no_float_tensor_between_their_layers():
 
 def _bytes_alive() -> int:
     gc.collect()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor
-    }
-    return sum(storages.values())
+    return sum(dict(filter(None, (_bytes_of(t) for t in gc.get_objects() if type(t) is Tensor))).values())
+
+
+def _bytes_of(t: Tensor) -> tuple[int, int] | None:
+    try:
+        return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+    except RuntimeError:  # one that torch's tracing left in a cache: it has no memory
+        return None
 
 
 @pytest.mark.parametrize("backward", [True, False])
