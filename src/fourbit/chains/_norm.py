@@ -50,6 +50,9 @@ class Activation:
     cap: float = float("inf")
 
 
+NO_ACTIVATION, RELU = Activation(), Activation(True)
+
+
 @dataclass(frozen=True)
 class NormStatistics:
     """The first call: v, its statistics, and the running ones, one batch further.

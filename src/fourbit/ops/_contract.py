@@ -23,6 +23,7 @@ from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._node import Node
 from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
@@ -114,7 +115,7 @@ class Saved:
     w_layout: Layout
 
 
-class _Contract(torch.autograd.Function):
+class _Contract(Node):
     @staticmethod
     def forward(
         ctx: Any,
@@ -233,7 +234,7 @@ def run_forward(
         learned: whether the clip values of x and w are to get gradients.
     """
     if isinstance(w, Tensor):
-        state.begin()
+        state.begin(keeps_positive=over is None)
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
     x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
     if over is None:

@@ -90,14 +90,19 @@ class LayerState(StoredState):
         super().__setstate__(state)
         self.handle = _enter(self)
 
-    def begin(self) -> None:
-        """Start of a forward pass: apply what the last backward pass voted for."""
+    def begin(self, keeps_positive: bool = True) -> None:
+        """Start of a forward pass: apply what the last backward pass voted for.
+
+        Args:
+            keeps_positive: whether to look after the clip values; `operand_request` has done so before.
+        """
         self._piece = 0
         if _in_backward():
             return  # recomputation
         self._uses = 0
         with torch.no_grad():
-            self._keep_positive()
+            if keeps_positive:
+                self._keep_positive()
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
