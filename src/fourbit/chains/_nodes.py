@@ -330,7 +330,7 @@ def differentiate(
     if result is None or state is None:
         return found
     if not found.quantized:
-        result.g.leave(found.dv)
+        result.g.leave((found.dv, found.amax))
     else:
         dv = run(()).dv if state.observer is not None else None
         first = bool(specs) and specs[0] is state.spec.g_dgrad
@@ -340,4 +340,4 @@ def differentiate(
         assert not isinstance(amax, Tensor)
         state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
         result.quantized.leave((by_slot.get("g_dgrad"), by_slot.get("g_wgrad")))
-    return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped)
+    return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped, found.amax)

@@ -287,9 +287,12 @@ class LayerState(StoredState):
         if self.observer is not None:
             self.observer.record(slot, x.detach(), result.tensor)
 
-    def count_nonfinite(self, slot: str, t: Tensor) -> None:
-        """Count NaN or infinity in an operand that is not quantized."""
-        self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
+    def count_nonfinite(self, slot: str, t: Tensor | float) -> None:
+        """Count NaN or infinity in an operand that is not quantized, or in its largest magnitude."""
+        if isinstance(t, Tensor):
+            self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
+        elif not math.isfinite(t):
+            self.nonfinite["xwg".index(slot[0])] += 1
 
     def _see(self, g: Tensor, axis: int) -> Tensor | None:
         """Record the largest gradient, set the first exponent from it, and return the exponent to use (None: no GradScale).

@@ -208,4 +208,5 @@ def backward(b: NormBackward) -> NormGradients:
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
         quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
-    return NormGradients(None if specs else outs[0], quantized, dgamma, dbeta, residual, arguments.clipped)
+    found = None if specs else outs[0]
+    return NormGradients(found, quantized, dgamma, dbeta, residual, arguments.clipped, amax)
