@@ -28,7 +28,16 @@ from fourbit import backends
 
 NO_KERNELS = "reference"
 INSTRUCTION_SETS = (NO_KERNELS, "portable", "avx2", "avx512", "dot_product")
-MOST = ("ibm2020", "ibm2020-dw8", "ibm2020-channel-gradscale", "ibm2020-zerosum", "luq", "luq-smp2", "int4-fwd")
+MOST = (
+    "ibm2020",
+    "ibm2020-dw8",
+    "ibm2020-no-tpr",
+    "ibm2020-channel-gradscale",
+    "ibm2020-zerosum",
+    "luq",
+    "luq-smp2",
+    "int4-fwd",
+)
 MAIN = ("ibm2020", "luq", "int4-fwd")
 STEPS = 4
 

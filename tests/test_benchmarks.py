@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import _child, _harness, _naive, _networks, _operations, _ways, cold_start, growth, quantizers
+from benchmarks import _child, _harness, _naive, _networks, _operations, _ways, cold_start, growth, quantizers, traces
 from benchmarks import step as steps
 from benchmarks import tables as documents
-from benchmarks import traces
 from torch import nn
 
 import fourbit as fb

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fourbit as fb
 from fourbit import formats
 from fourbit.errors import UserError
-from fourbit.ops import LayerSpec
+from fourbit.ops import LayerSpec, LayerState
 from fourbit.quantizers import UNSET, Amax, QuantSpec, Rounding
 
 TPR = fb.recipes.get("ibm2020").rules[-1].spec
@@ -446,3 +446,11 @@ def test_observations_nest():
     assert set(inner["0"]) == {"x_fprop", "w_fprop"}
     assert {"g_dgrad", "g_wgrad"} & set(outer["0"])
     assert net[0].quant.observer is None
+
+
+def test_a_state_made_for_another_spec_is_refused():
+    x, w, spec = torch.randn(2, 3), torch.randn(4, 3), LayerSpec(w_fprop=QuantSpec(formats.INT4_SYM, Amax()))
+    state = LayerState(spec)
+    assert fb.nn.functional.linear(x, w, None, spec, state).shape == (2, 4)
+    with pytest.raises(UserError, match="the state was made for another spec"):
+        fb.nn.functional.linear(x, w, None, LayerSpec(), state)

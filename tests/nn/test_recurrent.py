@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fourbit as fb
 from fourbit import backends, recipes
 from fourbit.ops import LayerState, LinearMap, contract
-from fourbit.ops._contract import quantize_weight, run_forward
+from fourbit.ops._gemms import fprop, quantize_weight
 from fourbit.quantizers import Amax, ClipValue, GradScale, QuantSpec, Rounding, Sawb
 from fourbit.recipes import catalog
 
@@ -102,8 +102,8 @@ def composed_lstm(lstm: nn.LSTM, x: torch.Tensor) -> torch.Tensor:
     h, c = x.new_zeros(x.shape[1], 7), x.new_zeros(x.shape[1], 7)
     outputs = []
     for step in x:
-        gates = contract(step, lstm.weight_ih_l0, LinearMap(), FIXED, ih) + lstm.bias_ih_l0
-        gates = gates + contract(h, lstm.weight_hh_l0, LinearMap(), FIXED, hh) + lstm.bias_hh_l0
+        gates = contract(step, lstm.weight_ih_l0, LinearMap(), ih) + lstm.bias_ih_l0
+        gates = gates + contract(h, lstm.weight_hh_l0, LinearMap(), hh) + lstm.bias_hh_l0
         i, f, g, o = gates.chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -362,8 +362,8 @@ def test_every_time_step_draws_its_own_random_words():
     for _ in range(2):
         state = LayerState(spec, 40, seed=3)
         state.begin()
-        weight = quantize_weight(w, LinearMap(), spec, state)
-        runs.append([run_forward(x, weight, LinearMap(), spec, state, torch.float32)[0] for _ in range(3)])
+        weight = quantize_weight(w, LinearMap(), state)
+        runs.append([fprop(x, weight, LinearMap(), state, torch.float32)[0] for _ in range(3)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     first, second, third = runs[0]
     assert not torch.equal(first, second) and not torch.equal(second, third) and not torch.equal(first, third)

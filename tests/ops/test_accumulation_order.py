@@ -120,7 +120,7 @@ def three_products(case: tuple[Contraction, tuple[int, ...], tuple[int, ...]], a
     x = torch.randint(-3, 4, x_shape, generator=r).float().requires_grad_()
     w = torch.randint(-2, 3, w_shape, generator=r).float().requires_grad_()
     spec = LayerSpec(accumulation=accumulation)
-    y = contract(x, w, contraction, spec, LayerState(spec))
+    y = contract(x, w, contraction, LayerState(spec))
     g = torch.randint(-2, 3, y.shape, generator=r).float()
     dx, dw = torch.autograd.grad(y, (x, w), g)
     return y.detach(), dx, dw, x, w, g
@@ -183,7 +183,7 @@ def test_the_paper_s_layer_scales_and_rounds_what_the_chains_give():
     spec = replace(spec, x_fprop=QuantSpec("int4_sym", Amax()), accumulation=Accumulation(chunk=4))
     state = LayerState(spec)
     x, w, g = torch.randn(6, 10, requires_grad=True), torch.randn(4, 10, requires_grad=True), torch.randn(6, 4) * 1e-4
-    y = contract(x, w, LinearMap(), spec, state)
+    y = contract(x, w, LinearMap(), state)
     y.backward(g)
     a, b = fb.quantize(x, spec.x_fprop), fb.quantize(w, spec.w_fprop)
 
@@ -202,10 +202,10 @@ def test_stochastic_layers_replay_a_step_draw_anew_in_the_next_and_differ_betwee
     assert spec.stochastic
     state = LayerState(spec, seed=3)
     x, w = torch.rand(8, 40), torch.rand(8, 40, requires_grad=True)
-    first, again = (contract(x, w, LinearMap(), spec, state) for _ in range(2))
+    first, again = (contract(x, w, LinearMap(), state) for _ in range(2))
     assert torch.equal(first, again)
     first.sum().backward()
-    assert not torch.equal(contract(x, w, LinearMap(), spec, state), first)
+    assert not torch.equal(contract(x, w, LinearMap(), state), first)
     keys = {state.sum_key(which) for which in ("fprop", "dgrad", "wgrad")}
     assert len(keys) == 3 and None not in keys
     with pytest.raises(UserError, match="pass state="):
@@ -260,7 +260,7 @@ def test_a_contraction_without_an_order_is_refused():
 
     spec = LayerSpec(accumulation=Accumulation())
     with pytest.raises(UserError, match="not defined for Outer: leave accumulation=None"):
-        contract(torch.ones(2), torch.ones(3), Outer(), spec, LayerState(spec))
+        contract(torch.ones(2), torch.ones(3), Outer(), LayerState(spec))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

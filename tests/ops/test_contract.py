@@ -57,7 +57,7 @@ def run(case, spec: LayerSpec, dtype=torch.float32, seed: int = 0, products="exa
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(x_shape, generator=generator).to(dtype).requires_grad_()
     w = torch.randn(w_shape, generator=generator).to(dtype).requires_grad_()
-    y = contract(x, w, contraction, spec, LayerState(spec, 1, products=products))
+    y = contract(x, w, contraction, LayerState(spec, 1, products=products))
     g = torch.randn(y.shape, generator=generator).to(dtype)
     dx, dw = torch.autograd.grad(y, (x, w), g)
     return y.detach(), dx, dw, x.detach(), w.detach(), g
@@ -176,7 +176,7 @@ def test_the_paper_s_layer_follows_section_9_step_by_step():
     x = torch.randn(6, 10).relu().requires_grad_()
     w = torch.randn(4, 10).requires_grad_()
     g = torch.randn(6, 4) * 1e-5
-    y = contract(x, w, LinearMap(), spec, state)
+    y = contract(x, w, LinearMap(), state)
     y.backward(g)
 
     def each(format, t):
@@ -222,7 +222,7 @@ def test_pact_gradients_equal_autograd_of_the_straight_through_expression():
     state = LayerState(spec)
     x, w = torch.randn(20, 8).requires_grad_(), torch.randn(3, 8).requires_grad_()
     g = torch.randn(20, 3)
-    contract(x, w, LinearMap(), spec, state).backward(g)
+    contract(x, w, LinearMap(), state).backward(g)
     alpha = torch.tensor(1.5, requires_grad=True)
     x2 = x.detach().clone().requires_grad_()
     clipped = torch.where(x2 >= alpha, alpha, x2.clamp(min=0))
@@ -248,7 +248,7 @@ def test_pact_s_clip_gradient_equals_finite_differences_where_rounding_is_fine(s
         state = LayerState(spec)
         with torch.no_grad():
             state.x_alpha.fill_(alpha)
-        value = (contract(x, w, LinearMap(), spec, state) * g).sum()
+        value = (contract(x, w, LinearMap(), state) * g).sum()
         if backward:
             value.backward()
             return float(state.x_alpha.grad)
@@ -308,7 +308,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
     spec = fb.recipes.get("ibm2020").rules[-1].spec
     for need_x, need_w in itertools.product((True, False), repeat=2):
         x, w = torch.randn(3, 5, requires_grad=need_x), torch.randn(2, 5, requires_grad=need_w)
-        contract(x, w, LinearMap(), spec, LayerState(spec)).sum().backward()
+        contract(x, w, LinearMap(), LayerState(spec)).sum().backward()
         assert (x.grad is not None) == need_x and (w.grad is not None) == need_w
 
 
@@ -338,9 +338,7 @@ def test_functional_and_module_twins_agree():
 def test_the_clip_gradient_of_an_asymmetric_format_is_a_sum_of_signs():
     spec = LayerSpec(x_fprop=QuantSpec(formats.INT4, ClipValue(init=1.0)))
     state = LayerState(spec)
-    contract(
-        torch.tensor([[-3.0, 3.0, 0.1]]), torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), spec, state
-    ).sum().backward()
+    contract(torch.tensor([[-3.0, 3.0, 0.1]]), torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), state).sum().backward()
     assert float(state.x_alpha.grad) == -1.0 + 2.0
 
 
@@ -348,14 +346,14 @@ def test_a_clipped_operand_that_is_a_mean_of_samples_has_its_mask_and_clip_gradi
     spec = LayerSpec(x_fprop=QuantSpec("uint4", ClipValue(1.0, None), rounding=fb.Rounding.STOCHASTIC, samples=2))
     state = LayerState(spec)
     x = torch.tensor([[-3.0, 3.0, 0.5]], requires_grad=True)
-    contract(x, torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), spec, state).sum().backward()
+    contract(x, torch.tensor([[1.0, 2.0, 4.0]]), LinearMap(), state).sum().backward()
     assert x.grad.tolist() == [[0.0, 0.0, 4.0]] and float(state.x_alpha.grad) == 2.0
 
 
 def test_clipping_is_decided_in_float32_for_half_precision_inputs():
     spec = LayerSpec(x_fprop=QuantSpec(formats.UINT4, ClipValue(init=1.003)))
     x = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
-    contract(x, torch.ones(1, 1), LinearMap(), spec, LayerState(spec)).sum().backward()
+    contract(x, torch.ones(1, 1), LinearMap(), LayerState(spec)).sum().backward()
     assert float(x.grad) == 1.0
 
 

@@ -62,11 +62,11 @@ def test_the_gradient_of_an_input_is_differentiable_in_weight_and_gradient(case,
     x, w = torch.randn(x_shape, requires_grad=True), torch.randn(w_shape, requires_grad=True)
     state = LayerState(SPEC, products="exact")
     with backends.without("cpu") if not kernels else torch.enable_grad():
-        y = contract(x, w, contraction, SPEC, state)
+        y = contract(x, w, contraction, state)
         g = torch.randn_like(y, requires_grad=True)
         (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
         found = torch.autograd.grad(dx.square().sum(), (g, w))
-        (alone,) = torch.autograd.grad(contract(x, w, contraction, SPEC, state), x, g)
+        (alone,) = torch.autograd.grad(contract(x, w, contraction, state), x, g)
     assert torch.equal(dx, alone)
     x64, w64, g64 = (t.detach().double().requires_grad_() for t in (x, w, g))
     _, inside = rounded_input(x64, state)
@@ -148,7 +148,7 @@ def test_what_is_differentiable_once_says_so(layers, shape, message):
 def test_a_weight_that_is_gone_is_named_and_one_that_is_not_asked_for_does_not_matter():
     spec, x = fb.recipes.get("int4-fwd").rules[-1].spec, torch.rand(3, 5, requires_grad=True)
     raw = torch.randn(2, 5, requires_grad=True)
-    y = contract(x, raw * 2, LinearMap(), spec, LayerState(spec))
+    y = contract(x, raw * 2, LinearMap(), LayerState(spec))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(UserError, match="keep a reference"):
         dx.square().sum().backward()

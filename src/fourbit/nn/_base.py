@@ -144,7 +144,7 @@ class Quantized(nn.Module):
 
     def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:
         """x * w under this layer's spec."""
-        return contract(x, w, contraction, self.spec, self.quant)
+        return contract(x, w, contraction, self.quant)
 
     def extra_repr(self) -> str:
         """torch's description plus the operands."""

@@ -128,10 +128,10 @@ class Conv2d(_Conv, nn.Conv2d):
         pads = _own_padding(self) is not None
         over = take(input, state) if pads else None
         if self.bias is not None or not pads:
-            y = contract(input, self.weight, contraction, self.spec, state, over) if over else None
+            y = contract(input, self.weight, contraction, state, over) if over else None
             return begin_with(super().forward(input) if y is None else _add_bias(y, self.bias, 2), state)
         result = ResultHandover()
-        return begin(contract(input, self.weight, contraction, state.spec, state, over, result), result, state)
+        return begin(contract(input, self.weight, contraction, state, over, result), result, state)
 
 
 @swaps(nn.Conv3d)

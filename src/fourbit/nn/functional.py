@@ -24,7 +24,11 @@ def _run(x: Tensor, w: Tensor, contraction: Contraction, spec: LayerSpec, state:
             )
         channels = w.shape[contraction.channel_axis("w")]
         state = LayerState(spec, channels).to(x.device)
-    return contract(x, w, contraction, spec, state)
+    if state.spec != spec:
+        raise UserError(
+            "the state was made for another spec: make one with LayerState(spec) for each spec, and keep it"
+        )
+    return contract(x, w, contraction, state)
 
 
 def matmul(input: Tensor, other: Tensor, spec: LayerSpec, state: LayerState | None = None) -> Tensor:

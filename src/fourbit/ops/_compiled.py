@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.ops import _contract as eager
+from fourbit.ops import _gemms as gemms
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._product import Layout, Operand
+from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, state_of
 from fourbit.quantizers import BLOCK, Packed, QuantSpec, as_packed, carrier_dtype, is_packable
@@ -74,7 +76,7 @@ def _forward(
     state.with_gradients = with_gradients
     spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
     x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
-    y, saved = eager.run_forward(x, w, contraction, spec, state, dtype, learned)
+    y, saved = gemms.fprop(x, w, contraction, state, dtype, learned)
     kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, learned):
@@ -134,7 +136,7 @@ def _backward(
             data = as_packed(data, operand.shape, operand.stride(), format)
         kept[slot] = Operand(data, scale, format, resolved.samples == 1)
     masks = {op: left.pop(0) for op in _masks(spec)}
-    saved = eager.Saved(
+    saved = Saved(
         kept.get("x_wgrad", Operand(of["x"])),
         kept.get("w_dgrad", Operand(of["w"])),
         kept.get("x_fprop", kept.get("x_wgrad")) if learned[0] else None,
@@ -144,9 +146,9 @@ def _backward(
         Layout.of(of["x"]),
         Layout.of(of["w"]),
     )
-    found = eager.run_backward(g, saved, contraction, spec, state, (x.dtype, w.dtype), (needs[0], needs[1]))
+    found = gemms.backward(g, saved, contraction, state, (x.dtype, w.dtype), (needs[0], needs[1]))
     dx, dw, *alphas = found
-    return [g.new_empty(0) if t is None else t for t in (dx, dw, *map(eager.clip_gradient, alphas))]
+    return [g.new_empty(0) if t is None else t for t in (dx, dw, *map(gemms.clip_gradient, alphas))]
 
 
 @_backward.register_fake

@@ -19,23 +19,15 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import UserError
-from fourbit.ops._contract import (
-    clip_gradient,
-    flatten,
-    full_precision,
-    needs_of,
-    quantize_weight,
-    run_backward,
-    run_forward,
-    unflatten,
-)
+from fourbit.ops._contract import full_precision, needs_of
 from fourbit.ops._contraction import LinearMap
+from fourbit.ops._gemms import backward, clip_gradient, fprop, quantize_weight
+from fourbit.ops._saved import Saved
 from fourbit.ops._second import once, refuse_transforms
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
 
 _LINEAR = LinearMap()
-_TENSORS = 10  # how many `flatten` gives
 
 
 def grouped(x: Tensor, w: Tensor, sizes: Sequence[int], state: LayerState) -> Tensor:
@@ -91,11 +83,10 @@ class _Grouped(torch.autograd.Function):
         tensors: list[Tensor | None] = []
         ctx.outlines = []
         for number, rows in _groups(sizes):
-            weight = quantize_weight(w[number], _LINEAR, state.spec, state)
-            y[rows], saved = run_forward(x[rows], weight, _LINEAR, state.spec, state, dtype, learned)
-            kept, outline = flatten(saved)
-            tensors += kept
-            ctx.outlines.append(outline)
+            weight = quantize_weight(w[number], _LINEAR, state)
+            y[rows], saved = fprop(x[rows], weight, _LINEAR, state, dtype, learned)
+            tensors += saved.tensors()
+            ctx.outlines.append(saved.outline())
         ctx.save_for_backward(*tensors)
         ctx.sizes, ctx.state, ctx.dtypes = sizes, state, (x.dtype, w.dtype)
         ctx.w_like = w.shape, w.stride(), w.device
@@ -116,10 +107,9 @@ class _Grouped(torch.autograd.Function):
         with full_precision(g.device.type):
             if g.shape[0] and state.awaits_first_gradient():
                 state.see_first_gradient(g)
-            tensors = ctx.saved_tensors
-            for i, (number, rows) in enumerate(_groups(ctx.sizes)):
-                saved = unflatten(ctx.outlines[i], tensors[_TENSORS * i : _TENSORS * (i + 1)])
-                found = run_backward(g[rows], saved, _LINEAR, state.spec, state, ctx.dtypes, (need_x, need_w))
+            parts = Saved.of_several(ctx.outlines, ctx.saved_tensors)
+            for (number, rows), saved in zip(_groups(ctx.sizes), parts, strict=True):
+                found = backward(g[rows], saved, _LINEAR, state, ctx.dtypes, (need_x, need_w))
                 for whole, place, part in ((dx, rows, found[0]), (dw, number, found[1])):
                     if whole is not None and part is not None:
                         whole[place] = part

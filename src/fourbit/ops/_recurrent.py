@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from fourbit.ops._cells import LSTM_CELL, Cell
-from fourbit.ops._contract import Saved, clip_gradient, flatten, full_precision, run_backward, run_forward, unflatten
+from fourbit.ops._contract import full_precision
+from fourbit.ops._gemms import backward, clip_gradient, fprop
+from fourbit.ops._saved import NUM_TENSORS, Saved
 from fourbit.ops._second import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
 from fourbit.ops._steps import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
@@ -92,7 +94,7 @@ class _Recurrent(torch.autograd.Function):
         x, h = x.detach().to(compute), h.detach().to(compute)
         c = None if c is None else c.detach().to(compute)
         with computing(layer.ih, x.numel()):
-            gates, saved_ih = run_forward(x, w_ih, LINEAR, layer.ih.spec, layer.ih, compute, learned(layer.ih))
+            gates, saved_ih = fprop(x, w_ih, LINEAR, layer.ih, compute, learned(layer.ih))
         if b_ih is not None:
             gates += b_ih
         if b_hh is not None and not layer.cell.keeps_h:
@@ -110,11 +112,11 @@ class _Recurrent(torch.autograd.Function):
         outlines = []
         parts = ((layer.ih, [saved_ih]), (layer.hh, hh.saved), (layer.hr, [] if hr is None else hr.saved))
         for state, part in parts:
-            flat = [flatten(saved) for saved in part]
+            found = [t for saved in part for t in saved.tensors()]
             if state is not None:
-                owns(state, [t for found, _ in flat for t in found])
-            outlines.append([outline for _, outline in flat])
-            tensors += [t for found, _ in flat for t in found]
+                owns(state, found)
+            outlines.append([saved.outline() for saved in part])
+            tensors += found
         ctx.save_for_backward(run.gates, run.cells, run.gates_h, run.before, *tensors)
         ctx.outlines, ctx.layer, ctx.compute = outlines, layer, compute
         ctx.shapes = h.shape, None if c is None else c.shape
@@ -129,8 +131,8 @@ class _Recurrent(torch.autograd.Function):
         gates, cells, gates_h, before, *tensors = ctx.saved_tensors
         parts: list[list[Saved]] = []
         for outlines in ctx.outlines:
-            parts.append([unflatten(o, tensors[10 * i : 10 * i + 10]) for i, o in enumerate(outlines)])
-            del tensors[: 10 * len(outlines)]
+            parts.append(Saved.of_several(outlines, tensors))
+            del tensors[: NUM_TENSORS * len(outlines)]
         (saved_ih,), hh_steps, hr_steps = parts
         layer: Recurrence = ctx.layer
         needs = ctx.needs_input_grad
@@ -150,7 +152,7 @@ class _Recurrent(torch.autograd.Function):
             dw_hr, *alphas_hr = (None, None, None) if hr is None else hr.finish(d_outputs, needs[5] or needs[13])
             wanted = needs[0] or needs[8], needs[3] or needs[9]
             dtypes = ctx.compute, ctx.compute
-            dx, dw_ih, *alphas_ih = run_backward(d_gates, saved_ih, LINEAR, layer.ih.spec, layer.ih, dtypes, wanted)
+            dx, dw_ih, *alphas_ih = backward(d_gates, saved_ih, LINEAR, layer.ih, dtypes, wanted)
         db_ih = d_gates.sum(0) if needs[6] else None
         db_hh = d_gates_h.sum(0) if needs[7] else None
         alphas = map(clip_gradient, (*alphas_ih, *alphas_hh, *alphas_hr))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import Format
-from fourbit.ops._contract import Saved, quantize_weight, run_backward, run_forward
 from fourbit.ops._contraction import LinearMap
+from fourbit.ops._gemms import backward, fprop, quantize_weight
 from fourbit.ops._product import Layout, Operand
+from fourbit.ops._saved import Saved
 from fourbit.ops._spec import LayerSpec
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
@@ -113,14 +114,14 @@ class Quantizing:
     def __init__(self, w: Tensor, state: LayerState, compute: torch.dtype):
         self._state, self._compute = state, compute
         state.begin()
-        weight = quantize_weight(w, LINEAR, state.spec, state)
+        weight = quantize_weight(w, LINEAR, state)
         self._weight = replace(weight, fprop=weight.fprop._replace(cache={}))
         self.saved: list[Saved] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         state = self._state
         with computing(state, x.numel()):
-            y, saved = run_forward(x, self._weight, LINEAR, state.spec, state, self._compute, learned(state))
+            y, saved = fprop(x, self._weight, LINEAR, state, self._compute, learned(state))
         self.saved.append(saved)
         return y
 
@@ -178,8 +179,7 @@ class Differentiating:
         saved = self._steps[self._left]
         assert self._w is not None
         saved.w = self._w
-        spec, state = self._state.spec, self._state
-        dx, _, alpha, _ = run_backward(g, saved, LINEAR, spec, state, self._dtypes, (True, False))
+        dx, _, alpha, _ = backward(g, saved, LINEAR, self._state, self._dtypes, (True, False))
         if alpha is not None:
             self._alpha = alpha if self._alpha is None else self._alpha + alpha
         assert dx is not None
@@ -225,11 +225,10 @@ class Differentiating:
         """dw, and the gradients of the clip values of input and weight; `g` in the packed order of rows."""
         if not self._steps or not needed:
             return None, self._alpha, None
-        spec, state = self._state.spec, self._state
-        first = self._steps[0]
-        x = _stacked([s.x for s in (reversed(self._steps) if self._reverse else self._steps)], spec)
+        state, first = self._state, self._steps[0]
+        x = _stacked([s.x for s in (reversed(self._steps) if self._reverse else self._steps)], state.spec)
         saved = Saved(x, first.w, None, first.w_codes, None, first.w_mask, first.x_layout, first.w_layout)
-        _, dw, _, alpha = run_backward(g, saved, LINEAR, spec, state, self._dtypes, (False, True))
+        _, dw, _, alpha = backward(g, saved, LINEAR, state, self._dtypes, (False, True))
         return dw, self._alpha, alpha
 
 

@@ -1,0 +1,309 @@
+"""The three products of a layer, each from operands that its spec quantizes.
+
+    fprop   y  = out(x_fprop * w_fprop)
+    dgrad   dx = out(g_dgrad * w_dgrad) / s     masked, and PACT's alpha gradient taken from what the mask removes
+    wgrad   dw = out(g_wgrad * x_wgrad) / s
+
+`out` rounds to `spec.output`; s is GradScale's power of two, taken out after that rounding, as the hardware would. What a
+4-bit operand leaves for backward is its packed codes, two to the byte, and one mask bit per element. Nothing here knows of
+autograd: its nodes (a layer's, a recurrent sweep's, a mixture's, a compiled operator's) call these functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourbit import backends
+from fourbit.ops._contraction import Contraction
+from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._pending import Pending
+from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
+from fourbit.ops._restore import restored
+from fourbit.ops._saved import Saved
+from fourbit.ops._spec import REUSE, LayerSpec
+from fourbit.ops._state import LayerState, along
+from fourbit.quantizers import Packed, Quantized, QuantSpec
+
+Both = tuple[Quantized | None, Quantized | None]
+"""A gradient for dgrad and for wgrad; None where it is in full precision, or not needed."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight, quantized once for any number of products: for fprop, as kept for dgrad, the codes of fprop, and its mask."""
+
+    fprop: Operand
+    saved: Operand
+    codes: Operand
+    mask: Tensor | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """The gradient of y: as a tensor, with its largest magnitude where that is known, or quantized by the node behind."""
+
+    g: Tensor | None
+    amax: float | None = None
+    quantized: Both | None = None
+
+
+# ---- forward ----
+
+
+def fprop(
+    x: Tensor,
+    w: Tensor | Weight,
+    contraction: Contraction,
+    state: LayerState,
+    dtype: torch.dtype,
+    learned: tuple[bool, bool] = (False, False),
+    over: OperandHandover | None = None,
+    result: ResultHandover | None = None,
+) -> tuple[Tensor, Saved]:
+    """y in `dtype`, [N, M] in a linear layer, and what backward needs.
+
+    Args:
+        x: [N, K] in a linear layer; not read with `over`.
+        w: [M, K], or quantized already; then the caller has begun the state's forward pass.
+        learned: whether the clip values of x and w are to get gradients.
+        over: x, quantized by the node before.
+        result: takes the product for a node that finishes it.
+    """
+    spec = state.spec
+    if isinstance(w, Tensor):
+        state.begin(keeps_positive=over is None)
+    compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
+    x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
+    if over is None:
+        x = contraction.prepare(x.detach(), "x")
+        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+    else:
+        quantized = over.take()
+        x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
+    weight = quantize_weight(w, contraction, state) if isinstance(w, Tensor) else w
+    sums = (spec.accumulation, state.sum_key("fprop"))
+    takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
+    output = spec.output if takes_codes else None
+    gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
+    y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
+    x_codes = x_saved
+    if spec.x_wgrad is not REUSE and over is None:
+        _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
+    if isinstance(w, Weight):
+        state.next_piece()
+    x_layout = over.layout if over is not None else Layout.of(x)
+    codes = x_codes if learned[0] or over is not None else None, weight.codes if learned[1] else None
+    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout)
+
+
+def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> Weight:
+    """The weight as the products of one forward and backward pass take it."""
+    spec, w = state.spec, contraction.prepare(w.detach(), "w")
+    axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
+    fprop, saved, mask = _forward_operand("w_fprop", w, spec.w_fprop, state, axis)
+    codes = saved
+    if spec.w_dgrad is not REUSE:
+        _, saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, axis)
+    return Weight(fprop, saved, codes, mask, Layout.of(w))
+
+
+def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
+    """Leave the product to the node behind; what it cannot take is finished here."""
+    raw = multiply(gemm)
+    scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
+    rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
+    if raw.y.dtype == torch.int16:
+        scale = 1.0
+    elif not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
+        y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
+        raw, scale = Raw(y, rounded=True), 1.0
+    raw = raw._replace(y=raw.y.contiguous(memory_format=torch.channels_last))
+    result.raw, result.scale, result.output = raw, scale, spec.output
+    return Pending.make(raw.y.shape, raw.y.stride())
+
+
+def _forward_operand(
+    slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
+) -> tuple[Operand, Operand, Tensor | None]:
+    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
+    if spec is None:
+        state.count_nonfinite(slot, t)
+        return Operand(t), Operand(t), None
+    quantized = state.quantize(slot, t, spec, axis, save=True)
+    return *_kept(quantized, spec), quantized.mask
+
+
+def _kept(quantized: Quantized, spec: QuantSpec | None) -> tuple[Operand, Operand]:
+    """The operand for a product, and as it is saved for backward."""
+    (q, scale, format), _, packed, _ = quantized
+    scale = scale.view(()) if scale.numel() == 1 else scale
+    operand = Operand(q, scale, format, spec is not None and spec.samples == 1)
+    return _operand(operand), operand if packed is None else operand._replace(q=packed)
+
+
+# ---- backward ----
+
+
+def backward(
+    gradient: OutputGradient | Tensor,
+    saved: Saved,
+    contraction: Contraction,
+    state: LayerState,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    over: OperandHandover | None = None,
+    rounded: list[Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dw and the gradients of their clip values; None where they are not needed.
+
+    Args:
+        gradient: of y, [N, M] in a linear layer.
+        dtypes: of dx and dw.
+        needs: whether dgrad and wgrad are needed.
+        over: takes dx, where x was quantized by the node before.
+        rounded: takes the gradient as dgrad has it, in full precision.
+    """
+    gradient = OutputGradient(gradient) if isinstance(gradient, Tensor) else gradient
+    g = None if gradient.g is None else contraction.prepare(gradient.g, "g")
+    if g is None:
+        assert gradient.quantized is not None
+        for_dgrad, for_wgrad = gradient.quantized
+    else:
+        for_dgrad, for_wgrad = _quantize_gradient(g, contraction, state, needs)
+    if state.spec.g_wgrad is REUSE:
+        for_wgrad = for_dgrad
+    if g is not None and ((needs[0] and for_dgrad is None) or (needs[1] and for_wgrad is None)):
+        state.count_nonfinite("g_dgrad", g if gradient.amax is None else gradient.amax)
+    compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    if rounded is not None and g is not None:
+        rounded.append((g if for_dgrad is None else for_dgrad.tensor.dequantize()).to(compute))
+    dx = dw = dx_alpha = dw_alpha = None
+    if needs[0]:
+        dx, dx_alpha = dgrad(g, for_dgrad, saved, contraction, state, dtypes[0], compute, over)
+    if needs[1]:
+        dw, dw_alpha = wgrad(g, for_wgrad, saved, contraction, state, dtypes[1], compute)
+    return dx, dw, dx_alpha, dw_alpha
+
+
+def _quantize_gradient(g: Tensor, contraction: Contraction, state: LayerState, needs: tuple[bool, bool]) -> Both:
+    """g for dgrad and for wgrad."""
+    spec = state.spec
+    needs_axis = spec.g_scaling or spec.restores or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
+    axis = contraction.channel_axis("g") if needs_axis else 0
+    for_dgrad, for_wgrad = state.gradients(g, axis, *needs)
+    if spec.restores:
+        for_dgrad = restored(g, for_dgrad, spec.resolved("g_dgrad"), axis)
+        for_wgrad = restored(g, for_wgrad, spec.resolved("g_wgrad"), axis)
+    return for_dgrad, for_wgrad
+
+
+def dgrad(
+    g: Tensor | None,
+    quantized: Quantized | None,
+    saved: Saved,
+    contraction: Contraction,
+    state: LayerState,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    over: OperandHandover | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = g w, [N, K] in a linear layer, and the gradient of the clip value of x; with `over`, the node before gets them."""
+    spec = state.spec
+    a, late = _gradient(g, quantized, spec.resolved("g_dgrad"))
+    sums = (spec.accumulation, state.sum_key("dgrad"))
+    gemm = Gemm("dgrad", contraction, a, _operand(saved.w), saved.x_layout, compute, state.products, *sums)
+    if over is not None and not over.link.is_visible():
+        _give_back(gemm, spec, late, over)
+        return None, None
+    mask, codes = saved.x_mask, _codes(saved.x_codes)
+    if over is not None and mask is not None and isinstance(codes, Packed):
+        mask = over.inside(mask, codes)
+    dx, dx_alpha = product(gemm, spec.output, dtype, late, mask, codes)
+    if over is not None:  # the clip value is an input of the node before
+        over.back.clipped.leave(clip_gradient(dx_alpha))
+        dx_alpha = None
+    return dx, dx_alpha
+
+
+def wgrad(
+    g: Tensor | None,
+    quantized: Quantized | None,
+    saved: Saved,
+    contraction: Contraction,
+    state: LayerState,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """dw = g^T x, [M, K] in a linear layer, and the gradient of the clip value of w."""
+    spec = state.spec
+    after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
+    a, late = _gradient(g, quantized, spec.resolved("g_wgrad"), after)
+    sums = (spec.accumulation, state.sum_key("wgrad"))
+    gemm = Gemm("wgrad", contraction, a, _operand(saved.x), saved.w_layout, compute, state.products, *sums)
+    return product(gemm, spec.output, dtype, late, saved.w_mask, _codes(saved.w_codes))
+
+
+def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> None:
+    """Leave the gradient of the operand to the node that made it, as it comes out of the multiplier where that will do."""
+    raw = multiply(gemm)
+    assert gemm.layout is not None
+    finished = raw.rounded or spec.output is None
+    if finished and raw.high is None and raw.y.dtype in (torch.bfloat16, torch.float32):
+        scale = raw.unit
+        for factor in (gemm.scale, late):
+            scale = scale if factor is None else scale * float(factor)
+        over.back.grad.leave((gemm.layout.match(raw.y), scale))
+        return
+    dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
+    over.back.grad.leave((dx, 1.0))
+
+
+def clip_gradient(total: Tensor | None) -> Tensor | None:
+    """The gradient of a clip value, in its shape [1]."""
+    return None if total is None else total.view(1)
+
+
+# ---- scales per channel ----
+
+
+def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:
+    """The channel axis of an operand if any of `slots` has scales per channel (some layers have no such axis), else 0."""
+    return 0 if spec.per_channel.isdisjoint(slots) else contraction.channel_axis(operand)
+
+
+def _operand(kept: Operand) -> Operand:
+    """For a product; scales per channel are multiplied into the numbers."""
+    if kept.scale is None or not kept.scale.dim():
+        return kept
+    return Operand(kept.to(torch.float32) * kept.scale, None, kept.format)
+
+
+def _codes(kept: Operand | None) -> Packed | Tensor | None:
+    return None if kept is None else kept.q
+
+
+def _gradient(
+    g: Tensor | None, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
+) -> tuple[Operand, Tensor | None]:
+    """The gradient operand, and the scale to be taken out after the product was rounded.
+
+    Scales per channel come out as they are where the product keeps the channels (`after`: their axis in the result, and its
+    number of dimensions). Where it sums over them, what the channels differ by goes in before, and the largest comes out.
+    """
+    if quantized is None:
+        assert g is not None
+        return Operand(g), None
+    q, scale, format = quantized.tensor
+    on_grid = spec is not None and spec.samples == 1 and spec.restore != "sum"
+    if scale.numel() == 1:
+        scale = scale.view(())
+    elif after is not None:
+        scale = along(scale.flatten(), *after)
+    else:
+        largest = scale.max()
+        q, scale, on_grid = q.to(torch.float32) * (scale / largest), largest, False
+    return Operand(q, None, format, on_grid), scale

@@ -1,0 +1,86 @@
+"""What a forward pass leaves for backward, and how autograd keeps it: a fixed number of tensors, and an outline without any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.ops._product import Layout, Operand
+from fourbit.quantizers import Packed
+
+NUM_TENSORS = 10
+"""How many tensors a `Saved` has: numbers and scale of four operands, and two masks."""
+
+
+@dataclass
+class Saved:
+    """What a forward pass leaves for backward.
+
+    Attributes:
+        x, w: the operands of wgrad and dgrad, [N, K] and [M, K] in a linear layer: codes, packed where a nibble holds them.
+        x_codes, w_codes: the operands of fprop, where a clip value is learned.
+        x_mask, w_mask: bits of the straight-through gradients; None where everything passes.
+        x_layout, w_layout: of the gradients.
+    """
+
+    x: Operand
+    w: Operand
+    x_codes: Operand | None
+    w_codes: Operand | None
+    x_mask: Tensor | None
+    w_mask: Tensor | None
+    x_layout: Layout
+    w_layout: Layout
+
+    def tensors(self) -> list[Tensor | None]:
+        """All of them, `NUM_TENSORS`."""
+        kept = self.x, self.w, self.x_codes, self.w_codes
+        return [*(t for operand in kept for t in _tensors(operand)), self.x_mask, self.w_mask]
+
+    def outline(self) -> tuple[Any, ...]:
+        """The rest."""
+        kept = self.x, self.w, self.x_codes, self.w_codes
+        return [_outline(operand) for operand in kept], self.x_layout, self.w_layout
+
+    @staticmethod
+    def of(outline: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Saved:
+        """What `outline` and `tensors` took apart."""
+        kept, x_layout, w_layout = outline
+        *data, x_mask, w_mask = tensors
+        x, w, x_codes, w_codes = (_restore(k, data[2 * i : 2 * i + 2]) for i, k in enumerate(kept))
+        assert x is not None and w is not None
+        return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout)
+
+    @staticmethod
+    def of_several(outlines: Sequence[tuple[Any, ...]], tensors: Sequence[Tensor | None]) -> list[Saved]:
+        """Likewise of several, whose tensors follow one another."""
+        return [Saved.of(o, tensors[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]) for i, o in enumerate(outlines)]
+
+
+def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:
+    if kept is None:
+        return None, None
+    return (kept.q.data if isinstance(kept.q, Packed) else kept.q), kept.scale
+
+
+def _outline(kept: Operand | None) -> Operand | None:
+    if kept is None:
+        return None
+    q = kept.q
+    bare = Packed(_NOTHING, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else _NOTHING
+    return Operand(bare, None, kept.format, kept.on_grid)
+
+
+_NOTHING = torch.empty(0)
+
+
+def _restore(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
+    if outline is None:
+        return None
+    q, (data, scale) = outline.q, tensors
+    whole = Packed(data, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else data
+    return Operand(whole, scale, outline.format, outline.on_grid)
