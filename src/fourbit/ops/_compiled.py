@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import UserError
-from fourbit.ops import _contract as eager
-from fourbit.ops import _gemms as gemms
 from fourbit.ops._contraction import Contraction
+from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of
 from fourbit.ops._product import Layout, Operand
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
@@ -76,7 +75,7 @@ def _forward(
     state.with_gradients = with_gradients
     spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
     x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
-    y, saved = gemms.fprop(x, w, contraction, state, dtype, learned)
+    y, saved = fprop(x, w, contraction, state, dtype, learned)
     kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, learned):
@@ -146,9 +145,9 @@ def _backward(
         Layout.of(of["x"]),
         Layout.of(of["w"]),
     )
-    found = gemms.backward(g, saved, contraction, state, (x.dtype, w.dtype), (needs[0], needs[1]))
+    found = backward(g, saved, contraction, state, (x.dtype, w.dtype), (needs[0], needs[1]))
     dx, dw, *alphas = found
-    return [g.new_empty(0) if t is None else t for t in (dx, dw, *map(gemms.clip_gradient, alphas))]
+    return [g.new_empty(0) if t is None else t for t in (dx, dw, *map(clip_gradient, alphas))]
 
 
 @_backward.register_fake
@@ -195,7 +194,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     x, w, *tensors = ctx.saved_tensors
     g, wanted = grads[0], ctx.needs_input_grad
     assert g is not None
-    needs = list(eager.needs_of(wanted))
+    needs = list(needs_of(wanted))
     found = torch.ops.fourbit.contract_backward(g, x, w, tensors, ctx.layer, ctx.geometry, ctx.learned, needs)
     return (*(t if need else None for t, need in zip(found, wanted[:4], strict=True)), None, None, None, None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, fprop
+from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, fprop, needs_of
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._node import Node
 from fourbit.ops._pending import numbers_of, settle_all
@@ -147,8 +146,3 @@ def _numbers(kept: Operand, dtype: torch.dtype, layout: Layout) -> Tensor:
     """An operand in full precision, in its layout."""
     numbers = kept.to(dtype)
     return layout.match(numbers if kept.scale is None else numbers * kept.scale)
-
-
-def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether dgrad and wgrad are needed, from which of x, w and the clip values need a gradient."""
-    return needs[0] or needs[2], needs[1] or needs[3]

@@ -11,6 +11,7 @@ autograd: its nodes (a layer's, a recurrent sweep's, a mixture's, a compiled ope
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -260,6 +261,11 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
         return
     dx, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, late, torch.float32, gemm.layout))
     over.back.grad.leave((dx, 1.0))
+
+
+def needs_of(needs: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether dgrad and wgrad are needed, from which of x, w and the clip values need a gradient."""
+    return needs[0] or needs[2], needs[1] or needs[3]
 
 
 def clip_gradient(total: Tensor | None) -> Tensor | None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import UserError
-from fourbit.ops._contract import full_precision, needs_of
+from fourbit.ops._contract import full_precision
 from fourbit.ops._contraction import LinearMap
-from fourbit.ops._gemms import backward, clip_gradient, fprop, quantize_weight
+from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of, quantize_weight
 from fourbit.ops._saved import Saved
 from fourbit.ops._second import once, refuse_transforms
 from fourbit.ops._state import LayerState
