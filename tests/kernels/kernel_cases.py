@@ -17,10 +17,13 @@ from torch import Tensor
 
 from fourbit import backends, formats
 from fourbit.kernels.cpu import library
+from fourbit.kernels.cpu._library import ISAS
 from fourbit.quantizers import Quantized, Request, Rounded, run
 from fourbit.quantizers._statistics import Statistics
 
-ISAS = ("portable", "avx2", "avx512")
+PRODUCTS = ("gemm", "product", "lstm_run", "lstm_run_back")
+"""Operations with kernels of the instruction set dot_product; for the others it is avx512 once more."""
+
 SIZES = (0, 1, 63, 64, 65, 127, 1000, 2**14 - 1, 2**14, 2**14 + 1, 100003)
 """Around blocks of 64, around the 2^14 elements from which several threads work, and one that several threads share."""
 
@@ -56,15 +59,15 @@ def threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def isas() -> list[str]:
-    """Instruction sets that this machine and this build have."""
+def isas(operation: str | None = None) -> list[str]:
+    """Instruction sets that this machine and this build have, or those that have kernels of their own for an operation."""
     loaded = library()
     if loaded is None:
         return []
     before = loaded.isa
     found = [name for name in ISAS if loaded.use_isa(name)]
     loaded.use_isa(before)
-    return found
+    return [name for name in found if name != "dot_product" or operation is None or operation in PRODUCTS]
 
 
 def has_dot_product(isa: str | None) -> bool:
@@ -113,7 +116,7 @@ def implementations(operation: str) -> list[Implementation]:
     found: list[Implementation] = []
     for kernel in backends.kernels():
         if kernel.operation == operation and kernel.backend == "cpu":
-            found += [Implementation(kernel, isa) for isa in isas()]
+            found += [Implementation(kernel, isa) for isa in isas(operation)]
         elif kernel.operation == operation and kernel.backend in available:
             found.append(Implementation(kernel, None))
     return found

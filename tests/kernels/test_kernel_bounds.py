@@ -25,7 +25,8 @@ from fourbit.kernels.cpu._quantize import _table, float_grid, log_grid
 pytestmark = needs_library
 GUARD = 256
 SIZES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2**14 - 1, 2**14 + 65)
-every_isa = pytest.mark.parametrize("isa", isas())
+every_isa = pytest.mark.parametrize("isa", isas("round"))
+every_isa_of_products = pytest.mark.parametrize("isa", isas("product"))
 every_size = pytest.mark.parametrize("n", SIZES)
 
 
@@ -214,7 +215,7 @@ def test_the_epilogue_keeps_to_its_output(isa, n):
                 check(isa, call)
 
 
-@every_isa
+@every_isa_of_products
 @pytest.mark.parametrize("turned", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9)])
 def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
@@ -245,7 +246,7 @@ def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
         check(isa, call)
 
 
-@every_isa
+@every_isa_of_products
 @pytest.mark.parametrize("halves", [0, 1])
 @pytest.mark.parametrize(
     "shape",  # num, in, out, height, width, kernel, padding, stride

@@ -120,7 +120,7 @@ def test_every_instruction_that_a_table_is_compiled_with_is_asked_for_before_it_
     source = (HERE / "csrc" / "library.cpp").read_text()
     body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in ("avx2", "avx512", "dot_product")}
     asked = {name: set(re.findall(r'cpu_supports\("(\w+)"\)', text)) for name, text in body.items()}
-    assert "has_avx2()" in body["avx512"] and "&avx512_table" in body["dot_product"]
+    assert "has_avx2()" in body["avx512"] and "has_avx512()" in body["dot_product"]
     asked["avx512"] |= asked["avx2"]
     asked["dot_product"] |= asked["avx512"]
     for name, flags in {**X86, "dot_product": DOT_PRODUCT_FLAGS}.items():
@@ -159,8 +159,35 @@ def test_an_instruction_set_that_is_not_there_is_not_used():
     loaded = library()
     assert loaded is not None
     before = loaded.isa
-    for name in {"avx2", "avx512", "sse9"} - set(isas()):
+    for name in {*c.ISAS, "sse9"} - set(isas()):
         assert not loaded.use_isa(name) and loaded.isa == before
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+def test_the_environment_chooses_the_instruction_set_of_a_process(isa):
+    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_ISA=isa)
+    assert f"cpu: {isa} (set by FOURBIT_CPU_ISA)" in printed and "exit code 0" in printed
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_refused_in_one_sentence():
+    ran = subprocess.run(
+        [sys.executable, "-m", "fourbit", "doctor"],
+        env={**os.environ, "FOURBIT_CPU_ISA": "avx51"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("fourbit: unknown value of FOURBIT_CPU_ISA 'avx51': did you mean 'avx512'")
+    assert ran.stderr.count("\n") == 1
+
+
+@needs_library
+def test_an_instruction_set_that_the_processor_lacks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FOURBIT_CPU_ISA", "avx512")
+    monkeypatch.setattr(c.Library, "use_isa", lambda self, name: False)
+    with pytest.raises(fb.errors.UserError, match=r"^FOURBIT_CPU_ISA is avx512, but \w+ is the widest that this"):
+        c._load.__wrapped__()
 
 
 def test_importing_the_package_loads_no_library():

@@ -301,5 +301,6 @@ def test_all_instruction_sets_of_a_usual_build_were_compared():
         "portable": True,
         "avx2": torch.cpu._is_avx2_supported(),
         "avx512": torch.cpu._is_avx512_supported(),
+        "dot_product": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
     }
     assert not isas() or set(isas()) == {name for name, has in supported.items() if has}

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from fourbit.backends import Status
+from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 9
+ABI = 10
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -275,6 +276,9 @@ _ALLOCATING = (
 )
 """Those that allocate memory: without it, they raise MemoryError."""
 
+ISAS = ("portable", "avx2", "avx512", "dot_product")
+"""Instruction sets, each with all of those before it; dot_product is AVX-512 with VNNI and BF16."""
+
 CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -348,25 +352,30 @@ class Library:
 
     @property
     def has_dot_product(self) -> bool:
-        """Whether the products and convolutions run: on processors with AVX512-BF16, while the widest instruction set is
-        in use."""
+        """Whether the products and convolutions run: they need the instruction set dot_product."""
         return bool(self._has_dot_product())
 
     @property
     def isa(self) -> str:
-        """Instruction set in use."""
+        """Instruction set in use, one of ISAS; at first the widest that the processor has."""
         return self._dll.fourbit_isa().decode()
 
     def use_isa(self, name: str) -> bool:
-        """Use the kernels of another instruction set; False where there are none. For tests."""
+        """Use the kernels of another instruction set; False, and nothing changes, where there are none. Not while
+        kernels run."""
         return bool(self._dll.fourbit_use_isa(name.encode()))
 
 
 SWITCHED_OFF = "switched off by FOURBIT_CPU_KERNELS=0"
+ISA_VARIABLE = "FOURBIT_CPU_ISA"
+"""Environment variable: the instruction set that the kernels keep to in this process."""
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Library | None, str]:
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked and asked not in ISAS:
+        raise unknown(f"value of {ISA_VARIABLE}", asked, ISAS)
     switch = os.environ.get("FOURBIT_CPU_KERNELS", "1")
     if switch == "0":
         return None, SWITCHED_OFF
@@ -378,9 +387,14 @@ def _load() -> tuple[Library | None, str]:
     if not path.exists():
         return None, "not built; build them with: python -m fourbit.kernels.cpu._build (needs a C++ compiler)"
     try:
-        return Library(path), ""
+        loaded = Library(path)
     except (OSError, AttributeError) as error:
         return None, f"{path.name} could not be used ({error}); build it again: python -m fourbit.kernels.cpu._build"
+    if asked and not loaded.use_isa(asked):
+        raise UserError(
+            f"{ISA_VARIABLE} is {asked}, but {loaded.isa} is the widest that this processor and build have."
+        )
+    return loaded, ""
 
 
 def library() -> Library | None:
@@ -402,4 +416,5 @@ def status() -> Status:
     if loaded is None:
         return Status("cpu", False, reason, needed=reason != SWITCHED_OFF)
     threads = "torch's threads" if loaded.threads else "one thread (torch's OpenMP runtime was not found)"
-    return Status("cpu", True, f"{loaded.isa}, {threads}")
+    chosen = f" (set by {ISA_VARIABLE})" if os.environ.get(ISA_VARIABLE) else ""
+    return Status("cpu", True, f"{loaded.isa}{chosen}, {threads}")

@@ -275,7 +275,8 @@ struct MatMul {
   double clipped;          // the sum
 };
 
-// false: not on this machine.
+// Whether the compiler knew the instructions of the products and convolutions below; false from them: not these arguments.
+bool dot_product_built();
 bool multiply(MatMul*);
 // For a right matrix that is multiplied several times: its panels, in so many numbers.
 int64_t panel_count(const MatMul*);

@@ -337,6 +337,8 @@ bool multiply(MatMul* t) {
   return true;
 }
 
+bool dot_product_built() { return true; }
+
 int64_t panel_count(const MatMul* t) {
   return ceil_div(t->columns, kColumns) * kColumns * (t->integers ? quads(t->depth) + 1 : ceil_div(t->depth, 2));
 }
@@ -357,6 +359,7 @@ void pack_panels(const MatMul* t, uint32_t* out) {
 #else
 
 namespace fourbit {
+bool dot_product_built() { return false; }
 bool multiply(MatMul*) { return false; }
 int64_t panel_count(const MatMul*) { return 0; }
 void pack_panels(const MatMul*, uint32_t*) {}
