@@ -19,7 +19,7 @@ import fourbit as fb
 from fourbit import backends
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu import library
-from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, X86, BuildError, build, compiler
+from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, INTEGER_ISAS, X86, BuildError, build, compiler
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, quantize_pair
 
 TRAIN = """
@@ -118,12 +118,15 @@ def test_without_a_compiler_the_build_says_so_and_keeps_what_is_there(tmp_path: 
 def test_every_instruction_that_a_table_is_compiled_with_is_asked_for_before_it_is_used():
     """One that the processor lacks would end the process."""
     source = (HERE / "csrc" / "library.cpp").read_text()
-    body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in ("avx2", "avx512", "dot_product")}
+    names = ("avx2", "avx_vnni", "avx512", "dot_product")
+    body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in names}
     asked = {name: set(re.findall(r'cpu_supports\("(\w+)"\)', text)) for name, text in body.items()}
+    assert "has_avx2()" in body["avx_vnni"] and "1u << 4" in body["avx_vnni"] and "count(7, 1, &a," in body["avx_vnni"]
+    asked["avx_vnni"] |= asked["avx2"] | {"avxvnni"}  # by its bit, which leaf 7, subleaf 1 has in eax
     assert "has_avx2()" in body["avx512"] and "has_avx512()" in body["dot_product"]
     asked["avx512"] |= asked["avx2"]
     asked["dot_product"] |= asked["avx512"]
-    for name, flags in {**X86, "dot_product": DOT_PRODUCT_FLAGS}.items():
+    for name, flags in {**X86, **INTEGER_ISAS, "dot_product": DOT_PRODUCT_FLAGS}.items():
         needed = {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag}
         assert needed <= asked.get(name, set()), name
 
@@ -135,7 +138,7 @@ def test_no_entry_runs_products_where_there_are_none(isa):
     with instruction_set(isa):
         loaded = library()
         assert loaded is not None
-        if loaded.has_dot_product:
+        if loaded.has_products:
             pytest.skip("these are its own products")
         a, b = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(32, 32, dtype=torch.int8)
         out, panels = torch.full((4, 32), 7.0), torch.full((2048,), 7, dtype=torch.int32)
@@ -145,9 +148,9 @@ def test_no_entry_runs_products_where_there_are_none(isa):
             assert loaded.panel_count(ctypes.byref(product)) == 0
             assert loaded.pack_panels(ctypes.byref(product), panels.data_ptr()) == 0
             assert loaded.multiply(ctypes.byref(product)) == 0
-        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0)  # of one row of two pixels
+        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0, 1, 1)  # of one row of two pixels
         addresses = a.data_ptr(), b.data_ptr(), out.data_ptr()
-        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape, 1, 1)
+        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape)
         assert loaded.conv_fprop(ctypes.byref(fprop)) == 0
         assert loaded.conv_wgrad(ctypes.byref(c.ConvWgrad(*addresses, *shape))) == 0
         assert loaded.conv_dgrad(ctypes.byref(c.ConvDgrad(*addresses, 0, *shape))) == 0

@@ -20,7 +20,7 @@ from fourbit.backends import Status
 from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 10
+ABI = 11
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -108,6 +108,9 @@ Accumulate = _structure(
     row_step=c_int64,
     lane_step=c_int64,
 )
+Integers = _structure(
+    "Integers", dtype=c_int32, unit=c_float, a_min=c_int32, a_max=c_int32, b_min=c_int32, b_max=c_int32
+)
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
 MatMul = _structure(
     "MatMul",
@@ -128,13 +131,14 @@ MatMul = _structure(
     panels=c_void_p,
     integers=c_int32,
     is_unsigned=c_int32,
+    of=Integers,
     clipped=c_double,
 )
 
 _geometry = dict.fromkeys(
     (
         *("num", "height", "width", "in_channels", "out_height", "out_width", "out_channels"),
-        *("kernel_height", "kernel_width", "pad_height", "pad_width"),
+        *("kernel_height", "kernel_width", "pad_height", "pad_width", "stride_height", "stride_width"),
     ),
     c_int64,
 )
@@ -147,11 +151,10 @@ ConvFprop = _structure(
     scale=c_float,
     grid=FloatGrid,
     **_geometry,
-    stride_height=c_int64,
-    stride_width=c_int64,
+    of=Integers,
 )
-ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry)
-ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry)
+ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry, of=Integers)
+ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry, of=Integers)
 NormStatistics = _structure(
     "NormStatistics",
     y=c_void_p,
@@ -276,8 +279,9 @@ _ALLOCATING = (
 )
 """Those that allocate memory: without it, they raise MemoryError."""
 
-ISAS = ("portable", "avx2", "avx512", "dot_product")
-"""Instruction sets, each with all of those before it; dot_product is AVX-512 with VNNI and BF16."""
+ISAS = ("portable", "avx2", "avx_vnni", "avx512", "dot_product")
+"""Instruction sets, from the plainest to the widest; avx_vnni is AVX2 with dot products of integers, and dot_product is AVX-512
+with VNNI and BF16."""
 
 CODES = {
     torch.float32: 0,
@@ -298,7 +302,7 @@ class Library:
             raise OSError("it was built from other sources")
         self._dll.fourbit_isa.restype = c_char_p
         self._dll.fourbit_set_threads.restype = None
-        self._has_dot_product = self._dll.fourbit_has_dot_product
+        self._products = self._dll.fourbit_products
         self._out_of_memory = self._dll.fourbit_out_of_memory
         self.threads = self._share_threads()
         for name, result in _RESULTS.items():
@@ -351,9 +355,14 @@ class Library:
         return False
 
     @property
+    def has_products(self) -> bool:
+        """Whether the products and convolutions run with the instruction set in use: not with portable, and not with avx512."""
+        return self._products() > 0
+
+    @property
     def has_dot_product(self) -> bool:
-        """Whether the products and convolutions run: they need the instruction set dot_product."""
-        return bool(self._has_dot_product())
+        """Whether they multiply bfloat16 by integers. Otherwise, they do what is made of integers in units of a number."""
+        return self._products() == 2
 
     @property
     def isa(self) -> str:

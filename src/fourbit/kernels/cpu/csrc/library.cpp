@@ -1,6 +1,9 @@
 // The C ABI: picks the instruction set once, at load time, runs loops on the caller's OpenMP team, and lets no exception out.
 #include <atomic>
 #include <new>
+#if defined(FOURBIT_X86)
+#include <cpuid.h>
+#endif
 
 #include "common.h"
 
@@ -49,28 +52,38 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+// Asked for by number: older compilers do not know the name.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvxVnni = 1u << 4;  // of eax, leaf 7, subleaf 1
+  return avx_vnni_products.multiply && has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
+}
+
 bool has_dot_product() {
-  return dot_product_built() && has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+  return dot_product_products.multiply && has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
 bool has_portable() { return true; }
 
-// From the plainest to the widest; each processor that has one has those before it.
+const Products no_products = {};
+
+// From the plainest to the widest; each processor that has one has those before it, except that few have avx_vnni.
 struct Isa {
   const char* name;
   const Table* table;
-  bool multiplies;  // whether the kernels of multiply.cpp and convolve.cpp run
+  const Products* products;
   bool (*is_there)();
 };
 
 constexpr Isa isas[] = {
-    {"portable", &portable_table, false, has_portable},
+    {"portable", &portable_table, &no_products, has_portable},
 #if defined(FOURBIT_X86)
-    {"avx2", &avx2_table, false, has_avx2},
-    {"avx512", &avx512_table, false, has_avx512},
-    {"dot_product", &avx512_table, true, has_dot_product},
+    {"avx2", &avx2_table, &avx2_products, has_avx2},
+    {"avx_vnni", &avx2_table, &avx_vnni_products, has_avx_vnni},
+    {"avx512", &avx512_table, &no_products, has_avx512},
+    {"dot_product", &avx512_table, &dot_product_products, has_dot_product},
 #endif
 };
 
@@ -129,7 +142,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 10; }
+FOURBIT_API int32_t fourbit_abi() { return 11; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -152,8 +165,12 @@ FOURBIT_API int32_t fourbit_use_isa(const char* name) {
   return 0;
 }
 
-// Whether the products and convolutions below do anything: with the instruction set in use, now.
-FOURBIT_API int32_t fourbit_has_dot_product() { return isa->multiplies; }
+// What the products and convolutions below multiply with the instruction set in use, now: 0 nothing, 1 integers (and bfloat16
+// numbers that are multiples of a unit), 2 integers, and bfloat16 by integers.
+FOURBIT_API int32_t fourbit_products() {
+  if (!isa->products->multiply) return 0;
+  return isa->products->integers_only ? 1 : 2;
+}
 
 // Whether a call of this thread ran out of memory since the last question; what it returned then means nothing.
 FOURBIT_API int32_t fourbit_out_of_memory() {
@@ -179,18 +196,16 @@ FOURBIT_GUARDED(void, accumulate, const Accumulate*, table->accumulate(t))
 FOURBIT_GUARDED(void, lstm_forward, const LstmForward*, table->lstm_forward(t))
 FOURBIT_GUARDED(void, lstm_backward, const LstmBackward*, table->lstm_backward(t))
 // 0: not with the instruction set in use, or not these arguments.
-FOURBIT_GUARDED(int32_t, multiply, MatMul*, isa->multiplies && multiply(t))
-FOURBIT_GUARDED(int64_t, panel_count, const MatMul*, isa->multiplies ? panel_count(t) : 0)
-FOURBIT_GUARDED(int32_t, conv_fprop, const ConvFprop*, isa->multiplies && conv_fprop(t))
-FOURBIT_GUARDED(int32_t, conv_wgrad, const ConvWgrad*, isa->multiplies && conv_wgrad(t))
-FOURBIT_GUARDED(int32_t, conv_dgrad, const ConvDgrad*, isa->multiplies && conv_dgrad(t))
+#define FOURBIT_PRODUCT(result, name, argument) \
+  FOURBIT_GUARDED(result, name, argument, isa->products->name ? isa->products->name(t) : 0)
+FOURBIT_PRODUCT(int32_t, multiply, MatMul*)
+FOURBIT_PRODUCT(int64_t, panel_count, const MatMul*)
+FOURBIT_PRODUCT(int32_t, conv_fprop, const ConvFprop*)
+FOURBIT_PRODUCT(int32_t, conv_wgrad, const ConvWgrad*)
+FOURBIT_PRODUCT(int32_t, conv_dgrad, const ConvDgrad*)
 
 FOURBIT_API int32_t fourbit_pack_panels(const MatMul* t, uint32_t* out) {
-  return guarded([&]() -> int32_t {
-    if (!isa->multiplies) return 0;
-    pack_panels(t, out);
-    return 1;
-  });
+  return guarded([&]() -> int32_t { return isa->products->pack_panels && isa->products->pack_panels(t, out); });
 }
 
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) {
