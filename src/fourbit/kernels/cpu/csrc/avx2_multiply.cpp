@@ -7,8 +7,8 @@
 namespace fourbit {
 namespace {
 
-constexpr int64_t kBlockSteps = 512;   // of a long sum, which are worked on together
-constexpr int64_t kBlockRows = 120;    // likewise
+constexpr int64_t kBlockSteps = 256;  // about so many of a long sum are worked on together: a panel of them is in the first cache
+constexpr int64_t kBlockRows = 120;   // likewise, in the second
 
 // The rows are the unsigned bytes, except where the sum runs over their columns.
 Way way_of(const MatMul& t) {
@@ -24,70 +24,76 @@ struct Task {
   const MatMul& t;
   Way way;
   int64_t steps, panels, tiles, height;  // of the sum; of columns; of rows, and how many rows each has
-  int64_t step_terms;
-  std::vector<uint8_t> own_a, own_panels;
+  int64_t block = 0, blocks;             // steps that are worked on together
+  int64_t row_parts = 0, column_parts = 0;
+  std::vector<uint8_t> own_a;
   std::vector<int32_t> row_sums;         // where the columns have an offset
-  const uint8_t* a = nullptr;            // [rows][steps], or [tiles][steps][kRows] if turned
-  const uint8_t* b = nullptr;            // panels: steps, then the sums of the columns
-  int64_t row_blocks = 0, column_blocks = 0;
+  const uint8_t* a = nullptr;            // [blocks][rows][pitch], or [tiles][steps][kRows] if turned
   double clipped[kMaxThreads] = {};
 
   explicit Task(const MatMul& t)
       : t(t), way(way_of(t)), panels(ceil_div(t.columns, kColumns)), tiles(ceil_div(t.rows, kRows)),
         height(ceil_div(t.rows, most_of(tiles, 1))) {
-    step_terms = way.bytes ? 4 : 2;
-    steps = ceil_div(t.depth, step_terms);
+    const int64_t terms = way.bytes ? 4 : 2;
+    steps = ceil_div(t.depth, terms);
+    blocks = steps <= kBlockSteps + kBlockSteps / 2 ? 1 : ceil_div(steps, kBlockSteps);
+    block = most_of(ceil_div(steps, blocks), 1);
+    if (t.depth > way.terms) block = most_of(least(block, way.terms / terms), 1);
+    blocks = ceil_div(steps, block);
     if (height > 0) tiles = ceil_div(t.rows, height);
   }
+  // Bytes from row to row: a line more than they have, so that rows do not meet in the same places of the cache.
+  int64_t pitch() const { return block * 4 + 64; }
   int64_t panel_bytes() const { return (steps + 1) * kStepBytes; }
 };
 
+// Steps k .. k + count of one panel; adds to the sums of its columns, if they are wanted.
 template <class Kind>
-void pack_right(const Task& task, int64_t begin, int64_t end, uint8_t* panels) {
+void pack_right(const Task& task, int64_t panel, int64_t k, int64_t count, uint8_t* out, int32_t* sums) {
   const MatMul& t = task.t;
-  for (int64_t j = begin; j < end; ++j) {
-    uint8_t* out = panels + j * task.panel_bytes();
-    const int64_t column = j * kColumns, count = t.columns - column;
-    int32_t sums[kColumns] = {};
-    int32_t* wanted = task.way.left_offset ? sums : nullptr;
-    if (t.integers) {
-      pack_columns<Kind>(t.b + column * t.depth, t.depth, t.depth, count, out, wanted);
-    } else {
-      auto row = [&](int64_t k) { return t.b + k * t.columns + column; };
-      pack_panel<Kind>(row, t.depth, count, task.way.right_offset, out, wanted);
-    }
-    for (int32_t& sum : sums) sum *= task.way.left_offset;
-    std::memcpy(out + task.steps * kStepBytes, sums, sizeof sums);
+  const int64_t column = panel * kColumns, first = k * Kind::kTerms, depth = least(count * Kind::kTerms, t.depth - first);
+  int32_t* wanted = task.way.left_offset ? sums : nullptr;
+  if (t.integers) {
+    pack_columns<Kind>(t.b + column * t.depth + first, t.depth, depth, t.columns - column, out, wanted);
+  } else {
+    auto row = [&](int64_t i) { return t.b + (first + i) * t.columns + column; };
+    pack_panel<Kind>(row, depth, t.columns - column, task.way.right_offset, out, wanted);
   }
 }
 
+// Whole panels, each with what the offset of the rows puts into the sums of its columns.
 template <class Kind>
 void pack_panels(const Task& task, uint8_t* out) {
   struct Job { const Task* task; uint8_t* out; } job{&task, out};
   parallel_always(task.panels, [](int64_t begin, int64_t end, int, void* p) {
     const Job& job = *static_cast<Job*>(p);
-    pack_right<Kind>(*job.task, begin, end, job.out);
+    const Task& task = *job.task;
+    for (int64_t j = begin; j < end; ++j) {
+      uint8_t* out = job.out + j * task.panel_bytes();
+      int32_t sums[kColumns] = {};
+      pack_right<Kind>(task, j, 0, task.steps, out, sums);
+      for (int32_t& sum : sums) sum *= task.way.left_offset;
+      std::memcpy(out + task.steps * kStepBytes, sums, sizeof sums);
+    }
   }, &job);
 }
 
-// Rows as they lie, the sum's terms being neighbours.
+// Rows whose terms are neighbours.
 template <class Kind>
 void take_rows(Task& task) {
-  using Number = typename Kind::Number;
   const MatMul& t = task.t;
-  if (sizeof(Number) == 1 && t.of.dtype == kUInt8 && task.way.left_offset == 0 && t.depth % Kind::kTerms == 0) {
-    task.a = reinterpret_cast<const uint8_t*>(t.a);
-    return;
-  }
-  task.own_a.resize(static_cast<size_t>(t.rows * task.steps * 4));
+  task.own_a.resize(static_cast<size_t>(ceil_div(task.steps, task.block) * t.rows * task.pitch()));
   parallel(t.rows * t.depth, t.depth, [](int64_t begin, int64_t end, int, void* p) {
     Task& task = *static_cast<Task*>(p);
     const MatMul& t = task.t;
+    const int64_t terms = task.block * Kind::kTerms;
     with_numbers(t.a, t.of.dtype, [&](auto* a) {
-      for (int64_t row = begin / t.depth; row < end / t.depth; ++row) {
-        auto* out = reinterpret_cast<Number*>(task.own_a.data() + row * task.steps * 4);
-        convert_row(a + row * t.depth, 1.0f / t.of.unit, task.way.left_offset, t.depth, out);
-      }
+      for (int64_t row = begin / t.depth; row < end / t.depth; ++row)
+        for (int64_t k = 0; k < t.depth; k += terms) {
+          uint8_t* out = task.own_a.data() + (k / terms * t.rows + row) * task.pitch();
+          convert_row(a + row * t.depth + k, 1.0f / t.of.unit, task.way.left_offset, least(terms, t.depth - k),
+                      reinterpret_cast<typename Kind::Number*>(out));
+        }
     });
   }, &task);
   task.a = task.own_a.data();
@@ -100,18 +106,22 @@ void take_turned(Task& task) {
   parallel_always(task.steps, [](int64_t begin, int64_t end, int, void* p) {
     Task& task = *static_cast<Task*>(p);
     const MatMul& t = task.t;
-    std::vector<uint8_t> line(static_cast<size_t>((ceil_div(t.rows, kColumns) + 1) * kStepBytes));
+    constexpr int64_t kTogether = 8;  // steps that lie side by side in a tile
+    const int64_t line = (ceil_div(t.rows, kColumns) + 1) * kStepBytes;
+    std::vector<uint8_t> lines(static_cast<size_t>(kTogether * line));
     with_numbers(t.a, t.of.dtype, [&](auto* a) {
-      for (int64_t step = begin; step < end; ++step) {
-        decltype(a) rows[Kind::kTerms];
-        for (int i = 0; i < Kind::kTerms; ++i) {
-          const int64_t k = step * Kind::kTerms + i;
-          rows[i] = k < t.depth ? a + k * t.rows : nullptr;
+      for (int64_t first = begin; first < end; first += kTogether) {
+        const int64_t count = least(kTogether, end - first);
+        for (int64_t step = 0; step < count; ++step) {
+          decltype(a) rows[Kind::kTerms];
+          for (int i = 0; i < Kind::kTerms; ++i) {
+            const int64_t k = (first + step) * Kind::kTerms + i;
+            rows[i] = k < t.depth ? a + k * t.rows : nullptr;
+          }
+          interleave_rows<Kind>(rows, 1.0f / t.of.unit, t.rows, lines.data() + step * line);
         }
-        interleave_rows<Kind>(rows, 1.0f / t.of.unit, t.rows, line.data());
-        for (int64_t tile = 0; tile < task.tiles; ++tile)
-          std::memcpy(task.own_a.data() + (tile * task.steps + step) * kRows * 4, line.data() + tile * task.height * 4,
-                      kRows * 4);
+        scatter_steps(lines.data(), line, count, task.tiles, task.height, task.steps * kRows * 4,
+                      task.own_a.data() + first * kRows * 4);
       }
     });
   }, &task);
@@ -155,17 +165,18 @@ FOURBIT_INLINE __m256 finish_eight(const MatMul& t, __m256 sum) {
   return _mm256_mul_ps(nearest, post);
 }
 
-// Scales, rounds, masks and writes a tile, whose rows lie `stride` sums apart.
+// Scales, rounds, masks and writes a tile, whose rows lie `stride` sums apart; `extra`: what the offset of the rows put in.
 template <typename Sum>
-void finish_tile(const Task& task, const Sum* sums, int64_t stride, int64_t tile, int64_t panel, __m256& removed) {
+void finish_tile(const Task& task, const Sum* sums, int64_t stride, int64_t tile, int64_t panel, const int32_t* extra,
+                 __m256& removed) {
   const MatMul& t = task.t;
   const int64_t column = panel * kColumns, first = tile * task.height, last = least(first + task.height, t.rows);
-  int32_t extra[kColumns] = {};
-  if (task.way.left_offset)
-    std::memcpy(extra, task.b + panel * task.panel_bytes() + task.steps * kStepBytes, sizeof extra);
+  int32_t of_row[kColumns];
   for (int64_t row = first; row < last; ++row, sums += stride) {
-    if (task.way.right_offset)
-      for (int32_t& e : extra) e = task.row_sums[static_cast<size_t>(row)];
+    if (task.way.right_offset) {
+      for (int32_t& e : of_row) e = task.row_sums[static_cast<size_t>(row)];
+      extra = of_row;
+    }
     const int64_t at = row * t.columns + column;
     __m256 low = finish_eight(t, as_floats(sums, extra)), high = finish_eight(t, as_floats(sums + 8, extra + 8));
     if (t.mask) {
@@ -180,31 +191,44 @@ void finish_tile(const Task& task, const Sum* sums, int64_t stride, int64_t tile
 template <class Kind, typename Sum>
 void part(const Task& task, int64_t first, int64_t last, int64_t j_begin, int64_t j_end, __m256& removed) {
   const MatMul& t = task.t;
-  const int64_t block = std::is_same<Sum, double>::value ? most_of(least(kBlockSteps, task.way.terms / Kind::kTerms), 1)
-                                                         : kBlockSteps;
-  const int64_t width = (j_end - j_begin) * kColumns;
-  std::vector<Sum> all(static_cast<size_t>(task.steps > block ? (last - first) * task.height * width : 0));
+  const auto* panels = reinterpret_cast<const uint8_t*>(t.panels);
+  const int64_t block = task.block, num = j_end - j_begin, width = num * kColumns, near = most_of(kBlockRows / task.height, 1);
+  std::vector<Sum> all(static_cast<size_t>(task.blocks > 1 ? (last - first) * task.height * width : 0));
+  std::vector<uint8_t> own(static_cast<size_t>(panels ? 0 : num * block * kStepBytes));
+  std::vector<int32_t> extra(static_cast<size_t>(width));
+  if (panels)
+    for (int64_t i = 0; i < num; ++i)
+      std::memcpy(extra.data() + i * kColumns, panels + (j_begin + i + 1) * task.panel_bytes() - kStepBytes, kStepBytes);
   int32_t sums[kRows * kColumns];
   for (int64_t k = 0; k < task.steps; k += block) {
-    Walk walk{task.way.steps, least(block, task.steps - k), t.turned ? kRows * 4 : 4, kStepBytes};
-    for (int64_t j = j_begin; j < j_end; ++j) {
-      const uint8_t* right = task.b + j * task.panel_bytes() + k * kStepBytes;
-      for (int64_t tile = first; tile < last; ++tile) {
-        const int64_t row = tile * task.height, count = least(task.height, t.rows - row);
-        const uint8_t* rows[kRows];
-        for (int64_t r = 0; r < count; ++r)
-          rows[r] = t.turned ? task.a + (tile * task.steps + k) * kRows * 4 + r * 4 : task.a + ((row + r) * task.steps + k) * 4;
-        sum_tile<Kind>(count, rows, right, walk, sums);
-        if (all.empty()) {
-          finish_tile(task, sums, kColumns, tile, j, removed);
-          continue;
+    const int64_t steps = least(block, task.steps - k);
+    const bool is_last = k + block >= task.steps;
+    for (int64_t i = 0; i < num && !panels; ++i)
+      pack_right<Kind>(task, j_begin + i, k, steps, own.data() + i * block * kStepBytes, extra.data() + i * kColumns);
+    if (is_last && !panels)
+      for (int32_t& e : extra) e *= task.way.left_offset;
+    const Walk walk{task.way.steps, steps, t.turned ? kRows * 4 : 4, kStepBytes};
+    for (int64_t begin = first; begin < last; begin += near)
+      for (int64_t i = 0; i < num; ++i) {
+        const uint8_t* right = panels ? panels + (j_begin + i) * task.panel_bytes() + k * kStepBytes
+                                      : own.data() + i * block * kStepBytes;
+        for (int64_t tile = begin; tile < least(begin + near, last); ++tile) {
+          const int64_t row = tile * task.height, count = least(task.height, t.rows - row);
+          const uint8_t* rows[kRows];
+          for (int64_t r = 0; r < count; ++r)
+            rows[r] = t.turned ? task.a + (tile * task.steps + k) * kRows * 4 + r * 4
+                               : task.a + (k / block * t.rows + row + r) * task.pitch();
+          sum_tile<Kind>(count, rows, right, walk, sums);
+          if (all.empty()) {
+            finish_tile(task, sums, kColumns, tile, j_begin + i, extra.data() + i * kColumns, removed);
+            continue;
+          }
+          Sum* to = all.data() + (tile - first) * task.height * width + i * kColumns;
+          for (int64_t r = 0; r < count; ++r)
+            for (int64_t c = 0; c < kColumns; ++c) to[r * width + c] += static_cast<Sum>(sums[r * kColumns + c]);
+          if (is_last) finish_tile(task, to, width, tile, j_begin + i, extra.data() + i * kColumns, removed);
         }
-        Sum* to = all.data() + (tile - first) * task.height * width + (j - j_begin) * kColumns;
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t c = 0; c < kColumns; ++c) to[r * width + c] += static_cast<Sum>(sums[r * kColumns + c]);
-        if (k + block >= task.steps) finish_tile(task, to, width, tile, j, removed);
       }
-    }
   }
 }
 
@@ -219,24 +243,20 @@ double sum_of(__m256 x) {
 template <class Kind>
 void multiply_as(Task& task) {
   const MatMul& t = task.t;
-  task.b = reinterpret_cast<const uint8_t*>(t.panels);
-  if (!task.b) {
-    task.own_panels.resize(static_cast<size_t>(task.panels * task.panel_bytes()));
-    pack_panels<Kind>(task, task.own_panels.data());
-    task.b = task.own_panels.data();
-  }
   if (t.turned) take_turned<Kind>(task);
   else take_rows<Kind>(task);
-  const int64_t width = least(most_of(task.panels / 16, 4), 32);  // panels of a block
-  task.row_blocks = ceil_div(t.rows, kBlockRows);
-  task.column_blocks = ceil_div(task.panels, width);
-  parallel_always(task.row_blocks * task.column_blocks, [](int64_t begin, int64_t end, int thread, void* p) {
+  // Each part packs its panels, which then should meet many rows; but there must be parts enough for the threads.
+  constexpr int64_t kParts = 8;
+  task.column_parts = ceil_div(task.panels, least(most_of(task.panels / 16, 4), 32));
+  const int64_t fewest = task.blocks > 1 ? ceil_div(t.rows, 4 * kBlockRows) : 1;
+  task.row_parts = most_of(fewest, least(ceil_div(kParts, task.column_parts), ceil_div(t.rows, kBlockRows)));
+  parallel_always(task.row_parts * task.column_parts, [](int64_t begin, int64_t end, int thread, void* p) {
     Task& task = *static_cast<Task*>(p);
     double clipped = 0.0;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / task.column_blocks, c = i % task.column_blocks;
-      const int64_t first = task.tiles * r / task.row_blocks, last = task.tiles * (r + 1) / task.row_blocks;
-      const int64_t j = task.panels * c / task.column_blocks, j_end = task.panels * (c + 1) / task.column_blocks;
+      const int64_t r = i / task.column_parts, c = i % task.column_parts;
+      const int64_t first = task.tiles * r / task.row_parts, last = task.tiles * (r + 1) / task.row_parts;
+      const int64_t j = task.panels * c / task.column_parts, j_end = task.panels * (c + 1) / task.column_parts;
       __m256 removed = _mm256_setzero_ps();
       if (task.t.depth > task.way.terms) part<Kind, double>(task, first, last, j, j_end, removed);
       else part<Kind, int32_t>(task, first, last, j, j_end, removed);

@@ -252,20 +252,30 @@ inline __m128i as_row(const From* x, float inverse_unit, Bytes<kLeft>) {
 
 template <class Kind, typename From>
 void interleave_rows(const From* const* rows, float inverse_unit, int64_t count, uint8_t* line) {
+  static const From zeros[kColumns] = {};
   for (int64_t i = 0; i < count; i += kColumns) {
     decltype(as_row(rows[0], 1.0f, Kind{})) terms[Kind::kTerms];
 #pragma GCC unroll 4
     for (int k = 0; k < Kind::kTerms; ++k) {
-      From some[kColumns] = {};
-      const From* x = rows[k] ? rows[k] + i : some;
+      const From* x = rows[k] ? rows[k] + i : zeros;
       if (rows[k] && count - i < kColumns) {
+        From some[kColumns] = {};
         std::memcpy(some, x, static_cast<size_t>(count - i) * sizeof(From));
-        x = some;
+        terms[k] = as_row(some, inverse_unit, Kind{});
+      } else {
+        terms[k] = as_row(x, inverse_unit, Kind{});
       }
-      terms[k] = as_row(x, inverse_unit, Kind{});
     }
     interleave(terms, line + 4 * i, Kind{});
   }
+}
+
+// Steps of all rows, `line` bytes each, to the tiles that they belong to, which lie `stride` bytes apart.
+inline void scatter_steps(const uint8_t* lines, int64_t line, int64_t steps, int64_t tiles, int64_t height, int64_t stride,
+                          uint8_t* out) {
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t step = 0; step < steps; ++step)
+      std::memcpy(out + tile * stride + step * kRows * 4, lines + step * line + tile * height * 4, kRows * 4);
 }
 
 // Calls f with the type of the numbers at x.
