@@ -11,6 +11,7 @@ import torch
 from benchmarks import _child, _harness, _naive, _networks, _operations, _ways, cold_start, growth, quantizers
 from benchmarks import step as steps
 from benchmarks import tables as documents
+from benchmarks import traces
 from torch import nn
 
 import fourbit as fb
@@ -199,3 +200,19 @@ def test_every_network_has_layers_for_4_bits_and_a_loss():
         assert len(_ways.four_bit_names(network)) >= 2
         training()
         assert torch.isfinite(training.loss())
+
+
+@pytest.mark.parametrize("case", ["linear", "grouped and transposed"])
+def test_traces_repeat_every_bit_and_tell_recipes_apart(case):
+    before, again, other = (traces.trace(case, recipe) for recipe in ("luq", "luq", "int4-fwd"))
+    assert not list(traces.differences({"a": before}, {"a": again}))
+    (line,) = traces.differences({"a": before}, {"a": other})
+    assert line.startswith("a: step 0: ")
+    assert list(traces.differences({"a": before}, {})) == ["a: only before"]
+
+
+def test_one_bit_of_a_gradient_is_a_difference():
+    before = traces.trace("linear", "ibm2020")
+    after = json.loads(json.dumps(before))
+    after[2]["gradients"]["0.weight"] = "0" * 16
+    assert list(traces.differences({"a": before}, {"a": after})) == ["a: step 2: d 0.weight"]

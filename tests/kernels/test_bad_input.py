@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import layouts
+from kernel_cases import each_implementation, layouts
 from torch import Tensor, nn
 
 import fourbit as fb
 from fourbit import backends, formats, recipes
 from fourbit.errors import UserError
-from fourbit.quantizers import Amax, FixedScale, QuantSpec, Rounding, quantize
+from fourbit.quantizers import Amax, FixedScale, Packed, QuantSpec, Rounding, quantize
 
 NAMES = ("ibm2020", "luq", "luq-smp2", "ibm2020-channel-gradscale", "int4-fwd", "ibm2020-global-scale", "ibm2020-dw8")
 SPECS = {name: recipes.get(name).rules[-1].spec for name in NAMES} | {"FP16": recipes.get("ibm2020").rules[0].spec}
@@ -50,6 +51,15 @@ def step(layer: nn.Module, x: Tensor, g: Tensor | None = None) -> tuple[Tensor, 
 def made(make, spec, **k) -> nn.Module:
     torch.manual_seed(0)
     return make(spec=spec, **k)
+
+
+@each_implementation("unpack")
+def test_bytes_of_codes_in_another_order_are_not_read_as_if_they_lay_in_order(implementation):
+    data = torch.arange(64, dtype=torch.uint8).view(2, 32)
+    codes = Packed(data.flatten(), torch.Size([128]), (1,), True)
+    assert implementation(codes, torch.int8) is not None
+    with pytest.raises(UserError, match="packed of a kernel must have 64 elements"):
+        implementation(replace(codes, data=data.t().contiguous().t()), torch.int8)
 
 
 @pytest.mark.usefixtures("backend")

@@ -29,7 +29,7 @@ from torch import Tensor
 from fourbit import backends, formats
 from fourbit.formats import Codebook, Format
 from fourbit.ops import Contraction, Convolution, Finish, Gemm, Layout, LinearMap, Matmul, Operand, Raw
-from fourbit.ops._product import _finish, multiply, product
+from fourbit.ops._product import _finish, _multiply, multiply, product
 from fourbit.quantizers import Packed, carrier_dtype, is_packable, pack, pack_mask
 
 f = formats
@@ -261,6 +261,30 @@ def test_empty_operands_are_declined_or_right(implementation, x_shape):
             raw = implementation(gemm)
             if raw is not None:
                 check(raw, exact, size, "exact")
+
+
+@each_implementation("gemm")
+@pytest.mark.parametrize("which", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("repeated", ["a", "b"])
+def test_a_row_that_is_repeated_is_read_as_often(implementation, which, repeated):
+    """torch._int_mm reads memory that is not theirs."""
+    case = (LinearMap(), (16, 8), (3, 8))
+    for gemm, _, size in gemms(case, f.INT4_SYM, f.INT4_SYM, which):
+        operand = getattr(gemm, repeated)
+        numbers = operand.to(torch.int8)[:1].expand(operand.q.shape)
+        gemm = replace(gemm, **{repeated: operand._replace(q=numbers)})
+        raw = implementation(gemm)
+        if raw is not None:
+            exact = _multiply(replace(gemm, dtype=torch.float64))
+            check(raw, exact, torch.full_like(size, 16 * 49.0), "exact")
+
+
+@each_implementation("gemm")
+def test_operands_on_other_devices_are_declined(implementation):
+    a, b = (Operand(draw(f.INT4_SYM, (4, 6), 0), None, f.INT4_SYM) for _ in range(2))
+    meta = b._replace(q=torch.empty(4, 6, dtype=torch.int8, device="meta"))
+    for pair in ((a, meta), (meta, a)):
+        assert implementation(Gemm("fprop", LinearMap(), *pair, None, torch.float32, "fast")) is None
 
 
 @each_implementation("gemm")

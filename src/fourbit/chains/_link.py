@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.chains._norm import Activation, Norm, Normalized, NormApply
+from fourbit.chains._norm import NO_ACTIVATION, Activation, Norm, Normalized, NormApply
 from fourbit.errors import UserError
 from fourbit.formats import Format
 from fourbit.ops import Finish, LayerState, Mailbox, Pending, ResultHandover, finish
@@ -36,23 +36,30 @@ class Link:
         norm: of a normalization, while somebody watches.
         result, state: of a product: what the layer left (None: a finished result), and the layer.
         owner: the tensor that stands for the result.
-        hooks: of autograd's saved tensors, as they were when the step was taken.
+        hooks: of autograd's saved tensors, as they were when the chain began; a step under others is none.
         is_shared: whether somebody else than the step behind has used the result.
         passing: where the gradient passes an activation that computes its own.
         gradients, d_residual: what the end of the chain has computed for a normalization, for a sum.
     """
 
-    def __init__(self, kind: Kind, before: Link | None = None, node: Any = None):
-        self.kind, self.before, self.node = kind, before, node
-        self.act = Activation()
+    __slots__ = (
+        *("kind", "before", "node", "act", "norm", "result", "state", "owner", "hooks", "is_shared", "passing"),
+        *("gradients", "d_residual"),
+    )
+
+    def __init__(self, kind: Kind, before: Link | None = None, node: Any = None, act: Activation = NO_ACTIVATION):
+        self.kind, self.before, self.node, self.act = kind, before, node, act
         self.norm: Norm | None = None
         self.result: ResultHandover | None = None
         self.state: LayerState | None = None
         self.owner: weakref.ref[Pending] | None = None
-        self.hooks = hooks_now()
+        self.hooks = hooks_now() if before is None else before.hooks
         self.is_shared = False
         self.passing: Tensor | None = None
-        self.gradients, self.d_residual = Mailbox(), Mailbox()
+        if kind == "norm":
+            self.gradients = Mailbox()
+        elif kind == "sum":
+            self.d_residual = Mailbox()
 
     def is_visible(self) -> bool:
         """Whether somebody else than the step behind may see the result or its gradient: it was used, or is still held."""
@@ -107,7 +114,7 @@ class Affine:
     """
 
     normalized: Normalized
-    act: Activation = Activation()
+    act: Activation = NO_ACTIVATION
     residual: Tensor | None = None
     version: int = 0
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.chains._link import Affine, Link
-from fourbit.chains._norm import Activation, Normalized, NormBackward, NormGradients
+from fourbit.chains._norm import NO_ACTIVATION, Activation, Normalized, NormBackward, NormGradients
 from fourbit.errors import UserError
-from fourbit.ops import GradientReturn, LayerState, Layout, Pending, once
+from fourbit.ops import GradientReturn, LayerState, Layout, Node, Pending, once
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request, unpack_mask
 
 _UNSEEN = (
@@ -37,7 +37,7 @@ def _placeholder(ctx: Any, x: Pending, inplace: bool) -> Pending:
     return Pending.like(x)
 
 
-class Opened(torch.autograd.Function):
+class Opened(Node):
     """A finished result as the start of a chain."""
 
     @staticmethod
@@ -52,7 +52,7 @@ class Opened(torch.autograd.Function):
         return grads[0]
 
 
-class Finished(torch.autograd.Function):
+class Finished(Node):
     """The tensor that a Pending one stands for, in its place."""
 
     @staticmethod
@@ -67,7 +67,7 @@ class Finished(torch.autograd.Function):
         return grads[0], None
 
 
-class Normalization(torch.autograd.Function):
+class Normalization(Node):
     """t = slope v + offset."""
 
     @staticmethod
@@ -88,7 +88,7 @@ class Normalization(torch.autograd.Function):
         if g is not None:
             if found is not None:
                 raise UserError(_UNSEEN)
-            found = differentiate(ctx, Activation(), g)
+            found = differentiate(ctx, NO_ACTIVATION, g)
         if found is None:
             return (None,) * 6
         dx, _, _, dgamma, dbeta, _ = ctx.needs_input_grad
@@ -102,7 +102,7 @@ class Normalization(torch.autograd.Function):
         )
 
 
-class Sum(torch.autograd.Function):
+class Sum(Node):
     """t + residual."""
 
     @staticmethod
@@ -124,7 +124,7 @@ class Sum(torch.autograd.Function):
         return g, None, None, g if ctx.needs_input_grad[3] else None
 
 
-class Activated(torch.autograd.Function):
+class Activated(Node):
     """min(max(t, 0), cap)."""
 
     @staticmethod
@@ -168,7 +168,7 @@ class Call:
     cap_clips: bool = False
 
 
-class End(torch.autograd.Function):
+class End(Node):
     """The end of a chain: the arithmetic of all its steps, and of their gradients."""
 
     @staticmethod
@@ -330,7 +330,7 @@ def differentiate(
     if result is None or state is None:
         return found
     if not found.quantized:
-        result.g.leave(found.dv)
+        result.g.leave((found.dv, found.amax))
     else:
         dv = run(()).dv if state.observer is not None else None
         first = bool(specs) and specs[0] is state.spec.g_dgrad
@@ -340,4 +340,4 @@ def differentiate(
         assert not isinstance(amax, Tensor)
         state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
         result.quantized.leave((by_slot.get("g_dgrad"), by_slot.get("g_wgrad")))
-    return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped)
+    return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped, found.amax)

@@ -50,6 +50,9 @@ class Activation:
     cap: float = float("inf")
 
 
+NO_ACTIVATION, RELU = Activation(), Activation(True)
+
+
 @dataclass(frozen=True)
 class NormStatistics:
     """The first call: v, its statistics, and the running ones, one batch further.
@@ -129,7 +132,7 @@ class NormBackward:
 
 @dataclass(frozen=True)
 class NormGradients:
-    """dv, or its quantizations; the gradients of gamma, beta and the residual; and what was clipped, by its sign."""
+    """dv, or its quantizations; the gradients of gamma, beta and the residual; what was clipped, by its sign; and max|dv|."""
 
     dv: Tensor | None
     quantized: tuple[Quantized, ...]
@@ -137,6 +140,7 @@ class NormGradients:
     dbeta: Tensor
     d_residual: Tensor | None
     clipped: float
+    amax: float
 
 
 def can_normalize(y: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fourbit import backends
 from fourbit.chains._link import Affine, Kept, Link, Unfinished, hooks_now
 from fourbit.chains._nodes import Activated, Call, End, Finished, Normalization, Opened, Sum, normalization_of
-from fourbit.chains._norm import Activation, Norm, NormStatistics
+from fourbit.chains._norm import RELU, Activation, Norm, NormStatistics
 from fourbit.chains._watch import chain_ended, is_watched
 from fourbit.ops import (
     LOCK,
@@ -176,9 +176,9 @@ def activate(w: Tensor, cap: float, inplace: bool) -> Pending | None:
         return None
     if hooks_now() is not w.link.hooks:
         return None
-    link = Link("act", w.link, w.node)
-    link.act = Activation(True, cap)
-    content = Affine(w.content.normalized, link.act, w.content.residual, w.content.version)
+    act = RELU if cap == math.inf else Activation(True, cap)
+    content, link = w.content, Link("act", w.link, w.node, act)
+    content = Affine(content.normalized, act, content.residual, content.version)
     return _next(w, Activated, link, content, inplace)
 
 

@@ -35,10 +35,11 @@ def pointer(
 
     Every tensor of a kernel's arguments goes through here, with what the kernel is going to do with it:
 
-        pointer(mask, "mask", torch.uint8, mask_bytes(n))              n bits, in whole blocks
+        codes_of(packed, n)                                            n packed codes, in whole blocks
+        bits_of(mask, "mask", n)                                       n bits, in whole blocks; None stays None
         pointer(x, "x", torch.uint8, n, CHANNELS_LAST)                 the axes must lie in this order
         pointer(residual, "residual", torch.float32, n, like=y)        walked together with y: same shape, same order
-        optional(mask, "mask", torch.uint8, mask_bytes(n))             None stays None
+        optional(gamma, "gamma", torch.float32, channels)              None stays None
 
     Args:
         name: of the argument, for the message.
@@ -75,10 +76,22 @@ def optional(t: Tensor | None, name: str, dtype: torch.dtype, numel: int, like: 
     return None if t is None else pointer(t, name, dtype, numel, None, like)
 
 
+def codes_of(packed: Tensor, n: int) -> int:
+    """The address of the packed codes of n elements: bytes in order."""
+    return pointer(packed, "packed", torch.uint8, packed_bytes(n), torch.contiguous_format)
+
+
+def bits_of(mask: Tensor | None, name: str, n: int) -> int | None:
+    """The address of one bit for each of n elements: bytes in order."""
+    return None if mask is None else pointer(mask, name, torch.uint8, mask_bytes(n), torch.contiguous_format)
+
+
 def checked(t: Tensor, name: str, dtype: torch.dtype, numel: int, on: Tensor) -> Tensor:
-    """The same for kernels of other devices, which are given tensors: `t` itself, dense and on the device of `on`."""
+    """The same for kernels of other devices, which are given tensors: `t` itself, dense and on the device of `on`; bytes, of
+    packed codes and bits, in order."""
     if (
         t.dtype is dtype
+        and (dtype is not torch.uint8 or t.is_contiguous())
         and t.numel() >= numel
         and t.device == on.device
         and is_plain(t)

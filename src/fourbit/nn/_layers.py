@@ -125,12 +125,13 @@ class Conv2d(_Conv, nn.Conv2d):
         contraction = self.contraction()
         if not isinstance(input, Pending) or input.sizes[1] != self.in_channels:
             require_input(input, self, 1, self.in_channels)
-        over = take(input, state) if _own_padding(self) is not None else None
-        if self.bias is not None or _own_padding(self) is None:
+        pads = _own_padding(self) is not None
+        over = take(input, state) if pads else None
+        if self.bias is not None or not pads:
             y = contract(input, self.weight, contraction, self.spec, state, over) if over else None
             return begin_with(super().forward(input) if y is None else _add_bias(y, self.bias, 2), state)
         result = ResultHandover()
-        return begin(contract(input, self.weight, contraction, self.spec, state, over, result), result, state)
+        return begin(contract(input, self.weight, contraction, state.spec, state, over, result), result, state)
 
 
 @swaps(nn.Conv3d)

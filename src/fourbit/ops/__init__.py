@@ -17,6 +17,7 @@ from fourbit.ops._handover import Mailbox as Mailbox
 from fourbit.ops._handover import OperandHandover as OperandHandover
 from fourbit.ops._handover import ResultHandover as ResultHandover
 from fourbit.ops._matrices import Matrices as Matrices
+from fourbit.ops._node import Node as Node
 from fourbit.ops._pending import LOCK as LOCK
 from fourbit.ops._pending import STEPS as STEPS
 from fourbit.ops._pending import Pending as Pending

@@ -23,6 +23,7 @@ from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._node import Node
 from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
@@ -114,7 +115,7 @@ class Saved:
     w_layout: Layout
 
 
-class _Contract(torch.autograd.Function):
+class _Contract(Node):
     @staticmethod
     def forward(
         ctx: Any,
@@ -151,16 +152,16 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, result, quantized = grads[0], ctx.result, None
+        g, result, quantized, amax = grads[0], ctx.result, None, None
         if g is None and result is not None:
-            g, quantized = result.g.take(), result.quantized.take()
+            (g, amax), quantized = result.g.take() or (None, None), result.quantized.take()
         if g is None and quantized is None:
             return (None,) * 5
         if not torch.is_grad_enabled():
-            return (*_backward(ctx, g, quantized), None)
+            return (*_backward(ctx, g, quantized, amax=amax), None)
         rounded: list[Tensor] = []
         with torch.no_grad():
-            dx, *others = _backward(ctx, g, quantized, rounded)
+            dx, *others = _backward(ctx, g, quantized, rounded, amax)
         if ctx.over is not None or ctx.result is not None:
             what, remedy = "a gradient of a fused chain", "convert with fuse=False"
             return (*(refused(t, what, remedy) for t in (dx, *others)), None)
@@ -180,8 +181,9 @@ def _backward(
     g: Tensor | None,
     quantized: tuple[Quantized | None, Quantized | None] | None,
     rounded: list[Tensor] | None = None,
+    amax: float | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw and the gradients of the clip values; `rounded` takes Q(g) as dgrad has it."""
+    """dx, dw and the gradients of the clip values; see `run_backward`."""
     saved, needs = unflatten(ctx.outline, ctx.saved_tensors), ctx.needs_input_grad
     with full_precision(saved.x.device.type):
         dx, dw, dx_alpha, dw_alpha = run_backward(
@@ -195,6 +197,7 @@ def _backward(
             ctx.over,
             quantized,
             rounded,
+            amax,
         )
     return dx if needs[0] else None, dw if needs[1] else None, clip_gradient(dx_alpha), clip_gradient(dw_alpha)
 
@@ -233,7 +236,7 @@ def run_forward(
         learned: whether the clip values of x and w are to get gradients.
     """
     if isinstance(w, Tensor):
-        state.begin()
+        state.begin(keeps_positive=over is None)
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
     x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
     if over is None:
@@ -283,8 +286,14 @@ def run_backward(
     over: OperandHandover | None = None,
     quantized: tuple[Quantized | None, Quantized | None] | None = None,
     rounded: list[Tensor] | None = None,
+    amax: float | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw and the gradients of their clip values; `rounded` takes the gradient as dgrad has it, in full precision."""
+    """dx, dw and the gradients of their clip values.
+
+    Args:
+        rounded: takes the gradient as dgrad has it, in full precision.
+        amax: max|g|, where the node behind knows it.
+    """
     need_x, need_w = needs
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     dx = dw = dx_alpha = dw_alpha = None
@@ -301,9 +310,8 @@ def run_backward(
             g_wgrad = restored(g, g_wgrad, spec.resolved("g_wgrad"), axis)
     if spec.g_wgrad is REUSE:
         g_wgrad = g_dgrad
-    for slot, needed, found in (("g_dgrad", need_x, g_dgrad), ("g_wgrad", need_w, g_wgrad)):
-        if needed and found is None and g is not None:
-            state.count_nonfinite(slot, g)
+    if g is not None and ((need_x and g_dgrad is None) or (need_w and g_wgrad is None)):
+        state.count_nonfinite("g_dgrad", g if amax is None else amax)
     if rounded is not None and g is not None:
         rounded.append((g if g_dgrad is None else g_dgrad.tensor.dequantize()).to(compute))
     if need_x:
@@ -348,7 +356,8 @@ def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHa
     """Leave the gradient of the operand to the node that made it, as it comes out of the multiplier where that will do."""
     raw = multiply(gemm)
     assert gemm.layout is not None
-    if raw.rounded and raw.high is None and raw.y.dtype == torch.bfloat16:
+    finished = raw.rounded or spec.output is None
+    if finished and raw.high is None and raw.y.dtype in (torch.bfloat16, torch.float32):
         scale = raw.unit
         for factor in (gemm.scale, late):
             scale = scale if factor is None else scale * float(factor)

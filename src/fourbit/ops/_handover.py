@@ -98,7 +98,7 @@ class ResultHandover:
     Attributes:
         needs: whether the layer will need the gradient for dgrad and for wgrad.
         quantized: the way back: the gradient of the result, quantized for dgrad and wgrad.
-        g: or as it is.
+        g: or as it is, with its largest magnitude.
     """
 
     raw: Raw = field(default_factory=lambda: Raw(torch.empty(0)))

@@ -10,7 +10,7 @@ stays a `Pending` with a tensor as its content.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ class Pending(Tensor):
     """See above.
 
     Attributes:
-        sizes: its shape, for those who need not ask torch.
+        sizes, strides: its shape and order of axes, for those who need not ask torch.
         content: how to compute it; its numbers, once they are there.
         link: the step of the chain that it is the result of.
         node: its node in autograd's graph, as that step made it.
@@ -58,32 +58,30 @@ class Pending(Tensor):
     """
 
     sizes: torch.Size
-    content: Any
-    link: Any
-    node: Any
-    is_passed: bool
-    is_taken: bool
-    taker: Any
+    strides: tuple[int, ...]
+    content: Any = None
+    link: Any = None
+    node: Any = None
+    is_passed = False
+    is_taken = False
+    taker: Any = None
 
     @staticmethod
-    def make(shape: torch.Size, stride: Sequence[int]) -> Pending:
+    def make(shape: torch.Size, stride: tuple[int, ...]) -> Pending:
         """A float32 tensor on the CPU, without numbers."""
-        w = Tensor._make_wrapper_subclass(Pending, shape, strides=tuple(stride), dtype=torch.float32)  # type: ignore[attr-defined]
-        w.sizes = shape
-        w.is_passed = w.is_taken = False
-        w.content = w.link = w.node = w.taker = None
+        w = Tensor._make_wrapper_subclass(Pending, shape, strides=stride, dtype=torch.float32)  # type: ignore[attr-defined]
+        w.sizes, w.strides = shape, stride
         return w
 
     @staticmethod
-    def like(x: Tensor) -> Pending:
+    def like(x: Pending) -> Pending:
         """Another one of that shape and order of axes."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return Pending.make(x.shape, x.stride())
+        return Pending.make(x.sizes, x.strides)
 
     def become(self, plain: Tensor) -> None:
         """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays."""
         for name in _OWN:
-            vars(self).pop(name, None)  # type: ignore[attr-defined]
+            vars(self).pop(name, None)
         torch._C._swap_tensor_impl(self, plain)
         object.__setattr__(self, "__class__", Tensor)
 
@@ -97,7 +95,7 @@ class Pending(Tensor):
             return node_of(args[0])  # not of a chain's making: it stays
         if _is_autograds_own(func, args):
             return _alias(args[0])
-        others = any(t not in (Pending, Tensor, torch.nn.Parameter) for t in types)
+        others = not _PLAIN.issuperset(types)
         step = None if others else STEPS.get(func)
         if step is not None:
             with LOCK:
@@ -161,7 +159,7 @@ def node_of(w: Tensor) -> Any:
 
 def plain_tensors_only(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a class that may mean something else by its operations."""
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
 
 
 @dataclass
@@ -208,8 +206,11 @@ def _plain(w: Pending) -> Tensor:
         return _Plain.apply(w, [w.content.detach()])
 
 
-_OWN = ("sizes", "content", "link", "node", "is_passed", "is_taken", "taker")
+_OWN = ("sizes", "strides", "content", "link", "node", "is_passed", "is_taken", "taker")
 """Attributes of a Pending tensor, which a plain one has not."""
+
+_PLAIN = frozenset({Pending, Tensor, torch.nn.Parameter})
+"""Classes that mean nothing else by their operations."""
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[union-attr]
 _GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]

@@ -90,14 +90,19 @@ class LayerState(StoredState):
         super().__setstate__(state)
         self.handle = _enter(self)
 
-    def begin(self) -> None:
-        """Start of a forward pass: apply what the last backward pass voted for."""
+    def begin(self, keeps_positive: bool = True) -> None:
+        """Start of a forward pass: apply what the last backward pass voted for.
+
+        Args:
+            keeps_positive: whether to look after the clip values; `operand_request` has done so before.
+        """
         self._piece = 0
         if _in_backward():
             return  # recomputation
         self._uses = 0
         with torch.no_grad():
-            self._keep_positive()
+            if keeps_positive:
+                self._keep_positive()
             if self.step is not None:
                 self.step[0] += self.step[1]
                 self.step[1] = 0
@@ -282,9 +287,12 @@ class LayerState(StoredState):
         if self.observer is not None:
             self.observer.record(slot, x.detach(), result.tensor)
 
-    def count_nonfinite(self, slot: str, t: Tensor) -> None:
-        """Count NaN or infinity in an operand that is not quantized."""
-        self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
+    def count_nonfinite(self, slot: str, t: Tensor | float) -> None:
+        """Count NaN or infinity in an operand that is not quantized, or in its largest magnitude."""
+        if isinstance(t, Tensor):
+            self.nonfinite["xwg".index(slot[0])] += ~amax_of(t).isfinite()
+        elif not math.isfinite(t):
+            self.nonfinite["xwg".index(slot[0])] += 1
 
     def _see(self, g: Tensor, axis: int) -> Tensor | None:
         """Record the largest gradient, set the first exponent from it, and return the exponent to use (None: no GradScale).

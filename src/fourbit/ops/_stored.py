@@ -40,6 +40,10 @@ class Observer(Protocol):
         ...
 
 
+_PLAIN = frozenset(("with_gradients", "_undecided", "_uses", "_piece", "_known"))
+"""Attributes that every pass writes; nn.Module would take a while to see that they are no parameters."""
+
+
 class StoredState(nn.Module):
     """The tensors of one layer; `LayerState` says what is done with them.
 
@@ -229,6 +233,9 @@ class StoredState(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP puts a parameter's shard in the place of the whole by an assignment. What a forward pass has set (a first clip
         value, one in the place of a negative one) would be lost with the whole: here the shard gets it."""
+        if name in _PLAIN:
+            self.__dict__[name] = value
+            return
         whole = self._parameters.get(name) if name.endswith("_alpha") and "_parameters" in self.__dict__ else None
         super().__setattr__(name, value)
         if whole is not None and is_shard(value) and not is_shard(whole):

@@ -31,6 +31,7 @@ from fourbit.quantizers._scaling import Scaling as Scaling
 from fourbit.quantizers._scaling import best_clip_value as best_clip_value
 from fourbit.quantizers._scaling import exponent_scale as exponent_scale
 from fourbit.quantizers._scaling import is_exponent as is_exponent
+from fourbit.quantizers._scaling import to_float32 as to_float32
 from fourbit.quantizers._spec import QTensor as QTensor
 from fourbit.quantizers._spec import Quantized as Quantized
 from fourbit.quantizers._spec import QuantSpec as QuantSpec

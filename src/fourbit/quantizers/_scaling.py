@@ -38,7 +38,7 @@ class Bound(NamedTuple):
     """A clip range: "unsigned" 0 <= x < value, "symmetric" |x| < value, "inclusive" |x| <= value."""
 
     rule: Literal["unsigned", "symmetric", "inclusive"]
-    value: Tensor
+    value: Tensor | float
 
     def inside(self, x: Tensor) -> Tensor:
         """True where x lies in the range."""
@@ -224,17 +224,11 @@ class ClipValue(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """alpha / format.max."""
-        if stored is None:
-            raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
-        if stored.numel() != 1:
-            raise UserError(f"PACT's clip value must be one number, but has shape {tuple(stored.shape)}")
-        if stored.is_cpu:  # the host is faster than torch with one number
-            return _at_least_tiny(max(float(stored), TINY) / format.max)
-        return (_clip_value(stored) / format.max).clamp_min(TINY)
+        value = _clip_value(stored)
+        return (value / format.max).clamp_min(TINY) if isinstance(value, Tensor) else _at_least_tiny(value / format.max)
 
     def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
         """0 <= x < alpha, or |x| < alpha in the signed form."""
-        assert stored is not None
         return Bound("symmetric" if format.signed else "unsigned", _clip_value(stored))
 
     def __str__(self) -> str:
@@ -248,11 +242,17 @@ def to_float32(value: float) -> float:
 
 
 def _at_least_tiny(scale: float) -> Tensor:
-    return torch.tensor(max(scale, TINY), dtype=torch.float32)
+    return torch.scalar_tensor(max(scale, TINY), dtype=torch.float32)
 
 
-def _clip_value(stored: Tensor) -> Tensor:
-    """0-d."""
+def _clip_value(stored: Tensor | None) -> Tensor | float:
+    """One number, 0-d; on the host, which is faster than torch with it, a float."""
+    if stored is None:
+        raise UserError("PACT needs a clip value: use it in a layer, or pass stored=alpha")
+    if stored.numel() != 1:
+        raise UserError(f"PACT's clip value must be one number, but has shape {tuple(stored.shape)}")
+    if stored.is_cpu:
+        return max(to_float32(float(stored)), TINY)
     return stored.detach().to(torch.float32).view(()).clamp_min(TINY)
 
 
@@ -296,7 +296,7 @@ def exponent_scale(exponent: Tensor) -> Tensor:
     """2^exponent in float32, an average of exponents rounded to an integer; 1 where UNSET."""
     if exponent.is_cpu and exponent.dim() == 0:  # the host is faster than torch with one number
         k = round(exponent.item())
-        return torch.tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
+        return torch.scalar_tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
     return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32).round())
 
 

@@ -30,7 +30,7 @@ X86 = {
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp")
 ONCE = ("library.cpp",)
-INTEGERS = ("avx2_convolve.cpp", "avx2_multiply.cpp")
+INTEGERS = ("avx2_convolve.cpp", "avx2_multiply.cpp", "avx2_wgrad.cpp")
 INTEGER_ISAS = {"avx2": X86["avx2"], "avx_vnni": (*X86["avx2"], "-mavxvnni")}
 """Sources of the products without bfloat16, and the instruction sets that they are compiled for."""
 DOT_PRODUCT = ("convolve.cpp", "multiply.cpp")

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.kernels._check import mask_bytes, optional, packed_bytes, pointer, require, require_disjoint
+from fourbit.kernels._check import (
+    bits_of,
+    codes_of,
+    pointer,
+    require,
+    require_disjoint,
+)
 from fourbit.kernels.cpu import _library as lib
 from fourbit.kernels.cpu._matrices import operands_of, panels
 from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
@@ -90,7 +96,7 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     if of is None:
         return None
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
-    if bound is not None and bound.value.numel() != 1:
+    if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
         return None
     total = s.gates_x.shape[0]
     _check_steps(s.steps, num, total)
@@ -215,10 +221,10 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
         product.rows = count
         run.multiply(ctypes.byref(product))
         rest.n, rest.post = count * size, late if math.isfinite(amax) else math.nan
-        rest.mask = optional(mask, "mask", torch.uint8, mask_bytes(rest.n))
+        rest.mask = bits_of(mask, "mask", rest.n)
         rest.packed = None
         if codes is not None:
-            rest.packed = pointer(codes.data, "packed", torch.uint8, packed_bytes(rest.n))
+            rest.packed = codes_of(codes.data, rest.n)
             rest.is_signed = codes.signed
         clipped = run.epilogue(ctypes.byref(rest))
         if codes is not None:

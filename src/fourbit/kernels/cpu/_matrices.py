@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourbit.formats import Format
-from fourbit.kernels._check import mask_bytes, packed_bytes, pointer, require
+from fourbit.kernels._check import bits_of, codes_of, pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Finish, Gemm, Operand, Raw
@@ -163,11 +163,11 @@ def own_multiply(
         if grid is not None:
             arguments.grid = grid
         if finish.mask is not None:
-            arguments.mask = pointer(finish.mask, "mask", torch.uint8, mask_bytes(n))
+            arguments.mask = bits_of(finish.mask, "mask", n)
             require(columns % 16 == 0, "a masked product with columns in sixteens")
             codes = finish.codes if isinstance(finish.codes, Packed) else None
         if codes is not None:
-            arguments.packed = pointer(codes.data, "packed", torch.uint8, packed_bytes(n))
+            arguments.packed = codes_of(codes.data, n)
             arguments.is_signed = codes.signed
     require(bool(kernels().multiply(ctypes.byref(arguments))), "an instruction set with products")
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
@@ -237,9 +237,15 @@ def panels(arguments: Any, cache: dict[str, Any]) -> int:
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch._int_mm. It reads wrong memory where the stride of an axis of length 1 is odd (a column, transposed)."""
-    a, b = (t.reshape(-1).view(t.shape) if 1 in t.shape else t for t in (a, b))
-    return torch.ops.aten._int_mm.default(a, b)
+    """torch._int_mm, which is given matrices that lie in order, or whose transposes do: of others (an axis of length 1 with an
+    odd stride, as of a transposed column; rows that are one row, repeated) it reads memory that is not theirs."""
+    return torch.ops.aten._int_mm.default(_in_order(a), _in_order(b))
+
+
+def _in_order(t: Tensor) -> Tensor:
+    if 1 in t.shape:
+        return t.reshape(-1).view(t.shape)
+    return t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous()
 
 
 def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,17 @@ from fourbit import backends
 from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
 from fourbit.errors import UserError
 from fourbit.formats import Format
-from fourbit.kernels._check import CHANNELS_LAST, fresh, mask_bytes, optional, packed_bytes, pointer, require
+from fourbit.kernels._check import (
+    CHANNELS_LAST,
+    bits_of,
+    codes_of,
+    fresh,
+    mask_bytes,
+    optional,
+    packed_bytes,
+    pointer,
+    require,
+)
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid
 from fourbit.ops import Layout
@@ -27,6 +37,7 @@ from fourbit.quantizers import (
     exponent_scale,
     grid_of,
     has_integer_codes,
+    to_float32,
 )
 
 
@@ -133,7 +144,7 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     q = torch.empty_like(v, dtype=carrier)
     data, mask = torch.empty(packed_bytes(n), dtype=_U8), torch.empty(mask_bytes(n), dtype=_U8)
     limit = float(bound.value)
-    task.clip.inv_scale, task.clip.low, task.clip.high = float(scale.reciprocal()), integers.low, integers.high
+    task.clip.inv_scale, task.clip.low, task.clip.high = to_float32(1.0 / float(scale)), integers.low, integers.high
     task.clip.mask_rule, task.clip.bound = RULES[bound.rule], limit
     task.clip.codes, task.clip.packed, task.clip.mask = fresh(q), fresh(data), fresh(mask)
     amax = kernels().norm_apply(ctypes.byref(task))
@@ -162,11 +173,11 @@ def backward(b: NormBackward) -> NormGradients:
         token=None if b.dq is None else pointer(b.dq, "dq", b.dq.dtype, n, like=v),
         token_dtype=0 if b.dq is None else c.CODES[b.dq.dtype],
         token_scale=b.dq_scale,
-        packed=None if b.packed is None else pointer(b.packed.data, "packed", _U8, packed_bytes(n)),
+        packed=None if b.packed is None else codes_of(b.packed.data, n),
         is_signed=b.packed is not None and b.packed.signed,
-        mask=optional(b.mask, "mask", _U8, mask_bytes(n)),
+        mask=bits_of(b.mask, "mask", n),
         out_grad=optional(b.do, "do", _F32, n, v),
-        passes=optional(b.passes, "passes", _U8, mask_bytes(n)),
+        passes=bits_of(b.passes, "passes", n),
         act=b.act.clips,
         cap_clips=b.cap_clips,
         kept=kept,
@@ -197,4 +208,5 @@ def backward(b: NormBackward) -> NormGradients:
     if scale is not None:
         scale = scale if math.isfinite(amax) else scale + amax * 0
         quantized = tuple(Quantized(QTensor(out, scale, s.format), amax) for out, s in zip(outs, specs, strict=True))
-    return NormGradients(None if specs else outs[0], quantized, dgamma, dbeta, residual, arguments.clipped)
+    found = None if specs else outs[0]
+    return NormGradients(found, quantized, dgamma, dbeta, residual, arguments.clipped, amax)

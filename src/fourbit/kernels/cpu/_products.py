@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fourbit import backends
-from fourbit.kernels._check import mask_bytes, packed_bytes, pointer, require, require_disjoint
+from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, integer_gradient, pointwise
 from fourbit.kernels.cpu._matrices import int8, matrices, operands_of, own_integers, own_multiply, rows_of
@@ -38,7 +38,7 @@ from fourbit.quantizers import Packed, carrier_dtype, is_dense
 @backends.register("gemm", "cpu")
 def gemm(g: Gemm) -> Raw | None:
     """The product without scale and rounding, or None."""
-    if g.a.device.type != "cpu" or g.a.format is None or g.b.format is None:
+    if not g.a.device.type == g.b.device.type == "cpu" or g.a.format is None or g.b.format is None:
         return None
     if carrier_dtype(g.b.format).itemsize != 1 or (isinstance(g.b.q, torch.Tensor) and g.b.q.is_floating_point()):
         return None
@@ -66,12 +66,14 @@ def gemm(g: Gemm) -> Raw | None:
 def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     """The products of Linear, finished before they are written for the first time."""
     a, b, layout = g.a, g.b, finish.layout
+    if not a.device.type == b.device.type == "cpu":
+        return None
     if isinstance(g.contraction, LinearMap) and g.which == "fprop":
         y = own_integers(g, finish)
         return None if y is None else (y, None)
     if not isinstance(g.contraction, LinearMap) or g.which == "fprop" or layout is None:
         return None
-    if not isinstance(a.q, Tensor) or a.q.device.type != "cpu" or a.q.numel() == 0:
+    if not isinstance(a.q, Tensor) or a.q.numel() == 0:
         return None
     of = operands_of(a.format, b.format, a.q.dtype)
     if of is None:
@@ -147,8 +149,8 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
                 finish.keep_infinite,
                 grid or c.FloatGrid(),
                 1.0 if finish.late is None else float(finish.late),
-                None if finish.mask is None else pointer(finish.mask, "mask", torch.uint8, mask_bytes(n)),
-                None if codes is None else pointer(codes.data, "packed", torch.uint8, packed_bytes(n)),
+                bits_of(finish.mask, "mask", n),
+                None if codes is None else codes_of(codes.data, n),
                 codes is not None and codes.signed,
                 pointer(out, "out", out_dtype, n, like=y),
                 c.CODES[out_dtype],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import FloatFormat, Format
-from fourbit.kernels._check import is_plain, is_same, mask_bytes, optional, packed_bytes, pointer
+from fourbit.kernels._check import bits_of, codes_of, is_plain, is_same, mask_bytes, optional, packed_bytes, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
     Binary,
@@ -36,6 +36,7 @@ from fourbit.quantizers import (
     grid_of,
     has_integer_codes,
     stream_key,
+    to_float32,
 )
 
 RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
@@ -109,7 +110,7 @@ def _table(format: Format) -> tuple[Tensor, Tensor] | None:
 
 
 def _inverse(scale: Tensor) -> float:
-    return float(scale.reciprocal())
+    return to_float32(1.0 / float(scale))
 
 
 def takes(request: Request, scale: Tensor) -> bool:
@@ -135,7 +136,7 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
         return None
     grid, carrier = grid_of(request.format), carrier_dtype(request.format)
     bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
-    if bound is not None and bound.value.numel() != 1:
+    if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
         return None
     if isinstance(grid, Integers) and not request.spec.stochastic and carrier.itemsize == 1:
         return _clip(request, scale, grid, bound)
@@ -181,8 +182,8 @@ def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) 
                 0 if bound is None else RULES[bound.rule],
                 0.0 if bound is None else float(bound.value),
                 optional(q, "codes", codes, n, x),
-                optional(packed, "packed", torch.uint8, whole[0]),
-                optional(mask, "mask", torch.uint8, whole[1]),
+                None if packed is None else codes_of(packed, n),
+                bits_of(mask, "mask", n),
             )
         )
     )
@@ -251,7 +252,7 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
         return None
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     n = out.numel()
-    codes = pointer(packed.data, "packed", torch.uint8, packed_bytes(n))
+    codes = codes_of(packed.data, n)
     arguments = c.Unpack(codes, n, int(packed.signed), pointer(out, "out", dtype, n), c.CODES[dtype])
     kernels().unpack(ctypes.byref(arguments))
     return out

@@ -89,7 +89,8 @@ def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...] 
     q = [torch.empty_like(x, dtype=carrier_dtype(r.format)) if r.carrier else None for r in requests]
     n, blocks = x.numel(), -(-x.numel() // BLOCK)
     bound = one.spec.scaling.bound(scale, one.format, one.stored) if one.save else None
-    if bound is not None and (bound.value.numel() != 1 or bound.value.dtype != torch.float32):
+    limit = None if bound is None else torch.as_tensor(bound.value, dtype=torch.float32, device=x.device)
+    if limit is not None and limit.numel() != 1:
         return None
     packed = mask = None
     if one.save and has_integer_codes(one.format):
@@ -104,7 +105,7 @@ def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...] 
         x,
         x.numel(),
         scale,
-        None if bound is None else checked(bound.value, "bound", torch.float32, 1, x),
+        None if limit is None else checked(limit, "bound", torch.float32, 1, x),
         amax.view(torch.int32),
         _key(one),
         q[0],

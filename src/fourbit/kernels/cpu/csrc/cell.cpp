@@ -50,18 +50,19 @@ void finish_row(const float* __restrict kept, const float* __restrict c, float* 
   }
 }
 
-void backward_row(const float* __restrict gates, const float* __restrict dh, const float* __restrict dc,
-                  const float* __restrict c, const float* __restrict cell, float* __restrict di, float* __restrict df,
-                  float* __restrict dg, float* __restrict d_o, float* __restrict before, int64_t size) {
-  const float *i = gates, *f = gates + size, *g = gates + 2 * size, *o = gates + 3 * size;
+// The gradient of the gates may take the place of the gates themselves: all four are read before one is written.
+void backward_row(const float* gates, const float* __restrict dh, const float* __restrict dc, const float* __restrict c,
+                  const float* __restrict cell, float* d_gates, float* __restrict before, int64_t size) {
+#pragma GCC ivdep
   for (int64_t j = 0; j < size; ++j) {
+    const float i = gates[j], f = gates[j + size], g = gates[j + 2 * size], o = gates[j + 3 * size];
     const float s = tanh_of(cell[j]);
-    const float inner = dc[j] + dh[j] * o[j] * (1.0f - s * s);
-    di[j] = inner * g[j] * i[j] * (1.0f - i[j]);
-    df[j] = inner * c[j] * f[j] * (1.0f - f[j]);
-    dg[j] = inner * i[j] * (1.0f - g[j] * g[j]);
-    d_o[j] = dh[j] * s * o[j] * (1.0f - o[j]);
-    before[j] = inner * f[j];
+    const float inner = dc[j] + dh[j] * o * (1.0f - s * s);
+    d_gates[j] = inner * g * i * (1.0f - i);
+    d_gates[j + size] = inner * c[j] * f * (1.0f - f);
+    d_gates[j + 2 * size] = inner * i * (1.0f - g * g);
+    d_gates[j + 3 * size] = dh[j] * s * o * (1.0f - o);
+    before[j] = inner * f;
   }
 }
 
@@ -91,9 +92,8 @@ void lstm_backward(const LstmBackward* task) {
     const LstmBackward& t = *static_cast<const LstmBackward*>(p);
     const int64_t size = t.size;
     for (int64_t row = begin; row < end; ++row) {
-      float* d = t.d_gates + row * 4 * size;
-      backward_row(t.gates + row * 4 * size, t.dh + row * size, t.dc + row * size, t.c + row * size, t.new_c + row * size, d,
-                   d + size, d + 2 * size, d + 3 * size, t.dc_before + row * size, size);
+      backward_row(t.gates + row * 4 * size, t.dh + row * size, t.dc + row * size, t.c + row * size, t.new_c + row * size,
+                   t.d_gates + row * 4 * size, t.dc_before + row * size, size);
     }
   }, const_cast<LstmBackward*>(task));
 }
