@@ -19,6 +19,7 @@ import torch
 from fuzz_cases import CASES, cells, moments, products, rounding, sequences, unpacking
 from fuzz_stand_in import standing_in
 from fuzz_values import CLEAN, SPECS, Fuzz, same
+from kernel_cases import instruction_set, isas
 from torch import Tensor, nn
 
 import fourbit as fb
@@ -120,7 +121,8 @@ def main(calls: int, seed: int) -> None:
         share = f.random.random()
         call = call_layer if share < 0.02 else call_quantize if share < 0.2 else call_kernel
         try:
-            counts[call(f)] += 1
+            with instruction_set(f.one(*isas())):
+                counts[call(f)] += 1
         except BaseException:
             print(f"again: python fuzz_arguments.py 1 {seed + i} ({call.__name__})", file=sys.stderr)
             raise

@@ -149,7 +149,7 @@ def products(f: Fuzz) -> Case:
         g = tuple(max(0, n) for n in g)
     first, second, like = {"fprop": (x, w, None), "dgrad": (g, w, x), "wgrad": (g, x, w)}[which]
     gradient = which != "fprop"
-    a = f.tensor(first, torch.bfloat16 if gradient else torch.uint8)
+    a = f.tensor(first, torch.bfloat16 if gradient else torch.uint8, powers=gradient)
     b = f.tensor(second, torch.int8)
     kind = formats.FP4_R4_EVEN if gradient else formats.UINT4
     layout = None

@@ -60,11 +60,14 @@ class Fuzz:
         changed[axis] = max(0, changed[axis] + self.one(-1, 1, 7, -changed[axis]))
         return self.one(tuple(changed), shape[1:], (*shape, 2), shape[::-1])
 
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, odd: float = 0.25) -> Tensor:
-        """So many numbers in an odd piece of memory."""
+    def tensor(
+        self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, odd: float = 0.25, powers: bool = False
+    ) -> Tensor:
+        """So many numbers in an odd piece of memory; `powers`: of fp4_r4_even."""
         shape = self.wrong(shape) if odd else shape
         dtype = self.rarely(self.one(*DTYPES), dtype, 0.08 if odd else 0)
         x = (torch.randn(shape) * 3).clamp(-7, 7)
+        x = x.sign() * 4.0 ** (x.abs().floor() - 3).clamp(max=3) if powers else x
         x = x.abs().to(dtype) if dtype == torch.uint8 else x.to(dtype)
         return self.memory(x) if self.random.random() < odd else x
 

@@ -17,10 +17,14 @@ from torch import Tensor
 
 from fourbit import backends, formats
 from fourbit.kernels.cpu import library
+from fourbit.kernels.cpu._library import ISAS
 from fourbit.quantizers import Quantized, Request, Rounded, run
 from fourbit.quantizers._statistics import Statistics
 
-ISAS = ("portable", "avx2", "avx512")
+PRODUCTS = ("gemm", "product", "lstm_run", "lstm_run_back")
+"""Operations with kernels of the instruction sets below; for the others these are avx2 and avx512 once more."""
+OF_PRODUCTS = ("avx_vnni", "dot_product")
+
 SIZES = (0, 1, 63, 64, 65, 127, 1000, 2**14 - 1, 2**14, 2**14 + 1, 100003)
 """Around blocks of 64, around the 2^14 elements from which several threads work, and one that several threads share."""
 
@@ -56,15 +60,15 @@ def threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def isas() -> list[str]:
-    """Instruction sets that this machine and this build have."""
+def isas(operation: str | None = None) -> list[str]:
+    """Instruction sets that this machine and this build have, or those that have kernels of their own for an operation."""
     loaded = library()
     if loaded is None:
         return []
     before = loaded.isa
     found = [name for name in ISAS if loaded.use_isa(name)]
     loaded.use_isa(before)
-    return found
+    return [name for name in found if name not in OF_PRODUCTS or operation is None or operation in PRODUCTS]
 
 
 def has_dot_product(isa: str | None) -> bool:
@@ -74,15 +78,25 @@ def has_dot_product(isa: str | None) -> bool:
         return loaded is not None and loaded.has_dot_product
 
 
-needs_dot_product = pytest.mark.skipif(
-    not has_dot_product(None), reason="the library's own products need a processor with AVX512-BF16"
-)
+def has_products(isa: str | None) -> bool:
+    """The same of all products, those of integers only among them."""
+    loaded = library()
+    with instruction_set(isa):
+        return loaded is not None and loaded.has_products
+
+
+def isas_with_products() -> list[str | None]:
+    """For tests of the library's own products; [None] where it has none, to skip them."""
+    return [isa for isa in isas() if has_products(isa)] or [None]
+
+
+needs_products = pytest.mark.skipif(isas_with_products() == [None], reason="the library has no products here")
 
 
 def skip_without_products(implementation: Implementation) -> None:
     """Ends a test of the library's own products where it has none."""
-    if implementation.isa is not None and not has_dot_product(implementation.isa):
-        pytest.skip(f"{implementation.isa} has no products: they need AVX512-BF16")
+    if implementation.isa is not None and not has_products(implementation.isa):
+        pytest.skip(f"{implementation.isa} has no products")
 
 
 def skip_if_none(taken: int) -> None:
@@ -113,7 +127,7 @@ def implementations(operation: str) -> list[Implementation]:
     found: list[Implementation] = []
     for kernel in backends.kernels():
         if kernel.operation == operation and kernel.backend == "cpu":
-            found += [Implementation(kernel, isa) for isa in isas()]
+            found += [Implementation(kernel, isa) for isa in isas(operation)]
         elif kernel.operation == operation and kernel.backend in available:
             found.append(Implementation(kernel, None))
     return found

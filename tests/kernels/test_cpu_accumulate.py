@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import kernel_cases
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ def isas():
     loaded = library()
     assert loaded is not None
     before = loaded.isa
-    yield [name for name in ("portable", "avx2", "avx512") if loaded.use_isa(name)]
+    yield kernel_cases.isas("accumulate")
     loaded.use_isa(before)
 
 

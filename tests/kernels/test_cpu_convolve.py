@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import has_dot_product
+from kernel_cases import has_dot_product, instruction_set, isas_with_products, threads
 
 from fourbit import backends
 from fourbit.chains import Activation, Norm, NormApply, NormStatistics
-from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM, UINT4
+from fourbit.formats import FP4_R2, FP4_R4_EVEN, FP16_169, INT4_SYM, UINT4
 from fourbit.kernels.cpu import library
 from fourbit.ops import Convolution, Gemm, Layout, Operand
 from fourbit.ops._product import multiply
@@ -39,11 +39,32 @@ FORWARD = [  # num, in, out, height, width, kernel, padding, stride
 ]
 
 
-@pytest.fixture
-def exact_kernels():
-    if not has_dot_product(None):
-        pytest.skip(f"needs AVX512-BF16, this machine has {torch.backends.cpu.get_cpu_capability()}")
-    return library()
+STRIDED = [  # the same, of what only products of integers take
+    (2, 16, 32, 9, 8, (3, 3), (1, 1), (2, 2)),
+    (2, 32, 16, 8, 9, (1, 1), (0, 0), (2, 2)),
+    (3, 4, 16, 7, 6, (3, 2), (2, 0), (1, 3)),
+    (2, 20, 48, 5, 33, (3, 3), (1, 1), (1, 1)),
+    (2, 16, 16, 6, 5, (2, 2), (0, 0), (3, 3)),
+    (19, 3, 7, 9, 9, (3, 3), (1, 1), (1, 1)),
+    (1, 17, 33, 1, 70, (1, 5), (0, 4), (1, 4)),
+    (2, 6, 5, 11, 10, (7, 7), (3, 3), (2, 2)),
+    (2, 6, 5, 4, 3, (1, 2), (3, 2), (1, 1)),  # more padding than kernel
+    (2, 6, 5, 2, 1, (1, 2), (4, 3), (9, 5)),
+]
+
+
+@pytest.fixture(params=isas_with_products(), ids=str)
+def exact_kernels(request):
+    if request.param is None:
+        pytest.skip(f"no products here: this machine has {torch.backends.cpu.get_cpu_capability()}")
+    with instruction_set(request.param):
+        yield library()
+
+
+def needs_integers_only():
+    """Ends a test of what only products of integers take."""
+    if has_dot_product(None):
+        pytest.skip("not with this instruction set")
 
 
 def operands(case):
@@ -58,6 +79,13 @@ def operands(case):
     return con, x, w, (4.0**exponents * signs).contiguous(**last)
 
 
+def values_of(codes):
+    """The numbers of 16-bit codes."""
+    grid = torch.tensor([float(v) for v in FP16_169.grid if v >= 0])
+    bits = codes.int()
+    return grid[(bits & 0x7FFF).long()] * torch.where(bits < 0, -1.0, 1.0)
+
+
 @pytest.mark.parametrize("products", ["exact", "fast"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_the_exact_sums(case, products, exact_kernels):
@@ -69,10 +97,44 @@ def test_gradients_equal_the_exact_sums(case, products, exact_kernels):
         raw = backends.dispatch("gemm", gemm)
         exact = getattr(con, which)(g.double(), other.double(), like.double())
         value = raw.y.double() if raw.high is None else (raw.y.double() + 256.0 * raw.high.double()) * raw.unit
-        if which == "dgrad" and products == "fast":
+        if which == "dgrad" and products == "fast" and exact_kernels.has_dot_product:
             torch.testing.assert_close(value, exact, rtol=2.0**-8, atol=1e-6)
         else:
             torch.testing.assert_close(value, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("case", CASES + STRIDED)
+def test_gradients_of_integers_equal_the_exact_sums_in_every_geometry(case, num_threads, exact_kernels):
+    """Whoever shares the images: also where there are fewer of them than threads."""
+    needs_integers_only()
+    con, x, w, g = operands(case)
+    for gradient in (Operand(g.bfloat16(), None, FP4_R4_EVEN), Operand(g.sign().mul(64).to(torch.int8), None, FP4_R2)):
+        for which, other, like, format in (
+            ("dgrad", w, x, INT4_SYM),
+            ("wgrad", x, w, UINT4),
+            ("wgrad", x.sub(8).clamp(-7, 7).contiguous(memory_format=torch.channels_last), w, INT4_SYM),
+        ):
+            operand = Operand(other.to(torch.int8), None, format)
+            gemm = Gemm(which, con, gradient, operand, Layout.of(like), torch.float32, "fast")
+            with threads(num_threads):
+                raw = backends.dispatch("gemm", gemm)
+            exact = getattr(con, which)(gradient.q.double(), other.double(), like.double())
+            assert torch.equal(raw.y, exact.float()) and raw.y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("case", CASES + STRIDED)
+def test_signed_activations_are_multiplied_exactly_too(case, num_threads, exact_kernels):
+    needs_integers_only()
+    con, x, w, _ = operands(case)
+    a = Operand(x.sub(8).clamp(-7, 7).to(torch.int8), torch.tensor(0.1), INT4_SYM)
+    gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), None, INT4_SYM), None, torch.float32, "exact")
+    exact = con.fprop(a.q.double(), w.double()).float()
+    with threads(num_threads):
+        raw, codes = (backends.dispatch("gemm", replace(gemm, output=output)) for output in (None, FP16_169))
+    assert torch.equal(raw.y, exact)
+    assert torch.equal(values_of(codes.y), round_to_format(exact * 0.1, FP16_169))
 
 
 @pytest.mark.parametrize("case", FORWARD)
@@ -85,10 +147,7 @@ def test_forward_equals_the_exact_sums_rounded_at_once(case, exact_kernels):
     codes = backends.dispatch("gemm", replace(gemm, output=FP16_169))
     assert not raw.rounded and torch.equal(raw.y.double(), exact)
     assert codes.rounded and codes.y.dtype == torch.int16
-    grid = torch.tensor([float(v) for v in FP16_169.grid if v >= 0])
-    bits = codes.y.int()
-    values = grid[(bits & 0x7FFF).long()] * torch.where(bits < 0, -1.0, 1.0)
-    assert torch.equal(values, round_to_format(exact.float() * gemm.scale, FP16_169))
+    assert torch.equal(values_of(codes.y), round_to_format(exact.float() * gemm.scale, FP16_169))
 
 
 def test_signed_activations_and_scales_that_are_not_finite_are_not_rounded_at_once(exact_kernels):
@@ -99,6 +158,9 @@ def test_signed_activations_and_scales_that_are_not_finite_are_not_rounded_at_on
         Operand(x.to(torch.uint8), torch.tensor(torch.nan), UINT4),
     ):
         raw = backends.dispatch("gemm", Gemm("fprop", con, a, weights, None, torch.float32, "exact", output=FP16_169))
+        if a.format == INT4_SYM and not exact_kernels.has_dot_product:
+            assert raw.rounded and raw.y.dtype == torch.int16
+            continue
         assert not raw.rounded and torch.equal(raw.y.double(), con.fprop(a.q.double(), w.double()))
 
 

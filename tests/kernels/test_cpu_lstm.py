@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from kernel_cases import has_dot_product, instruction_set, isas, needs_dot_product, needs_library, threads
+from kernel_cases import has_products, instruction_set, isas, isas_with_products, needs_library, needs_products, threads
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fourbit as fb
-from fourbit import backends
+from fourbit import backends, formats
 from fourbit.kernels.cpu import _lstm as cell
 from fourbit.ops import LSTM_CELL
 from fourbit.recipes import catalog
@@ -29,7 +29,7 @@ def inputs(rows: int, size: int) -> list[Tensor]:
     return [x, *(torch.randn(rows, n * size, generator=generator) for n in (4, 1, 1, 1))]
 
 
-@pytest.mark.parametrize("isa", isas() or [None])
+@pytest.mark.parametrize("isa", isas("lstm_forward") or [None])
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (7, 15), (3, 16), (33, 64), (9, 333)])
 def test_the_native_cell_agrees_with_float64(isa, num_threads, rows, size):
@@ -92,8 +92,8 @@ def test_sequences_run_at_once_as_soon_as_the_instruction_set_allows_it():
     """What one instruction set said of the products is not remembered for another."""
     for isa in (*isas(), *reversed(isas())):
         with instruction_set(isa):
-            multiplies = cell.multiplies_integers(torch.ones(4, 4, dtype=torch.int8))
-        assert multiplies == has_dot_product(isa) and (isa == "avx512" or not multiplies)
+            multiplies = cell.operands_of(formats.UINT4, formats.INT4_SYM, torch.uint8, 4) is not None
+        assert multiplies == has_products(isa) == (isa in ("avx2", "avx_vnni", "dot_product"))
 
 
 def trained(lengths: list[int] | None, size: int, spec, poison: str, last_only: bool) -> list[Tensor]:
@@ -139,13 +139,14 @@ def test_a_transposed_weight_is_not_read_as_if_it_lay_in_order():
     assert rnn(torch.randn(5, 0, 6))[0].shape == (5, 0, 16)
 
 
-@needs_dot_product
+@needs_products
+@pytest.mark.parametrize("isa", isas_with_products())
 @pytest.mark.parametrize("spec", [catalog.TPR, catalog.IBM2020_DW8.rules[-1].spec], ids=["radix-4", "FP8 in wgrad"])
 @pytest.mark.parametrize("size", [7, 16, 40])
 @pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1]])
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("poison", ["", "gradient", "state"])
-def test_all_steps_at_once_give_the_bits_of_single_steps(spec, size, lengths, last_only, poison, monkeypatch):
+def test_all_steps_at_once_give_the_bits_of_single_steps(isa, spec, size, lengths, last_only, poison, monkeypatch):
     calls = []
     for name in ("lstm_run", "lstm_run_back"):
         function = getattr(cell, name)
@@ -156,10 +157,12 @@ def test_all_steps_at_once_give_the_bits_of_single_steps(spec, size, lengths, la
             return done
 
         monkeypatch.setitem(backends._active, name, (spy,))
-    at_once = trained(lengths, size, spec, poison, last_only)
+    with instruction_set(isa):
+        at_once = trained(lengths, size, spec, poison, last_only)
     assert {name for name, done in calls if done} == {"lstm_run", "lstm_run_back"}
     monkeypatch.setitem(backends._active, "lstm_run", ())
     monkeypatch.setitem(backends._active, "lstm_run_back", ())
-    one_by_one = trained(lengths, size, spec, poison, last_only)
+    with instruction_set(isa):
+        one_by_one = trained(lengths, size, spec, poison, last_only)
     for a, b in zip(at_once, one_by_one, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -165,12 +165,6 @@ static Table make() {
 }
 extern const Table portable_table;
 const Table portable_table = make();
-bool multiply(MatMul*) { return false; }
-int64_t panel_count(const MatMul*) { return 0; }
-void pack_panels(const MatMul*, uint32_t*) {}
-bool conv_fprop(const ConvFprop*) { return false; }
-bool conv_wgrad(const ConvWgrad*) { return false; }
-bool conv_dgrad(const ConvDgrad*) { return false; }
 }  // namespace fourbit
 """
 """A library whose kernels run out of memory."""

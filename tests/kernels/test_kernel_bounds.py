@@ -25,7 +25,8 @@ from fourbit.kernels.cpu._quantize import _table, float_grid, log_grid
 pytestmark = needs_library
 GUARD = 256
 SIZES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2**14 - 1, 2**14 + 65)
-every_isa = pytest.mark.parametrize("isa", isas())
+every_isa = pytest.mark.parametrize("isa", isas("round"))
+every_isa_of_products = pytest.mark.parametrize("isa", isas("product"))
 every_size = pytest.mark.parametrize("n", SIZES)
 
 
@@ -214,12 +215,12 @@ def test_the_epilogue_keeps_to_its_output(isa, n):
                 check(isa, call)
 
 
-@every_isa
+@every_isa_of_products
 @pytest.mark.parametrize("turned", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9)])
 def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
     rows, columns, depth = shape
-    a = input(numbers(rows * depth, torch.bfloat16))
+    a = input(radix_4(rows * depth))
     b = input(torch.arange(depth * columns, dtype=torch.int32).mul(37).remainder(255).sub(127).to(torch.int8))
     mask = torch.randint(0, 256, (8 * blocks(rows * columns),), dtype=torch.uint8)
     packed = torch.randint(0, 256, (32 * blocks(rows * columns),), dtype=torch.uint8)
@@ -227,6 +228,7 @@ def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
 
         def call(memory, masked=masked):
             arguments = c.MatMul(a=a.data_ptr(), turned=turned, b=b.data_ptr(), rows=rows, columns=columns, depth=depth)
+            arguments.of = c.Integers(c.CODES[torch.bfloat16], 2.0**-6, -4096, 4096, -127, 127)
             arguments.out = memory.output(4 * rows * columns)
             arguments.scale, arguments.rounds, arguments.grid, arguments.post = (
                 1e-3,
@@ -237,7 +239,7 @@ def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
             if masked:
                 arguments.mask, arguments.packed, arguments.is_signed = mask.data_ptr(), packed.data_ptr(), 1
             done = library().multiply(ctypes.byref(arguments))
-            assert bool(done) == library().has_dot_product
+            assert bool(done) == library().has_products
             if not done:
                 ctypes.memset(arguments.out, 0, 4 * rows * columns)
             return done, arguments.clipped
@@ -245,7 +247,78 @@ def test_a_matrix_product_keeps_to_its_output(isa, shape, turned):
         check(isa, call)
 
 
-@every_isa
+def radix_4(n: int) -> Tensor:
+    """Numbers of FP4_R4_EVEN."""
+    grid = torch.tensor(formats.FP4_R4_EVEN.grid, dtype=torch.bfloat16)
+    return grid[torch.arange(n) * 7 % len(grid)]
+
+
+@every_isa_of_products
+@pytest.mark.parametrize("integers", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9)])
+def test_panels_and_what_is_multiplied_by_them_keep_to_their_memory(isa, shape, integers):
+    rows, columns, depth = shape
+    a = input(torch.arange(rows * depth, dtype=torch.int32).remainder(16).to(torch.uint8)) if integers else None
+    a = input(radix_4(rows * depth)) if a is None else a
+    b = input(torch.arange(depth * columns, dtype=torch.int32).remainder(15).sub(7).to(torch.int8))
+
+    def call(memory):
+        product = c.MatMul(a=a.data_ptr(), b=b.data_ptr(), rows=rows, columns=columns, depth=depth, scale=1.0, post=1.0)
+        product.integers = product.is_unsigned = integers
+        product.out = memory.output(4 * rows * columns)
+        product.of = c.Integers(c.CODES[torch.bfloat16], 2.0**-6, -4096, 4096, -7, 7)
+        if integers:
+            product.of = c.Integers(c.CODES[torch.uint8], 1.0, 0, 15, -7, 7)
+        size = 4 * library().panel_count(ctypes.byref(product))
+        product.panels = memory.output(size)
+        if not library().pack_panels(ctypes.byref(product), product.panels):
+            ctypes.memset(product.out, 0, 4 * rows * columns)
+            return size
+        return size, library().multiply(ctypes.byref(product))
+
+    check(isa, call)
+
+
+@every_isa_of_products
+@pytest.mark.parametrize("which", ["dgrad", "wgrad"])
+@pytest.mark.parametrize(
+    "shape",  # num, in, out, height, width, kernel, padding, stride
+    [
+        (1, 16, 16, 1, 1, (1, 1), (0, 0), (1, 1)),
+        (2, 16, 32, 5, 17, (3, 3), (1, 1), (1, 1)),
+        (3, 20, 43, 6, 5, (3, 2), (2, 1), (2, 3)),
+        (2, 3, 5, 4, 9, (2, 2), (0, 0), (3, 3)),
+    ],
+)
+def test_gradients_of_a_convolution_keep_to_their_output(isa, shape, which):
+    num, in_channels, out_channels, height, width, kernel, padding, stride = shape
+    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, kernel, stride, strict=True)]
+    weights, images = out_channels * in_channels * kernel[0] * kernel[1], num * in_channels * height * width
+    g = input(radix_4(num * out_channels * size[0] * size[1]))
+    other = torch.arange(weights if which == "dgrad" else images, dtype=torch.int32).remainder(15).sub(7)
+    other = input(other.to(torch.int8))
+    num_bytes = 4 * (images if which == "dgrad" else weights)
+
+    def call(memory):
+        out = memory.output(num_bytes)
+        geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *padding, *stride)
+        of = c.Integers(c.CODES[torch.bfloat16], 2.0**-6, -4096, 4096, -7, 7)
+        if which == "dgrad":
+            arguments = c.ConvDgrad(g.data_ptr(), other.data_ptr(), out, 0, *geometry, of)
+            done = library().conv_dgrad(ctypes.byref(arguments))
+        else:
+            arguments = c.ConvWgrad(other.data_ptr(), g.data_ptr(), out, *geometry, of)
+            done = library().conv_wgrad(ctypes.byref(arguments))
+        takes_every = library().has_products and not library().has_dot_product
+        assert bool(done) == (takes_every or (library().has_products and stride == (1, 1)))
+        if not done:
+            ctypes.memset(out, 0, num_bytes)
+        return done
+
+    check(isa, call)
+
+
+@every_isa_of_products
 @pytest.mark.parametrize("halves", [0, 1])
 @pytest.mark.parametrize(
     "shape",  # num, in, out, height, width, kernel, padding, stride
@@ -269,8 +342,9 @@ def test_a_convolution_keeps_to_its_output(isa, shape, halves):
         out = memory.output(num_bytes)
         geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *padding, *stride)
         arguments = c.ConvFprop(x.data_ptr(), w.data_ptr(), out, halves, 1e-2, float_grid(formats.FP16_169), *geometry)
+        arguments.of = c.Integers(c.CODES[torch.uint8], 1.0, 0, 15, -7, 14)
         done = library().conv_fprop(ctypes.byref(arguments))
-        assert bool(done) == library().has_dot_product
+        assert bool(done) == library().has_products
         if not done:
             ctypes.memset(out, 0, num_bytes)
         return done

@@ -19,7 +19,7 @@ import fourbit as fb
 from fourbit import backends
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu import library
-from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, X86, BuildError, build, compiler
+from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, INTEGER_ISAS, X86, BuildError, build, compiler
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, quantize_pair
 
 TRAIN = """
@@ -118,12 +118,15 @@ def test_without_a_compiler_the_build_says_so_and_keeps_what_is_there(tmp_path: 
 def test_every_instruction_that_a_table_is_compiled_with_is_asked_for_before_it_is_used():
     """One that the processor lacks would end the process."""
     source = (HERE / "csrc" / "library.cpp").read_text()
-    body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in ("avx2", "avx512", "dot_product")}
+    names = ("avx2", "avx_vnni", "avx512", "dot_product")
+    body = {name: source.split(f"bool has_{name}() {{")[1].split("}")[0] for name in names}
     asked = {name: set(re.findall(r'cpu_supports\("(\w+)"\)', text)) for name, text in body.items()}
-    assert "has_avx2()" in body["avx512"] and "&avx512_table" in body["dot_product"]
+    assert "has_avx2()" in body["avx_vnni"] and "1u << 4" in body["avx_vnni"] and "count(7, 1, &a," in body["avx_vnni"]
+    asked["avx_vnni"] |= asked["avx2"] | {"avxvnni"}  # by its bit, which leaf 7, subleaf 1 has in eax
+    assert "has_avx2()" in body["avx512"] and "has_avx512()" in body["dot_product"]
     asked["avx512"] |= asked["avx2"]
     asked["dot_product"] |= asked["avx512"]
-    for name, flags in {**X86, "dot_product": DOT_PRODUCT_FLAGS}.items():
+    for name, flags in {**X86, **INTEGER_ISAS, "dot_product": DOT_PRODUCT_FLAGS}.items():
         needed = {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag}
         assert needed <= asked.get(name, set()), name
 
@@ -135,7 +138,7 @@ def test_no_entry_runs_products_where_there_are_none(isa):
     with instruction_set(isa):
         loaded = library()
         assert loaded is not None
-        if loaded.has_dot_product:
+        if loaded.has_products:
             pytest.skip("these are its own products")
         a, b = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(32, 32, dtype=torch.int8)
         out, panels = torch.full((4, 32), 7.0), torch.full((2048,), 7, dtype=torch.int32)
@@ -145,9 +148,9 @@ def test_no_entry_runs_products_where_there_are_none(isa):
             assert loaded.panel_count(ctypes.byref(product)) == 0
             assert loaded.pack_panels(ctypes.byref(product), panels.data_ptr()) == 0
             assert loaded.multiply(ctypes.byref(product)) == 0
-        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0)  # of one row of two pixels
+        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0, 1, 1)  # of one row of two pixels
         addresses = a.data_ptr(), b.data_ptr(), out.data_ptr()
-        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape, 1, 1)
+        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape)
         assert loaded.conv_fprop(ctypes.byref(fprop)) == 0
         assert loaded.conv_wgrad(ctypes.byref(c.ConvWgrad(*addresses, *shape))) == 0
         assert loaded.conv_dgrad(ctypes.byref(c.ConvDgrad(*addresses, 0, *shape))) == 0
@@ -159,8 +162,35 @@ def test_an_instruction_set_that_is_not_there_is_not_used():
     loaded = library()
     assert loaded is not None
     before = loaded.isa
-    for name in {"avx2", "avx512", "sse9"} - set(isas()):
+    for name in {*c.ISAS, "sse9"} - set(isas()):
         assert not loaded.use_isa(name) and loaded.isa == before
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+def test_the_environment_chooses_the_instruction_set_of_a_process(isa):
+    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_ISA=isa)
+    assert f"cpu: {isa} (set by FOURBIT_CPU_ISA)" in printed and "exit code 0" in printed
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_refused_in_one_sentence():
+    ran = subprocess.run(
+        [sys.executable, "-m", "fourbit", "doctor"],
+        env={**os.environ, "FOURBIT_CPU_ISA": "avx51"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("fourbit: unknown value of FOURBIT_CPU_ISA 'avx51': did you mean 'avx512'")
+    assert ran.stderr.count("\n") == 1
+
+
+@needs_library
+def test_an_instruction_set_that_the_processor_lacks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FOURBIT_CPU_ISA", "avx512")
+    monkeypatch.setattr(c.Library, "use_isa", lambda self, name: False)
+    with pytest.raises(fb.errors.UserError, match=r"^FOURBIT_CPU_ISA is avx512, but \w+ is the widest that this"):
+        c._load.__wrapped__()
 
 
 def test_importing_the_package_loads_no_library():

@@ -15,7 +15,10 @@ from kernel_cases import (
     assert_same,
     each_implementation,
     has_dot_product,
-    needs_dot_product,
+    has_products,
+    instruction_set,
+    isas_with_products,
+    needs_products,
     numbers,
     skip_if_none,
     skip_without_products,
@@ -150,6 +153,77 @@ def test_the_products_of_four_bit_layers_have_a_kernel(implementation, case):
                 assert implementation(gemm) is not None, (which, a, b)
 
 
+def integers_only(implementation) -> bool:
+    """Whether the library's own products are those of integers."""
+    return (
+        implementation.isa is not None and has_products(implementation.isa) and not has_dot_product(implementation.isa)
+    )
+
+
+@each_implementation("gemm")
+@every_shape
+def test_products_of_integers_have_a_kernel_and_are_exact(implementation, case):
+    """Whatever the sizes: with AVX2, operands that are integers in some unit are multiplied as such, and rounded once."""
+    if not integers_only(implementation):
+        pytest.skip("not this instruction set's")
+    dilated = isinstance(case[0], Convolution) and case[0].dilation != (1, 1)
+    gradients = (f.FP4_R4_EVEN, f.FP4_R4_ODD, f.FP4_R2, f.FP4_E2M1, f.INT4_SYM, f.INT8)
+    for num_threads in (1, 3):
+        for which, left in (
+            ("fprop", (f.UINT4, f.INT4_SYM, f.INT8, f.UINT8)),
+            ("dgrad", gradients),
+            ("wgrad", gradients),
+        ):
+            for a, b in itertools.product(left, (f.INT4_SYM, f.INT4, f.INT8, f.UINT4)):
+                for gemm, exact, _ in gemms(case, a, b, which):
+                    with threads(num_threads):
+                        raw = implementation(gemm)
+                    if dilated:
+                        assert raw is None or a == f.FP4_E2M1 or which == "fprop", (which, a, b)
+                        continue
+                    assert raw is not None and not raw.rounded and raw.high is None, (which, a, b)
+                    assert torch.equal(raw.y, exact.float()), (which, a, b)
+
+
+LONG: dict[str, tuple[Contraction, tuple[int, ...], tuple[int, ...]]] = {
+    "rows": (LinearMap(), (140001, 3), (2, 3)),
+    "features": (LinearMap(), (3, 140001), (2, 140001)),
+    "outputs": (LinearMap(), (2, 3), (140001, 3)),
+    "pixels": (Convolution((1, 1), (1, 1), (1, 1)), (2, 2, 190, 197), (3, 2, 3, 3)),
+    "a row of pixels": (Convolution((1, 2), (0, 0), (1, 1)), (1, 2, 2, 70002), (3, 2, 1, 2)),
+    "images": (Convolution((1, 1), (0, 0), (1, 1)), (37, 2, 61, 67), (3, 2, 1, 1)),
+}
+
+
+@each_implementation("gemm")
+@pytest.mark.parametrize("case", LONG.values(), ids=LONG.keys())
+def test_sums_that_32_bits_do_not_hold_are_exact_all_the_same(implementation, case):
+    """Of the largest numbers: 64 in units of 2^-6, times 15 or 127, more than 2^31 / 4096 / 15 of them; and 127 times 127."""
+    if not integers_only(implementation):
+        pytest.skip("not this instruction set's")
+    taken = 0
+    pairs = [("fprop", f.INT8, f.INT8), ("dgrad", f.FP4_R4_EVEN, f.INT8), ("wgrad", f.FP4_R4_EVEN, f.UINT4)]
+    for which, a, b in [*pairs, ("wgrad", f.INT8, f.INT8)]:
+        for gemm, _, _ in gemms(case, a, b, which)[:1]:
+            left = torch.full_like(gemm.a.q, a.max)
+            left.as_strided((left.numel(),), (1,))[::13] = float(a.grid[1])
+            right = torch.full_like(gemm.b.q, b.max)
+            gemm = replace(gemm, a=Operand(left, None, a), b=Operand(right, None, b))
+            with threads(3):
+                raw = implementation(gemm)
+            if raw is None:
+                continue
+            taken += 1
+            left, right = left.double(), right.double()
+            if which == "fprop":
+                exact = case[0].fprop(left, right)
+            else:
+                like = gemm.layout.empty(torch.float64, left.device)
+                exact = getattr(case[0], which)(left, right, like)
+            assert torch.equal(raw.y, exact.float()), which
+    assert taken >= 3
+
+
 @each_implementation("gemm")
 @pytest.mark.parametrize("case", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())
 def test_geometries_without_a_kernel_are_declined(implementation, case):
@@ -277,8 +351,9 @@ def test_a_product_finished_at_once_is_the_product_finished_afterwards(implement
                 if clipped is not None:
                     torch.testing.assert_close(done[1], clipped, rtol=1e-4, atol=1e-4 * float(size.max()))
     if implementation.isa is not None:
-        every = 3 * 3 * 2 * 2 * (4 if name in SIXTEENS else 1)
-        assert taken == (every if has_dot_product(implementation.isa) else 0)
+        every = 3 * 2 * 2 * (4 if name in SIXTEENS else 1)  # of one gradient format; FP8 is no integer
+        formats_taken = 3 if has_dot_product(implementation.isa) else 2 if has_products(implementation.isa) else 0
+        assert taken == every * formats_taken
 
 
 def _finishes(output: Format | None, layout: Layout, codes: Format) -> list[Finish]:
@@ -439,11 +514,12 @@ def test_epilogues_decline_scales_per_channel_and_masks_with_unpacked_codes(impl
 KEPT_SHAPES = [(1, 1, 1), (3, 5, 31), (12, 4, 32), (13, 63, 33), (20, 650, 100), (25, 7, 64)]
 
 
-@needs_dot_product
+@needs_products
+@pytest.mark.parametrize("isa", isas_with_products())
 @pytest.mark.parametrize(("rows", "depth", "columns"), KEPT_SHAPES)
 @pytest.mark.parametrize("output", [None, formats.FP16_169])
 @pytest.mark.parametrize("name", ["int4_sym", "uint4", "int8"])
-def test_a_weight_kept_in_panels_gives_every_bit_again(rows, depth, columns, output, name):
+def test_a_weight_kept_in_panels_gives_every_bit_again(isa, rows, depth, columns, output, name):
     """As an LSTM multiplies: the same weight at every step, forward by integers, backward by radix-4 gradients."""
     generator = torch.Generator().manual_seed(rows)
     format = formats.get(name)
@@ -462,7 +538,8 @@ def test_a_weight_kept_in_panels_gives_every_bit_again(rows, depth, columns, out
         for which, a, like in (("fprop", x, None), ("dgrad", g, layout)):
             gemm = Gemm(which, LinearMap(), a, kept[which], like, torch.float32, "fast")
             finish = Finish(gemm.scale, output, False, None, torch.float32, like)
-            found = backends.dispatch("product", gemm, finish)
+            with instruction_set(isa):
+                found = backends.dispatch("product", gemm, finish)
             with backends.without():
                 expected, _ = product(gemm, output, torch.float32)
             assert found is not None and torch.equal(found[0], expected)

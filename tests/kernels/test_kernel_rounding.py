@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,11 +296,19 @@ def test_numbers_that_are_not_floating_point_are_refused(dtype, name):
         quantize(torch.ones(3, dtype=dtype), QuantSpec(name, Amax()))
 
 
+def _has_avx_vnni() -> bool:
+    """As the operating system says."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "avx_vnni" in flags.read_text().split()
+
+
 def test_all_instruction_sets_of_a_usual_build_were_compared():
     """On x86, what is built for AVX2 and AVX-512 is used where the machine has them."""
     supported = {
         "portable": True,
         "avx2": torch.cpu._is_avx2_supported(),
         "avx512": torch.cpu._is_avx512_supported(),
+        "avx_vnni": _has_avx_vnni(),
+        "dot_product": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
     }
     assert not isas() or set(isas()) == {name for name, has in supported.items() if has}

@@ -30,9 +30,12 @@ X86 = {
 }
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp")
 ONCE = ("library.cpp",)
+INTEGERS = ("avx2_convolve.cpp", "avx2_multiply.cpp", "avx2_wgrad.cpp")
+INTEGER_ISAS = {"avx2": X86["avx2"], "avx_vnni": (*X86["avx2"], "-mavxvnni")}
+"""Sources of the products without bfloat16, and the instruction sets that they are compiled for."""
 DOT_PRODUCT = ("convolve.cpp", "multiply.cpp")
 DOT_PRODUCT_FLAGS = (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product")
-"""Sources, and the flags with which they have their kernels; a compiler that does not know them leaves them empty."""
+"""Sources, and the flags with which they have their kernels. A compiler that does not know the flags leaves sources empty."""
 
 
 class BuildError(Exception):
@@ -66,6 +69,9 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(source, isa, flags) for source in PER_ISA for isa, flags in isas.items()]
         jobs += [(source, "", ()) for source in ONCE]
+        for isa, flags in INTEGER_ISAS.items():
+            known = flags if x86 and _accepts(command, flags) else ()
+            jobs += [(source, isa, known) for source in INTEGERS]
         flags = DOT_PRODUCT_FLAGS if x86 and _accepts(command, DOT_PRODUCT_FLAGS) else ()
         jobs += [(source, "", flags) for source in DOT_PRODUCT]
         running, objects = [], []

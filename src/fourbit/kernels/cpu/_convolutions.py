@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourbit.kernels._check import CHANNELS_LAST, pointer
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._matrices import has_bfloat16, has_int8, int8, multiply
+from fourbit.kernels.cpu._matrices import has_bfloat16, has_int8, int8, integers_of, multiply
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
 from fourbit.ops import Convolution, Gemm, Layout, Operand, Raw
 from fourbit.quantizers import Packed, carrier_dtype
@@ -51,7 +52,7 @@ _ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int64)
 
 def convolve(g: Gemm, con: Convolution) -> Raw | None:
     """Ours, or oneDNN's int8 convolution: unsigned activations, or signed ones with a zero point; float32 out, sums exact."""
-    if not has_int8() or g.a.format is None or carrier_dtype(g.a.format).itemsize != 1:
+    if g.a.format is None or carrier_dtype(g.a.format).itemsize != 1 or not (has_int8() or kernels().has_products):
         return None
     x, w = g.a.q, g.b.q
     if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() == 0:
@@ -68,7 +69,7 @@ def convolve(g: Gemm, con: Convolution) -> Raw | None:
     if w.shape[1] != x.shape[1] or min(size) < 1:
         return None  # the reference says what is wrong; oneDNN does not always
     found = _own_forward(g, con, x, w, size)
-    if found is not None:
+    if found is not None or not has_int8():
         return found
     zero = 0
     if x.dtype == torch.int8:
@@ -83,16 +84,23 @@ def convolve(g: Gemm, con: Convolution) -> Raw | None:
 
 def _geometry_fits(con: Convolution, kernel: Sequence[int]) -> bool:
     """Whether the loops of the library assume nothing else of stride, padding and kernel."""
-    return all(s >= 1 and 0 <= p < k for s, p, k in zip(con.stride, con.padding, kernel, strict=True))
+    pairs = zip(con.padding, kernel, strict=True)
+    if kernels().has_dot_product and any(p >= k for p, k in pairs):
+        return False
+    return min(con.stride) >= 1 and min(con.padding) >= 0
 
 
 def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int]) -> Raw | None:
-    """Unsigned activations; scaled, rounded and in 16-bit codes where the taker knows them."""
+    """Scaled, rounded and in 16-bit codes where the taker knows them. Where bfloat16 is multiplied: unsigned activations."""
     num, in_channels, height, width = x.shape
     out_channels, _, *kernel = w.shape
-    if x.dtype != torch.uint8 or con.dilation != (1, 1) or in_channels % 4 or out_channels % 16:
-        return None
-    if num < torch.get_num_threads():  # which share the images
+    of = integers_of(g.a.format, g.b.format, x.dtype)
+    if of is None:
+        if not kernels().has_dot_product or x.dtype != torch.uint8 or in_channels % 4 or out_channels % 16:
+            return None
+        if num < torch.get_num_threads():  # which share the images
+            return None
+    if con.dilation != (1, 1) or w.numel() == 0:
         return None
     if not _geometry_fits(con, kernel) or (g.scale is not None and g.scale.numel() != 1):
         return None
@@ -101,7 +109,7 @@ def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int
     y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
     x, w = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, w))
     arguments = c.ConvFprop(
-        pointer(x, "x", torch.uint8, x.numel(), CHANNELS_LAST),
+        pointer(x, "x", x.dtype, x.numel(), CHANNELS_LAST),
         pointer(w, "w", torch.int8, w.numel(), CHANNELS_LAST),
         pointer(
             y, "out", torch.int16 if halves else torch.float32, num * out_channels * math.prod(size), CHANNELS_LAST
@@ -110,6 +118,7 @@ def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int
         scale if halves else 1.0,
         float_grid(g.output) if halves else c.FloatGrid(),
         *(num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride),
+        of or c.Integers(),
     )
     return Raw(y, rounded=halves) if kernels().conv_fprop(ctypes.byref(arguments)) else None
 
@@ -137,31 +146,49 @@ def convolve_backward(g: Gemm, con: Convolution) -> Raw | None:
 
 def _own_backward(g: Gemm, con: Convolution) -> Raw | None:
     """Stride 1 and channels in sixteens: exact wherever it is asked for, and where it costs no time."""
-    if con.stride != (1, 1) or con.dilation != (1, 1) or g.layout is None or not isinstance(g.a.q, Tensor):
-        return None
-    if g.b.format is None or g.b.format.max > 127:
-        return None
     fast = g.products == "fast" and has_bfloat16()
-    if g.a.q.dtype != torch.bfloat16 or g.a.q.numel() == 0 or (fast and g.which == "dgrad"):
+    if not kernels().has_dot_product or con.stride != (1, 1) or (fast and g.which == "dgrad"):
+        return None
+    if not isinstance(g.a.q, Tensor) or g.a.q.dtype != torch.bfloat16:
+        return None
+    channels = (*g.b.q.shape[:2], *g.layout.shape[:2]) if g.layout is not None else ()
+    of_both = channels[1:3] if g.which == "wgrad" else channels[:1] + channels[3:]
+    if any(n % 16 for n in of_both) or (fast and max(of_both, default=0) > FEW_CHANNELS):
+        return None
+    return _gradient(g, con, c.Integers())
+
+
+def integer_gradient(g: Gemm, con: Convolution) -> Raw | None:
+    """Where both operands are integers, in units of the gradient's smallest magnitude: any channels, any stride, exact."""
+    if not isinstance(g.a.q, Tensor):
+        return None
+    of = integers_of(g.a.format, g.b.format, g.a.q.dtype)
+    return None if of is None else _gradient(g, con, of)
+
+
+def _gradient(g: Gemm, con: Convolution, of: Any) -> Raw | None:
+    """A gradient by the library, which takes these operands and channels."""
+    if con.dilation != (1, 1) or g.layout is None or g.b.format is None or g.b.format.max > 127:
         return None
     other = g.b.q.shape
-    if len(other) != 4 or len(g.layout.shape) != 4:
+    if len(other) != 4 or len(g.layout.shape) != 4 or not isinstance(g.a.q, Tensor):
         return None
     x_shape, w_shape = (g.layout.shape, other) if g.which == "dgrad" else (other, g.layout.shape)
     num, in_channels, height, width = x_shape
     out_channels, _, *kernel = w_shape
-    if in_channels % 16 or out_channels % 16 or (fast and max(in_channels, out_channels) > FEW_CHANNELS):
-        return None
     if not _geometry_fits(con, kernel) or w_shape[1] != in_channels:
         return None
-    size = [n + 2 * p - k + 1 for n, p, k in zip((height, width), con.padding, kernel, strict=True)]
-    if min(size) < 1 or tuple(g.a.q.shape) != (num, out_channels, *size):
+    size = [
+        (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), con.padding, kernel, con.stride, strict=True)
+    ]
+    shape = (num, out_channels, *size)
+    if min(*shape, *x_shape) < 1 or tuple(g.a.q.shape) != shape:
         return None  # the reference says what is wrong
     gradient = g.a.q.contiguous(memory_format=CHANNELS_LAST)
     operand = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
     y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
-    geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *con.padding)
-    at = pointer(gradient, "g", torch.bfloat16, gradient.numel(), CHANNELS_LAST)
+    geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride, of)
+    at = pointer(gradient, "g", gradient.dtype, gradient.numel(), CHANNELS_LAST)
     other_at = pointer(operand, "x or w", torch.int8, other.numel(), CHANNELS_LAST)
     out = pointer(y, "out", torch.float32, g.layout.shape.numel(), CHANNELS_LAST)
     if g.which == "dgrad":

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from fourbit.backends import Status
+from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 9
+ABI = 11
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -107,6 +108,9 @@ Accumulate = _structure(
     row_step=c_int64,
     lane_step=c_int64,
 )
+Integers = _structure(
+    "Integers", dtype=c_int32, unit=c_float, a_min=c_int32, a_max=c_int32, b_min=c_int32, b_max=c_int32
+)
 Moments = _structure("Moments", sum_square=c_double, sum_abs=c_double, amax=c_float)
 MatMul = _structure(
     "MatMul",
@@ -127,13 +131,14 @@ MatMul = _structure(
     panels=c_void_p,
     integers=c_int32,
     is_unsigned=c_int32,
+    of=Integers,
     clipped=c_double,
 )
 
 _geometry = dict.fromkeys(
     (
         *("num", "height", "width", "in_channels", "out_height", "out_width", "out_channels"),
-        *("kernel_height", "kernel_width", "pad_height", "pad_width"),
+        *("kernel_height", "kernel_width", "pad_height", "pad_width", "stride_height", "stride_width"),
     ),
     c_int64,
 )
@@ -146,11 +151,10 @@ ConvFprop = _structure(
     scale=c_float,
     grid=FloatGrid,
     **_geometry,
-    stride_height=c_int64,
-    stride_width=c_int64,
+    of=Integers,
 )
-ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry)
-ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry)
+ConvWgrad = _structure("ConvWgrad", x=c_void_p, g=c_void_p, dw=c_void_p, **_geometry, of=Integers)
+ConvDgrad = _structure("ConvDgrad", g=c_void_p, w=c_void_p, out=c_void_p, out_dtype=c_int32, **_geometry, of=Integers)
 NormStatistics = _structure(
     "NormStatistics",
     y=c_void_p,
@@ -275,6 +279,10 @@ _ALLOCATING = (
 )
 """Those that allocate memory: without it, they raise MemoryError."""
 
+ISAS = ("portable", "avx2", "avx_vnni", "avx512", "dot_product")
+"""Instruction sets, from the plainest to the widest; avx_vnni is AVX2 with dot products of integers, and dot_product is AVX-512
+with VNNI and BF16."""
+
 CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -294,7 +302,7 @@ class Library:
             raise OSError("it was built from other sources")
         self._dll.fourbit_isa.restype = c_char_p
         self._dll.fourbit_set_threads.restype = None
-        self._has_dot_product = self._dll.fourbit_has_dot_product
+        self._products = self._dll.fourbit_products
         self._out_of_memory = self._dll.fourbit_out_of_memory
         self.threads = self._share_threads()
         for name, result in _RESULTS.items():
@@ -347,26 +355,36 @@ class Library:
         return False
 
     @property
+    def has_products(self) -> bool:
+        """Whether the products and convolutions run with the instruction set in use: not with portable, and not with avx512."""
+        return self._products() > 0
+
+    @property
     def has_dot_product(self) -> bool:
-        """Whether the products and convolutions run: on processors with AVX512-BF16, while the widest instruction set is
-        in use."""
-        return bool(self._has_dot_product())
+        """Whether they multiply bfloat16 by integers. Otherwise, they do what is made of integers in units of a number."""
+        return self._products() == 2
 
     @property
     def isa(self) -> str:
-        """Instruction set in use."""
+        """Instruction set in use, one of ISAS; at first the widest that the processor has."""
         return self._dll.fourbit_isa().decode()
 
     def use_isa(self, name: str) -> bool:
-        """Use the kernels of another instruction set; False where there are none. For tests."""
+        """Use the kernels of another instruction set; False, and nothing changes, where there are none. Not while
+        kernels run."""
         return bool(self._dll.fourbit_use_isa(name.encode()))
 
 
 SWITCHED_OFF = "switched off by FOURBIT_CPU_KERNELS=0"
+ISA_VARIABLE = "FOURBIT_CPU_ISA"
+"""Environment variable: the instruction set that the kernels keep to in this process."""
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Library | None, str]:
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked and asked not in ISAS:
+        raise unknown(f"value of {ISA_VARIABLE}", asked, ISAS)
     switch = os.environ.get("FOURBIT_CPU_KERNELS", "1")
     if switch == "0":
         return None, SWITCHED_OFF
@@ -378,9 +396,14 @@ def _load() -> tuple[Library | None, str]:
     if not path.exists():
         return None, "not built; build them with: python -m fourbit.kernels.cpu._build (needs a C++ compiler)"
     try:
-        return Library(path), ""
+        loaded = Library(path)
     except (OSError, AttributeError) as error:
         return None, f"{path.name} could not be used ({error}); build it again: python -m fourbit.kernels.cpu._build"
+    if asked and not loaded.use_isa(asked):
+        raise UserError(
+            f"{ISA_VARIABLE} is {asked}, but {loaded.isa} is the widest that this processor and build have."
+        )
+    return loaded, ""
 
 
 def library() -> Library | None:
@@ -402,4 +425,5 @@ def status() -> Status:
     if loaded is None:
         return Status("cpu", False, reason, needed=reason != SWITCHED_OFF)
     threads = "torch's threads" if loaded.threads else "one thread (torch's OpenMP runtime was not found)"
-    return Status("cpu", True, f"{loaded.isa}, {threads}")
+    chosen = f" (set by {ISA_VARIABLE})" if os.environ.get(ISA_VARIABLE) else ""
+    return Status("cpu", True, f"{loaded.isa}{chosen}, {threads}")

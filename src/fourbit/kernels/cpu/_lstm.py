@@ -19,7 +19,7 @@ from fourbit.kernels._check import (
     require_disjoint,
 )
 from fourbit.kernels.cpu import _library as lib
-from fourbit.kernels.cpu._matrices import multiplies_integers, panels
+from fourbit.kernels.cpu._matrices import operands_of, panels
 from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
 from fourbit.ops import LstmBackward, LstmForward
 from fourbit.quantizers import BLOCK, Integers, Packed, Rounded, carrier_dtype, grid_of, has_integer_codes
@@ -92,7 +92,8 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
         return None
     if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
         return None
-    if not multiplies_integers(w.q):
+    of = operands_of(request.format, w.format, carrier_dtype(request.format), size)
+    if of is None:
         return None
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
     if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
@@ -119,7 +120,7 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     clip: Any = lib.Clip(h, lib.CODES[torch.float32], 0, float(s.scale.reciprocal()), grid.low, grid.high, rule, value)
     clip.codes = pointer(codes, "codes", codes.dtype, num * size)
     weight, into = pointer(w.q, "w", torch.int8, 4 * size * size), _address(gates_h, "gates_h", 4 * num * size)
-    product: Any = lib.MatMul(clip.codes, 0, weight, into, num, 4 * size, size, post=1.0)
+    product: Any = lib.MatMul(clip.codes, 0, weight, into, num, 4 * size, size, post=1.0, of=of)
     product.scale = float(s.scale if w.scale is None else s.scale * w.scale)
     product.rounds, product.integers, product.is_unsigned = output is not None, True, codes.dtype == torch.uint8
     if output is not None:
@@ -168,7 +169,8 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
         return None
     if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
         return None
-    if not kernels().has_dot_product:
+    of = operands_of(request.format, w.format, torch.bfloat16)
+    if of is None:
         return None
     if any(q is not None and (q.grid is not None or mask is None) for q, mask in zip(s.codes, s.masks, strict=True)):
         return None
@@ -198,7 +200,7 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     left = pointer(rounded, "rounded", torch.bfloat16, 4 * num * size)
     log.grid[0], log.out[0] = grid, left
     weight = pointer(w.q, "w", torch.int8, 4 * size * size)
-    product: Any = lib.MatMul(left, 0, weight, dh, num, size, 4 * size, scale=1.0, post=1.0)
+    product: Any = lib.MatMul(left, 0, weight, dh, num, size, 4 * size, scale=1.0, post=1.0, of=of)
     product.panels = panels(product, w.cache)
     float32 = lib.CODES[torch.float32]
     rest: Any = lib.Epilogue(x=dh, dtype=float32, rounds=output is not None, out=dh, out_dtype=float32)

@@ -14,7 +14,7 @@ from fourbit.kernels._check import bits_of, codes_of, pointer, require
 from fourbit.kernels.cpu import _library as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Finish, Gemm, Operand, Raw
-from fourbit.quantizers import Packed
+from fourbit.quantizers import Packed, carrier_dtype
 
 
 @lru_cache(maxsize=1)
@@ -24,6 +24,9 @@ def has_bfloat16() -> bool:
 
 @lru_cache(maxsize=1)
 def has_int8() -> bool:
+    """Whether torch multiplies int8 faster than float32: with AVX512-VNNI, unless it was told to keep to less."""
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
     supported = getattr(torch.cpu, "_is_vnni_supported", getattr(torch.cpu, "_is_avx512_vnni_supported", None))
     return supported is None or bool(supported())
 
@@ -42,9 +45,43 @@ def _halves(format: Format | None) -> float | None:
     return 1.0 / format.smallest
 
 
+@lru_cache(maxsize=256)
+def _ranges(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any | None:
+    """Both formats as integers, a's in units of its smallest magnitude where its carrier is bfloat16; None: they are not."""
+    if a is None or b is None or max(a.bits, b.bits) > 8 or dtype != carrier_dtype(a) or dtype == torch.float32:
+        return None
+    unit = float(a.smallest) if dtype == torch.bfloat16 else 1.0
+    left, right = [float(value) / unit for value in a.grid], [float(value) for value in b.grid]
+    if any(n != int(n) for n in left + right) or max(map(abs, left)) > 32767:
+        return None
+    if min(right) < -128 or max(right) > 127:
+        return None
+    ends = (int(end) for side in (left, right) for end in (min(side), max(side)))
+    return c.Integers(c.CODES[dtype], unit, *ends)
+
+
+def integers_of(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any | None:
+    """What the library's exact products have to know of operands of these formats, the first in `dtype`; None: it has none
+    for them with the instruction set in use."""
+    run = kernels()
+    return _ranges(a, b, dtype) if run.has_products and not run.has_dot_product else None
+
+
+def operands_of(a: Format | None, b: Format | None, dtype: torch.dtype, forward: int = 0) -> Any | None:
+    """The same of all products of two matrices, those of bfloat16 among them; `forward`: the length of the sum, if both are
+    integers, with 32 bits for it."""
+    if not kernels().has_dot_product:
+        return integers_of(a, b, dtype)
+    takes = forward * 255 * 128 < 2**31 if forward else dtype == torch.bfloat16
+    return c.Integers() if takes else None
+
+
 def matrices(g: Gemm) -> Raw | None:
     a, b = g.a, g.b
     if g.which == "fprop":
+        found = own_integers(g)
+        if found is not None:
+            return Raw(found)
         return multiply(a, int8(b).t(), g, lambda t: t)
     if g.which == "dgrad":
         return multiply(a, int8(b), g, lambda t: t)
@@ -70,14 +107,14 @@ def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
     shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
     rows = rows_of(left)
     depth = rows.shape[0] if g.which == "wgrad" else rows.shape[1]
+    of = operands_of(a.format, g.b.format, left.dtype)
+    if of is not None and g.which != "fprop":
+        found = own_multiply(rows, right, g.which == "wgrad", of, None, g.b.cache)
+        return Raw(found[0].view(shape))
     if left.dtype in (torch.int8, torch.uint8):
         if not has_int8() or depth * 128 * 128 >= 2**31 or a.format.max > 127:  # type: ignore[union-attr]
             return None
         return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
-    if left.dtype == torch.bfloat16:
-        found = own_multiply(rows, right, g.which == "wgrad", None, g.b.cache)
-        if found is not None:
-            return Raw(found[0].view(shape))
     unit = _halves(a.format)
     if left.dtype == torch.bfloat16 and unit is not None and has_int8() and depth * 128 * 128 < 2**31:
         high, low = _split(rows, unit)
@@ -89,12 +126,19 @@ def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
 
 
 def own_multiply(
-    left: Tensor, right: Tensor, turned: bool, finish: Finish | None = None, cache: dict[str, Any] | None = None
-) -> tuple[Tensor, Tensor | None] | None:
-    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped. `cache`: of the
-    right operand, whose panels are packed once."""
-    if not kernels().has_dot_product:
-        return None
+    left: Tensor,
+    right: Tensor,
+    turned: bool,
+    of: Any,
+    finish: Finish | None = None,
+    cache: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped.
+
+    Args:
+        of: of the operands, as by `operands_of`, which says that there is such a product.
+        cache: of the right operand, whose panels are packed once.
+    """
     left, right = left.contiguous(), right.contiguous()
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
@@ -102,12 +146,12 @@ def own_multiply(
     y = left.new_empty(num_rows, columns, dtype=torch.float32)
     n = num_rows * columns
     addresses = (
-        pointer(left, "a", torch.bfloat16, num_rows * depth, torch.contiguous_format),
+        pointer(left, "a", left.dtype, num_rows * depth, torch.contiguous_format),
         turned,
         pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
         pointer(y, "out", torch.float32, n, torch.contiguous_format),
     )
-    arguments: Any = c.MatMul(*addresses, num_rows, columns, depth, scale=1.0, post=1.0)
+    arguments: Any = c.MatMul(*addresses, num_rows, columns, depth, scale=1.0, post=1.0, of=of)
     if cache is not None:
         arguments.panels = panels(arguments, cache)
     codes = None
@@ -125,33 +169,39 @@ def own_multiply(
         if codes is not None:
             arguments.packed = codes_of(codes.data, n)
             arguments.is_signed = codes.signed
-    if not kernels().multiply(ctypes.byref(arguments)):
-        return None
+    require(bool(kernels().multiply(ctypes.byref(arguments))), "an instruction set with products")
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
-def multiplies_integers(w: Tensor) -> bool:
-    """Whether the library multiplies small integers by this weight [N, K] exactly, in 32 bits."""
-    return kernels().has_dot_product and w.shape[1] * 255 * 128 < 2**31
+def own_integers(g: Gemm, finish: Finish | None = None) -> Tensor | None:
+    """A forward product of small integers: exact, and finished at once.
 
-
-def own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor, None] | None:
-    """A forward product of small integers with a weight that is multiplied several times: exact, finished at once."""
-    x, w = g.a.q, g.b.q
-    if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not x.is_cpu or not x.numel() or not w.numel():
+    Where bfloat16 is multiplied too, only with a weight that is multiplied several times: for others `_int_mm` is as fast.
+    """
+    x, w, cache = g.a.q, g.b.q, g.b.cache
+    if isinstance(x, Packed) or not x.is_cpu or x.dtype not in (torch.int8, torch.uint8):
         return None
-    if w.dim() != 2 or x.shape[-1:] != w.shape[1:]:
+    if not x.numel() or not w.shape.numel() or len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
         return None
-    if x.dtype not in (torch.int8, torch.uint8) or w.dtype != torch.int8 or not multiplies_integers(w):
+    if (
+        (isinstance(w, Tensor) and w.dtype not in (torch.int8, torch.uint8))
+        or g.b.format is None
+        or g.b.format.max > 127
+    ):
         return None
-    if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
+    of = operands_of(g.a.format, g.b.format, x.dtype, w.shape[1])
+    if of is None or (cache is None and kernels().has_dot_product):
         return None
-    if finish.scale is not None and finish.scale.numel() != 1:
-        return None
-    grid = None if finish.output is None else float_grid(finish.output)
-    if finish.output is not None and grid is None:
-        return None
-    x, w = x.contiguous(), w.contiguous()
+    grid = None
+    if finish is not None:
+        if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
+            return None
+        if finish.scale is not None and finish.scale.numel() != 1:
+            return None
+        grid = None if finish.output is None else float_grid(finish.output)
+        if finish.output is not None and grid is None:
+            return None
+    x, w = x.contiguous(), int8(g.b).contiguous()
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
     sizes = x.shape[:-1].numel(), w.shape[0], w.shape[1]
     addresses = (
@@ -160,26 +210,29 @@ def own_integers(g: Gemm, finish: Finish, cache: dict[str, Any]) -> tuple[Tensor
         pointer(w, "b", torch.int8, w.numel(), torch.contiguous_format),
         pointer(y, "out", torch.float32, sizes[0] * sizes[1], torch.contiguous_format),
     )
-    arguments: Any = c.MatMul(*addresses, *sizes, scale=1.0, post=1.0)
+    arguments: Any = c.MatMul(*addresses, *sizes, scale=1.0, post=1.0, of=of)
     arguments.integers, arguments.is_unsigned = True, x.dtype == torch.uint8
-    arguments.scale = 1.0 if finish.scale is None else float(finish.scale)
+    arguments.scale = 1.0 if finish is None or finish.scale is None else float(finish.scale)
     arguments.rounds = grid is not None
     if grid is not None:
         arguments.grid = grid
-    arguments.panels = panels(arguments, cache)
-    return (y, None) if kernels().multiply(ctypes.byref(arguments)) else None
+    if cache is not None:
+        arguments.panels = panels(arguments, cache)
+    require(bool(kernels().multiply(ctypes.byref(arguments))), "an instruction set with products")
+    return y
 
 
 def panels(arguments: Any, cache: dict[str, Any]) -> int:
     """The address of the right operand of a product as the library multiplies it, made once and kept in `cache`. Only where
     the library multiplies at all."""
     count = kernels().panel_count(ctypes.byref(arguments))
-    kept = cache.get("panels")
+    key = f"panels {kernels().isa}"
+    kept = cache.get(key)
     if kept is None:
         kept = torch.empty(count, dtype=torch.int32)
         packed = kernels().pack_panels(ctypes.byref(arguments), pointer(kept, "panels", torch.int32, count))
         require(bool(packed), "an instruction set with products")
-        cache["panels"] = kept
+        cache[key] = kept
     return pointer(kept, "panels", torch.int32, count)
 
 

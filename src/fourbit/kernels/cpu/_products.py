@@ -1,17 +1,21 @@
 """Matrix products on the CPU.
 
     operands                               Linear                         2-d convolutions
-    int8 x int8 (forward)                  _int_mm, exact                 ours, or oneDNN's int8 convolution, exact
-    gradient in one int8 x int8            _int_mm, exact                 as below; backward, 1x1 convolutions are as Linear
-    gradient in bfloat16                   ours (float32)                 ours (float32), or oneDNN's, rounded to bfloat16
+    int8 x int8 (forward)                  _int_mm, or ours, exact        ours, or oneDNN's int8 convolution, exact
+    gradient in one int8 x int8            _int_mm, or ours, exact        as below; backward, 1x1 convolutions are as Linear
+    gradient in bfloat16                   ours                           ours, or oneDNN's, rounded to bfloat16
     where ours does not run:
     gradient in two int8 x int8            two _int_mm, exact             oneDNN's, rounded to bfloat16
     other gradients that bfloat16 holds    bfloat16, rounded to it        oneDNN's, rounded to bfloat16
 
-Ours needs AVX512-BF16; its sums are float32. A gradient goes in two int8 where every number of its format is 256 high + low
-in units of the smallest magnitude: radix-4 FP4 does. What is rounded to bfloat16 is so only where products are "fast";
-"exact" leaves it to the reference, which multiplies in float32. Everything else (grouped, dilated, transposed, 1-d and 3-d
-convolutions, wide formats) is the reference's anyway.
+Ours are of two kinds. With AVX512-BF16, gradients are bfloat16, and sums float32. With AVX2 or AVX-VNNI all are integers,
+and rounded once, to float32: forward, and gradients of every format whose numbers are multiples of its smallest magnitude, up
+to 32767 of it, as those of radix-4 and radix-2 FP4 are; Linear, and convolutions of any kernel, stride and channels.
+
+A gradient goes in two int8 where every number of its format is 256 high + low in units of the smallest magnitude: radix-4
+FP4 does. What is rounded to bfloat16 is so only where products are "fast"; "exact" leaves it to the reference, which
+multiplies in float32. Everything else (grouped, dilated, transposed, 1-d and 3-d convolutions, wide formats) is the
+reference's anyway.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, pointwise
-from fourbit.kernels.cpu._matrices import int8, matrices, own_integers, own_multiply, rows_of
+from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, integer_gradient, pointwise
+from fourbit.kernels.cpu._matrices import int8, matrices, operands_of, own_integers, own_multiply, rows_of
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Raw
 from fourbit.quantizers import Packed, carrier_dtype, is_dense
@@ -45,6 +49,9 @@ def gemm(g: Gemm) -> Raw | None:
         return None
     if g.which == "fprop":
         return convolve(g, con)
+    found = integer_gradient(g, con)
+    if found is not None:
+        return found
     is_pointwise = con.stride == (1, 1) and con.padding == (0, 0) and g.layout is not None
     if is_pointwise and (g.which == "wgrad" or g.layout.shape[2:] == g.a.q.shape[2:]):  # type: ignore[union-attr]
         kernel = (g.layout if g.which == "wgrad" else g.b.q).shape[2:]  # type: ignore[union-attr]
@@ -57,15 +64,19 @@ def gemm(g: Gemm) -> Raw | None:
 
 @backends.register("product", "cpu")
 def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
-    """The gradients of Linear, finished before they are written for the first time."""
+    """The products of Linear, finished before they are written for the first time."""
     a, b, layout = g.a, g.b, finish.layout
     if not a.device.type == b.device.type == "cpu":
         return None
-    if isinstance(g.contraction, LinearMap) and g.which == "fprop" and b.cache is not None:
-        return own_integers(g, finish, b.cache)
+    if isinstance(g.contraction, LinearMap) and g.which == "fprop":
+        y = own_integers(g, finish)
+        return None if y is None else (y, None)
     if not isinstance(g.contraction, LinearMap) or g.which == "fprop" or layout is None:
         return None
-    if not isinstance(a.q, Tensor) or a.q.dtype != torch.bfloat16 or a.q.numel() == 0:
+    if not isinstance(a.q, Tensor) or a.q.numel() == 0:
+        return None
+    of = operands_of(a.format, b.format, a.q.dtype)
+    if of is None:
         return None
     if a.format is None or b.format is None or b.format.max > 127 or carrier_dtype(b.format).itemsize != 1:
         return None
@@ -85,8 +96,8 @@ def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
         return None
     if layout.shape.numel() != left.shape[1 if g.which == "wgrad" else 0] * right.shape[1]:
         return None
-    found = own_multiply(left, right, g.which == "wgrad", finish, b.cache)
-    return None if found is None else (found[0].view(layout.shape), found[1])
+    y, clipped = own_multiply(left, right, g.which == "wgrad", of, finish, b.cache)
+    return y.view(layout.shape), clipped
 
 
 _SUMS = (torch.float32, torch.bfloat16, torch.int32)

@@ -222,6 +222,14 @@ struct Accumulate {
   int64_t group_step, row_step, lane_step;
 };
 
+// What kernels that multiply integers know of a product's operands: a / unit are integers from a_min to a_max, b are such from b_min
+// to b_max.
+struct Integers {
+  int32_t dtype;  // of a: bfloat16, int8 or uint8
+  float unit;
+  int32_t a_min, a_max, b_min, b_max;
+};
+
 // A convolution of unsigned integers of 8 bits: [num, height, width, in_channels], in fours, to [num, out_height, out_width,
 // out_channels], in sixteens; sums are exact. The result is scale * sum, as 16-bit codes of grid (see Half) or in float32.
 struct ConvFprop {
@@ -233,25 +241,29 @@ struct ConvFprop {
   FloatGrid grid;
   int64_t num, height, width, in_channels, out_height, out_width, out_channels;
   int64_t kernel_height, kernel_width, pad_height, pad_width, stride_height, stride_width;
+  Integers of;  // x and w; kernels that multiply integers take any channels, and signed x
 };
 
-// Gradients of a convolution with stride 1: [num, height, width, in_channels] to [num, out_height, out_width, out_channels],
-// both multiples of 16. x and w are integers of 8 bits, g is bfloat16; sums are float32.
+// Gradients of a convolution: [num, height, width, in_channels] to [num, out_height, out_width, out_channels]. x and w are integers
+// of 8 bits, g is bfloat16; sums are float32. Kernels that multiply integers take g as `of` says, any channels and any stride;
+// others stride 1 and channels in sixteens.
 struct ConvWgrad {
   const int8_t* x;
-  const uint16_t* g;
+  const void* g;
   float* dw;  // [out_channels, kernel_height, kernel_width, in_channels]
   int64_t num, height, width, in_channels, out_height, out_width, out_channels;
-  int64_t kernel_height, kernel_width, pad_height, pad_width;
+  int64_t kernel_height, kernel_width, pad_height, pad_width, stride_height, stride_width;
+  Integers of;  // g and the other
 };
 
 struct ConvDgrad {
-  const uint16_t* g;
+  const void* g;
   const int8_t* w;  // as dw
   void* out;        // [num, height, width, in_channels], bfloat16 or float32
   int32_t out_dtype;
   int64_t num, height, width, in_channels, out_height, out_width, out_channels;
-  int64_t kernel_height, kernel_width, pad_height, pad_width;
+  int64_t kernel_height, kernel_width, pad_height, pad_width, stride_height, stride_width;
+  Integers of;  // g and the other
 };
 
 // out = post * round(scale * a b), in float32: a is bfloat16 [rows, depth], or [depth, rows] if `turned`; b is [depth, columns],
@@ -272,17 +284,25 @@ struct MatMul {
   const uint32_t* panels;  // of b, as pack_panels left them, or null
   int32_t integers;        // a: 8-bit integers [rows, depth], b [columns, depth], and panels are there
   int32_t is_unsigned;     // a, then
+  Integers of;             // kernels that multiply integers take a as it says, and need no panels
   double clipped;          // the sum
 };
 
-// false: not on this machine.
-bool multiply(MatMul*);
-// For a right matrix that is multiplied several times: its panels, in so many numbers.
-int64_t panel_count(const MatMul*);
-void pack_panels(const MatMul*, uint32_t* out);
-bool conv_fprop(const ConvFprop*);
-bool conv_wgrad(const ConvWgrad*);
-bool conv_dgrad(const ConvDgrad*);
+// The products of one instruction set, null where the compiler did not know it. false: not these arguments.
+struct Products {
+  bool integers_only;  // a and g are integers, as `of` says; otherwise `of` does not count
+  bool (*multiply)(MatMul*);
+  // For a right matrix that is multiplied several times: its panels, in so many numbers.
+  int64_t (*panel_count)(const MatMul*);
+  bool (*pack_panels)(const MatMul*, uint32_t* out);
+  bool (*conv_fprop)(const ConvFprop*);
+  bool (*conv_wgrad)(const ConvWgrad*);
+  bool (*conv_dgrad)(const ConvDgrad*);
+};
+
+extern const Products avx2_products;
+extern const Products avx_vnni_products;
+extern const Products dot_product_products;
 
 // Float32 rows of `size` units, gates [rows, 4 size] in the order i, f, g, o; every array contiguous.
 struct LstmForward {

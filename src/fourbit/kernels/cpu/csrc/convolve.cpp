@@ -1,7 +1,6 @@
 // Convolutions where the channels come in sixteens: forward in integers, with the result rounded before it is written for the
 // first time, and gradients with stride 1 in bfloat16 with float32 sums, which the general library does at half speed for the
-// few channels of small images. Needs the dot-product instructions of AVX512-VNNI and AVX512-BF16; without them (or a
-// compiler that knows them), there is nothing here and the caller takes another way.
+// few channels of small images. Needs the dot-product instructions of AVX512-VNNI and AVX512-BF16.
 //
 // All tensors are channels_last. A pair is two bfloat16 numbers in 32 bits, as the instruction wants them: of two neighbouring
 // pixels for wgrad, which sums over pixels, and of two neighbouring channels for dgrad, which sums over channels.
@@ -87,7 +86,7 @@ void wgrad_images(const ConvWgrad& t, int64_t begin, int64_t end, float* dw) {
       pair_pixels(from, inside ? t.width : 0, t.in_channels, -t.pad_width, 1, padded_width, x.data() + y * x_row);
     }
     for (int64_t y = 0; y < t.out_height; ++y)
-      pair_pixels(t.g + (n * t.out_height + y) * t.out_width * t.out_channels, t.out_width, t.out_channels, 0, 2, pairs,
+      pair_pixels(static_cast<const uint16_t*>(t.g) + (n * t.out_height + y) * t.out_width * t.out_channels, t.out_width, t.out_channels, 0, 2, pairs,
                   g.data() + y * g_row);
     float* block = dw;
     for (int64_t co = 0; co < t.out_channels; co += kLanes)
@@ -221,7 +220,7 @@ void dgrad_row(const ConvDgrad& t, const uint16_t* g, int64_t g_row, const uint3
 
 }  // namespace
 
-bool conv_fprop(const ConvFprop* t) {
+bool dot_product_fprop(const ConvFprop* t) {
   if (t->out_height < 1 || t->out_width < 1) return false;
   // Pairs of 16 output channels, and a single one at the end, each w[ky][kx][ci / 4][co][4].
   const int64_t taps = t->kernel_height * t->kernel_width, inner = taps * t->in_channels;
@@ -260,7 +259,8 @@ bool conv_fprop(const ConvFprop* t) {
   return true;
 }
 
-bool conv_wgrad(const ConvWgrad* t) {
+bool dot_product_wgrad(const ConvWgrad* t) {
+  if (t->stride_height != 1 || t->stride_width != 1) return false;
   const size_t size = static_cast<size_t>(t->out_channels * t->kernel_height * t->kernel_width * t->in_channels);
   struct Task { const ConvWgrad* t; std::vector<std::vector<float>> sums; size_t size; } task{t, {}, size};
   task.sums.resize(kMaxThreads);
@@ -283,7 +283,8 @@ bool conv_wgrad(const ConvWgrad* t) {
   return true;
 }
 
-bool conv_dgrad(const ConvDgrad* t) {
+bool dot_product_dgrad(const ConvDgrad* t) {
+  if (t->stride_height != 1 || t->stride_width != 1) return false;
   // Weights as pairs of output channels, the kernel turned round: w[ky][kx][co / 2][ci].
   const int64_t kh = t->kernel_height, kw = t->kernel_width, ci = t->in_channels, co = t->out_channels;
   std::vector<uint32_t> w(static_cast<size_t>(kh * kw * co / 2 * ci));
@@ -312,7 +313,7 @@ bool conv_dgrad(const ConvDgrad* t) {
       for (int64_t y = 0; y < t.out_height; ++y) {
         if (y + top < 0 || y + top >= rows) continue;
         std::memcpy(g.data() + (y + top) * g_row + left * t.out_channels,
-                    t.g + (n * t.out_height + y) * t.out_width * t.out_channels,
+                    static_cast<const uint16_t*>(t.g) + (n * t.out_height + y) * t.out_width * t.out_channels,
                     static_cast<size_t>(t.out_width * t.out_channels) * 2);
       }
       for (int64_t y = 0; y < t.height; ++y) {
@@ -327,14 +328,6 @@ bool conv_dgrad(const ConvDgrad* t) {
   return true;
 }
 
-}  // namespace fourbit
-
-#else
-
-namespace fourbit {
-bool conv_fprop(const ConvFprop*) { return false; }
-bool conv_wgrad(const ConvWgrad*) { return false; }
-bool conv_dgrad(const ConvDgrad*) { return false; }
 }  // namespace fourbit
 
 #endif

@@ -1,6 +1,9 @@
 // The C ABI: picks the instruction set once, at load time, runs loops on the caller's OpenMP team, and lets no exception out.
 #include <atomic>
 #include <new>
+#if defined(FOURBIT_X86)
+#include <cpuid.h>
+#endif
 
 #include "common.h"
 
@@ -48,18 +51,55 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-#endif
 
-const Table* choose() {
-#if defined(FOURBIT_X86)
-  __builtin_cpu_init();
-  if (has_avx512()) return &avx512_table;
-  if (has_avx2()) return &avx2_table;
-#endif
-  return &portable_table;
+// Asked for by number: older compilers do not know the name.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvxVnni = 1u << 4;  // of eax, leaf 7, subleaf 1
+  return avx_vnni_products.multiply && has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
 }
 
-const Table* table = choose();
+bool has_dot_product() {
+  return dot_product_products.multiply && has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+bool has_portable() { return true; }
+
+const Products no_products = {};
+
+// From the plainest to the widest; each processor that has one has those before it, except that few have avx_vnni.
+struct Isa {
+  const char* name;
+  const Table* table;
+  const Products* products;
+  bool (*is_there)();
+};
+
+constexpr Isa isas[] = {
+    {"portable", &portable_table, &no_products, has_portable},
+#if defined(FOURBIT_X86)
+    {"avx2", &avx2_table, &avx2_products, has_avx2},
+    {"avx_vnni", &avx2_table, &avx_vnni_products, has_avx_vnni},
+    {"avx512", &avx512_table, &no_products, has_avx512},
+    {"dot_product", &avx512_table, &dot_product_products, has_dot_product},
+#endif
+};
+
+const Isa* widest() {
+#if defined(FOURBIT_X86)
+  __builtin_cpu_init();
+#endif
+  const Isa* found = isas;
+  for (const Isa& one : isas) {
+    if (one.is_there()) found = &one;
+  }
+  return found;
+}
+
+const Isa* isa = widest();  // in use
+const Table* table = isa->table;
 thread_local bool out_of_memory = false;
 
 // What `call` returns; 0 where it ran out of memory, which is noted. The kernels throw nothing else (std::vector).
@@ -90,15 +130,6 @@ int run(int64_t n, int64_t grain, Range range, void* task, bool alone) {
   return threads;
 }
 
-// Whether the kernels of multiply.cpp and convolve.cpp may run: they go with the widest table, on processors that have more.
-bool has_dot_product() {
-#if defined(FOURBIT_X86)
-  return table == &avx512_table && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 int parallel(int64_t n, int64_t grain, Range range, void* task) { return run(n, grain, range, task, n < kSerialBelow); }
@@ -111,7 +142,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 9; }
+FOURBIT_API int32_t fourbit_abi() { return 11; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -121,27 +152,25 @@ FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_thr
   in_parallel = reinterpret_cast<GetInt>(inside);
 }
 
-FOURBIT_API const char* fourbit_isa() {
-#if defined(FOURBIT_X86)
-  if (table == &avx512_table) return "avx512";
-  if (table == &avx2_table) return "avx2";
-#endif
-  return "portable";
-}
+FOURBIT_API const char* fourbit_isa() { return isa->name; }
 
-// For tests: use the kernels of another instruction set; 0 if this machine or build has none of that name.
+// Use the kernels of another instruction set, while no kernel runs; 0 if this machine or build has none of that name.
 FOURBIT_API int32_t fourbit_use_isa(const char* name) {
-  if (!std::strcmp(name, "portable")) table = &portable_table;
-#if defined(FOURBIT_X86)
-  else if (!std::strcmp(name, "avx2") && has_avx2()) table = &avx2_table;
-  else if (!std::strcmp(name, "avx512") && has_avx512()) table = &avx512_table;
-#endif
-  else return 0;
-  return 1;
+  for (const Isa& one : isas) {
+    if (std::strcmp(name, one.name) || !one.is_there()) continue;
+    isa = &one;
+    table = one.table;
+    return 1;
+  }
+  return 0;
 }
 
-// Whether the products and convolutions below do anything: with the instruction set in use, now.
-FOURBIT_API int32_t fourbit_has_dot_product() { return has_dot_product(); }
+// What the products and convolutions below multiply with the instruction set in use, now: 0 nothing, 1 integers (and bfloat16
+// numbers that are multiples of a unit), 2 integers, and bfloat16 by integers.
+FOURBIT_API int32_t fourbit_products() {
+  if (!isa->products->multiply) return 0;
+  return isa->products->integers_only ? 1 : 2;
+}
 
 // Whether a call of this thread ran out of memory since the last question; what it returned then means nothing.
 FOURBIT_API int32_t fourbit_out_of_memory() {
@@ -167,18 +196,16 @@ FOURBIT_GUARDED(void, accumulate, const Accumulate*, table->accumulate(t))
 FOURBIT_GUARDED(void, lstm_forward, const LstmForward*, table->lstm_forward(t))
 FOURBIT_GUARDED(void, lstm_backward, const LstmBackward*, table->lstm_backward(t))
 // 0: not with the instruction set in use, or not these arguments.
-FOURBIT_GUARDED(int32_t, multiply, MatMul*, has_dot_product() && multiply(t))
-FOURBIT_GUARDED(int64_t, panel_count, const MatMul*, has_dot_product() ? panel_count(t) : 0)
-FOURBIT_GUARDED(int32_t, conv_fprop, const ConvFprop*, has_dot_product() && conv_fprop(t))
-FOURBIT_GUARDED(int32_t, conv_wgrad, const ConvWgrad*, has_dot_product() && conv_wgrad(t))
-FOURBIT_GUARDED(int32_t, conv_dgrad, const ConvDgrad*, has_dot_product() && conv_dgrad(t))
+#define FOURBIT_PRODUCT(result, name, argument) \
+  FOURBIT_GUARDED(result, name, argument, isa->products->name ? isa->products->name(t) : 0)
+FOURBIT_PRODUCT(int32_t, multiply, MatMul*)
+FOURBIT_PRODUCT(int64_t, panel_count, const MatMul*)
+FOURBIT_PRODUCT(int32_t, conv_fprop, const ConvFprop*)
+FOURBIT_PRODUCT(int32_t, conv_wgrad, const ConvWgrad*)
+FOURBIT_PRODUCT(int32_t, conv_dgrad, const ConvDgrad*)
 
 FOURBIT_API int32_t fourbit_pack_panels(const MatMul* t, uint32_t* out) {
-  return guarded([&]() -> int32_t {
-    if (!has_dot_product()) return 0;
-    pack_panels(t, out);
-    return 1;
-  });
+  return guarded([&]() -> int32_t { return isa->products->pack_panels && isa->products->pack_panels(t, out); });
 }
 
 FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, Moments* out) {

@@ -319,8 +319,6 @@ void multiply_integers(Task& task) {
   }, &task);
 }
 
-}  // namespace
-
 bool multiply(MatMul* t) {
   if (t->integers) {
     if (!t->panels) return false;
@@ -341,7 +339,7 @@ int64_t panel_count(const MatMul* t) {
   return ceil_div(t->columns, kColumns) * kColumns * (t->integers ? quads(t->depth) + 1 : ceil_div(t->depth, 2));
 }
 
-void pack_panels(const MatMul* t, uint32_t* out) {
+bool pack_panels(const MatMul* t, uint32_t* out) {
   struct Job { const MatMul* t; uint32_t* out; } job{t, out};
   parallel_always(ceil_div(t->columns, kColumns), [](int64_t begin, int64_t end, int, void* p) {
     const Job& job = *static_cast<Job*>(p);
@@ -350,16 +348,24 @@ void pack_panels(const MatMul* t, uint32_t* out) {
       if (job.t->integers) pack_quads(*job.t, j, job.out + j * (quads(job.t->depth) + 1) * kColumns);
       else pack_right(*job.t, j, 0, job.t->depth, job.out + j * size);
   }, &job);
+  return true;
 }
+
+}  // namespace
+
+bool dot_product_fprop(const ConvFprop*);
+bool dot_product_wgrad(const ConvWgrad*);
+bool dot_product_dgrad(const ConvDgrad*);
+
+const Products dot_product_products = {
+    false, multiply, panel_count, pack_panels, dot_product_fprop, dot_product_wgrad, dot_product_dgrad};
 
 }  // namespace fourbit
 
 #else
 
 namespace fourbit {
-bool multiply(MatMul*) { return false; }
-int64_t panel_count(const MatMul*) { return 0; }
-void pack_panels(const MatMul*, uint32_t*) {}
+const Products dot_product_products = {};
 }  // namespace fourbit
 
 #endif
