@@ -1,23 +1,12 @@
-// What the kernels of one instruction set share: bit patterns, rounding of one number, packed codes and masks of one block.
-// Everything has internal linkage, because each instruction set compiles it anew. Must be built with -ffp-contract=off and
-// without -ffast-math: the numbers are defined bit by bit.
+// What the kernels of one instruction set share: rounding, random words and sums, on vectors (see vectors.h) and on blocks of 64
+// elements. Everything has internal linkage, because each instruction set compiles it anew. Must be built with
+// -ffp-contract=off and without -ffast-math: the numbers are defined bit by bit.
 #pragma once
 
 #include <cmath>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "rounding.h"
-
-#define FOURBIT_JOIN2(a, b) a##b
-#define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
-
-// A block is a function of its own, with its number of elements as a constant, and its parts are inlined into it: anything
-// else was vectorised badly.
-#define FOURBIT_BLOCK __attribute__((noinline))
-#define FOURBIT_INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace fourbit {
 
@@ -31,18 +20,47 @@ void lstm_backward(const LstmBackward* task);
 
 namespace {
 
-inline float load(const float* p) { return *p; }
-inline float load(const uint16_t* p) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(*p) << 16)); }
+// ---- blocks at the end of a tensor ----
 
-inline void store(float* p, float x) { *p = x; }
-inline void store(uint16_t* p, float x) {  // round to nearest even; NaN stays NaN
-  const uint32_t bits = static_cast<uint32_t>(as_bits(x));
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  *p = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+// `count` numbers as a whole block: where they lie, or in `room` with zeros behind them.
+template <typename T>
+FOURBIT_INLINE const T* whole(const T* x, int count, T* room) {
+  if (count == kBlock) return x;
+  std::memset(room, 0, kBlock * sizeof(T));
+  std::memcpy(room, x, static_cast<size_t>(count) * sizeof(T));
+  return room;
 }
-inline void store(int8_t* p, float x) { *p = static_cast<int8_t>(static_cast<int32_t>(x == x ? x : 0.0f)); }
 
-// The largest of several magnitudes' bit patterns, thread by thread: infinity and NaN come out on top.
+// Where a whole block may be written of which `count` numbers exist; finish() puts them where they belong.
+template <typename T>
+struct Target {
+  T* out;
+  int count;
+  T room[kBlock];
+  FOURBIT_INLINE Target(T* out, int count) : out(out), count(count) {}
+  FOURBIT_INLINE T* block() { return count == kBlock ? out : room; }
+  FOURBIT_INLINE void finish() {
+    if (count != kBlock) std::memcpy(out, room, static_cast<size_t>(count) * sizeof(T));
+  }
+};
+
+// Runs block(i, count) for each block of a range.
+template <typename F>
+FOURBIT_INLINE void each_block(int64_t begin, int64_t end, F block) {
+  for (int64_t i = begin; i < end; i += kBlock) block(i, static_cast<int>(end - i < kBlock ? end - i : kBlock));
+}
+
+// ---- largest magnitudes, as bit patterns: infinity and NaN come out on top ----
+
+FOURBIT_INLINE void raise(Ints& top, Floats x) { top = larger(top, magnitudes(x)); }
+
+inline int32_t largest_of(Ints top) {
+  int32_t largest = 0;
+  for (int j = 0; j < kVector; ++j) largest = max_of(largest, top[j]);
+  return largest;
+}
+
+// Thread by thread.
 struct Largest {
   int32_t of[kMaxThreads] = {};
   float get(int pieces) const {
@@ -52,54 +70,32 @@ struct Largest {
   }
 };
 
-// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, for |x| < 2^22.
-inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+// ---- random words ----
 
-// The words' upper 24 bits of `count` elements from element `begin` (even) on, as floats.
-inline void draw(uint64_t key, int64_t begin, int count, float* u) {
-  uint32_t words[kBlock];
-  const uint64_t pair = static_cast<uint64_t>(begin) / 2;
-  for (int i = 0; i < kBlock / 2; ++i) {
-    const uint64_t z = mix((pair + i + 1) * 0x9E3779B97F4A7C15ull + key);
-    std::memcpy(words + 2 * i, &z, 8);
-  }
-  for (int i = 0; i < count; ++i) u[i] = static_cast<float>(static_cast<int32_t>(words[i] >> 8));
+// The upper 24 bits of the words of vector v of the block that begins at an even element, as numbers.
+FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) {
+  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+  Pairs steps;
+  for (int j = 0; j < kVector / 2; ++j) steps[j] = (static_cast<uint64_t>(v) * (kVector / 2) + static_cast<uint64_t>(j) + 1) * kGolden;
+  const Pairs z = mix(steps + (static_cast<uint64_t>(begin) / 2 * kGolden + key));
+  return to_floats((Ints)((Words)z >> 8));
 }
 
-// 64 truth values are the bits of one integer, element 0 lowest, as in memory.
-enum Comparison { kLess, kLessEqual, kGreater, kGreaterEqual };
+// Where (x - low) / (high - low) calls for the upper neighbour of a number.
+FOURBIT_INLINE Ints goes_up(Floats u, Floats above_low, Floats gap) { return u < above_low / gap * 16777216.0f; }
 
-template <Comparison op>
-inline uint64_t compare(const float* x, float bound) {
-#if defined(__AVX512F__)
-  constexpr int how = op == kLess ? _CMP_LT_OQ : op == kLessEqual ? _CMP_LE_OQ : op == kGreater ? _CMP_GT_OQ : _CMP_GE_OQ;
-  uint64_t bits = 0;
-  for (int i = 0; i < 4; ++i)
-    bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(bound), how)) << (16 * i);
-  return bits;
-#else
-  int32_t m[kBlock];
-  for (int j = 0; j < kBlock; ++j)
-    m[j] = -static_cast<int32_t>(op == kLess ? x[j] < bound : op == kLessEqual ? x[j] <= bound
-                                 : op == kGreater ? x[j] > bound : x[j] >= bound);
-  uint64_t bits = 0;
-#if defined(__AVX2__)
-  for (int i = 0; i < 8; ++i) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m + 8 * i));
-    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(eight)))) << (8 * i);
-  }
-#else
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
-#endif
-  return bits;
-#endif
+// ---- integers ----
+
+// The integers nearest to y within [low, high]; NaN becomes low.
+FOURBIT_INLINE Ints nearest_code(Floats y, float low, float high) {
+  return nearest_integers(smaller(larger(y, all_floats(low)), all_floats(high)));
 }
 
-// Where a number lies inside a clip range (rules of Clip).
-inline uint64_t inside_range(const float* t, int32_t rule, float bound) {
-  if (rule == 1) return compare<kGreaterEqual>(t, 0.0f) & compare<kLess>(t, bound);
-  if (rule == 2) return compare<kGreater>(t, -bound) & compare<kLess>(t, bound);
-  return compare<kGreaterEqual>(t, -bound) & compare<kLessEqual>(t, bound);
+// Where vector v of a block lies inside a clip range (rules of Clip).
+FOURBIT_INLINE uint64_t inside_range(Floats t, int32_t rule, float bound, int v) {
+  if (rule == 1) return compare<kGreaterEqual>(t, 0.0f, v) & compare<kLess>(t, bound, v);
+  if (rule == 2) return compare<kGreater>(t, -bound, v) & compare<kLess>(t, bound, v);
+  return compare<kGreaterEqual>(t, -bound, v) & compare<kLessEqual>(t, bound, v);
 }
 
 inline uint64_t first_bits(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
@@ -112,70 +108,37 @@ inline uint64_t load_bits(const uint8_t* p) {
 
 inline void store_bits(uint8_t* p, uint64_t bits) { std::memcpy(p, &bits, 8); }
 
-// Zero where the bit is not set.
-FOURBIT_INLINE void keep(float* x, uint64_t bits) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < 4; ++i)
-    _mm512_storeu_ps(x + 16 * i, _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits >> (16 * i)), x + 16 * i));
-#else
-  for (int j = 0; j < kBlock; ++j) x[j] = as_float(as_bits(x[j]) & -static_cast<int32_t>((bits >> j) & 1));
-#endif
-}
-
-// Raises 16 running maxima of magnitudes, as bit patterns.
-FOURBIT_INLINE void raise_magnitudes(const float* x, int32_t* top) {
-  for (int j = 0; j < 16; ++j) {
-    const int32_t a = max_of(as_bits(x[j]) & 0x7FFFFFFF, as_bits(x[j + 16]) & 0x7FFFFFFF);
-    const int32_t b = max_of(as_bits(x[j + 32]) & 0x7FFFFFFF, as_bits(x[j + 48]) & 0x7FFFFFFF);
-    top[j] = max_of(top[j], max_of(a, b));
-  }
-}
-
-inline int32_t largest_of(const int32_t* top) {
-  int32_t largest = 0;
-  for (int j = 0; j < 16; ++j) largest = max_of(largest, top[j]);
-  return largest;
-}
-
-// The integers nearest to inv * t within [low, high], as int8 codes; NaN becomes low.
-FOURBIT_INLINE void clip_codes(const float* t, float inv, float low, float high, int8_t* q) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < 4; ++i) {
-    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(t + 16 * i), _mm512_set1_ps(inv));
-    y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(low)), _mm512_set1_ps(high));
-    const __m512i n = _mm512_cvt_roundps_epi32(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * i), _mm512_cvtepi32_epi8(n));
-  }
-#else
-  int32_t n[kBlock];
-  for (int j = 0; j < kBlock; ++j) {
-    float y = t[j] * inv;
-    y = y > low ? y : low;
-    y = y < high ? y : high;
-    n[j] = static_cast<int32_t>(round_even(y));
-  }
-  for (int j = 0; j < kBlock; ++j) q[j] = static_cast<int8_t>(n[j]);
-#endif
-}
-
-inline void pack_codes(const int8_t* q, uint8_t* out) {
-  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (static_cast<uint8_t>(q[i + 32]) << 4));
-}
+// ---- powers of a radix ----
 
 // The bits of the nearest power's magnitude, 0 below the first decision point.
-inline int32_t log_nearest(int32_t bits, const LogGrid& g) {
-  const int32_t magnitude = bits & 0x7FFFFFFF;
-  const int32_t y = min_of(wrapping_sum((magnitude - g.start) & -g.octaves, g.smallest), g.largest);
-  return magnitude >= g.start ? y : 0;
+FOURBIT_INLINE Ints log_nearest(Ints magnitude, const LogGrid& g) {
+  const Ints above = wrapping_sum((magnitude - g.start) & -g.octaves, all_ints(g.smallest));
+  return magnitude >= g.start ? smaller(above, all_ints(g.largest)) : Ints{};
 }
 
-// The integers of one block, -8..7 or 0..15.
-inline void unpack_block(const uint8_t* packed, int32_t is_signed, int8_t* q) {
-  const int8_t flip = is_signed ? 8 : 0;  // (nibble ^ 8) - 8 extends the sign
-  for (int i = 0; i < 32; ++i) {
-    q[i] = static_cast<int8_t>(((packed[i] & 15) ^ flip) - flip);
-    q[i + 32] = static_cast<int8_t>(((packed[i] >> 4) ^ flip) - flip);
+constexpr int32_t kSign = static_cast<int32_t>(0x80000000u);
+
+// ---- binary floats ----
+
+// As float_nearest of one number.
+FOURBIT_INLINE Floats float_nearest(Floats s, const FloatGrid& g) {
+  const float most = 2.0f * g.max;
+  const Floats x = clamp(s, -most, most);
+  const Ints exponent = larger(as_ints(x) & 0x7F800000, all_ints(g.lowest << 23));
+  const Floats m = as_floats(wrapping_sum(exponent, all_ints(((23 - g.mantissa_bits) << 23) | 0x400000)));
+  Floats y = (x + m) - m;
+  if (g.smallest > 0.0f) {
+    const Floats magnitude = as_floats(magnitudes(x));
+    const Ints signed_smallest = (as_ints(x) & kSign) | as_bits(g.smallest);
+    const Floats tiny = as_floats(magnitude > 0.5f * g.smallest ? signed_smallest : Ints{});
+    y = magnitude < g.smallest ? tiny : y;
   }
+  y = clamp(y, g.min, g.max);
+  if (g.overflow == g.overflow) {
+    const Floats infinity = as_floats((as_ints(s) & kSign) | 0x7F800000);
+    y = as_floats(magnitudes(s)) >= g.overflow ? infinity : y;
+  }
+  return y;
 }
 
 // A 16-bit float without subnormals: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
@@ -188,57 +151,60 @@ struct Half {
         largest((as_bits(g.max) >> shift) - bias) {}
 };
 
-// Codes of the nearest numbers to scale * x, ties to even, saturating: as float_nearest for numbers and infinities.
+// Codes of the nearest numbers, ties to even, saturating: as float_nearest for numbers and infinities.
+FOURBIT_INLINE Ints to_half(Floats x, const Half& h) {
+  const Ints bits = as_ints(x), magnitude = bits & 0x7FFFFFFF;
+  const int32_t below_half = (1 << (h.shift - 1)) - 1;
+  Ints code = (wrapping_sum(magnitude, ((magnitude >> h.shift) & 1) + below_half) >> h.shift) - h.bias;
+  code = larger(code, magnitude > h.half_smallest ? all_ints(1) : Ints{});
+  return smaller(code, all_ints(h.largest)) | ((bits >> 16) & 0x8000);
+}
+
+FOURBIT_INLINE Floats from_half(Ints half, const Half& h) {
+  const Ints code = half & 0x7FFF;
+  const Ints bits = code != 0 ? (code + h.bias) << h.shift : Ints{};
+  return as_floats(bits | ((half ^ code) << 16));
+}
+
+// The same for `count` numbers in memory, a multiple of kVector; codes of scale * x.
 FOURBIT_INLINE void to_halves(const float* x, float scale, const Half& h, int count, uint16_t* codes) {
-  const int32_t shift = h.shift, bias = h.bias, half_smallest = h.half_smallest, largest = h.largest;
-  const int32_t below_half = (1 << (shift - 1)) - 1;
-  for (int j = 0; j < count; ++j) {
-    const int32_t bits = as_bits(x[j] * scale), magnitude = bits & 0x7FFFFFFF;
-    int32_t code = ((magnitude + below_half + ((magnitude >> shift) & 1)) >> shift) - bias;
-    code = max_of(code, static_cast<int32_t>(magnitude > half_smallest));
-    codes[j] = static_cast<uint16_t>(min_of(code, largest) | ((bits >> 16) & 0x8000));
+  for (int j = 0; j < count; j += kVector) write_unsigned(codes + j, to_half(read(x + j) * scale, h));
+}
+
+// ---- sums ----
+
+constexpr int kParts = 16;  // partial sums, whatever the instruction set
+
+struct Parts {
+  Floats of[kParts / kVector] = {};
+  void move_to(double& total) {
+    for (Floats& p : of) {
+      for (int j = 0; j < kVector; ++j) total += p[j];
+      p = Floats{};
+    }
   }
-}
+};
 
-FOURBIT_INLINE void from_halves(const uint16_t* codes, const Half& h, int count, float* x) {
-  const int32_t shift = h.shift, bias = h.bias;
-  for (int j = 0; j < count; ++j) {
-    const int32_t half = codes[j], code = half & 0x7FFF;
-    const int32_t bits = ((code + bias) << shift) & -static_cast<int32_t>(code != 0);
-    x[j] = as_float(bits | static_cast<int32_t>(static_cast<uint32_t>(half & 0x8000) << 16));
-  }
-}
-
-// Where a code is positive, negative.
-inline uint64_t positive(const int8_t* q) {
-#if defined(__AVX512BW__)
-  return _mm512_cmpgt_epi8_mask(_mm512_loadu_si512(q), _mm512_setzero_si512());
-#else
-  uint64_t bits = 0;
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(q[j] > 0) << j;
-  return bits;
-#endif
-}
-
-inline uint64_t negative(const int8_t* q) {
-#if defined(__AVX512BW__)
-  return _mm512_movepi8_mask(_mm512_loadu_si512(q));
-#else
-  uint64_t bits = 0;
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(q[j] < 0) << j;
-  return bits;
-#endif
-}
-
-// Adds v to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
-FOURBIT_INLINE void add_where(const float* v, uint64_t plus, uint64_t minus, float* part) {
+// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
+FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
   if (!(plus | minus)) return;
-  float a[kBlock], b[kBlock];
-  std::memcpy(a, v, sizeof a);
-  std::memcpy(b, v, sizeof b);
-  keep(a, plus);
-  keep(b, minus);
-  for (int j = 0; j < 16; ++j) part[j] += (a[j] - b[j]) + (a[j + 16] - b[j + 16]) + (a[j + 32] - b[j + 32]) + (a[j + 48] - b[j + 48]);
+  constexpr int kOwn = kParts / kVector;
+  Floats sum[kOwn];
+  FOURBIT_EACH(v) {
+    const Floats signed_x = keep(x[v], plus, v) - keep(x[v], minus, v);
+    sum[v % kOwn] = v < kOwn ? signed_x : sum[v % kOwn] + signed_x;
+  }
+  for (int i = 0; i < kOwn; ++i) parts.of[i] += sum[i];
+}
+
+// ---- results in memory ----
+
+FOURBIT_INLINE void write_block(float* out, const Floats (&y)[kPerBlock]) {
+  FOURBIT_EACH(v) write(out + v * kVector, y[v]);
+}
+
+FOURBIT_INLINE void write_block(uint16_t* out, const Floats (&y)[kPerBlock]) {
+  FOURBIT_EACH(v) write(out + v * kVector, y[v]);
 }
 
 }  // namespace
