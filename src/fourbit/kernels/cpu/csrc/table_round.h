@@ -76,7 +76,7 @@ FOURBIT_INLINE Floats table_underflow(const TableTask& t, Floats s, Floats u) {
 // Integers for a carrier of 8 bits, NaN as 0.
 FOURBIT_INLINE void write_block(int8_t* out, const Floats (&y)[kPerBlock]) {
   Ints n[kPerBlock];
-  FOURBIT_EACH(v) n[v] = nearest_integers(y[v] == y[v] ? y[v] : Floats{});
+  FOURBIT_EACH(v) n[v] = __builtin_convertvector(y[v] == y[v] ? y[v] : Floats{}, Ints);
   write_bytes(out, n);
 }
 
