@@ -34,15 +34,13 @@ FOURBIT_INLINE void epilogue_block(const Epilogue& e, int64_t begin, int count, 
   const T* x = whole(static_cast<const T*>(e.x) + begin, count, room);
   const int32_t* high = e.high ? whole(e.high + begin, count, high_room) : nullptr;
   Floats y[kPerBlock];
-  FOURBIT_EACH(v) {
-    const Floats s = (high ? joined(high + v * kVector, x + v * kVector) : read(x + v * kVector)) * e.scale;
-    y[v] = s;
-    if (e.rounds) {
-      y[v] = float_nearest(s, e.grid);
-      if (e.keep_infinite) y[v] = magnitudes(s) >= 0x7F800000 ? s : y[v];
-    }
-    y[v] *= e.post;
+  FOURBIT_EACH(v) y[v] = (high ? joined(high + v * kVector, x + v * kVector) : read(x + v * kVector)) * e.scale;
+  if (e.rounds && e.keep_infinite) {
+    FOURBIT_EACH(v) y[v] = magnitudes(y[v]) >= 0x7F800000 ? y[v] : float_nearest(y[v], e.grid);
+  } else if (e.rounds) {
+    float_nearest(y, e.grid);
   }
+  FOURBIT_EACH(v) y[v] *= e.post;
   if (e.mask) {
     const uint64_t inside = load_bits(e.mask + begin / 8);
     if (e.packed) {
@@ -53,7 +51,7 @@ FOURBIT_INLINE void epilogue_block(const Epilogue& e, int64_t begin, int count, 
     FOURBIT_EACH(v) y[v] = keep(y[v], inside, v);
   }
   Target<O> target(static_cast<O*>(e.out) + begin, count);
-  write_block(target.block(), y);
+  write(target.block(), y);
   target.finish();
 }
 

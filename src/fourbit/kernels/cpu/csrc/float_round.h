@@ -17,12 +17,14 @@ float float_typed(const FloatRound* r) {
       T room[kBlock];
       const T* x = whole(static_cast<const T*>(r.x) + i, count, room);
       Target<O> target(static_cast<O*>(r.out) + i, count);
-      O* out = target.block();
+      Floats y[kPerBlock];
       FOURBIT_EACH(v) {
-        const Floats number = read(x + v * kVector);
-        raise(top, number);
-        write(out + v * kVector, float_nearest(number * r.inv_scale, r.grid));
+        y[v] = read(x + v * kVector);
+        raise(top, y[v]);
+        y[v] *= r.inv_scale;
       }
+      float_nearest(y, r.grid);
+      write(target.block(), y);
       target.finish();
     });
     t.largest.of[thread] = largest_of(top);

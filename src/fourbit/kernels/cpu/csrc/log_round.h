@@ -6,44 +6,55 @@
 namespace fourbit {
 namespace {
 
-// Bits of the neighbour of s, of magnitude `near` or `far`, that the word u chooses, as the reference: towards +infinity with
-// probability (s - low) / (high - low).
-FOURBIT_INLINE Ints log_stochastic(Floats s, Ints magnitude, Floats u, const LogGrid& g) {
-  const float smallest = as_float(g.smallest), most = as_float(g.largest), ratio = as_float(0x3F800000 + g.octaves);
-  const Ints power = smaller(wrapping_sum((magnitude - g.smallest) & -g.octaves, all_ints(g.smallest)), all_ints(g.largest));
-  const Floats near = as_floats(magnitude >= g.smallest ? power : Ints{});
-  Floats far = near > 0.0f ? near * ratio : all_floats(smallest);
-  far = smaller(far, all_floats(most));
-  const Floats size = as_floats(magnitude), inside = smaller(all_floats(most), size);
-  far = near == size ? near : far;
-  const Ints is_negative = s < 0.0f;
+// Bits of the neighbour of s, in magnitude `near` or `far`, that the word u chooses, as the reference: towards +infinity with
+// probability (s - low) / (high - low). A number of the grid is its own `near`, and stays.
+FOURBIT_INLINE Ints log_stochastic(Floats s, Floats u, const Powers& g) {
+  const Ints magnitude = magnitudes(s), is_negative = s < 0.0f;
+  const Ints power = smaller(wrapping_sum((magnitude - g.smallest) & g.octaves, g.smallest), g.largest);
+  const Floats near = as_floats(g.smallest > magnitude ? Ints{} : power), most = as_floats(g.largest);
+  const Floats ratio = as_floats(0x3F800000 - g.octaves);
+  const Floats far = smaller(larger(near * ratio, as_floats(g.smallest)), most);
+  const Floats inside = smaller(most, as_floats(magnitude));
   const Floats above_low = is_negative ? far - inside : inside - near;
   const Ints is_far = goes_up(u, above_low, far - near) ^ is_negative;
   return as_ints(is_far ? far : near) | (is_negative & kSign);
+}
+
+// A block on one grid, as bfloat16.
+template <int rule>
+FOURBIT_INLINE void log_codes(const LogRound& r, int k, const Floats (&s)[kPerBlock], int64_t begin, Ints (&codes)[kPerBlock]) {
+  const Powers g(r.grid[k]);
+  FOURBIT_EACH(v) {
+    const Ints magnitude = magnitudes(s[v]);
+    Ints y;
+    if (rule != 1) y = log_nearest(magnitude, g) | (as_ints(s[v]) & kSign);
+    if (rule != 0) {
+      const Ints drawn = log_stochastic(s[v], draw(r.key[k], begin, v), g);
+      y = rule == 1 ? drawn : (g.smallest > magnitude ? drawn : y);
+    }
+    codes[v] = upper_half(y);
+  }
 }
 
 template <typename T>
 FOURBIT_INLINE void log_block(const LogRound& r, const T* from, int64_t begin, int count, Ints& top) {
   T room[kBlock];
   const T* x = whole(from, count, room);
-  Target<uint16_t> first(r.out[0] + begin, count), second(r.out[r.num - 1] + begin, count);
-  uint16_t* out[2] = {first.block(), second.block()};
+  Floats s[kPerBlock];
   FOURBIT_EACH(v) {
-    const Floats t = read(x + v * kVector), s = t * r.inv_scale;
-    const Ints magnitude = magnitudes(s), sign = as_ints(s) & kSign;
-    raise(top, t);
-    for (int k = 0; k < r.num; ++k) {
-      const LogGrid& g = r.grid[k];
-      Ints y = log_nearest(magnitude, g) | sign;
-      if (r.rule) {
-        const Ints drawn = log_stochastic(s, magnitude, draw(r.key[k], begin, v), g);
-        y = r.rule == 1 ? drawn : (magnitude >= g.smallest ? y : drawn);
-      }
-      write_upper(out[k] + v * kVector, y);
-    }
+    s[v] = read(x + v * kVector);
+    raise(top, s[v]);
+    s[v] *= r.inv_scale;
   }
-  first.finish();
-  if (r.num == 2) second.finish();
+  for (int k = 0; k < r.num; ++k) {
+    Ints codes[kPerBlock];
+    if (r.rule == 0) log_codes<0>(r, k, s, begin, codes);
+    else if (r.rule == 1) log_codes<1>(r, k, s, begin, codes);
+    else log_codes<2>(r, k, s, begin, codes);
+    Target<uint16_t> out(r.out[k] + begin, count);
+    write_unsigned(out.block(), codes);
+    out.finish();
+  }
 }
 
 template <typename T>

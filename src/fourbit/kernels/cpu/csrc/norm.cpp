@@ -110,22 +110,20 @@ FOURBIT_INLINE void round_block(const NormStatistics& s, const Half& h, int64_t 
   const float* y = whole(s.y + i, count, room);
   if (s.halves) {
     Target<uint16_t> kept(static_cast<uint16_t*>(s.kept) + i, count);
-    uint16_t* codes = kept.block();
+    Ints codes[kPerBlock];
     FOURBIT_EACH(k) {
-      const Ints code = to_half(read(y + k * kVector) * s.scale, h);
-      write_unsigned(codes + k * kVector, code);
-      v[k] = from_half(code, h);
+      codes[k] = to_half(read(y + k * kVector) * s.scale, h);
+      v[k] = from_half(codes[k], h);
     }
+    write_unsigned(kept.block(), codes);
     kept.finish();
     return;
   }
-  FOURBIT_EACH(k) {
-    const Floats scaled = read(y + k * kVector) * s.scale;
-    v[k] = s.rounds ? float_nearest(scaled, s.grid) : scaled;
-  }
+  FOURBIT_EACH(k) v[k] = read(y + k * kVector) * s.scale;
+  if (s.rounds) float_nearest(v, s.grid);
   if (s.kept == s.y && !s.rounds && s.scale == 1.0f) return;
   Target<float> kept(static_cast<float*>(s.kept) + i, count);
-  write_block(kept.block(), v);
+  write(kept.block(), v);
   kept.finish();
 }
 
@@ -179,7 +177,7 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
   FOURBIT_EACH(k) raise(top, t[k]);
   if (a.out) {
     Target<float> out(a.out + i, count);
-    write_block(out.block(), t);
+    write(out.block(), t);
     out.finish();
   }
   if (a.pass) store_bits(a.pass + i / 8, pass);
@@ -245,7 +243,7 @@ FOURBIT_INLINE void reduce_block(const NormBackward& b, const Kept& kept, const 
   gradient_block<T>(b, i, count, g, &parts);
   if (b.g) {
     Target<float> out(b.g + i, count);
-    write_block(out.block(), g);
+    write(out.block(), g);
     out.finish();
   }
   read_kept(kept, i, count, v);
@@ -278,17 +276,19 @@ FOURBIT_INLINE void differentiate_block(const NormBackward& b, const Kept& kept,
   }
   if (!b.num) {
     Target<float> out(static_cast<float*>(b.out[0]) + i, count);
-    write_block(out.block(), v);
+    write(out.block(), v);
     out.finish();
     return;
   }
   for (int k = 0; k < b.num; ++k) {
     Target<uint16_t> out(static_cast<uint16_t*>(b.out[k]) + i, count);
-    uint16_t* codes = out.block();
+    const Powers grid(b.log_grid[k]);
+    Ints codes[kPerBlock];
     FOURBIT_EACH(j) {
       const Floats s = v[j] * b.inv_scale;
-      write_upper(codes + j * kVector, log_nearest(magnitudes(s), b.log_grid[k]) | (as_ints(s) & kSign));
+      codes[j] = upper_half(log_nearest(magnitudes(s), grid) | (as_ints(s) & kSign));
     }
+    write_unsigned(out.block(), codes);
     out.finish();
   }
 }

@@ -110,35 +110,67 @@ inline void store_bits(uint8_t* p, uint64_t bits) { std::memcpy(p, &bits, 8); }
 
 // ---- powers of a radix ----
 
+// A LogGrid in vectors.
+struct Powers {
+  Ints start, octaves, smallest, largest;
+  explicit Powers(const LogGrid& g)
+      : start(all_ints(g.start)), octaves(all_ints(-g.octaves)), smallest(all_ints(g.smallest)), largest(all_ints(g.largest)) {}
+};
+
 // The bits of the nearest power's magnitude, 0 below the first decision point.
-FOURBIT_INLINE Ints log_nearest(Ints magnitude, const LogGrid& g) {
-  const Ints above = wrapping_sum((magnitude - g.start) & -g.octaves, all_ints(g.smallest));
-  return magnitude >= g.start ? smaller(above, all_ints(g.largest)) : Ints{};
+FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
+  const Ints power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
+  return g.start > magnitude ? Ints{} : power;
 }
 
 constexpr int32_t kSign = static_cast<int32_t>(0x80000000u);
 
 // ---- binary floats ----
 
-// As float_nearest of one number.
-FOURBIT_INLINE Floats float_nearest(Floats s, const FloatGrid& g) {
+// Bits of the magnitude rounded to `mantissa_bits`, ties to even.
+FOURBIT_INLINE Ints round_mantissa(Ints magnitude, int32_t shift) {
+  const int32_t below_half = (1 << (shift - 1)) - 1;
+  return wrapping_sum(magnitude, ((magnitude >> shift) & 1) + below_half);
+}
+
+// float_nearest of a format with subnormals: x + m - m rounds to multiples of the quantum.
+FOURBIT_INLINE Floats with_subnormals(Floats s, const FloatGrid& g) {
   const float most = 2.0f * g.max;
   const Floats x = clamp(s, -most, most);
   const Ints exponent = larger(as_ints(x) & 0x7F800000, all_ints(g.lowest << 23));
   const Floats m = as_floats(wrapping_sum(exponent, all_ints(((23 - g.mantissa_bits) << 23) | 0x400000)));
-  Floats y = (x + m) - m;
-  if (g.smallest > 0.0f) {
-    const Floats magnitude = as_floats(magnitudes(x));
-    const Ints signed_smallest = (as_ints(x) & kSign) | as_bits(g.smallest);
-    const Floats tiny = as_floats(magnitude > 0.5f * g.smallest ? signed_smallest : Ints{});
-    y = magnitude < g.smallest ? tiny : y;
-  }
-  y = clamp(y, g.min, g.max);
+  return clamp((x + m) - m, -g.max, g.max);
+}
+
+// ... and without: by its bits. Between 0 and the smallest magnitude there is nothing; a tie goes to 0.
+FOURBIT_INLINE Floats without_subnormals(Floats s, const FloatGrid& g) {
+  const Ints magnitude = magnitudes(s), smallest = all_ints(as_bits(g.smallest));
+  const int32_t shift = 23 - g.mantissa_bits;
+  const Ints rounded = round_mantissa(magnitude, shift) & -(1 << shift);
+  const Ints y = smaller(larger(rounded, smallest), all_ints(as_bits(g.max))) | (as_ints(s) & kSign);
+  const Ints found = magnitude > as_bits(0.5f * g.smallest) ? y : Ints{};
+  return as_floats(found | (s == s ? Ints{} : all_ints(0x7FC00000)));
+}
+
+FOURBIT_INLINE Floats overflowed(Floats s, Floats y, float overflow) {
+  const Floats infinity = as_floats((as_ints(s) & kSign) | 0x7F800000);
+  return as_floats(magnitudes(s)) >= overflow ? infinity : y;
+}
+
+// As float_nearest of one number, for a vector or a block; g.min is -g.max.
+FOURBIT_INLINE Floats float_nearest(Floats s, const FloatGrid& g) {
+  const Floats y = g.smallest > 0.0f ? without_subnormals(s, g) : with_subnormals(s, g);
+  return g.overflow == g.overflow ? overflowed(s, y, g.overflow) : y;
+}
+
+FOURBIT_INLINE void float_nearest(Floats (&x)[kPerBlock], const FloatGrid& g) {
   if (g.overflow == g.overflow) {
-    const Floats infinity = as_floats((as_ints(s) & kSign) | 0x7F800000);
-    y = as_floats(magnitudes(s)) >= g.overflow ? infinity : y;
+    FOURBIT_EACH(v) x[v] = float_nearest(x[v], g);
+  } else if (g.smallest > 0.0f) {
+    FOURBIT_EACH(v) x[v] = without_subnormals(x[v], g);
+  } else {
+    FOURBIT_EACH(v) x[v] = with_subnormals(x[v], g);
   }
-  return y;
 }
 
 // A 16-bit float without subnormals: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
@@ -154,8 +186,7 @@ struct Half {
 // Codes of the nearest numbers, ties to even, saturating: as float_nearest for numbers and infinities.
 FOURBIT_INLINE Ints to_half(Floats x, const Half& h) {
   const Ints bits = as_ints(x), magnitude = bits & 0x7FFFFFFF;
-  const int32_t below_half = (1 << (h.shift - 1)) - 1;
-  Ints code = (wrapping_sum(magnitude, ((magnitude >> h.shift) & 1) + below_half) >> h.shift) - h.bias;
+  Ints code = (round_mantissa(magnitude, h.shift) >> h.shift) - h.bias;
   code = larger(code, magnitude > h.half_smallest ? all_ints(1) : Ints{});
   return smaller(code, all_ints(h.largest)) | ((bits >> 16) & 0x8000);
 }
@@ -195,16 +226,6 @@ FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint6
     sum[v % kOwn] = v < kOwn ? signed_x : sum[v % kOwn] + signed_x;
   }
   for (int i = 0; i < kOwn; ++i) parts.of[i] += sum[i];
-}
-
-// ---- results in memory ----
-
-FOURBIT_INLINE void write_block(float* out, const Floats (&y)[kPerBlock]) {
-  FOURBIT_EACH(v) write(out + v * kVector, y[v]);
-}
-
-FOURBIT_INLINE void write_block(uint16_t* out, const Floats (&y)[kPerBlock]) {
-  FOURBIT_EACH(v) write(out + v * kVector, y[v]);
 }
 
 }  // namespace

@@ -57,9 +57,7 @@ FOURBIT_INLINE Floats table_stochastic(const TableTask& t, Floats s, Floats u) {
 FOURBIT_INLINE Floats table_nearest(const TableTask& t, Floats s) {
   const Floats y = t.level(count_edges<false>(t.edges, s));
   const float overflow = t.r->overflow;
-  if (overflow != overflow) return y;
-  const Floats infinity = as_floats((as_ints(s) & kSign) | 0x7F800000);
-  return as_floats(magnitudes(s)) >= overflow ? infinity : y;
+  return overflow == overflow ? overflowed(s, y, overflow) : y;
 }
 
 // Below the smallest magnitude: 0 or a neighbour of it.
@@ -74,7 +72,7 @@ FOURBIT_INLINE Floats table_underflow(const TableTask& t, Floats s, Floats u) {
 }
 
 // Integers for a carrier of 8 bits, NaN as 0.
-FOURBIT_INLINE void write_block(int8_t* out, const Floats (&y)[kPerBlock]) {
+FOURBIT_INLINE void write(int8_t* out, const Floats (&y)[kPerBlock]) {
   Ints n[kPerBlock];
   FOURBIT_EACH(v) n[v] = __builtin_convertvector(y[v] == y[v] ? y[v] : Floats{}, Ints);
   write_bytes(out, n);
@@ -106,7 +104,7 @@ float table_typed(const TableRound* r) {
         }
         y[v] = s == s ? y[v] : s;
       }
-      write_block(target.block(), y);
+      write(target.block(), y);
       target.finish();
     });
     t.largest.of[thread] = largest_of(top);

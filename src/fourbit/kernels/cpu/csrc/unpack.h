@@ -13,7 +13,9 @@ FOURBIT_INLINE void write_codes(const int8_t* q, float* out) {
 }
 
 FOURBIT_INLINE void write_codes(const int8_t* q, uint16_t* out) {  // exact in bfloat16
-  FOURBIT_EACH(v) write_upper(out + v * kVector, as_ints(to_floats(read_signed(q + v * kVector))));
+  Ints n[kPerBlock];
+  FOURBIT_EACH(v) n[v] = upper_half(as_ints(to_floats(read_signed(q + v * kVector))));
+  write_unsigned(out, n);
 }
 
 template <typename O>

@@ -148,7 +148,7 @@ FOURBIT_INLINE Ints read_signed(const int8_t* p) {
 
 FOURBIT_INLINE void write(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 
-// Numbers of 0 to 65535 in 16 bits each.
+// Numbers of 0 to 65535 in 16 bits each: of one vector, and of a block.
 FOURBIT_INLINE void write_unsigned(uint16_t* p, Ints n) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)n));
@@ -161,14 +161,34 @@ FOURBIT_INLINE void write_unsigned(uint16_t* p, Ints n) {
 #endif
 }
 
-// The upper halves: numbers that bfloat16 holds.
-FOURBIT_INLINE void write_upper(uint16_t* p, Ints bits) { write_unsigned(p, (Ints)((Words)bits >> 16)); }
+FOURBIT_INLINE void write_unsigned(uint16_t* p, const Ints (&n)[kPerBlock]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (int i = 0; i < kPerBlock / 2; ++i) {
+    const __m256i mixed = _mm256_packus_epi32((__m256i)n[2 * i], (__m256i)n[2 * i + 1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), _mm256_permute4x64_epi64(mixed, 0xD8));
+  }
+#else
+  FOURBIT_EACH(v) write_unsigned(p + v * kVector, n[v]);
+#endif
+}
 
-// bfloat16: to nearest even; NaN stays NaN.
-FOURBIT_INLINE void write(uint16_t* p, Floats x) {
+FOURBIT_INLINE Ints upper_half(Ints bits) { return (Ints)((Words)bits >> 16); }
+
+// The nearest bfloat16, ties to even, in the lower half; NaN stays NaN.
+FOURBIT_INLINE Ints to_bfloat16(Floats x) {
   const Words bits = (Words)x;
   const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  write_upper(p, x == x ? (Ints)rounded : (Ints)(bits | 0x400000u));
+  return upper_half((Ints)(x == x ? rounded : bits | 0x400000u));
+}
+
+FOURBIT_INLINE void write(float* p, const Floats (&x)[kPerBlock]) {
+  FOURBIT_EACH(v) write(p + v * kVector, x[v]);
+}
+
+FOURBIT_INLINE void write(uint16_t* p, const Floats (&x)[kPerBlock]) {
+  Ints n[kPerBlock];
+  FOURBIT_EACH(v) n[v] = to_bfloat16(x[v]);
+  write_unsigned(p, n);
 }
 
 // The lowest 8 bits of 64 numbers.
