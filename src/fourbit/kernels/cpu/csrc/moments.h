@@ -12,7 +12,8 @@ Moments moments_of(const T* x, int64_t n, int32_t& largest) {
   Doubles square[kDoubles] = {}, absolute[kDoubles] = {};
   Ints top{};
   int64_t i = 0;
-  for (; i + kSums <= n; i += kSums)
+  for (; i + kSums <= n; i += kSums) {
+    prefetch(x + i, kSums);
 #pragma GCC unroll 4
     for (int v = 0; v < kSums / kVector; ++v) {
       const Ints magnitude = magnitudes(read(x + i + v * kVector));
@@ -25,6 +26,7 @@ Moments moments_of(const T* x, int64_t n, int32_t& largest) {
         absolute[2 * v + half] += a[half];
       }
     }
+  }
   largest = largest_of(top);
   for (; i < n; ++i) {
     const int32_t magnitude = as_bits(load(x + i)) & 0x7FFFFFFF;
