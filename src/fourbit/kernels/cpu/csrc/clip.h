@@ -17,7 +17,7 @@ FOURBIT_INLINE void clip_block(const Clip& c, const T* from, int64_t begin, int 
     const Floats t = read(x + v * kVector);
     raise(top, t);
     codes[v] = nearest_code(t * c.inv_scale, c.low, c.high);
-    if (c.mask_rule) inside |= inside_range(t, c.mask_rule, c.bound, v);
+    if (c.mask_rule) inside |= bits_of(inside_range(t, c.mask_rule, c.bound), v);
   }
   write_bytes(q, codes);
   for (int j = count; j < kBlock; ++j) q[j] = 0;

@@ -111,10 +111,7 @@ FOURBIT_INLINE void round_block(const NormStatistics& s, const Half& h, int64_t 
   if (s.halves) {
     Target<uint16_t> kept(static_cast<uint16_t*>(s.kept) + i, count);
     Ints codes[kPerBlock];
-    FOURBIT_EACH(k) {
-      codes[k] = to_half(read(y + k * kVector) * s.scale, h);
-      v[k] = from_half(codes[k], h);
-    }
+    FOURBIT_EACH(k) codes[k] = to_half(read(y + k * kVector) * s.scale, h, v[k]);
     write_unsigned(kept.block(), codes);
     kept.finish();
     return;
@@ -169,7 +166,7 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
   if (a.act) {
     uint64_t passing = 0;
     FOURBIT_EACH(k) {
-      passing |= compare<kGreater>(t[k], 0.0f, k) & compare<kLess>(t[k], a.cap, k);
+      passing |= bits_of(compare<kGreater>(t[k], 0.0f) & compare<kLess>(t[k], a.cap), k);
       t[k] = clamp(t[k], 0.0f, a.cap);
     }
     pass &= passing;
@@ -184,7 +181,7 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
   if (!a.clips) return;
   FOURBIT_EACH(k) {
     codes[k] = nearest_code(t[k] * a.clip.inv_scale, a.clip.low, a.clip.high);
-    inside |= inside_range(t[k], a.clip.mask_rule, a.clip.bound, k);
+    inside |= bits_of(inside_range(t[k], a.clip.mask_rule, a.clip.bound), k);
   }
   int8_t q[kBlock];
   write_bytes(q, codes);

@@ -61,6 +61,8 @@ FOURBIT_INLINE void each_block(int64_t begin, int64_t end, F block) {
   for (int64_t i = begin; i < end; i += kBlock) block(i, static_cast<int>(end - i < kBlock ? end - i : kBlock));
 }
 
+constexpr int32_t kSign = static_cast<int32_t>(0x80000000u);
+
 // ---- largest magnitudes, as bit patterns: infinity and NaN come out on top ----
 
 FOURBIT_INLINE void raise(Ints& top, Floats x) { top = larger(top, magnitudes(x)); }
@@ -102,11 +104,11 @@ FOURBIT_INLINE Ints nearest_code(Floats y, float low, float high) {
   return nearest_integers(smaller(larger(y, all_floats(low)), all_floats(high)));
 }
 
-// Where vector v of a block lies inside a clip range (rules of Clip).
-FOURBIT_INLINE uint64_t inside_range(Floats t, int32_t rule, float bound, int v) {
-  if (rule == 1) return compare<kGreaterEqual>(t, 0.0f, v) & compare<kLess>(t, bound, v);
-  if (rule == 2) return compare<kGreater>(t, -bound, v) & compare<kLess>(t, bound, v);
-  return compare<kGreaterEqual>(t, -bound, v) & compare<kLessEqual>(t, bound, v);
+// Where numbers lie inside a clip range (rules of Clip).
+FOURBIT_INLINE Truth inside_range(Floats t, int32_t rule, float bound) {
+  if (rule == 1) return compare<kGreaterEqual>(t, 0.0f) & compare<kLess>(t, bound);
+  if (rule == 2) return compare<kGreater>(t, -bound) & compare<kLess>(t, bound);
+  return compare<kGreaterEqual>(t, -bound) & compare<kLessEqual>(t, bound);
 }
 
 inline uint64_t first_bits(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
@@ -134,14 +136,26 @@ FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
   return g.start > magnitude ? Ints{} : power;
 }
 
-constexpr int32_t kSign = static_cast<int32_t>(0x80000000u);
-
 // ---- binary floats ----
 
-// Bits of the magnitude rounded to `mantissa_bits`, ties to even.
-FOURBIT_INLINE Ints round_mantissa(Ints magnitude, int32_t shift) {
-  const int32_t below_half = (1 << (shift - 1)) - 1;
-  return wrapping_sum(magnitude, ((magnitude >> shift) & 1) + below_half);
+// A format without subnormals, whose numbers are rounded by their bits. Between 0 and the smallest magnitude there is nothing; a tie
+// goes to 0. In 16 bits, they are codes: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
+struct Half {
+  int32_t shift, bias;                     // bias: of codes
+  int32_t smallest, half_smallest, largest;  // patterns of float32
+  explicit Half(const FloatGrid& g)
+      : shift(23 - g.mantissa_bits),
+        bias(g.lowest << g.mantissa_bits),
+        smallest(as_bits(g.smallest)),
+        half_smallest(as_bits(0.5f * g.smallest)),
+        largest(as_bits(g.max)) {}
+};
+
+// Bits of the nearest magnitude, ties to even, saturating; right where `magnitude` is above h.half_smallest, else it becomes 0.
+FOURBIT_INLINE Ints round_magnitude(Ints magnitude, const Half& h) {
+  const int32_t below_half = (1 << (h.shift - 1)) - 1;
+  const Ints rounded = wrapping_sum(magnitude, (shifted_right(magnitude, h.shift) & 1) + below_half) & -(1 << h.shift);
+  return smaller(larger(rounded, all_ints(h.smallest)), all_ints(h.largest));
 }
 
 // float_nearest of a format with subnormals: x + m - m rounds to multiples of the quantum.
@@ -153,13 +167,9 @@ FOURBIT_INLINE Floats with_subnormals(Floats s, const FloatGrid& g) {
   return clamp((x + m) - m, -g.max, g.max);
 }
 
-// ... and without: by its bits. Between 0 and the smallest magnitude there is nothing; a tie goes to 0.
-FOURBIT_INLINE Floats without_subnormals(Floats s, const FloatGrid& g) {
-  const Ints magnitude = magnitudes(s), smallest = all_ints(as_bits(g.smallest));
-  const int32_t shift = 23 - g.mantissa_bits;
-  const Ints rounded = round_mantissa(magnitude, shift) & -(1 << shift);
-  const Ints y = smaller(larger(rounded, smallest), all_ints(as_bits(g.max))) | (as_ints(s) & kSign);
-  const Ints found = magnitude > as_bits(0.5f * g.smallest) ? y : Ints{};
+FOURBIT_INLINE Floats without_subnormals(Floats s, const Half& h) {
+  const Ints magnitude = magnitudes(s), y = round_magnitude(magnitude, h) | (as_ints(s) & kSign);
+  const Ints found = magnitude > h.half_smallest ? y : Ints{};
   return as_floats(found | (s == s ? Ints{} : all_ints(0x7FC00000)));
 }
 
@@ -170,7 +180,7 @@ FOURBIT_INLINE Floats overflowed(Floats s, Floats y, float overflow) {
 
 // As float_nearest of one number, for a vector or a block; g.min is -g.max.
 FOURBIT_INLINE Floats float_nearest(Floats s, const FloatGrid& g) {
-  const Floats y = g.smallest > 0.0f ? without_subnormals(s, g) : with_subnormals(s, g);
+  const Floats y = g.smallest > 0.0f ? without_subnormals(s, Half(g)) : with_subnormals(s, g);
   return g.overflow == g.overflow ? overflowed(s, y, g.overflow) : y;
 }
 
@@ -178,39 +188,31 @@ FOURBIT_INLINE void float_nearest(Floats (&x)[kPerBlock], const FloatGrid& g) {
   if (g.overflow == g.overflow) {
     FOURBIT_EACH(v) x[v] = float_nearest(x[v], g);
   } else if (g.smallest > 0.0f) {
-    FOURBIT_EACH(v) x[v] = without_subnormals(x[v], g);
+    const Half h(g);
+    FOURBIT_EACH(v) x[v] = without_subnormals(x[v], h);
   } else {
     FOURBIT_EACH(v) x[v] = with_subnormals(x[v], g);
   }
 }
 
-// A 16-bit float without subnormals: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
-struct Half {
-  int32_t shift, bias, half_smallest, largest;  // of codes; half_smallest and largest: of float32 patterns and of codes
-  explicit Half(const FloatGrid& g)
-      : shift(23 - g.mantissa_bits),
-        bias(g.lowest << g.mantissa_bits),
-        half_smallest(as_bits(0.5f * g.smallest)),
-        largest((as_bits(g.max) >> shift) - bias) {}
-};
-
-// Codes of the nearest numbers, ties to even, saturating: as float_nearest for numbers and infinities.
-FOURBIT_INLINE Ints to_half(Floats x, const Half& h) {
-  const Ints bits = as_ints(x), magnitude = bits & 0x7FFFFFFF;
-  Ints code = (round_mantissa(magnitude, h.shift) >> h.shift) - h.bias;
-  code = larger(code, magnitude > h.half_smallest ? all_ints(1) : Ints{});
-  return smaller(code, all_ints(h.largest)) | ((bits >> 16) & 0x8000);
+// Codes of the nearest numbers: as float_nearest for numbers and infinities. `rounded` becomes the numbers themselves.
+FOURBIT_INLINE Ints to_half(Floats x, const Half& h, Floats& rounded) {
+  const Ints magnitude = magnitudes(x), sign = as_ints(x) & kSign;
+  const Ints y = magnitude > h.half_smallest ? round_magnitude(magnitude, h) : Ints{};
+  rounded = as_floats(y | sign);
+  return larger(shifted_right(y, h.shift) - h.bias, Ints{}) | upper_half(sign);
 }
 
 FOURBIT_INLINE Floats from_half(Ints half, const Half& h) {
   const Ints code = half & 0x7FFF;
-  const Ints bits = code != 0 ? (code + h.bias) << h.shift : Ints{};
+  const Ints bits = code != 0 ? shifted_left(code + h.bias, h.shift) : Ints{};
   return as_floats(bits | ((half ^ code) << 16));
 }
 
-// The same for `count` numbers in memory, a multiple of kVector; codes of scale * x.
+// Codes of scale * x for `count` numbers in memory, a multiple of kVector.
 FOURBIT_INLINE void to_halves(const float* x, float scale, const Half& h, int count, uint16_t* codes) {
-  for (int j = 0; j < count; j += kVector) write_unsigned(codes + j, to_half(read(x + j) * scale, h));
+  Floats rounded;
+  for (int j = 0; j < count; j += kVector) write_unsigned(codes + j, to_half(read(x + j) * scale, h, rounded));
 }
 
 // ---- sums ----

@@ -25,10 +25,10 @@ struct Edges {
 template <bool equal>
 FOURBIT_INLINE Ints count_edges(const Edges& edges, Floats s) {
   Ints path{};
-  for (int d = 0; d < edges.depth; ++d) {
-    const Floats edge = d < Edges::kSmallLevels ? look_up_8(edges.tree[d], path) : look_up(edges.tree[d], path);
-    path = path + path - (equal ? s >= edge : s > edge);  // true is -1
-  }
+  auto descend = [&](Floats edge) { path = path + path - (equal ? s >= edge : s > edge); };  // true is -1
+#pragma GCC unroll 4
+  for (int d = 0; d < Edges::kSmallLevels; ++d) descend(look_up_8(edges.tree[d], path));
+  for (int d = Edges::kSmallLevels; d < edges.depth; ++d) descend(look_up(edges.tree[d], path));
   return path;
 }
 

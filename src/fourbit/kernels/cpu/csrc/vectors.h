@@ -45,6 +45,27 @@ FOURBIT_INLINE Ints magnitudes(Floats x) { return as_ints(x) & 0x7FFFFFFF; }
 // a + b where it may leave int32: wraps.
 FOURBIT_INLINE Ints wrapping_sum(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
 
+// Shifts of magnitudes by a number that is known at run time only: the instruction for uniform shifts is the slower one.
+FOURBIT_INLINE Ints shifted_left(Ints x, int32_t count) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_sllv_epi32((__m512i)x, _mm512_set1_epi32(count));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_sllv_epi32((__m256i)x, _mm256_set1_epi32(count));
+#else
+  return x << count;
+#endif
+}
+
+FOURBIT_INLINE Ints shifted_right(Ints x, int32_t count) {  // arithmetic
+#if defined(__AVX512F__)
+  return (Ints)_mm512_srav_epi32((__m512i)x, _mm512_set1_epi32(count));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_srav_epi32((__m256i)x, _mm256_set1_epi32(count));
+#else
+  return x >> count;
+#endif
+}
+
 // a > b ? a : b and a < b ? a : b, number by number: b where one of them is NaN.
 FOURBIT_INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -248,20 +269,31 @@ FOURBIT_INLINE void unpack_block(const uint8_t* packed, int32_t is_signed, int8_
 
 enum Comparison { kLess, kLessEqual, kGreater, kGreaterEqual };
 
-// Where the numbers of vector v of a block compare so.
-template <Comparison op>
-FOURBIT_INLINE uint64_t compare(Floats x, float bound, int v) {
-#if defined(__AVX2__)
-  constexpr int how = op == kLess ? _CMP_LT_OQ : op == kLessEqual ? _CMP_LE_OQ : op == kGreater ? _CMP_GT_OQ : _CMP_GE_OQ;
-#endif
 #if defined(__AVX512F__)
-  const uint64_t bits = _mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), how);
-#elif defined(__AVX2__)
-  const uint64_t bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), how)));
+typedef __mmask16 Truth;  // of one vector
 #else
-  const Ints found = op == kLess ? x < bound : op == kLessEqual ? x <= bound : op == kGreater ? x > bound : x >= bound;
+typedef Ints Truth;
+#endif
+
+template <Comparison op>
+FOURBIT_INLINE Truth compare(Floats x, float bound) {
+#if defined(__AVX512F__)
+  constexpr int how = op == kLess ? _CMP_LT_OQ : op == kLessEqual ? _CMP_LE_OQ : op == kGreater ? _CMP_GT_OQ : _CMP_GE_OQ;
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), how);
+#else
+  return op == kLess ? x < bound : op == kLessEqual ? x <= bound : op == kGreater ? x > bound : x >= bound;
+#endif
+}
+
+// The bits of vector v of a block.
+FOURBIT_INLINE uint64_t bits_of(Truth t, int v) {
+#if defined(__AVX512F__)
+  const uint64_t bits = t;
+#elif defined(__AVX2__)
+  const uint64_t bits = static_cast<uint32_t>(_mm256_movemask_ps((__m256)t));
+#else
   uint64_t bits = 0;
-  for (int j = 0; j < kVector; ++j) bits |= static_cast<uint64_t>(found[j] & 1) << j;
+  for (int j = 0; j < kVector; ++j) bits |= static_cast<uint64_t>(t[j] & 1) << j;
 #endif
   return bits << (kVector * v);
 }
