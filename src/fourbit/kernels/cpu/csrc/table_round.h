@@ -9,10 +9,10 @@ namespace {
 // A search tree over sorted edges, level by level, so that the path through it is the number of edges below what is sought:
 // level d is 2^d edges. Places without an edge hold NaN, which nothing is above.
 struct Edges {
-  static constexpr int kMostLevels = 8, kSmallLevels = 4;
-  int depth;
-  float tree[kMostLevels][128];
-  Edges(const float* edges, int num) : depth(num < 16 ? kSmallLevels : kMostLevels) {
+  static constexpr int kDepth = 8, kSmallDepth = 4;  // of more, and of no more than 15 edges
+  float tree[kDepth][128];
+  Edges(const float* edges, int num) {
+    const int depth = num < 16 ? kSmallDepth : kDepth;
     for (int d = 0; d < depth; ++d)
       for (int i = 0; i < 1 << d || i < 8; ++i) {
         const int at = ((2 * i + 1) << (depth - 1 - d)) - 1;
@@ -21,41 +21,47 @@ struct Edges {
   }
 };
 
+struct TableTask {
+  const TableRound* r;
+  Edges edges;
+  float low[16] = {}, high[16] = {};  // the levels, and the next ones, if there are no more than 16
+  Largest largest;
+  explicit TableTask(const TableRound* r) : r(r), edges(r->rule == 1 ? r->levels + 1 : r->boundaries, r->num_levels - 1) {
+    for (int i = 0; i < r->num_levels && r->num_levels <= 16; ++i) {
+      low[i] = r->levels[i];
+      high[i] = r->levels[min_of(i + 1, r->num_levels - 1)];
+    }
+  }
+};
+
 // How many edges are below s, or also equal to it.
-template <bool equal>
+template <bool small, bool equal>
 FOURBIT_INLINE Ints count_edges(const Edges& edges, Floats s) {
   Ints path{};
   auto descend = [&](Floats edge) { path = path + path - (equal ? s >= edge : s > edge); };  // true is -1
 #pragma GCC unroll 4
-  for (int d = 0; d < Edges::kSmallLevels; ++d) descend(look_up_8(edges.tree[d], path));
-  for (int d = Edges::kSmallLevels; d < edges.depth; ++d) descend(look_up(edges.tree[d], path));
+  for (int d = 0; d < Edges::kSmallDepth; ++d) descend(look_up_8(edges.tree[d], path));
+#pragma GCC unroll 4
+  for (int d = Edges::kSmallDepth; !small && d < Edges::kDepth; ++d) descend(look_up(edges.tree[d], path));
   return path;
 }
 
-struct TableTask {
-  const TableRound* r;
-  Edges edges;
-  bool small;                 // whether `levels` has all of them
-  float levels[16] = {};
-  Largest largest;
-  explicit TableTask(const TableRound* r)
-      : r(r), edges(r->rule == 1 ? r->levels + 1 : r->boundaries, r->num_levels - 1), small(r->num_levels <= 16) {
-    for (int i = 0; small && i < r->num_levels; ++i) levels[i] = r->levels[i];
-  }
-  FOURBIT_INLINE Floats level(Ints index) const { return small ? look_up_16(levels, index) : look_up(r->levels, index); }
-};
-
+// The lower neighbour, or the upper one where the word says so. A number of the grid is its own lower neighbour, and stays.
+template <bool small>
 FOURBIT_INLINE Floats table_stochastic(const TableTask& t, Floats s, Floats u) {
+  const float* levels = t.r->levels;
   const int last = t.r->num_levels - 1;
-  const Ints index = count_edges<true>(t.edges, s);
-  const Floats inside = clamp(s, t.r->levels[0], t.r->levels[last]), low = t.level(index);
-  const Floats next = t.level(smaller(index + 1, all_ints(last)));
-  const Floats high = low >= inside ? low : next;
+  const Ints index = count_edges<small, true>(t.edges, s);
+  const Floats inside = clamp(s, levels[0], levels[last]);
+  const Floats low = small ? look_up_16(t.low, index) : look_up(levels, index);
+  const Floats high = small ? look_up_16(t.high, index) : look_up(levels, smaller(index + 1, all_ints(last)));
   return goes_up(u, inside - low, high - low) ? high : low;
 }
 
+template <bool small>
 FOURBIT_INLINE Floats table_nearest(const TableTask& t, Floats s) {
-  const Floats y = t.level(count_edges<false>(t.edges, s));
+  const Ints index = count_edges<small, false>(t.edges, s);
+  const Floats y = small ? look_up_16(t.low, index) : look_up(t.r->levels, index);
   const float overflow = t.r->overflow;
   return overflow == overflow ? overflowed(s, y, overflow) : y;
 }
@@ -71,6 +77,25 @@ FOURBIT_INLINE Floats table_underflow(const TableTask& t, Floats s, Floats u) {
   return goes_up(u, clamp(s, r.levels[0], r.levels[last]) - low, high - low) ? high : low;
 }
 
+// A block of numbers, in place; NaN stays NaN. A function of its own, because there are six, for each of the dtypes.
+template <bool small, int rule>
+__attribute__((noinline)) void table_block(const TableTask& t, int64_t begin, Floats* x) {
+  const TableRound& r = *t.r;
+  FOURBIT_EACH(v) {
+    const Floats s = x[v];
+    Floats y = rule == 1 ? table_stochastic<small>(t, s, draw(r.key, begin, v)) : table_nearest<small>(t, s);
+    if (rule == 2) y = as_floats(magnitudes(s)) < r.smallest ? table_underflow(t, s, draw(r.key, begin, v)) : y;
+    x[v] = s == s ? y : s;
+  }
+}
+
+using TableBlock = void (*)(const TableTask&, int64_t begin, Floats* x);
+
+template <bool small>
+TableBlock table_block_for(int rule) {
+  return rule == 0 ? table_block<small, 0> : rule == 1 ? table_block<small, 1> : table_block<small, 2>;
+}
+
 // Integers for a carrier of 8 bits, NaN as 0.
 FOURBIT_INLINE void write(int8_t* out, const Floats (&y)[kPerBlock]) {
   Ints n[kPerBlock];
@@ -84,6 +109,7 @@ float table_typed(const TableRound* r) {
   const int pieces = parallel(r->n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     TableTask& t = *static_cast<TableTask*>(p);
     const TableRound& r = *t.r;
+    const TableBlock round = r.num_levels <= 16 ? table_block_for<true>(r.rule) : table_block_for<false>(r.rule);
     Ints top{};
     each_block(begin, end, [&](int64_t i, int count) {
       T room[kBlock];
@@ -91,19 +117,11 @@ float table_typed(const TableRound* r) {
       Target<O> target(static_cast<O*>(r.out) + i, count);
       Floats y[kPerBlock];
       FOURBIT_EACH(v) {
-        const Floats number = read(x + v * kVector), s = number * r.inv_scale;
-        raise(top, number);
-        if (r.rule == 1) {
-          y[v] = table_stochastic(t, s, draw(r.key, i, v));
-        } else {
-          y[v] = table_nearest(t, s);
-          if (r.rule == 2) {
-            const Floats drawn = table_underflow(t, s, draw(r.key, i, v));
-            y[v] = as_floats(magnitudes(s)) < r.smallest ? drawn : y[v];
-          }
-        }
-        y[v] = s == s ? y[v] : s;
+        y[v] = read(x + v * kVector);
+        raise(top, y[v]);
+        y[v] *= r.inv_scale;
       }
+      round(t, i, y);
       write(target.block(), y);
       target.finish();
     });
