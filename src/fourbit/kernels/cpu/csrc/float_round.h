@@ -24,7 +24,8 @@ float float_typed(const FloatRound* r) {
         y[v] *= r.inv_scale;
       }
       float_nearest(y, r.grid);
-      write(target.block(), y);
+      if (r.grid.mantissa_bits <= 7) write_exactly(target.block(), y);  // as many as bfloat16 has
+      else write(target.block(), y);
       target.finish();
     });
     t.largest.of[thread] = largest_of(top);

@@ -25,12 +25,14 @@ struct TableTask {
   const TableRound* r;
   Edges edges;
   float low[16] = {}, high[16] = {};  // the levels, and the next ones, if there are no more than 16
+  bool exact = true;                  // whether bfloat16 holds the levels
   Largest largest;
   explicit TableTask(const TableRound* r) : r(r), edges(r->rule == 1 ? r->levels + 1 : r->boundaries, r->num_levels - 1) {
     for (int i = 0; i < r->num_levels && r->num_levels <= 16; ++i) {
       low[i] = r->levels[i];
       high[i] = r->levels[min_of(i + 1, r->num_levels - 1)];
     }
+    for (int i = 0; i < r->num_levels; ++i) exact &= !(as_bits(r->levels[i]) & 0xFFFF);
   }
 };
 
@@ -97,11 +99,13 @@ TableBlock table_block_for(int rule) {
 }
 
 // Integers for a carrier of 8 bits, NaN as 0.
-FOURBIT_INLINE void write(int8_t* out, const Floats (&y)[kPerBlock]) {
+FOURBIT_INLINE void write_exactly(int8_t* out, const Floats (&y)[kPerBlock]) {
   Ints n[kPerBlock];
   FOURBIT_EACH(v) n[v] = __builtin_convertvector(y[v] == y[v] ? y[v] : Floats{}, Ints);
   write_bytes(out, n);
 }
+
+FOURBIT_INLINE void write(int8_t* out, const Floats (&y)[kPerBlock]) { write_exactly(out, y); }
 
 template <typename T, typename O>
 float table_typed(const TableRound* r) {
@@ -122,7 +126,8 @@ float table_typed(const TableRound* r) {
         y[v] *= r.inv_scale;
       }
       round(t, i, y);
-      write(target.block(), y);
+      if (t.exact) write_exactly(target.block(), y);
+      else write(target.block(), y);
       target.finish();
     });
     t.largest.of[thread] = largest_of(top);

@@ -8,14 +8,11 @@ namespace {
 
 FOURBIT_INLINE void write_codes(const int8_t* q, int8_t* out) { std::memcpy(out, q, kBlock); }
 
-FOURBIT_INLINE void write_codes(const int8_t* q, float* out) {
-  FOURBIT_EACH(v) write(out + v * kVector, to_floats(read_signed(q + v * kVector)));
-}
-
-FOURBIT_INLINE void write_codes(const int8_t* q, uint16_t* out) {  // exact in bfloat16
-  Ints n[kPerBlock];
-  FOURBIT_EACH(v) n[v] = upper_half(as_ints(to_floats(read_signed(q + v * kVector))));
-  write_unsigned(out, n);
+template <typename O>
+FOURBIT_INLINE void write_codes(const int8_t* q, O* out) {
+  Floats x[kPerBlock];
+  FOURBIT_EACH(v) x[v] = to_floats(read_signed(q + v * kVector));
+  write_exactly(out, x);
 }
 
 template <typename O>

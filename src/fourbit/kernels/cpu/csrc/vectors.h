@@ -212,6 +212,15 @@ FOURBIT_INLINE void write(uint16_t* p, const Floats (&x)[kPerBlock]) {
   write_unsigned(p, n);
 }
 
+// The same where bfloat16 holds all of them.
+FOURBIT_INLINE void write_exactly(uint16_t* p, const Floats (&x)[kPerBlock]) {
+  Ints n[kPerBlock];
+  FOURBIT_EACH(v) n[v] = upper_half(as_ints(x[v]));
+  write_unsigned(p, n);
+}
+
+FOURBIT_INLINE void write_exactly(float* p, const Floats (&x)[kPerBlock]) { write(p, x); }
+
 // The lowest 8 bits of 64 numbers.
 FOURBIT_INLINE void write_bytes(int8_t* p, const Ints (&n)[kPerBlock]) {
 #if defined(__AVX512F__)
