@@ -19,8 +19,7 @@ from torch import Tensor
 from fourbit import formats
 from fourbit.formats import FloatFormat
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu import library
-from fourbit.kernels.cpu._quantize import _table, float_grid, log_grid
+from fourbit.kernels.cpu._quantize import _table, float_grid, kernels, log_grid
 
 pytestmark = [
     needs_library,
@@ -97,7 +96,7 @@ def test_clip(n, rule):
                 t = c.Clip(x.data_ptr(), c.CODES[x.dtype], n, 1.7, low, high, rule, bound)
                 t.codes, t.packed = out["codes"].data_ptr(), out["packed"].data_ptr()
                 t.mask = out["mask"].data_ptr() if rule else None
-                return library().clip(ctypes.byref(t))
+                return kernels().clip(ctypes.byref(t))
 
             agree(shapes, call)
 
@@ -116,7 +115,7 @@ def test_log_round(n, rule, pair):
                 for i, name in enumerate(pair):
                     t.grid[i], t.out[i] = log_grid(formats.get(name)), out[str(i)].data_ptr()
                     t.key[i] = 2**64 - 5 + i
-                return library().log_round(ctypes.byref(t))
+                return kernels().log_round(ctypes.byref(t))
 
             agree(shapes, call)
 
@@ -131,7 +130,7 @@ def test_float_round(n, format):
                 def call(out: Outputs, x=x, dtype=dtype, scale=scale):
                     t = c.FloatRound(x.data_ptr(), c.CODES[x.dtype], n, scale, float_grid(format))
                     t.out, t.out_dtype = out["out"].data_ptr(), c.CODES[dtype]
-                    return library().float_round(ctypes.byref(t))
+                    return kernels().float_round(ctypes.byref(t))
 
                 agree({"out": (n, dtype)}, call)
 
@@ -153,7 +152,7 @@ def test_table_round(n, rule, name):
                 t.num_levels, t.overflow, t.key, t.rule = len(format.grid), overflow, 99, rule
                 t.out, t.out_dtype = out["out"].data_ptr(), c.CODES[dtype]
                 t.zero, t.smallest = format.grid.index(0.0), format.smallest
-                return library().table_round(ctypes.byref(t))
+                return kernels().table_round(ctypes.byref(t))
 
             agree({"out": (n, dtype)}, call)
 
@@ -166,7 +165,7 @@ def test_unpack(n):
 
             def call(out: Outputs, dtype=dtype, signed=signed):
                 t = c.Unpack(packed.data_ptr(), n, signed, out["out"].data_ptr(), c.CODES[dtype])
-                library().unpack(ctypes.byref(t))
+                kernels().unpack(ctypes.byref(t))
 
             agree({"out": (n, dtype)}, call)
 
@@ -178,7 +177,7 @@ def test_split(n):
 
             def call(out: Outputs, x=x):
                 t = c.Split(x.data_ptr(), n, 64.0, out["high"].data_ptr(), out["low"].data_ptr())
-                library().split(ctypes.byref(t))
+                kernels().split(ctypes.byref(t))
 
             agree({"high": (n, torch.int8), "low": (n, torch.int8)}, call)
 
@@ -189,7 +188,7 @@ def test_moments(n):
 
         def call(out: Outputs, x=x):
             found = c.Moments()
-            library().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(n), ctypes.byref(found))
+            kernels().moments(ctypes.c_void_p(x.data_ptr()), c.CODES[x.dtype], ctypes.c_int64(n), ctypes.byref(found))
             out["out"].copy_(torch.tensor([found.sum_square, found.sum_abs, found.amax], dtype=torch.float64))
 
         agree({"out": (3, torch.float64)}, call)
@@ -213,7 +212,7 @@ def test_epilogue(n, format, keep_infinite):
                     t.mask = mask.data_ptr() if has_mask else None
                     t.packed, t.is_signed = packed.data_ptr() if has_codes else None, 1
                     t.out, t.out_dtype = out["out"].data_ptr(), c.CODES[dtype]
-                    return library().epilogue(ctypes.byref(t))
+                    return kernels().epilogue(ctypes.byref(t))
 
                 agree({"out": (n, dtype)}, call)
 
@@ -252,7 +251,7 @@ def test_norm_statistics(shape, kind):
             if kind == "coded":
                 out["kept"].copy_(codes)
             t.kept = out["kept"].data_ptr()
-            library().norm_statistics(ctypes.byref(t))
+            kernels().norm_statistics(ctypes.byref(t))
 
         kept = torch.int16 if kind in ("halves", "coded") else torch.float32
         shapes = {"kept": (n, kept), "moments": (4 * channels, torch.float32), "running": (2 * channels, torch.float32)}
@@ -261,7 +260,7 @@ def test_norm_statistics(shape, kind):
 
 @every_shape
 @pytest.mark.parametrize("rule", [1, 2, 3])
-@pytest.mark.parametrize("act, cap", [(0, math.inf), (1, math.inf), (1, 0.7)])
+@pytest.mark.parametrize(("act", "cap"), [(0, math.inf), (1, math.inf), (1, 0.7)])
 def test_norm_apply(shape, rule, act, cap):
     rows, channels = shape
     n, weights = rows * channels, channel_numbers(channels)
@@ -284,7 +283,7 @@ def test_norm_apply(shape, rule, act, cap):
             t.out, t.passes = out["out"].data_ptr(), out["pass"].data_ptr()
             t.clip.inv_scale, t.clip.low, t.clip.high, t.clip.mask_rule, t.clip.bound = 7.0, -7.0, 7.0, rule, 1.0
             t.clip.codes, t.clip.packed, t.clip.mask = (out[name].data_ptr() for name in ("codes", "packed", "mask"))
-            return library().norm_apply(ctypes.byref(t))
+            return kernels().norm_apply(ctypes.byref(t))
 
         agree(outputs, call)
 
@@ -322,17 +321,19 @@ def test_norm_backward(shape, token, num):
                 for i in range(max(num, 1)):
                     t.out[i] = out[str(i)].data_ptr()
                     t.log_grid[i] = log_grid((formats.FP4_R4_EVEN, formats.FP4_R4_ODD)[i])
-                largest = library().norm_backward(ctypes.byref(t))
+                largest = kernels().norm_backward(ctypes.byref(t))
                 out["clipped"].fill_(t.clipped)
                 return largest
 
             agree(shapes, call)
 
 
-@pytest.mark.parametrize("rows, size", [(1, 1), (3, 5), (9, 16), (2, 67), (1, 130)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 5), (9, 16), (2, 67), (1, 130)])
 def test_lstm(rows, size):
-    shapes = {name: (rows * size, torch.float32) for name in ("h", "c", "before")}
-    shapes |= {name: (4 * rows * size, torch.float32) for name in ("kept", "gates")}
+    shapes: dict[str, tuple[int, torch.dtype]] = {
+        **dict.fromkeys(("h", "c", "before"), (rows * size, torch.float32)),
+        **dict.fromkeys(("kept", "gates"), (4 * rows * size, torch.float32)),
+    }
     for make in (numbers, nasty):
         x, u, cell = (make(k * rows * size, torch.float32, i) for i, k in enumerate((4, 4, 1)))
 
@@ -341,11 +342,11 @@ def test_lstm(rows, size):
             forward = c.LstmForward(
                 x.data_ptr(), u.data_ptr(), cell.data_ptr(), at["kept"], at["h"], at["c"], rows, size
             )
-            library().lstm_forward(ctypes.byref(forward))
+            kernels().lstm_forward(ctypes.byref(forward))
             from_h, before = u.data_ptr(), cell.data_ptr()
             backward = c.LstmBackward(
                 from_h, before, at["kept"], before, at["c"], at["gates"], at["before"], rows, size
             )
-            library().lstm_backward(ctypes.byref(backward))
+            kernels().lstm_backward(ctypes.byref(backward))
 
         agree(shapes, call)
