@@ -22,7 +22,7 @@ Moments moments_of(const T* x, int64_t n, int32_t& largest) {
       top = larger(top, magnitude);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        square[2 * v + half] += a[half] * a[half];
+        square[2 * v + half] = add_square(square[2 * v + half], a[half]);
         absolute[2 * v + half] += a[half];
       }
     }

@@ -126,6 +126,17 @@ FOURBIT_INLINE void to_doubles(Floats x, Doubles& first, Doubles& second) {
 #endif
 }
 
+// sum + x * x where x * x is exact, as that of a float32 number is: so it makes no difference whether it is rounded first.
+FOURBIT_INLINE Doubles add_square(Doubles sum, Doubles x) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(x, x, sum);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(x, x, sum);
+#else
+  return sum + x * x;
+#endif
+}
+
 // ---- memory ----
 
 // float32, bfloat16 and integers of 32 bits as float32.
