@@ -89,7 +89,7 @@ struct Largest {
 FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
   Pairs steps;
-  for (int j = 0; j < kVector / 2; ++j) steps[j] = (static_cast<uint64_t>(v) * (kVector / 2) + static_cast<uint64_t>(j) + 1) * kGolden;
+  for (int j = 0; j < kVector / 2; ++j) steps[j] = static_cast<uint64_t>(v * kVector / 2 + j + 1) * kGolden;
   const Pairs z = mix(steps + (static_cast<uint64_t>(begin) / 2 * kGolden + key));
   return to_floats((Ints)((Words)z >> 8));
 }
@@ -138,8 +138,8 @@ FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
 
 // ---- binary floats ----
 
-// A format without subnormals, whose numbers are rounded by their bits. Between 0 and the smallest magnitude there is nothing; a tie
-// goes to 0. In 16 bits, they are codes: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
+// A format without subnormals, whose numbers are rounded by their bits. Between 0 and the smallest magnitude there is nothing;
+// a tie goes to 0. In 16 bits, they are codes: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
 struct Half {
   int32_t shift, bias;                     // bias: of codes
   int32_t smallest, half_smallest, largest;  // patterns of float32
@@ -154,7 +154,8 @@ struct Half {
 // Bits of the nearest magnitude, ties to even, saturating; right where `magnitude` is above h.half_smallest, else it becomes 0.
 FOURBIT_INLINE Ints round_magnitude(Ints magnitude, const Half& h) {
   const int32_t below_half = (1 << (h.shift - 1)) - 1;
-  const Ints rounded = wrapping_sum(magnitude, (shifted_right(magnitude, h.shift) & 1) + below_half) & -(1 << h.shift);
+  const Ints carried = wrapping_sum(magnitude, (shifted_right(magnitude, h.shift) & 1) + below_half);
+  const Ints rounded = carried & -(1 << h.shift);
   return smaller(larger(rounded, all_ints(h.smallest)), all_ints(h.largest));
 }
 
