@@ -62,7 +62,7 @@ def readable(x: Tensor) -> Tensor:
 def float_grid(format: Format) -> Any | None:
     """The parameters of a binary float format for the kernels; None for other formats."""
     grid = grid_of(format)
-    if not isinstance(grid, (Binary, Cast)) or format.min >= 0:
+    if not isinstance(grid, (Binary, Cast)) or format.min != -format.max:
         return None
     f = grid.format
     if f.max >= 2.0 ** (103 + f.mantissa_bits):  # 2^23 quanta of twice that must be finite

@@ -9,6 +9,7 @@
 
 #define FOURBIT_JOIN2(a, b) a##b
 #define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
+#define FOURBIT_INLINE inline __attribute__((always_inline))
 
 namespace fourbit {
 

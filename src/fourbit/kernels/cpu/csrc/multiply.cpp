@@ -118,13 +118,9 @@ double finish_tile(const MatMul& t, float* sums, int64_t row, int64_t height, in
   __m512 removed = _mm512_setzero_ps();
   for (int64_t r = 0; r < height && row + r < t.rows; ++r) {
     float* y = sums + r * kColumns;
-    if (t.rounds) {
-      for (int j = 0; j < kColumns; ++j) {
-        const float s = y[j] * scale, nearest = float_nearest(s, g);
-        y[j] = (s != s ? s : nearest) * post;
-      }
-    } else {
-      for (int j = 0; j < kColumns; ++j) y[j] = y[j] * scale * post;
+    for (int j = 0; j < kColumns; j += kVector) {
+      const Floats s = read(y + j) * scale;
+      write(y + j, (t.rounds ? float_nearest(s, g) : s) * post);
     }
     const int64_t at = (row + r) * t.columns + column;
     __m512 left = _mm512_loadu_ps(y), right = _mm512_loadu_ps(y + kLanes);

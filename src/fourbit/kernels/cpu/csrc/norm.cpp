@@ -48,16 +48,16 @@ struct Sums {
   }
 };
 
-// Runs block(i, count, channel of i, state) for each block of a range.
+// Runs block(i, count, channel of i) for each block of a range.
 template <typename F>
-void each_block(int64_t begin, int64_t end, int32_t channels, F block) {
+FOURBIT_INLINE void each_block(int64_t begin, int64_t end, int32_t channels, F block) {
   int64_t c = begin % channels;
   const int64_t step = kBlock % channels;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    block(i, static_cast<int>(end - i < kBlock ? end - i : kBlock), c);
+  each_block(begin, end, [&](int64_t i, int count) {
+    block(i, count, c);
     c += step;
     if (c >= channels) c -= channels;
-  }
+  });
 }
 
 inline void merge(std::vector<std::unique_ptr<Sums>>& all, int32_t channels, std::vector<double>& total) {
@@ -83,83 +83,112 @@ struct ApplyTask {
   Largest largest;
 };
 
-// v of kept codes or float32.
-FOURBIT_INLINE void load_kept(const void* kept, bool halves, const Half& h, int64_t i, int count, float* v) {
-  if (halves) {
-    const uint16_t* p = static_cast<const uint16_t*>(kept) + i;
-    from_halves(p, h, count, v);
+// Numbers of a block: v as it is kept, in codes or in float32.
+struct Kept {
+  const void* from;
+  int halves;
+  Half half;
+  template <typename Task>
+  explicit Kept(const Task& t) : from(t.kept), halves(t.halves), half(t.grid) {}
+};
+
+FOURBIT_INLINE void read_kept(const Kept& kept, int64_t i, int count, Floats (&v)[kPerBlock]) {
+  if (kept.halves) {
+    uint16_t room[kBlock];
+    const uint16_t* codes = whole(static_cast<const uint16_t*>(kept.from) + i, count, room);
+    FOURBIT_EACH(k) v[k] = from_half(read_unsigned(codes + k * kVector), kept.half);
   } else {
-    const float* p = static_cast<const float*>(kept) + i;
-    for (int j = 0; j < count; ++j) v[j] = p[j];
+    float room[kBlock];
+    const float* numbers = whole(static_cast<const float*>(kept.from) + i, count, room);
+    FOURBIT_EACH(k) v[k] = read(numbers + k * kVector);
   }
 }
 
-template <bool full>
-FOURBIT_BLOCK void statistics_block(const NormStatistics& f, const FloatGrid& g, const Half& h, const Channels& shift, Sums& sums,
-                             int64_t i, int rest, int64_t c) {
-  const int count = full ? kBlock : rest;
-  float v[kBlock];
-  const float* y = f.coded ? nullptr : f.y + i;
-  const float scale = f.scale;
-  if (f.halves) {
-    uint16_t* kept = static_cast<uint16_t*>(f.kept) + i;
-    if (!f.coded) to_halves(y, scale, h, count, kept);
-    from_halves(kept, h, count, v);
-  } else {
-    if (f.rounds) {
-      for (int j = 0; j < count; ++j) v[j] = float_nearest(y[j] * scale, g);
-    } else {
-      for (int j = 0; j < count; ++j) v[j] = y[j] * scale;
-    }
-    if (f.kept != f.y || f.rounds || scale != 1.0f) {
-      float* kept = static_cast<float*>(f.kept) + i;
-      for (int j = 0; j < count; ++j) kept[j] = v[j];
-    }
+// v of a block of y, which is written to `kept` unless it lies there.
+FOURBIT_INLINE void round_block(const NormStatistics& s, const Half& h, int64_t i, int count, Floats (&v)[kPerBlock]) {
+  float room[kBlock];
+  const float* y = whole(s.y + i, count, room);
+  if (s.halves) {
+    Target<uint16_t> kept(static_cast<uint16_t*>(s.kept) + i, count);
+    Ints codes[kPerBlock];
+    FOURBIT_EACH(k) codes[k] = to_half(read(y + k * kVector) * s.scale, h, v[k]);
+    write_unsigned(kept.block(), codes);
+    kept.finish();
+    return;
   }
-  const float* s = shift.at(c);
+  FOURBIT_EACH(k) v[k] = read(y + k * kVector) * s.scale;
+  if (s.rounds) float_nearest(v, s.grid);
+  if (s.kept == s.y && !s.rounds && s.scale == 1.0f) return;
+  Target<float> kept(static_cast<float*>(s.kept) + i, count);
+  write(kept.block(), v);
+  kept.finish();
+}
+
+// Adds a block to the sums of its channels.
+FOURBIT_INLINE void add_block(Sums& sums, int64_t c, const Floats (&a)[kPerBlock], const Floats (&b)[kPerBlock]) {
   float *first = sums.first(c), *second = sums.second(c);
-  for (int j = 0; j < count; ++j) {
-    const float d = v[j] - s[j];
-    first[j] += d;
-    second[j] += d * d;
+  FOURBIT_EACH(k) {
+    write(first + k * kVector, read(first + k * kVector) + a[k]);
+    write(second + k * kVector, read(second + k * kVector) + b[k]);
   }
   sums.block_done();
 }
 
-template <bool full>
-FOURBIT_BLOCK void apply_block(const NormApply& f, const Half& h, const Channels& a, const Channels& b, int64_t i, int rest,
-                        int64_t c, int32_t* top) {
-  const int count = full ? kBlock : rest;
-  float t[kBlock] = {};
-  load_kept(f.kept, f.halves, h, i, count, t);
-  const float *as = a.at(c), *bs = b.at(c);
-  for (int j = 0; j < count; ++j) t[j] = t[j] * as[j] + bs[j];
-  if (f.residual) {
-    const float* residual = f.residual + i;
-    for (int j = 0; j < count; ++j) t[j] += residual[j];
+FOURBIT_INLINE void statistics_block(const NormStatistics& s, const Kept& kept, const Channels& shift, Sums& sums, int64_t i,
+                                     int count, int64_t c) {
+  Floats d[kPerBlock], square[kPerBlock];
+  if (s.coded) read_kept(kept, i, count, d);
+  else round_block(s, kept.half, i, count, d);
+  const float* from = shift.at(c);
+  FOURBIT_EACH(k) {
+    d[k] -= read(from + k * kVector);
+    if (count != kBlock) d[k] = keep(d[k], first_bits(count), k);
+    square[k] = d[k] * d[k];
   }
-  uint64_t pass = first_bits(count);
-  if (f.act) {
-    const float cap = f.cap;
-    pass &= compare<kGreater>(t, 0.0f) & compare<kLess>(t, cap);
-    for (int j = 0; j < kBlock; ++j) {
-      const float x = t[j] < 0.0f ? 0.0f : t[j];  // NaN stays
-      t[j] = x > cap ? cap : x;
+  add_block(sums, c, d, square);
+}
+
+FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Channels& slope, const Channels& offset, int64_t i,
+                                int count, int64_t c, Ints& top) {
+  Floats t[kPerBlock];
+  float room[kBlock];
+  const float *as = slope.at(c), *bs = offset.at(c);
+  const float* residual = a.residual ? whole(a.residual + i, count, room) : nullptr;
+  uint64_t pass = first_bits(count), inside = 0;
+  read_kept(kept, i, count, t);
+  Ints codes[kPerBlock];
+  FOURBIT_EACH(k) {
+    Floats x = t[k] * read(as + k * kVector) + read(bs + k * kVector);
+    if (residual) x += read(residual + k * kVector);
+    if (count != kBlock) x = keep(x, first_bits(count), k);
+    t[k] = x;
+  }
+  if (a.act) {
+    uint64_t passing = 0;
+    FOURBIT_EACH(k) {
+      passing |= bits_of(compare<kGreater>(t[k], 0.0f) & compare<kLess>(t[k], a.cap), k);
+      t[k] = clamp(t[k], 0.0f, a.cap);
     }
+    pass &= passing;
   }
-  raise_magnitudes(t, top);
-  if (f.out) {
-    float* out = f.out + i;
-    for (int j = 0; j < count; ++j) out[j] = t[j];
+  FOURBIT_EACH(k) raise(top, t[k]);
+  if (a.out) {
+    Target<float> out(a.out + i, count);
+    write(out.block(), t);
+    out.finish();
   }
-  if (f.pass) store_bits(f.pass + i / 8, pass);
-  if (!f.clips) return;
+  if (a.pass) store_bits(a.pass + i / 8, pass);
+  if (!a.clips) return;
+  FOURBIT_EACH(k) {
+    codes[k] = nearest_code(t[k] * a.clip.inv_scale, a.clip.low, a.clip.high);
+    inside |= bits_of(inside_range(t[k], a.clip.mask_rule, a.clip.bound), k);
+  }
   int8_t q[kBlock];
-  clip_codes(t, f.clip.inv_scale, f.clip.low, f.clip.high, q);
-  store_bits(f.clip.mask + i / 8, inside_range(t, f.clip.mask_rule, f.clip.bound) & pass);
+  write_bytes(q, codes);
   for (int j = count; j < kBlock; ++j) q[j] = 0;
-  pack_codes(q, f.clip.packed + i / 2);
-  std::memcpy(f.clip.codes + i, q, static_cast<size_t>(count));
+  store_bits(a.clip.mask + i / 8, inside & pass);
+  pack_codes(q, a.clip.packed + i / 2);
+  std::memcpy(a.clip.codes + i, q, static_cast<size_t>(count));
 }
 
 // ---- backward ----
@@ -172,90 +201,92 @@ struct BackwardTask {
   Largest largest;
 };
 
-// g of one block; `part`, if wanted, gets what the mask removed.
+// g of one block; `parts`, if wanted, gets what the mask removed.
 template <typename T>
-FOURBIT_INLINE void gradient_block(const NormBackward& b, int64_t i, int count, float* g, float* part) {
-  uint64_t pass = b.pass ? load_bits(b.pass + i / 8) : ~0ull;
+FOURBIT_INLINE void gradient_block(const NormBackward& b, int64_t i, int count, Floats (&g)[kPerBlock], Parts* parts) {
+  uint64_t pass = b.pass ? load_bits(b.pass + i / 8) : ~0ull, up = 0, down = 0;
+  const uint64_t mask = b.mask ? load_bits(b.mask + i / 8) : 0;
+  const bool by_code = b.act && !b.pass && b.packed;  // whether the activation passed is known from the codes
+  if (b.packed && ((b.token && parts) || (b.out_grad && by_code))) {
+    int8_t q[kBlock];
+    unpack_block(b.packed + i / 2, b.is_signed, q);
+    up = positive(q);
+    down = negative(q);
+  }
   if (b.token) {
-    const T* token = static_cast<const T*>(b.token) + i;
-    const float scale = b.token_scale;
-    for (int j = 0; j < count; ++j) g[j] = load(token + j) * scale;
-    for (int j = count; j < kBlock; ++j) g[j] = 0.0f;
-    const uint64_t mask = load_bits(b.mask + i / 8);
-    if (part || b.out_grad) {
-      int8_t q[kBlock];
-      unpack_block(b.packed + i / 2, b.is_signed, q);
-      const uint64_t up = positive(q), down = negative(q);
-      const uint64_t clipped = ~mask & (b.cap_clips ? ~0ull : pass);
-      if (part) add_where(g, up & clipped, down & clipped, part);
-      if (b.act && !b.pass) pass = mask | up | down;
+    T room[kBlock];
+    const T* token = whole(static_cast<const T*>(b.token) + i, count, room);
+    FOURBIT_EACH(k) g[k] = read(token + k * kVector) * b.token_scale;
+    if (count != kBlock) {
+      FOURBIT_EACH(k) g[k] = keep(g[k], first_bits(count), k);
     }
-    keep(g, mask);
+    const uint64_t clipped = ~mask & (b.cap_clips ? ~0ull : pass);
+    if (parts) add_where(g, up & clipped, down & clipped, *parts);
+    FOURBIT_EACH(k) g[k] = keep(g[k], mask, k);
   } else {
-    for (int j = 0; j < kBlock; ++j) g[j] = 0.0f;
-    if (b.packed && b.act && !b.pass) {
-      int8_t q[kBlock];
-      unpack_block(b.packed + i / 2, b.is_signed, q);
-      pass = load_bits(b.mask + i / 8) | positive(q) | negative(q);
-    }
+    FOURBIT_EACH(k) g[k] = Floats{};
   }
-  if (b.out_grad) {
-    float d[kBlock] = {};
-    const float* out_grad = b.out_grad + i;
-    for (int j = 0; j < count; ++j) d[j] = out_grad[j];
-    keep(d, pass);
-    for (int j = 0; j < kBlock; ++j) g[j] += d[j];
-  }
+  if (!b.out_grad) return;
+  if (by_code) pass = mask | up | down;
+  float room[kBlock];
+  const float* out_grad = whole(b.out_grad + i, count, room);
+  FOURBIT_EACH(k) g[k] += keep(read(out_grad + k * kVector), pass, k);
 }
 
-template <bool full, typename T>
-FOURBIT_BLOCK void reduce_block(const NormBackward& b, const Half& h, const Channels& mean, Sums& sums, float* part,
-                         int64_t i, int rest, int64_t c) {
-  const int count = full ? kBlock : rest;
-  float g[kBlock], v[kBlock];
-  gradient_block<T>(b, i, count, g, part);
+template <typename T>
+FOURBIT_INLINE void reduce_block(const NormBackward& b, const Kept& kept, const Channels& mean, Sums& sums, Parts& parts,
+                                 int64_t i, int count, int64_t c) {
+  Floats g[kPerBlock], v[kPerBlock];
+  gradient_block<T>(b, i, count, g, &parts);
   if (b.g) {
-    float* out = b.g + i;
-    for (int j = 0; j < count; ++j) out[j] = g[j];
+    Target<float> out(b.g + i, count);
+    write(out.block(), g);
+    out.finish();
   }
-  load_kept(b.kept, b.halves, h, i, count, v);
+  read_kept(kept, i, count, v);
   const float* m = mean.at(c);
-  float *first = sums.first(c), *second = sums.second(c);
-  for (int j = 0; j < count; ++j) {
-    first[j] += g[j];
-    second[j] += g[j] * (v[j] - m[j]);
+  FOURBIT_EACH(k) {
+    v[k] = g[k] * (v[k] - read(m + k * kVector));
+    if (count != kBlock) v[k] = keep(v[k], first_bits(count), k);
   }
-  sums.block_done();
+  add_block(sums, c, g, v);
 }
 
-template <bool full, typename T>
-FOURBIT_BLOCK void differentiate_block(const NormBackward& b, const Half& h, const BackwardTask& task, int64_t i,
-                                int rest, int64_t c, int32_t* top) {
-  const int count = full ? kBlock : rest;
-  float g[kBlock], v[kBlock];
+template <typename T>
+FOURBIT_INLINE void differentiate_block(const NormBackward& b, const Kept& kept, const BackwardTask& task, int64_t i, int count,
+                                        int64_t c, Ints& top) {
+  Floats g[kPerBlock], v[kPerBlock];
   if (b.g) {
-    const float* stored = b.g + i;
-    for (int j = 0; j < count; ++j) g[j] = stored[j];
+    float room[kBlock];
+    const float* stored = whole(b.g + i, count, room);
+    FOURBIT_EACH(k) g[k] = read(stored + k * kVector);
   } else {
     gradient_block<T>(b, i, count, g, nullptr);
   }
-  load_kept(b.kept, b.halves, h, i, count, v);
+  read_kept(kept, i, count, v);
   const float *m = task.mean->at(c), *a = task.a->at(c), *mean_g = task.mean_g->at(c), *slope = task.slope->at(c);
-  for (int j = 0; j < count; ++j) v[j] = a[j] * (g[j] - mean_g[j] - (v[j] - m[j]) * slope[j]);
-  for (int j = count; j < kBlock; ++j) v[j] = 0.0f;
-  raise_magnitudes(v, top);
+  FOURBIT_EACH(k) {
+    const int j = k * kVector;
+    v[k] = read(a + j) * (g[k] - read(mean_g + j) - (v[k] - read(m + j)) * read(slope + j));
+    if (count != kBlock) v[k] = keep(v[k], first_bits(count), k);
+    raise(top, v[k]);
+  }
   if (!b.num) {
-    float* out = static_cast<float*>(b.out[0]) + i;
-    for (int j = 0; j < count; ++j) out[j] = v[j];
+    Target<float> out(static_cast<float*>(b.out[0]) + i, count);
+    write(out.block(), v);
+    out.finish();
     return;
   }
-  int32_t bits[kBlock];
-  for (int j = 0; j < count; ++j) bits[j] = as_bits(v[j] * b.inv_scale);
   for (int k = 0; k < b.num; ++k) {
-    const LogGrid grid_k = b.log_grid[k];
-    uint16_t* out = static_cast<uint16_t*>(b.out[k]) + i;
-    for (int j = 0; j < count; ++j)
-      out[j] = static_cast<uint16_t>((log_nearest(bits[j], grid_k) >> 16) | ((bits[j] >> 16) & 0x8000));
+    Target<uint16_t> out(static_cast<uint16_t*>(b.out[k]) + i, count);
+    const Powers grid(b.log_grid[k]);
+    Ints codes[kPerBlock];
+    FOURBIT_EACH(j) {
+      const Floats s = v[j] * b.inv_scale;
+      codes[j] = upper_half(log_nearest(magnitudes(s), grid) | (as_ints(s) & kSign));
+    }
+    write_unsigned(out.block(), codes);
+    out.finish();
   }
 }
 
@@ -269,19 +300,17 @@ float backward_typed(NormBackward* b) {
   task.sums.resize(kMaxThreads);
   parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     BackwardTask& t = *static_cast<BackwardTask*>(p);
-    const NormBackward& b = *t.b;
-    const Half h(b.grid);
+    const NormBackward b = *t.b;
+    const Kept kept(b);
     auto& sums = t.sums[static_cast<size_t>(thread)];
     sums.reset(new Sums(b.channels));
     double clipped = 0.0;
-    float part[16] = {};
+    Parts parts;
     each_block(begin, end, b.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) reduce_block<true, T>(b, h, *t.mean, *sums, part, i, kBlock, c);
-      else reduce_block<false, T>(b, h, *t.mean, *sums, part, i, count, c);
-      if (sums->pending == 0)
-        for (float& p : part) { clipped += p; p = 0.0f; }
+      reduce_block<T>(b, kept, *t.mean, *sums, parts, i, count, c);
+      if (sums->pending == 0) parts.move_to(clipped);
     });
-    for (float p : part) clipped += p;
+    parts.move_to(clipped);
     t.clipped[thread] = clipped;
   }, &task);
   std::vector<double> total;
@@ -301,13 +330,11 @@ float backward_typed(NormBackward* b) {
   for (double clipped : task.clipped) b->clipped += clipped;
   const int pieces = parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     BackwardTask& t = *static_cast<BackwardTask*>(p);
-    const NormBackward& b = *t.b;
-    const Half h(b.grid);
-    int32_t top[16] = {};
-    each_block(begin, end, b.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) differentiate_block<true, T>(b, h, t, i, kBlock, c, top);
-      else differentiate_block<false, T>(b, h, t, i, count, c, top);
-    });
+    const NormBackward b = *t.b;
+    const Kept kept(b);
+    Ints top{};
+    each_block(begin, end, b.channels,
+               [&](int64_t i, int count, int64_t c) { differentiate_block<T>(b, kept, t, i, count, c, top); });
     t.largest.of[thread] = largest_of(top);
   }, &task);
   return task.largest.get(pieces);
@@ -322,25 +349,26 @@ void norm_statistics(const NormStatistics* s) {
   const int32_t channels = s->channels;
   Channels shift(channels);
   std::vector<float> first(static_cast<size_t>(channels));  // variances are taken about the first row: nothing cancels
-  if (s->coded) from_halves(static_cast<const uint16_t*>(s->kept), Half(s->grid), channels, first.data());
-  for (int32_t c = 0; !s->coded && c < channels; ++c) {
-    const float v = s->y[c] * s->scale;
-    first[static_cast<size_t>(c)] = s->rounds ? float_nearest(v, s->grid) : v;
+  for (int32_t c = 0; c < channels; ++c) {
+    float& v = first[static_cast<size_t>(c)];
+    if (s->coded) {
+      v = from_half(all_ints(static_cast<const uint16_t*>(s->kept)[c]), Half(s->grid))[0];
+    } else {
+      v = s->y[c] * s->scale;
+      if (s->rounds) v = float_nearest(v, s->grid);
+    }
   }
   shift.fill(channels, [&](int32_t c) { return first[static_cast<size_t>(c)]; });
   StatisticsTask task{s, &shift, {}};
   task.sums.resize(kMaxThreads);
   parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     StatisticsTask& t = *static_cast<StatisticsTask*>(p);
-    const NormStatistics& s = *t.s;
-    const FloatGrid g = s.grid;
-    const Half h(g);
+    const NormStatistics s = *t.s;
+    const Kept kept(s);
     auto& sums = t.sums[static_cast<size_t>(thread)];
     sums.reset(new Sums(s.channels));
-    each_block(begin, end, s.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) statistics_block<true>(s, g, h, *t.shift, *sums, i, kBlock, c);
-      else statistics_block<false>(s, g, h, *t.shift, *sums, i, count, c);
-    });
+    each_block(begin, end, s.channels,
+               [&](int64_t i, int count, int64_t c) { statistics_block(s, kept, *t.shift, *sums, i, count, c); });
   }, &task);
   std::vector<double> total;
   merge(task.sums, channels, total);
@@ -371,12 +399,11 @@ float norm_apply(const NormApply* a) {
   ApplyTask task{a, &slope, &offset, {}};
   const int pieces = parallel(n, kBlock, [](int64_t begin, int64_t end, int thread, void* p) {
     ApplyTask& t = *static_cast<ApplyTask*>(p);
-    const NormApply& a = *t.a;
-    const Half h(a.grid);
-    int32_t top[16] = {};
+    const NormApply a = *t.a;
+    const Kept kept(a);
+    Ints top{};
     each_block(begin, end, a.channels, [&](int64_t i, int count, int64_t c) {
-      if (count == kBlock) apply_block<true>(a, h, *t.slope, *t.offset, i, kBlock, c, top);
-      else apply_block<false>(a, h, *t.slope, *t.offset, i, count, c, top);
+      apply_block(a, kept, *t.slope, *t.offset, i, count, c, top);
     });
     t.largest.of[thread] = largest_of(top);
   }, &task);

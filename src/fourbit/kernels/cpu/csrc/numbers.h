@@ -1,23 +1,12 @@
-// What the kernels of one instruction set share: bit patterns, rounding of one number, packed codes and masks of one block.
-// Everything has internal linkage, because each instruction set compiles it anew. Must be built with -ffp-contract=off and
-// without -ffast-math: the numbers are defined bit by bit.
+// What the kernels of one instruction set share: rounding, random words and sums, on vectors (see vectors.h) and on blocks of 64
+// elements. Everything has internal linkage, because each instruction set compiles it anew. Must be built with
+// -ffp-contract=off and without -ffast-math: the numbers are defined bit by bit.
 #pragma once
 
 #include <cmath>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "rounding.h"
-
-#define FOURBIT_JOIN2(a, b) a##b
-#define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
-
-// A block is a function of its own, with its number of elements as a constant, and its parts are inlined into it: anything
-// else was vectorised badly.
-#define FOURBIT_BLOCK __attribute__((noinline))
-#define FOURBIT_INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace fourbit {
 
@@ -31,18 +20,60 @@ void lstm_backward(const LstmBackward* task);
 
 namespace {
 
-inline float load(const float* p) { return *p; }
-inline float load(const uint16_t* p) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(*p) << 16)); }
+// ---- blocks at the end of a tensor ----
 
-inline void store(float* p, float x) { *p = x; }
-inline void store(uint16_t* p, float x) {  // round to nearest even; NaN stays NaN
-  const uint32_t bits = static_cast<uint32_t>(as_bits(x));
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  *p = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+// Asks for what `count` numbers from x on are followed by, some blocks further.
+template <typename T>
+FOURBIT_INLINE void prefetch(const T* x, int count) {
+  constexpr int kAhead = 2048, kLine = 64;  // bytes
+  const char* from = reinterpret_cast<const char*>(x) + kAhead;
+  for (int i = 0; i < count * static_cast<int>(sizeof(T)); i += kLine) __builtin_prefetch(from + i);
 }
-inline void store(int8_t* p, float x) { *p = static_cast<int8_t>(static_cast<int32_t>(x == x ? x : 0.0f)); }
 
-// The largest of several magnitudes' bit patterns, thread by thread: infinity and NaN come out on top.
+// `count` numbers as a whole block: where they lie, or in `room` with zeros behind them.
+template <typename T>
+FOURBIT_INLINE const T* whole(const T* x, int count, T* room) {
+  if (count == kBlock) {
+    prefetch(x, kBlock);
+    return x;
+  }
+  std::memset(room, 0, kBlock * sizeof(T));
+  std::memcpy(room, x, static_cast<size_t>(count) * sizeof(T));
+  return room;
+}
+
+// Where a whole block may be written of which `count` numbers exist; finish() puts them where they belong.
+template <typename T>
+struct Target {
+  T* out;
+  int count;
+  T room[kBlock];
+  FOURBIT_INLINE Target(T* out, int count) : out(out), count(count) {}
+  FOURBIT_INLINE T* block() { return count == kBlock ? out : room; }
+  FOURBIT_INLINE void finish() {
+    if (count != kBlock) std::memcpy(out, room, static_cast<size_t>(count) * sizeof(T));
+  }
+};
+
+// Runs block(i, count) for each block of a range.
+template <typename F>
+FOURBIT_INLINE void each_block(int64_t begin, int64_t end, F block) {
+  for (int64_t i = begin; i < end; i += kBlock) block(i, static_cast<int>(end - i < kBlock ? end - i : kBlock));
+}
+
+constexpr int32_t kSign = static_cast<int32_t>(0x80000000u);
+
+// ---- largest magnitudes, as bit patterns: infinity and NaN come out on top ----
+
+FOURBIT_INLINE void raise(Ints& top, Floats x) { top = larger(top, magnitudes(x)); }
+
+inline int32_t largest_of(Ints top) {
+  int32_t largest = 0;
+  for (int j = 0; j < kVector; ++j) largest = max_of(largest, top[j]);
+  return largest;
+}
+
+// Thread by thread.
 struct Largest {
   int32_t of[kMaxThreads] = {};
   float get(int pieces) const {
@@ -52,51 +83,29 @@ struct Largest {
   }
 };
 
-// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, for |x| < 2^22.
-inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+// ---- random words ----
 
-// The words' upper 24 bits of `count` elements from element `begin` (even) on, as floats.
-inline void draw(uint64_t key, int64_t begin, int count, float* u) {
-  uint32_t words[kBlock];
-  const uint64_t pair = static_cast<uint64_t>(begin) / 2;
-  for (int i = 0; i < kBlock / 2; ++i) {
-    const uint64_t z = mix((pair + i + 1) * 0x9E3779B97F4A7C15ull + key);
-    std::memcpy(words + 2 * i, &z, 8);
-  }
-  for (int i = 0; i < count; ++i) u[i] = static_cast<float>(static_cast<int32_t>(words[i] >> 8));
+// The upper 24 bits of the words of vector v of the block that begins at an even element, as numbers.
+FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) {
+  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+  Pairs steps;
+  for (int j = 0; j < kVector / 2; ++j) steps[j] = static_cast<uint64_t>(v * kVector / 2 + j + 1) * kGolden;
+  const Pairs z = mix(steps + (static_cast<uint64_t>(begin) / 2 * kGolden + key));
+  return to_floats((Ints)((Words)z >> 8));
 }
 
-// 64 truth values are the bits of one integer, element 0 lowest, as in memory.
-enum Comparison { kLess, kLessEqual, kGreater, kGreaterEqual };
+// Where (x - low) / (high - low) calls for the upper neighbour of a number.
+FOURBIT_INLINE Ints goes_up(Floats u, Floats above_low, Floats gap) { return u < above_low / gap * 16777216.0f; }
 
-template <Comparison op>
-inline uint64_t compare(const float* x, float bound) {
-#if defined(__AVX512F__)
-  constexpr int how = op == kLess ? _CMP_LT_OQ : op == kLessEqual ? _CMP_LE_OQ : op == kGreater ? _CMP_GT_OQ : _CMP_GE_OQ;
-  uint64_t bits = 0;
-  for (int i = 0; i < 4; ++i)
-    bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(bound), how)) << (16 * i);
-  return bits;
-#else
-  int32_t m[kBlock];
-  for (int j = 0; j < kBlock; ++j)
-    m[j] = -static_cast<int32_t>(op == kLess ? x[j] < bound : op == kLessEqual ? x[j] <= bound
-                                 : op == kGreater ? x[j] > bound : x[j] >= bound);
-  uint64_t bits = 0;
-#if defined(__AVX2__)
-  for (int i = 0; i < 8; ++i) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m + 8 * i));
-    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(eight)))) << (8 * i);
-  }
-#else
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
-#endif
-  return bits;
-#endif
+// ---- integers ----
+
+// The integers nearest to y within [low, high]; NaN becomes low.
+FOURBIT_INLINE Ints nearest_code(Floats y, float low, float high) {
+  return nearest_integers(smaller(larger(y, all_floats(low)), all_floats(high)));
 }
 
-// Where a number lies inside a clip range (rules of Clip).
-inline uint64_t inside_range(const float* t, int32_t rule, float bound) {
+// Where numbers lie inside a clip range (rules of Clip).
+FOURBIT_INLINE Truth inside_range(Floats t, int32_t rule, float bound) {
   if (rule == 1) return compare<kGreaterEqual>(t, 0.0f) & compare<kLess>(t, bound);
   if (rule == 2) return compare<kGreater>(t, -bound) & compare<kLess>(t, bound);
   return compare<kGreaterEqual>(t, -bound) & compare<kLessEqual>(t, bound);
@@ -112,133 +121,125 @@ inline uint64_t load_bits(const uint8_t* p) {
 
 inline void store_bits(uint8_t* p, uint64_t bits) { std::memcpy(p, &bits, 8); }
 
-// Zero where the bit is not set.
-FOURBIT_INLINE void keep(float* x, uint64_t bits) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < 4; ++i)
-    _mm512_storeu_ps(x + 16 * i, _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits >> (16 * i)), x + 16 * i));
-#else
-  for (int j = 0; j < kBlock; ++j) x[j] = as_float(as_bits(x[j]) & -static_cast<int32_t>((bits >> j) & 1));
-#endif
-}
+// ---- powers of a radix ----
 
-// Raises 16 running maxima of magnitudes, as bit patterns.
-FOURBIT_INLINE void raise_magnitudes(const float* x, int32_t* top) {
-  for (int j = 0; j < 16; ++j) {
-    const int32_t a = max_of(as_bits(x[j]) & 0x7FFFFFFF, as_bits(x[j + 16]) & 0x7FFFFFFF);
-    const int32_t b = max_of(as_bits(x[j + 32]) & 0x7FFFFFFF, as_bits(x[j + 48]) & 0x7FFFFFFF);
-    top[j] = max_of(top[j], max_of(a, b));
-  }
-}
-
-inline int32_t largest_of(const int32_t* top) {
-  int32_t largest = 0;
-  for (int j = 0; j < 16; ++j) largest = max_of(largest, top[j]);
-  return largest;
-}
-
-// The integers nearest to inv * t within [low, high], as int8 codes; NaN becomes low.
-FOURBIT_INLINE void clip_codes(const float* t, float inv, float low, float high, int8_t* q) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < 4; ++i) {
-    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(t + 16 * i), _mm512_set1_ps(inv));
-    y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(low)), _mm512_set1_ps(high));
-    const __m512i n = _mm512_cvt_roundps_epi32(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * i), _mm512_cvtepi32_epi8(n));
-  }
-#else
-  int32_t n[kBlock];
-  for (int j = 0; j < kBlock; ++j) {
-    float y = t[j] * inv;
-    y = y > low ? y : low;
-    y = y < high ? y : high;
-    n[j] = static_cast<int32_t>(round_even(y));
-  }
-  for (int j = 0; j < kBlock; ++j) q[j] = static_cast<int8_t>(n[j]);
-#endif
-}
-
-inline void pack_codes(const int8_t* q, uint8_t* out) {
-  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (static_cast<uint8_t>(q[i + 32]) << 4));
-}
+// A LogGrid in vectors.
+struct Powers {
+  Ints start, octaves, smallest, largest;
+  explicit Powers(const LogGrid& g)
+      : start(all_ints(g.start)), octaves(all_ints(-g.octaves)), smallest(all_ints(g.smallest)), largest(all_ints(g.largest)) {}
+};
 
 // The bits of the nearest power's magnitude, 0 below the first decision point.
-inline int32_t log_nearest(int32_t bits, const LogGrid& g) {
-  const int32_t magnitude = bits & 0x7FFFFFFF;
-  const int32_t y = min_of(wrapping_sum((magnitude - g.start) & -g.octaves, g.smallest), g.largest);
-  return magnitude >= g.start ? y : 0;
+FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
+  const Ints power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
+  return g.start > magnitude ? Ints{} : power;
 }
 
-// The integers of one block, -8..7 or 0..15.
-inline void unpack_block(const uint8_t* packed, int32_t is_signed, int8_t* q) {
-  const int8_t flip = is_signed ? 8 : 0;  // (nibble ^ 8) - 8 extends the sign
-  for (int i = 0; i < 32; ++i) {
-    q[i] = static_cast<int8_t>(((packed[i] & 15) ^ flip) - flip);
-    q[i + 32] = static_cast<int8_t>(((packed[i] >> 4) ^ flip) - flip);
-  }
-}
+// ---- binary floats ----
 
-// A 16-bit float without subnormals: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
+// A format without subnormals, whose numbers are rounded by their bits. Between 0 and the smallest magnitude there is nothing;
+// a tie goes to 0. In 16 bits, they are codes: sign, then float32's exponent and mantissa less the lowest exponent; 0 is zero.
 struct Half {
-  int32_t shift, bias, half_smallest, largest;  // of codes; half_smallest and largest: of float32 patterns and of codes
+  int32_t shift, bias;                     // bias: of codes
+  int32_t smallest, half_smallest, largest;  // patterns of float32
   explicit Half(const FloatGrid& g)
       : shift(23 - g.mantissa_bits),
         bias(g.lowest << g.mantissa_bits),
+        smallest(as_bits(g.smallest)),
         half_smallest(as_bits(0.5f * g.smallest)),
-        largest((as_bits(g.max) >> shift) - bias) {}
+        largest(as_bits(g.max)) {}
 };
 
-// Codes of the nearest numbers to scale * x, ties to even, saturating: as float_nearest for numbers and infinities.
+// Bits of the nearest magnitude, ties to even, saturating; right where `magnitude` is above h.half_smallest, else it becomes 0.
+FOURBIT_INLINE Ints round_magnitude(Ints magnitude, const Half& h) {
+  const int32_t below_half = (1 << (h.shift - 1)) - 1;
+  const Ints carried = wrapping_sum(magnitude, (shifted_right(magnitude, h.shift) & 1) + below_half);
+  const Ints rounded = carried & -(1 << h.shift);
+  return smaller(larger(rounded, all_ints(h.smallest)), all_ints(h.largest));
+}
+
+// float_nearest of a format with subnormals: x + m - m rounds to multiples of the quantum.
+FOURBIT_INLINE Floats with_subnormals(Floats s, const FloatGrid& g) {
+  const float most = 2.0f * g.max;
+  const Floats x = clamp(s, -most, most);
+  const Ints exponent = larger(as_ints(x) & 0x7F800000, all_ints(g.lowest << 23));
+  const Floats m = as_floats(wrapping_sum(exponent, all_ints(((23 - g.mantissa_bits) << 23) | 0x400000)));
+  return clamp((x + m) - m, -g.max, g.max);
+}
+
+FOURBIT_INLINE Floats without_subnormals(Floats s, const Half& h) {
+  const Ints magnitude = magnitudes(s), y = round_magnitude(magnitude, h) | (as_ints(s) & kSign);
+  const Ints found = magnitude > h.half_smallest ? y : Ints{};
+  return as_floats(found | (s == s ? Ints{} : all_ints(0x7FC00000)));
+}
+
+FOURBIT_INLINE Floats overflowed(Floats s, Floats y, float overflow) {
+  const Floats infinity = as_floats((as_ints(s) & kSign) | 0x7F800000);
+  return as_floats(magnitudes(s)) >= overflow ? infinity : y;
+}
+
+// As float_nearest of one number, for a vector or a block; g.min is -g.max.
+FOURBIT_INLINE Floats float_nearest(Floats s, const FloatGrid& g) {
+  const Floats y = g.smallest > 0.0f ? without_subnormals(s, Half(g)) : with_subnormals(s, g);
+  return g.overflow == g.overflow ? overflowed(s, y, g.overflow) : y;
+}
+
+FOURBIT_INLINE void float_nearest(Floats (&x)[kPerBlock], const FloatGrid& g) {
+  if (g.overflow == g.overflow) {
+    FOURBIT_EACH(v) x[v] = float_nearest(x[v], g);
+  } else if (g.smallest > 0.0f) {
+    const Half h(g);
+    FOURBIT_EACH(v) x[v] = without_subnormals(x[v], h);
+  } else {
+    FOURBIT_EACH(v) x[v] = with_subnormals(x[v], g);
+  }
+}
+
+// Codes of the nearest numbers: as float_nearest for numbers and infinities. `rounded` becomes the numbers themselves.
+FOURBIT_INLINE Ints to_half(Floats x, const Half& h, Floats& rounded) {
+  const Ints magnitude = magnitudes(x), sign = as_ints(x) & kSign;
+  const Ints y = magnitude > h.half_smallest ? round_magnitude(magnitude, h) : Ints{};
+  rounded = as_floats(y | sign);
+  return larger(shifted_right(y, h.shift) - h.bias, Ints{}) | upper_half(sign);
+}
+
+FOURBIT_INLINE Floats from_half(Ints half, const Half& h) {
+  const Ints code = half & 0x7FFF;
+  const Ints bits = code != 0 ? shifted_left(code + h.bias, h.shift) : Ints{};
+  return as_floats(bits | ((half ^ code) << 16));
+}
+
+// Codes of scale * x for `count` numbers in memory, a multiple of kVector.
 FOURBIT_INLINE void to_halves(const float* x, float scale, const Half& h, int count, uint16_t* codes) {
-  const int32_t shift = h.shift, bias = h.bias, half_smallest = h.half_smallest, largest = h.largest;
-  const int32_t below_half = (1 << (shift - 1)) - 1;
-  for (int j = 0; j < count; ++j) {
-    const int32_t bits = as_bits(x[j] * scale), magnitude = bits & 0x7FFFFFFF;
-    int32_t code = ((magnitude + below_half + ((magnitude >> shift) & 1)) >> shift) - bias;
-    code = max_of(code, static_cast<int32_t>(magnitude > half_smallest));
-    codes[j] = static_cast<uint16_t>(min_of(code, largest) | ((bits >> 16) & 0x8000));
+  Floats rounded;
+  for (int j = 0; j < count; j += kVector) write_unsigned(codes + j, to_half(read(x + j) * scale, h, rounded));
+}
+
+// ---- sums ----
+
+constexpr int kParts = 16;  // partial sums, whatever the instruction set
+
+struct Parts {
+  Floats of[kParts / kVector] = {};
+  void move_to(double& total) {
+    for (Floats& p : of) {
+      for (int j = 0; j < kVector; ++j) total += p[j];
+      p = Floats{};
+    }
   }
-}
+};
 
-FOURBIT_INLINE void from_halves(const uint16_t* codes, const Half& h, int count, float* x) {
-  const int32_t shift = h.shift, bias = h.bias;
-  for (int j = 0; j < count; ++j) {
-    const int32_t half = codes[j], code = half & 0x7FFF;
-    const int32_t bits = ((code + bias) << shift) & -static_cast<int32_t>(code != 0);
-    x[j] = as_float(bits | static_cast<int32_t>(static_cast<uint32_t>(half & 0x8000) << 16));
-  }
-}
-
-// Where a code is positive, negative.
-inline uint64_t positive(const int8_t* q) {
-#if defined(__AVX512BW__)
-  return _mm512_cmpgt_epi8_mask(_mm512_loadu_si512(q), _mm512_setzero_si512());
-#else
-  uint64_t bits = 0;
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(q[j] > 0) << j;
-  return bits;
-#endif
-}
-
-inline uint64_t negative(const int8_t* q) {
-#if defined(__AVX512BW__)
-  return _mm512_movepi8_mask(_mm512_loadu_si512(q));
-#else
-  uint64_t bits = 0;
-  for (int j = 0; j < kBlock; ++j) bits |= static_cast<uint64_t>(q[j] < 0) << j;
-  return bits;
-#endif
-}
-
-// Adds v to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
-FOURBIT_INLINE void add_where(const float* v, uint64_t plus, uint64_t minus, float* part) {
+// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
+FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
   if (!(plus | minus)) return;
-  float a[kBlock], b[kBlock];
-  std::memcpy(a, v, sizeof a);
-  std::memcpy(b, v, sizeof b);
-  keep(a, plus);
-  keep(b, minus);
-  for (int j = 0; j < 16; ++j) part[j] += (a[j] - b[j]) + (a[j + 16] - b[j + 16]) + (a[j + 32] - b[j + 32]) + (a[j + 48] - b[j + 48]);
+  constexpr int kOwn = kParts / kVector;
+  Floats sum[kOwn];
+  FOURBIT_EACH(v) {
+    const Floats signed_x = keep(x[v], plus, v) - keep(x[v], minus, v);
+    sum[v % kOwn] = v < kOwn ? signed_x : sum[v % kOwn] + signed_x;
+  }
+  for (int i = 0; i < kOwn; ++i) parts.of[i] += sum[i];
 }
 
 }  // namespace

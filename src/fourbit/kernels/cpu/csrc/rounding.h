@@ -30,13 +30,18 @@ inline int32_t wrapping_sum(int32_t a, int32_t b) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
 }
 
+inline float load(const float* p) { return *p; }
+inline float load(const uint16_t* p) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(*p) << 16)); }
+
 inline int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 inline int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 // As torch.clamp where x is a number.
 inline float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
 // SplitMix64's output function, as fourbit.quantizers.random_words: element i takes half of pair i / 2.
-inline uint64_t mix(uint64_t z) {
+// Of one number, or of a vector of them.
+template <typename T>
+FOURBIT_INLINE T mix(T z) {
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
