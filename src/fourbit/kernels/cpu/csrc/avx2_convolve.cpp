@@ -207,7 +207,7 @@ bool fprop(const ConvFprop* c) {
   t.halves = c->halves != 0;
   t.scale = c->scale;
   t.grid = c->grid;
-  return t.way.bytes ? fprop_as<Bytes<true>>(*c, t) : fprop_as<Words>(*c, t);
+  return t.way.bytes ? fprop_as<In8<true>>(*c, t) : fprop_as<In16>(*c, t);
 }
 
 // One coordinate of the gradient of x: pixels residue, residue + stride, .. meet the taps last, last - stride, .. 0 or more, the first
@@ -278,7 +278,7 @@ bool dgrad(const ConvDgrad* c) {
   t.step_x = c->stride_width;
   t.out = c->out;
   t.scale = 1.0f;
-  return t.way.bytes ? dgrad_as<Bytes<true>>(*c, t) : dgrad_as<Words>(*c, t);
+  return t.way.bytes ? dgrad_as<In8<true>>(*c, t) : dgrad_as<In16>(*c, t);
 }
 
 }  // namespace

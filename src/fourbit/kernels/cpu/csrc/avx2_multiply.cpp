@@ -269,9 +269,9 @@ void multiply_as(Task& task) {
 bool multiply(MatMul* t) {
   if (!has_ranges(t->of) || (t->integers && t->turned)) return false;
   Task task(*t);
-  if (!task.way.bytes) multiply_as<Words>(task);
-  else if (t->turned) multiply_as<Bytes<false>>(task);
-  else multiply_as<Bytes<true>>(task);
+  if (!task.way.bytes) multiply_as<In16>(task);
+  else if (t->turned) multiply_as<In8<false>>(task);
+  else multiply_as<In8<true>>(task);
   t->clipped = 0.0;
   for (double clipped : task.clipped) t->clipped += t->packed ? clipped : 0.0;
   return true;
@@ -287,9 +287,9 @@ bool pack_panels(const MatMul* t, uint32_t* out) {
   if (!has_ranges(t->of)) return false;
   const Task task(*t);
   auto* panels = reinterpret_cast<uint8_t*>(out);
-  if (!task.way.bytes) pack_panels<Words>(task, panels);
-  else if (t->turned) pack_panels<Bytes<false>>(task, panels);
-  else pack_panels<Bytes<true>>(task, panels);
+  if (!task.way.bytes) pack_panels<In16>(task, panels);
+  else if (t->turned) pack_panels<In8<false>>(task, panels);
+  else pack_panels<In8<true>>(task, panels);
   return true;
 }
 

@@ -194,8 +194,8 @@ bool wgrad(const ConvWgrad* c) {
     return false;
   Wgrad t(*c);
   if (c->out_width > t.way.terms) return false;
-  if (t.way.bytes) wgrad_as<Bytes<false>>(t);
-  else wgrad_as<Words>(t);
+  if (t.way.bytes) wgrad_as<In8<false>>(t);
+  else wgrad_as<In16>(t);
   return true;
 }
 

@@ -29,7 +29,7 @@ inline void store_half(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128
 
 // ---- the two kinds of numbers ----
 
-struct Words {
+struct In16 {
   using Number = int16_t;
   static constexpr int kTerms = 2;
   static constexpr bool kNarrow = false;  // whether sums are in 16 bits until they are widened
@@ -44,7 +44,7 @@ struct Words {
 
 // kLeft: the rows are the unsigned ones, otherwise the columns.
 template <bool kLeft>
-struct Bytes {
+struct In8 {
   using Number = uint8_t;
   static constexpr int kTerms = 4;
 #if defined(__AVXVNNI__)
@@ -223,7 +223,7 @@ void convert_row(const From* x, float inverse_unit, int32_t offset, int64_t coun
 }
 
 // One step of sixteen neighbours: the rows of numbers that the terms come from, side by side.
-FOURBIT_INLINE void interleave(const __m256i* terms, uint8_t* out, Words) {
+FOURBIT_INLINE void interleave(const __m256i* terms, uint8_t* out, In16) {
   const __m256i low = _mm256_unpacklo_epi16(terms[0], terms[1]), high = _mm256_unpackhi_epi16(terms[0], terms[1]);
   store_vector(out, _mm256_permute2x128_si256(low, high, 0x20));
   store_vector(out + 32, _mm256_permute2x128_si256(low, high, 0x31));
@@ -238,13 +238,13 @@ FOURBIT_INLINE void interleave(const __m128i* terms, uint8_t* out) {
   }
 }
 template <bool kLeft>
-FOURBIT_INLINE void interleave(const __m128i* terms, uint8_t* out, Bytes<kLeft>) { interleave(terms, out); }
+FOURBIT_INLINE void interleave(const __m128i* terms, uint8_t* out, In8<kLeft>) { interleave(terms, out); }
 
 // Sixteen numbers / unit of `kTerms` rows side by side, `count` of each; null: a row of zeros. `line`: in whole sixteens of steps.
 template <typename From>
-inline __m256i as_row(const From* x, float inverse_unit, Words) { return words(x, inverse_unit); }
+inline __m256i as_row(const From* x, float inverse_unit, In16) { return words(x, inverse_unit); }
 template <typename From, bool kLeft>
-inline __m128i as_row(const From* x, float inverse_unit, Bytes<kLeft>) {
+inline __m128i as_row(const From* x, float inverse_unit, In8<kLeft>) {
   uint8_t bytes[16];
   store_numbers(words(x, inverse_unit), 0, bytes);
   return load_half(bytes);
@@ -293,9 +293,9 @@ inline __m128i sixteen(const int8_t* x, int64_t count) {
   if (count > 0) std::memcpy(some, x, static_cast<size_t>(count));
   return load_half(some);
 }
-inline __m256i as_terms(__m128i x, int32_t, Words) { return _mm256_cvtepi8_epi16(x); }
+inline __m256i as_terms(__m128i x, int32_t, In16) { return _mm256_cvtepi8_epi16(x); }
 template <bool kLeft>
-inline __m128i as_terms(__m128i x, int32_t offset, Bytes<kLeft>) {
+inline __m128i as_terms(__m128i x, int32_t offset, In8<kLeft>) {
   return _mm_add_epi8(x, _mm_set1_epi8(static_cast<char>(offset)));
 }
 
@@ -317,13 +317,13 @@ void pack_panel(Row row, int64_t depth, int64_t count, int32_t offset, uint8_t* 
 }
 
 // Four steps of one column.
-inline __m128i four_steps(const int8_t* x, int64_t count, Words) {
+inline __m128i four_steps(const int8_t* x, int64_t count, In16) {
   int8_t some[8] = {};
   std::memcpy(some, x, static_cast<size_t>(least(count, 8)));
   return _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(some)));
 }
 template <bool kLeft>
-inline __m128i four_steps(const int8_t* x, int64_t count, Bytes<kLeft>) { return sixteen(x, count); }
+inline __m128i four_steps(const int8_t* x, int64_t count, In8<kLeft>) { return sixteen(x, count); }
 
 // The same where the terms of a column are neighbours: column c is the row of numbers at w + c * stride.
 template <class Kind>
