@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint bench bench-full bench-peers gpu-check clean
+.PHONY: demo test test-rest test-all lint bench bench-full bench-peers gpu-check clean
 .DEFAULT_GOAL := test
 
 KERNELS := $(wildcard src/fourbit/kernels/cpu/csrc/* src/fourbit/kernels/cpu/_build.py hatch_build.py)
@@ -22,11 +22,20 @@ demo: $(STAMP)
 	$(BIN)/fourbit report runs/demo
 
 # Two processes on two cores: threads that wait must not spin.
-test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 
-test-fast: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m 'not slow'
+test: $(STAMP)
+	$(PYTEST) -m 'not slow'
+
+# What takes longer: long trainings, sanitizers, huge tensors, emulated processors, wheels. Then the layers once more with kernels
+# and torch as on processors without AVX-512.
+LAYERS := tests/kernels/test_layer_parity.py tests/nn tests/ops tests/chains tests/recipes tests/train
+test-rest: $(STAMP)
+	$(PYTEST) -m slow
+	test "$$(uname -m)" != x86_64 || FOURBIT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(PYTEST) -m 'not slow' $(LAYERS)
+
+test-all: test test-rest
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -31,9 +31,10 @@ from fourbit.hardware import (
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_the_circuit_equals_exact_arithmetic(name, tmp_path):
+@pytest.mark.parametrize("num", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_the_circuit_equals_exact_arithmetic(name, num, tmp_path):
     unit = UNITS[name]
-    vectors = unit.vectors(random.Random(0), 10_000)
+    vectors = unit.vectors(random.Random(0), num)
     assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is None
 
 
@@ -56,7 +57,14 @@ def test_amaranth_s_own_simulator_agrees(name):
 MULTIPLIERS = [u for u in UNITS.values() if isinstance(u, InnerProduct) and u.ways > 1 and u.scale is None]
 
 
-@pytest.mark.parametrize("unit", MULTIPLIERS, ids=lambda u: u.name)
+def _pairs(unit: InnerProduct) -> int:
+    return 2 ** (unit.operands[0].bits + unit.operands[1].bits)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [pytest.param(u, id=u.name, marks=pytest.mark.slow if _pairs(u) > 2**14 else ()) for u in MULTIPLIERS],
+)
 def test_every_pair_of_codes_is_multiplied_exactly(unit, tmp_path):
     one = replace(unit, ways=1) if unit.style == "exact" else unit
     a, b = one.operands

@@ -19,7 +19,7 @@ import torch
 from fuzz_cases import CASES, cells, moments, products, rounding, sequences, unpacking
 from fuzz_stand_in import standing_in
 from fuzz_values import CLEAN, SPECS, Fuzz, same
-from kernel_cases import instruction_set, isas
+from instruction_sets import instruction_set, isas
 from torch import Tensor, nn
 
 import fourbit as fb

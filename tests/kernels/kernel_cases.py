@@ -13,17 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import instruction_set, isas
 from torch import Tensor
 
 from fourbit import backends, formats
 from fourbit.kernels.cpu import library
-from fourbit.kernels.cpu._library import ISAS
 from fourbit.quantizers import Quantized, Request, Rounded, run
 from fourbit.quantizers._statistics import Statistics
-
-PRODUCTS = ("gemm", "product", "lstm_run", "lstm_run_back")
-"""Operations with kernels of the instruction sets below; for the others these are avx2 and avx512 once more."""
-OF_PRODUCTS = ("avx_vnni", "dot_product")
 
 SIZES = (0, 1, 63, 64, 65, 127, 1000, 2**14 - 1, 2**14, 2**14 + 1, 100003)
 """Around blocks of 64, around the 2^14 elements from which several threads work, and one that several threads share."""
@@ -35,21 +31,6 @@ needs_library = pytest.mark.skipif(library() is None, reason="the CPU kernels ar
 
 
 @contextmanager
-def instruction_set(name: str | None) -> Iterator[None]:
-    """The library's kernels of one instruction set (None: as they are), for this block."""
-    loaded = library()
-    if name is None or loaded is None:
-        yield
-        return
-    before = loaded.isa
-    assert loaded.use_isa(name)
-    try:
-        yield
-    finally:
-        loaded.use_isa(before)
-
-
-@contextmanager
 def threads(num: int) -> Iterator[None]:
     """As many threads for torch and the kernels, however many cores there are."""
     before = torch.get_num_threads()
@@ -58,17 +39,6 @@ def threads(num: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def isas(operation: str | None = None) -> list[str]:
-    """Instruction sets that this machine and this build have, or those that have kernels of their own for an operation."""
-    loaded = library()
-    if loaded is None:
-        return []
-    before = loaded.isa
-    found = [name for name in ISAS if loaded.use_isa(name)]
-    loaded.use_isa(before)
-    return [name for name in found if name not in OF_PRODUCTS or operation is None or operation in PRODUCTS]
 
 
 def has_dot_product(isa: str | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-import kernel_cases
+import instruction_sets
 import pytest
 import torch
 
@@ -25,7 +25,7 @@ def isas():
     loaded = library()
     assert loaded is not None
     before = loaded.isa
-    yield kernel_cases.isas("accumulate")
+    yield instruction_sets.isas("accumulate")
     loaded.use_isa(before)
 
 
@@ -73,7 +73,8 @@ KINDS = ("int4", "fp16", "beyond the range", "below the range", "ties", "infinit
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_the_kernel_equals_the_reference_bit_for_bit(isas, format, rounding):
-    for kind, shape, chunk in itertools.product(KINDS, SHAPES, (1, 3, 64, None)):
+    chunks = (1, 3, 64, None) if format == FORMATS[0] else (3, None)  # a chunk is no matter of the format
+    for kind, shape, chunk in itertools.product(KINDS, SHAPES, chunks):
         assert_equal_bits(isas, *operands(kind, shape), Accumulation(format, chunk, rounding), key=2**63 + 5)
 
 

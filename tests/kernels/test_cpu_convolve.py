@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import has_dot_product, instruction_set, isas_with_products, threads
+from instruction_sets import instruction_set
+from kernel_cases import has_dot_product, isas_with_products, threads
 
 from fourbit import backends
 from fourbit.chains import Activation, Norm, NormApply, NormStatistics

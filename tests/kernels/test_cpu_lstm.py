@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from kernel_cases import has_products, instruction_set, isas, isas_with_products, needs_library, needs_products, threads
+from instruction_sets import instruction_set, isas
+from kernel_cases import has_products, isas_with_products, needs_library, needs_products, threads
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 

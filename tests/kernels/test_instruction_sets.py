@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import instruction_set, isas, needs_library, numbers
+from instruction_sets import instruction_set, isas
+from kernel_cases import needs_library, numbers
 from torch import Tensor
 
 from fourbit import formats

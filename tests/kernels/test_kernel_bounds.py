@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import instruction_set, isas, needs_library, numbers, threads
+from instruction_sets import instruction_set, isas
+from kernel_cases import needs_library, numbers, threads
 from torch import Tensor
 
 from fourbit import formats

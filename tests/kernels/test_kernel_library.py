@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import instruction_set, isas, needs_library, numbers
+from instruction_sets import instruction_set, isas
+from kernel_cases import needs_library, numbers
 from torch.utils.data import DataLoader, Dataset
 
 import fourbit as fb
@@ -33,7 +35,11 @@ for _ in range(3):
 assert all(p.grad.isfinite().all() for p in net.parameters())
 """
 
+COUNT = "import fourbit as fb; print(len(fb.backends.kernels()))"
+"""In a process of its own: other tests may have registered more in this one."""
 
+
+@lru_cache
 def run(code: str, **environment: str) -> tuple[str, list[str]]:
     """What a process prints, and its warnings about kernels."""
     ran = subprocess.run(
@@ -54,32 +60,40 @@ def test_a_missing_library_is_one_warning_and_everything_works(tmp_path: Path):
 
 
 def test_switching_the_kernels_off_is_no_reason_to_warn():
-    printed, warned = run(
-        TRAIN + "print(len(fb.backends.kernels()), fb.backends.statuses()[0].detail)", FOURBIT_CPU_KERNELS="0"
+    code = (
+        TRAIN + "print(len(fb.backends.kernels()))\nfrom fourbit.cli import main; print('exit code', main(['doctor']))"
     )
-    assert not warned and "FOURBIT_CPU_KERNELS=0" in printed
-    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_KERNELS="0")
+    printed, warned = run(code, FOURBIT_CPU_KERNELS="0")
+    assert not warned and printed.startswith("0\n")
     assert "switched off by FOURBIT_CPU_KERNELS=0" in printed and "exit code 0" in printed
 
 
 def test_another_value_of_the_switch_is_one_warning_and_changes_nothing():
-    printed, warned = run("import fourbit as fb; print(len(fb.backends.kernels()))", FOURBIT_CPU_KERNELS="off")
+    printed, warned = run(COUNT, FOURBIT_CPU_KERNELS="off")
     assert len(warned) == 1 and "FOURBIT_CPU_KERNELS is 'off', but can be 0 (off) or 1 (on)" in warned[0]
-    assert int(printed) == int(run("import fourbit as fb; print(len(fb.backends.kernels()))")[0])
+    assert printed == run(COUNT)[0]
+
+
+def why_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Why this file is not used: what the one warning says then, as where there is none."""
+    monkeypatch.setenv("FOURBIT_CPU_LIBRARY", str(path))
+    loaded, reason = c._load.__wrapped__()
+    assert loaded is None
+    return reason
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF\x02\x01\x01" + bytes(200)])
-def test_a_file_that_is_no_library_is_one_warning_and_everything_works(tmp_path: Path, content):
+def test_a_file_that_is_no_library_is_not_used(tmp_path: Path, content, monkeypatch: pytest.MonkeyPatch):
     broken = tmp_path / "broken.so"
     broken.write_bytes(content)
-    _, warned = run(TRAIN, FOURBIT_CPU_LIBRARY=str(broken))
-    assert len(warned) == 1 and "broken.so could not be used" in warned[0] and "build it again" in warned[0]
+    reason = why_not(broken, monkeypatch)
+    assert "broken.so could not be used" in reason and "build it again" in reason
 
 
 @pytest.mark.parametrize(
     "source", ['extern "C" int fourbit_abi() { return 0; }', 'extern "C" int other() { return 1; }']
 )
-def test_a_library_of_other_sources_is_one_warning_and_everything_works(tmp_path: Path, source):
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path, source, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "old.cpp").write_text(source)
     stale = tmp_path / "old.so"
     try:
@@ -87,19 +101,18 @@ def test_a_library_of_other_sources_is_one_warning_and_everything_works(tmp_path
     except BuildError as error:
         pytest.skip(str(error))
     subprocess.run(command, check=True)
-    _, warned = run(TRAIN, FOURBIT_CPU_LIBRARY=str(stale))
-    assert len(warned) == 1 and "old.so could not be used" in warned[0]
+    assert "old.so could not be used" in why_not(stale, monkeypatch)
 
 
-def test_doctor_and_explain_say_what_the_kernels_are(tmp_path: Path):
+def test_doctor_and_explain_say_what_the_kernels_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code = (
         "from fourbit.cli import main\nmain(['doctor']); main(['explain', '--model', 'digits_cnn', '--input', '1x8x8'])"
     )
     printed, _ = run(code, FOURBIT_CPU_LIBRARY=str(tmp_path / "nowhere.so"))
     lines = [line for line in printed.splitlines() if "kernels" in line]
     assert len([line for line in lines if "cpu: not available, not built" in line]) == 2
-    printed, _ = run(code)
-    lines = [line for line in printed.splitlines() if "kernels" in line]
+    exec(code)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "kernels" in line]
     assert len([line for line in lines if backends.statuses()[0].detail in line]) == 2
 
 
@@ -167,10 +180,19 @@ def test_an_instruction_set_that_is_not_there_is_not_used():
 
 
 @needs_library
+def test_the_environment_chooses_the_instruction_set_of_a_process():
+    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_ISA="portable")
+    assert "cpu: portable (set by FOURBIT_CPU_ISA)" in printed and "exit code 0" in printed
+
+
+@needs_library
 @pytest.mark.parametrize("isa", isas())
-def test_the_environment_chooses_the_instruction_set_of_a_process(isa):
-    printed, _ = run("from fourbit.cli import main; print('exit code', main(['doctor']))", FOURBIT_CPU_ISA=isa)
-    assert f"cpu: {isa} (set by FOURBIT_CPU_ISA)" in printed and "exit code 0" in printed
+def test_every_instruction_set_of_the_processor_can_be_chosen(isa, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FOURBIT_CPU_ISA", isa)
+    with instruction_set(c.library().isa):  # the file is loaded once in a process: this comes back afterwards
+        loaded, _ = c._load.__wrapped__()
+        assert loaded is not None and loaded.isa == isa
+        assert loaded.has_products == (isa in ("avx2", "avx_vnni", "dot_product"))
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_refused_in_one_sentence():
@@ -243,8 +265,7 @@ team = [threading.Thread(target=look) for _ in range(8)]
 [t.start() for t in team]; [t.join() for t in team]
 print(*found)
 """
-    alone = "import fourbit as fb; print(len(fb.backends.kernels()))"  # other tests may have registered more in this process
-    assert set(run(code)[0].split()) == set(run(alone)[0].split())
+    assert set(run(code)[0].split()) == set(run(COUNT)[0].split())
 
 
 class Samples(Dataset[list[torch.Tensor]]):

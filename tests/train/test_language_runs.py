@@ -65,7 +65,9 @@ def test_training_goes_on_after_a_window_that_is_left_out(folder, tmp_path, monk
     assert result.stopped == "done" and result.skipped == 1 and math.isfinite(result.test_loss)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "ibm2020", "luq"])
+@pytest.mark.parametrize(
+    "recipe", ["ibm2020", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "luq"))]
+)
 def test_it_learns_what_follows_and_reports_perplexity(folder, tmp_path, recipe, capsys):
     result = train(config(folder, tmp_path / "run", recipe=recipe, epochs=6))
     assert result.test_accuracy > 0.8

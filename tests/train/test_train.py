@@ -12,7 +12,7 @@ from run_files import NUM_TEST, STEPS_PER_EPOCH, metrics, snapshot, tensors
 from safetensors.torch import load_file
 
 import fourbit as fb
-from fourbit import data, models, recipes
+from fourbit import backends, data, models, recipes
 from fourbit.errors import UserError
 from fourbit.train import TrainConfig, train
 from fourbit.train._session import open_session
@@ -29,6 +29,17 @@ def test_two_runs_with_one_seed_are_identical(make_config, recipe):
     train(second)
     assert tensors(first.out) == tensors(second.out)
     assert metrics(first.out) == metrics(second.out)
+
+
+@pytest.mark.parametrize("recipe", ["ibm2020", "luq"])
+def test_runs_on_every_instruction_set_are_those_of_the_reference(make_config, isa, recipe):
+    """As far as sums in another order allow: a code that differs now and then."""
+    result = train(make_config("kernels", recipe=recipe))
+    with backends.without():
+        expected = train(make_config("reference", recipe=recipe))
+    assert result.test_loss == pytest.approx(expected.test_loss, rel=0.05)
+    losses = [[line["loss"] for line in metrics(r.folder) if line["kind"] == "step"] for r in (result, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_runs_with_other_seeds_differ(make_config):

@@ -36,6 +36,9 @@ def write(out: Path, results: Results, products: Products, runs: Sequence[Path])
     from fourbit.report import write_page
 
     with style():
+        accuracy = _hardware_networks.accuracy(
+            results, products, runs
+        )  # a wrong folder is told of before the long work
         networks = _hardware_networks.networks_of(products)
         chapters = [
             Chapter("answer", "Is 7.3 right?", _answer(results)),
@@ -43,7 +46,7 @@ def write(out: Path, results: Results, products: Products, runs: Sequence[Path])
             Chapter("overheads", "What conversion, two phases and GradScale cost", _overheads(results)),
             Chapter("paper", "The paper's estimate, and ours in its place", _paper(results)),
             Chapter("networks", "Networks", _hardware_networks.costs(results, networks)),
-            Chapter("accuracy", "Accuracy and energy", _hardware_networks.accuracy(results, products, runs)),
+            Chapter("accuracy", "Accuracy and energy", accuracy),
             Chapter("sensitivity", "What the conclusions depend on", _hardware_networks.sensitivity(results, networks)),
             Chapter("limits", "What is not modelled", _limits(results)),
         ]

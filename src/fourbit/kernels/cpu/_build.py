@@ -52,18 +52,19 @@ def compiler() -> str:
     raise BuildError(f"no C++ compiler found ({named or 'c++, g++, clang++'}): install one, or set CXX")
 
 
-def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
+def build(target: Path = LIBRARY, extra: Sequence[str] = (), machine: str = "") -> Path:
     """Compile the library to `target`, replacing it at once when everything is done.
 
     Args:
         extra: flags for compiler and linker, such as -fsanitize=address.
+        machine: what the compiler compiles for, as `platform.machine()` names it; by default this machine.
 
     Raises:
         BuildError: no compiler, or a failed compilation; an existing library stays.
     """
     if sys.platform == "win32":
         raise BuildError("the CPU kernels are not built on Windows: use WSL for the fast path")
-    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64", "i686")
     isas = X86 if x86 else {"portable": ()}
     command = [*compiler().split(), *FLAGS, *EXACT, *(("-DFOURBIT_X86",) if x86 else ()), *extra]
     with tempfile.TemporaryDirectory() as folder:
