@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import write_run
+from run_folders import write_run
 
 from fourbit.report._curves import curves_beside_reference, final_result, limit, training_curves
 from fourbit.report._groups import group_runs

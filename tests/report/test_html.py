@@ -11,7 +11,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import write_run
+from run_folders import write_run
 
 from fourbit.errors import UserError
 from fourbit.report import write_report
