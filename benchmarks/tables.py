@@ -3,7 +3,8 @@
     python -m benchmarks.tables --results docs/results/performance
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Names: targets; machine; parity (the file parity.md of the
-results folder, if there is one); commands; and those of the tables and figures of each benchmark. What has no results stays.
+results folder, if there is one); commands; and those of the tables and figures of each benchmark. Results of a restricted
+instruction set lie in a folder of its name inside, and their tables have that name behind theirs. What has no results stays.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def load(results: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def blocks(found: dict[str, dict[str, Any]], results: Path, relative: str) -> dict[str, str]:
+def blocks(found: dict[str, dict[str, Any]], results: Path, relative: str, isa: str = "") -> dict[str, str]:
     """Everything that the document can show, by name; figures as links from where the document lies."""
     shown: dict[str, str] = {}
     if found:
-        rows = [target.row(found.get(target.source)) for target in TARGETS]
+        rows = [target.row(found.get(target.source)) for target in TARGETS[isa]]
         shown["targets"] = markdown(["what", "to reach", "reached", ""], rows, 4)
         lines = [f"- `{name}`: {described(data['machine'])}{_load(data)}" for name, data in found.items()]
         peers = {peer: version for data in found.values() for peer, version in data["peers"].items()}
@@ -50,6 +51,9 @@ def blocks(found: dict[str, dict[str, Any]], results: Path, relative: str) -> di
     parity = results / "parity.md"
     if parity.exists():
         shown["parity"] = parity.read_text().strip()
+    for folder in (results / name for name in TARGETS if name and not isa):
+        inside = blocks(load(folder), folder, f"{relative}/{folder.name}", folder.name) if folder.is_dir() else {}
+        shown |= {f"{key}-{folder.name}": text for key, text in inside.items()}
     return shown
 
 
