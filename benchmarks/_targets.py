@@ -201,7 +201,7 @@ TARGETS = {
             "first training step from a cold start, over FP32's", "cold_start", 2.0, cold_start.first_step_cost, "s"
         ),
     ),
-    "dot_product": (*_passes(1.2, 2.5), *_steps(_AVX512)),
+    "avx512": (*_passes(1.2, 2.5), *_steps(_AVX512)),
     "avx2": (*_passes(1.3, 3.0), *_steps(_AVX2)),
 }
 """By instruction set; "": of any."""

@@ -65,16 +65,6 @@ class Link:
         """Whether somebody else than the step behind may see the result or its gradient: it was used, or is still held."""
         return self.is_shared or (self.owner is not None and self.owner() is not None)
 
-    def settle(self, w: Pending, why: str) -> None:
-        """See `Pending`."""
-        from fourbit.chains._steps import settle
-
-        settle(w, why)
-
-    def begin_anew(self) -> Link:
-        """See `Pending`."""
-        return Link("product")
-
     def fill(self, w: Pending) -> None:
         """Compute the numbers of `w`, whose place in autograd's graph stays: every step then computes its own gradient."""
         content = w.content

@@ -35,6 +35,20 @@ from fourbit.ops import (
 _WHO = "normalization, fused"
 
 
+class Step(Link):
+    """A link whose tensor can be computed, or followed by another step."""
+
+    __slots__ = ()
+
+    def settle(self, w: Pending, why: str) -> None:
+        """See `Pending`."""
+        settle(w, why)
+
+    def begin_anew(self) -> Step:
+        """See `Pending`."""
+        return Step("product")
+
+
 def can_defer(x: Tensor, state: LayerState) -> bool:
     """Whether a layer may leave its product of `x` unfinished: in training, in eager mode, on plain float32 tensors of a
     device with kernels, and where nothing is in force that wants to see each operation."""
@@ -74,7 +88,7 @@ def _is_image(x: Tensor) -> bool:
 def begin(w: Tensor, result: ResultHandover, state: LayerState) -> Tensor:
     """Make `w`, which the node of a layer's product returned for its `result`, the start of a chain."""
     assert isinstance(w, Pending)
-    link = Link("product")
+    link = Step("product")
     link.result, link.state = result, state
     _stand(w, link, Unfinished(result))
     return w
@@ -84,7 +98,7 @@ def begin_with(y: Tensor, state: LayerState) -> Tensor:
     """The finished result of a layer as the start of a chain."""
     if y.dim() != 4 or not y.is_contiguous(memory_format=torch.channels_last):
         return y
-    w, link = Opened.apply(y), Link("product")
+    w, link = Opened.apply(y), Step("product")
     link.state = state
     _stand(w, link, Unfinished(y=y))
     return w
@@ -146,7 +160,7 @@ def normalize(w: Tensor, norm: Norm) -> Pending | None:
         if result is not None:
             result.raw = result.raw._replace(y=torch.empty(0))
         w.content = Kept(normalized.v, normalized.format)  # should somebody ask for the product
-        link = Link("norm", w.link, w.node)
+        link = Step("norm", w.link, w.node)
         link.norm = norm if is_watched() else None
         return _next(w, Normalization, link, Affine(normalized), False, norm.gamma, norm.beta, normalized)
 
@@ -167,7 +181,7 @@ def add(w: Tensor, other: Any, inplace: bool) -> Pending | None:
         return None
     residual = residual.detach()
     content = Affine(w.content.normalized, w.content.act, residual, residual._version)
-    return _next(w, Sum, Link("sum", w.link, w.node), content, inplace, other)
+    return _next(w, Sum, Step("sum", w.link, w.node), content, inplace, other)
 
 
 def activate(w: Tensor, cap: float, inplace: bool) -> Pending | None:
@@ -177,7 +191,7 @@ def activate(w: Tensor, cap: float, inplace: bool) -> Pending | None:
     if hooks_now() is not w.link.hooks:
         return None
     act = RELU if cap == math.inf else Activation(True, cap)
-    content, link = w.content, Link("act", w.link, w.node, act)
+    content, link = w.content, Step("act", w.link, w.node, act)
     content = Affine(content.normalized, act, content.residual, content.version)
     return _next(w, Activated, link, content, inplace)
 

@@ -28,9 +28,8 @@ from fourbit.errors import UserError
 from fourbit.hardware._inner import InnerProduct
 from fourbit.hardware._machine import Machine, cycles_of, dram_bits, sram_bits
 from fourbit.hardware._product import DRAWN, Product, bits_of, number_bits, quantizers_of, unit_of
-from fourbit.hardware._quantizer import RANDOM_BITS
 from fourbit.hardware._results import BASELINE, Cost, Results, stored
-from fourbit.hardware._unit import UNITS
+from fourbit.hardware._unit import RANDOM_BITS, UNITS
 
 ELEMENTWISE = 3
 """16-bit numbers per output that are read between the products: y forward, y and the gradient backward."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from fourbit.errors import UserError
 from fourbit.formats import FloatFormat, Format, IntFormat
 from fourbit.hardware._float import Float, float_of
-from fourbit.hardware._unit import Bits, Unit
+from fourbit.hardware._unit import RANDOM_BITS, Bits, Unit
 
 if TYPE_CHECKING:
     from amaranth.hdl import Module, Value
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from fourbit.hardware.units._bits import Stages
 
 Scale = Literal["power", "float"]
-RANDOM_BITS = 12
-"""Of a random number: probabilities are multiples of 2^-12, rounded down."""
 POWER_BITS = 6
 """Of the exponent of a scale that is a power of two, in two's complement."""
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Bits = Mapping[str, int]
 
+RANDOM_BITS = 12
+"""Of a random number: probabilities are multiples of 2^-12, rounded down."""
+
 
 @dataclass(frozen=True)
 class Unit(ABC):

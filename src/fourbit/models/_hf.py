@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError, unknown
 from fourbit.models._libraries import import_library, reason, tried
+from fourbit.models._tokens import BEGIN, END, PAD
 
 Kind = Literal["text", "image", "translation"]
 HUB_TIMEOUT_S = 10
@@ -196,8 +197,6 @@ def build_hf(rest: str, num_classes: int, in_channels: int, image_size: int | No
     else:
         _adapt_to_tokens(config, num_classes)
     if kind == "translation":
-        from fourbit.models._transformer import BEGIN, END, PAD
-
         config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BEGIN, END
         config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id = BEGIN, None, None
     elif kind == "text":

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError
 from fourbit.models._base import register
-
-PAD, BEGIN, END = 0, 1, 2
-"""Tokens with a meaning: padding, begin and end of a sentence."""
+from fourbit.models._tokens import BEGIN, END, PAD
 
 
 class Transformer(nn.Module):

@@ -8,7 +8,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Value, signed, unsigned
 
 from fourbit.formats import FloatFormat, Format, IntFormat
 from fourbit.hardware._float import Float
-from fourbit.hardware._quantizer import RANDOM_BITS
+from fourbit.hardware._unit import RANDOM_BITS
 from fourbit.hardware.units._bits import Live, Stages, shift_right, wire
 
 if TYPE_CHECKING:

@@ -366,7 +366,7 @@ class Library:
 
     @property
     def isa(self) -> str:
-        """Instruction set in use, one of ISAS; at first the widest that the processor has."""
+        """Instruction set in use, one of ISAS; at first the fastest that the processor has."""
         return self._dll.fourbit_isa().decode()
 
     def use_isa(self, name: str) -> bool:
@@ -401,7 +401,7 @@ def _load() -> tuple[Library | None, str]:
         return None, f"{path.name} could not be used ({error}); build it again: python -m fourbit.kernels.cpu._build"
     if asked and not loaded.use_isa(asked):
         raise UserError(
-            f"{ISA_VARIABLE} is {asked}, but {loaded.isa} is the widest that this processor and build have."
+            f"{ISA_VARIABLE} is {asked}, which this processor or build does not have: leave it out, or set it to {loaded.isa}."
         )
     return loaded, ""
 
