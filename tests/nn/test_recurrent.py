@@ -346,6 +346,7 @@ def test_the_first_exponent_fits_the_largest_gradient_of_all_steps(cls):
     assert 0.7 < float(a.norm() / b.norm()) < 1.2 and torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("cls", [fb.nn.LSTM, fb.nn.GRU])
 def test_an_empty_batch_is_an_empty_result(cls):
     rnn = cls(4, 8, spec=catalog.TPR)

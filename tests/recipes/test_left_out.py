@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fourbit as fb
+from fourbit.errors import UserError
 from fourbit.recipes import Explanation, catalog
 from fourbit.recipes._count import counting
 
@@ -375,3 +376,40 @@ def test_torchscript_and_quantized_parts_are_named_and_do_not_stop_the_rest():
     assert set(fb.quantized_layers(fb.restore(net))) == set()
     with pytest.raises(fb.UserError, match=r"nothing to convert: .* TorchScript cannot be converted"):
         fb.convert(torch.jit.script(nn.Linear(4, 4)), ONE)
+
+
+class Remembers(nn.Module):
+    """Keeps a feature with its graph, as code with an auxiliary loss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.last = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.feature = self.norm(self.first(x)).relu()
+        return self.last(self.second(self.feature).mean((2, 3)))
+
+
+def test_explain_leaves_nothing_on_a_model_that_stores_features_and_copies_one_that_has():
+    net = Remembers()
+    before = fb.explain(net, "ibm2020", (2, 3, 8, 8)).chains
+    assert not hasattr(net, "feature") and not any("copy of the model" in c.end for c in before)
+    net(torch.randn(2, 3, 8, 8))
+    kept = net.feature
+    assert fb.explain(net, "ibm2020", (2, 3, 8, 8)).chains == before and net.feature is kept
+
+
+def test_a_layer_put_in_after_conversion_is_not_explained_as_converted():
+    net = fb.convert(Remembers(), "ibm2020")
+    whole = fb.explain(net, "ibm2020", (2, 3, 8, 8))
+    net.second = nn.Conv2d(8, 8, 3)
+    found = fb.explain(net, "ibm2020", (2, 3, 8, 8))
+    layer = next(layer for layer in found.layers if layer.name == "second")
+    assert layer.spec is None and "put in after the model was converted" in str(found)
+    assert whole.shares()["4 x 4"] > 0.5 and "4 x 4" not in found.shares()
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(UserError, match=r"the model is of type NoneType, but must be a torch\.nn\.Module"):
+        fb.convert(None, "ibm2020")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fourbit import backends
 from fourbit.chains import Link, watch_chains
@@ -58,7 +59,7 @@ def chains_of(model: nn.Module, convert: Any, input: Input) -> tuple[ChainExplan
         )
     found: list[tuple[Link, LayerState | str]] = []
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, _results_stored_on(model))
         if not quantized_layers(twin):
             convert(twin)
         twin.train()
@@ -73,6 +74,12 @@ def chains_of(model: nn.Module, convert: Any, input: Input) -> tuple[ChainExplan
         reason = f"a copy of the model does not train on this input ({first_line(error)})"
         return (ChainExplanation(everything[:1], reason, False),)
     return tuple(_explained(twin, found))
+
+
+def _results_stored_on(model: nn.Module) -> dict[int, Any]:
+    """Tensors with a graph that a forward pass has left on modules, which cannot be copied, and what stands for them in a copy."""
+    stored = [t for m in model.modules() for t in tree_leaves(list(vars(m).values())) if isinstance(t, Tensor)]
+    return {id(t): t.detach() for t in stored if t.grad_fn is not None}
 
 
 def _explained(model: nn.Module, found: list[tuple[Link, LayerState | str]]) -> list[ChainExplanation]:

@@ -79,6 +79,11 @@ class _Layer(NamedTuple):
     reason: str = ""
 
 
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
+
+
 def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
     """Which rule each matrix-like layer falls under; changes nothing.
 
@@ -86,8 +91,7 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
         UserError: not a module, layers whose weights are not made yet, no convertible layer, or a rule that is not optional
             matches nothing, or nothing that is left.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
+    _require_module(model)
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise UserError(f"{lazy} has no shape yet, as its layer is lazy: run the model on a batch first.")
@@ -231,6 +235,7 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
     >>> type(fb.convert(net, "ibm2020")[1])
     <class 'fourbit.nn._layers.Linear'>
     """
+    _require_module(model)
     recipe = resolve(recipe)
     if products not in get_args(Products):
         raise UserError(f"products must be 'fast' or 'exact', not {products!r}")

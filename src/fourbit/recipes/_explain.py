@@ -7,7 +7,9 @@ Of a model that is converted already, also what its layers have learned and deci
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,7 +41,7 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
         UserError: as `convert`, and if the model does not run on the input.
     """
     recipe = resolve(recipe)
-    assignments = assign(model, recipe)
+    assignments = _as_they_are(assign(model, recipe))
     owners = Owners(model, assignments)
     run = None if input is None else _run(model, assignments, owners, input)
     sizes = run.sizes if run else {}
@@ -54,6 +56,31 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
         tuple(f"{owners.names[m] or 'the model'}: {operator}" for m, operator in run.counts.unknown) if run else (),
         tuple if input is None else lambda: chains_of(model, lambda twin: convert(twin, recipe), input),
     )
+
+
+def _as_they_are(assignments: list[Assignment]) -> list[Assignment]:
+    """Of a model that is converted, without a rule for what was put in later."""
+    if all(a.quantized is None or isinstance(a.quantized, MatMul) for a in assignments):
+        return assignments
+    reason = "put in after the model was converted: restore(model) and convert again"
+    return [
+        replace(a, rule=None, reason=reason)
+        if a.quantized is None and a.rule is not None and a.rule.spec is not None
+        else a
+        for a in assignments
+    ]
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What a forward pass stores on modules is afterwards what it was."""
+    before = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _explain_layer(assignment: Assignment, sizes: list[Use] | None) -> LayerExplanation:
@@ -140,7 +167,7 @@ def _run(model: nn.Module, assignments: list[Assignment], owners: Owners, input:
         for module, _ in modes:
             module.training = False
         x = batch_for(model, input)
-        with torch.enable_grad(), counting(model, covered) as counts:
+        with torch.enable_grad(), _unchanged(model), counting(model, covered) as counts:
             run_on(model, x)
     finally:
         for module, mode in modes:

@@ -268,11 +268,12 @@ void multiply_as(Task& task) {
 
 bool multiply(MatMul* t) {
   if (!has_ranges(t->of) || (t->integers && t->turned)) return false;
+  t->clipped = 0.0;
+  if (!t->rows || !t->columns) return true;  // nothing to share among the threads
   Task task(*t);
   if (!task.way.bytes) multiply_as<In16>(task);
   else if (t->turned) multiply_as<In8<false>>(task);
   else multiply_as<In8<true>>(task);
-  t->clipped = 0.0;
   for (double clipped : task.clipped) t->clipped += t->packed ? clipped : 0.0;
   return true;
 }
