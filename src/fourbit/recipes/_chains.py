@@ -77,7 +77,7 @@ def chains_of(model: nn.Module, convert: Any, input: Input) -> tuple[ChainExplan
 
 
 def _results_stored_on(model: nn.Module) -> dict[int, Any]:
-    """Tensors with a graph that a forward pass has left on modules, which cannot be copied, and what stands for them in a copy."""
+    """What stands, in a copy, for the tensors with a graph that a forward pass has left on modules: these cannot be copied."""
     stored = [t for m in model.modules() for t in tree_leaves(list(vars(m).values())) if isinstance(t, Tensor)]
     return {id(t): t.detach() for t in stored if t.grad_fn is not None}
 
