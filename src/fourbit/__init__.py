@@ -33,30 +33,38 @@ if TYPE_CHECKING:
     from fourbit.ops import Accumulation as Accumulation
     from fourbit.ops import LayerSpec as LayerSpec
     from fourbit.quantizers import Amax as Amax
+    from fourbit.quantizers import Block as Block
+    from fourbit.quantizers import BlockScale as BlockScale
     from fourbit.quantizers import ClipValue as ClipValue
     from fourbit.quantizers import FixedScale as FixedScale
     from fourbit.quantizers import GradScale as GradScale
+    from fourbit.quantizers import Hadamard as Hadamard
     from fourbit.quantizers import LossScaled as LossScaled
     from fourbit.quantizers import QTensor as QTensor
     from fourbit.quantizers import QuantSpec as QuantSpec
     from fourbit.quantizers import Rounding as Rounding
     from fourbit.quantizers import Sawb as Sawb
+    from fourbit.quantizers import Tile as Tile
     from fourbit.quantizers import quantize as quantize
     from fourbit.quantizers import round_to_format as round_to_format
     from fourbit.recipes import LossScaler as LossScaler
+    from fourbit.recipes import Phase as Phase
     from fourbit.recipes import Recipe as Recipe
     from fourbit.recipes import Rule as Rule
+    from fourbit.recipes import Scheduler as Scheduler
     from fourbit.recipes import convert as convert
     from fourbit.recipes import depthwise as depthwise
     from fourbit.recipes import explain as explain
     from fourbit.recipes import first as first
     from fourbit.recipes import kernel_size as kernel_size
     from fourbit.recipes import last as last
+    from fourbit.recipes import last_share as last_share
     from fourbit.recipes import loss_scaler as loss_scaler
     from fourbit.recipes import memory_report as memory_report
     from fourbit.recipes import name as name
     from fourbit.recipes import param_groups as param_groups
     from fourbit.recipes import restore as restore
+    from fourbit.recipes import scheduler as scheduler
 
 _HOME = {
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
@@ -67,6 +75,8 @@ _HOME = {
         ("Amax", "ClipValue", "FixedScale", "GradScale", "LossScaled", "QTensor", "QuantSpec"), "quantizers"
     ),
     **dict.fromkeys(("Rounding", "Sawb", "quantize", "round_to_format"), "quantizers"),
+    **dict.fromkeys(("Block", "BlockScale", "Hadamard", "Tile"), "quantizers"),
+    **dict.fromkeys(("Phase", "Scheduler", "last_share", "scheduler"), "recipes"),
     **dict.fromkeys(("LossScaler", "Recipe", "Rule", "convert", "depthwise", "explain", "first"), "recipes"),
     **dict.fromkeys(
         ("kernel_size", "last", "loss_scaler", "memory_report", "name", "param_groups", "restore"), "recipes"

@@ -51,11 +51,11 @@ def call_quantize(f: Fuzz) -> tuple[str, str]:
     """fourbit.quantize with kernels and without."""
     x, spec = f.tensor(f.shape(f.one(0, 1, 2, 4)), f.one(torch.float32, torch.bfloat16, torch.float16)), f.one(*SPECS)
     stored = torch.tensor(1.4) if isinstance(spec.scaling, ClipValue) else None
-    axis = f.one(0, 1, -1) if spec.granularity == "channel" else None
+    axis = f.one(0, 1, -1)
 
     def once() -> Tensor | None:
         try:
-            return quantize(x, spec, channel_axis=axis, stored=stored, key=7).q
+            return quantize(x, spec, sums=axis, stored=stored, key=7).q
         except CLEAN:
             return None
 

@@ -233,8 +233,8 @@ def test_scalars_float64_and_empty_tensors_quantize(name):
         assert found.q.float().tolist() == fb.round_to_format(x.float() * 2, spec.format).tolist()
 
 
-def test_a_channel_axis_that_is_not_there_is_refused():
+def test_an_axis_that_is_not_there_is_refused():
     spec = QuantSpec("int4_sym", Amax(), "channel")
     for axis in (2, -3):
         with pytest.raises(UserError, match="has 2 axes"):
-            quantize(torch.ones(2, 3), spec, channel_axis=axis)
+            quantize(torch.ones(2, 3), spec, sums=axis)

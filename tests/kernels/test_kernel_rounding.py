@@ -83,7 +83,6 @@ OPERANDS = {
     "E2M1": (QuantSpec("fp4_e2m1", Amax()), None),
     "FP16 1-6-9": (QuantSpec("fp16_169"), None),
     "INT8": (QuantSpec("int8", Amax()), None),
-    "per channel": (QuantSpec("int4_sym", Amax(), "channel"), None),
     "integers beyond a nibble": (QuantSpec(formats.Codebook("20s", table=range(20, 30)), FixedScale(0.1)), None),
     "two samples": (QuantSpec("fp4_r2", Amax(), rounding=Rounding.STOCHASTIC, samples=2), None),
 }
@@ -133,8 +132,8 @@ def test_the_kernels_take_what_the_recipes_need():
     """Parity of kernels that decline everything would be worth nothing."""
     for save, allowed in ((False, set()), (True, {"PACT on a stochastic grid"})):
         for name, (spec, stored) in OPERANDS.items():
-            taken = compare(request_for(numbers(500, torch.float32), spec, 0, stored, 5, save=save))
-            if name not in allowed | {"per channel", "two samples"}:
+            taken = compare(request_for(numbers(500, torch.float32), spec, None, stored, 5, save=save))
+            if name not in allowed | {"two samples"}:
                 assert all(has for kernel, has in taken.items() if kernel.startswith("cpu")), (name, save, taken)
 
 
@@ -154,7 +153,7 @@ def test_any_length_rounds_as_the_reference_does(operand, dtype):
     spec, stored = operand
     with threads(3):
         for size in SIZES:
-            compare(request_for(numbers(size, dtype), spec, 0, stored, 7, save=True))
+            compare(request_for(numbers(size, dtype), spec, None, stored, 7, save=True))
 
 
 @every_operand
@@ -162,11 +161,9 @@ def test_any_length_rounds_as_the_reference_does(operand, dtype):
 def test_any_order_of_axes_rounds_as_the_reference_does(operand, dtype):
     spec, stored = operand
     for x in layouts(numbers(3 * 5 * 7 * 9, dtype).view(3, 5, 7, 9)).values():
-        compare(request_for(x, spec, 1, stored, 7, save=True))
-    channel_axis = None if spec.granularity == "tensor" else 0
+        compare(request_for(x, spec, None, stored, 7, save=True))
     for shape in ((), (1,), (1, 1, 1, 1), (0, 3), (3, 0, 2)):
-        if shape or channel_axis is None:
-            compare(request_for(torch.full(shape, 0.7).to(dtype), spec, channel_axis, stored, 7, save=True))
+        compare(request_for(torch.full(shape, 0.7).to(dtype), spec, None, stored, 7, save=True))
 
 
 @every_operand
@@ -180,10 +177,10 @@ def test_nan_and_infinity_reach_the_scale_and_leave_the_other_elements_alone(ope
         fixed = isinstance(spec.scaling, (Amax, Sawb))
         compare(
             request_for(
-                x, dataclasses.replace(spec, scaling=FixedScale(0.25)) if fixed else spec, 0, stored, 7, save=True
+                x, dataclasses.replace(spec, scaling=FixedScale(0.25)) if fixed else spec, None, stored, 7, save=True
             )
         )
-        assert quantize(x, spec, channel_axis=0, stored=stored, key=7).scale.isnan().any()
+        assert quantize(x, spec, stored=stored, key=7).scale.isnan().any()
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,7 +217,6 @@ def test_two_grids_from_one_read_equal_one_after_the_other(implementation, dtype
     "spec",
     [
         QuantSpec("fp8_152", GradScale()),
-        QuantSpec("fp4_r4_odd", GradScale(), "channel"),
         QuantSpec("fp4_r4_odd", GradScale(), rounding=Rounding.STOCHASTIC),
         QuantSpec("fp4_r4_odd", GradScale(), rounding=Rounding.TRUNCATE),
     ],
@@ -228,9 +224,10 @@ def test_two_grids_from_one_read_equal_one_after_the_other(implementation, dtype
 )
 def test_a_pair_with_one_member_that_has_no_kernel_is_declined_or_right(implementation, spec):
     x = numbers(640, torch.float32).view(64, 10)
-    stored = torch.zeros(64, 1, dtype=torch.int32) if spec.granularity == "channel" else torch.tensor(0)
+    stored = torch.tensor(0)
     requests = [
-        request_for(x, each, 0, stored, key=3) for each in (dataclasses.replace(spec, format=formats.FP4_R4_EVEN), spec)
+        request_for(x, each, None, stored, key=3)
+        for each in (dataclasses.replace(spec, format=formats.FP4_R4_EVEN), spec)
     ]
     (scale, first), (_, second) = map(reference, requests)
     found = implementation(*requests, scale)

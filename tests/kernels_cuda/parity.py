@@ -25,7 +25,7 @@ from torch import Tensor
 from fourbit import formats
 from fourbit.formats import CATALOG, Format
 from fourbit.kernels.cuda import _quantize
-from fourbit.quantizers import Amax, ClipValue, FixedScale, QuantSpec, Request, Rounding, Sawb, pack
+from fourbit.quantizers import Amax, ClipValue, FixedScale, QuantSpec, Request, Rounding, Sawb, Tile, pack
 from fourbit.quantizers._spec import _round
 from fourbit.quantizers._statistics import Statistics
 
@@ -35,7 +35,7 @@ SIZES = {"small": (1, 31, 64, 65, 4097), "full": (1, 31, 32, 33, 63, 64, 65, 409
 def compare_round(request: Request, scale: Tensor) -> None:
     ours = _quantize.round_one(request, scale)
     assert ours is not None, "the kernel declined"
-    theirs = _round(request, scale, Statistics(request.x, request.dims))
+    theirs = _round(request, scale, Statistics(request.x))
     number = ~request.x.isnan()
     assert ours.q is not None and theirs.q is not None
     assert ours.q.dtype == theirs.q.dtype and ours.q.stride() == theirs.q.stride()
@@ -148,7 +148,7 @@ def special_checks(device: str) -> Iterator[Check]:
 
     def channels_decline() -> None:
         x = sample(12, torch.float32, device).view(3, 4)
-        request = Request(x, QuantSpec(formats.INT4_SYM, FixedScale(), "channel"), formats.INT4_SYM, dims=(1,))
+        request = Request(x, QuantSpec(formats.INT4_SYM, FixedScale(), "channel"), formats.INT4_SYM, tile=Tile(1, None))
         assert _quantize.round_one(request, torch.ones(3, 1, device=device)) is None
 
     yield "amax of NaN is NaN", nan_poisons

@@ -252,9 +252,6 @@ def test_a_contraction_without_an_order_is_refused():
         def fprop(self, x, w):
             return torch.outer(x, w)
 
-        def channel_axis(self, operand):
-            return -1
-
         def size(self, x, w, y):
             return ProductSize(1, x.numel(), w.numel(), 1, x.numel(), w.numel())
 

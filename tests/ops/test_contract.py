@@ -151,21 +151,23 @@ def test_all_six_slots_agree_with_a_float64_computation_from_the_quantized_opera
 @every_contraction
 def test_channel_scales_agree_with_a_float64_computation(case):
     contraction = case[0]
-    if getattr(contraction, "transposed", False) and contraction.groups > 1:
-        with pytest.raises(UserError, match="no single output-channel axis"):
-            contraction.channel_axis("w")
-        return
     channel = QuantSpec(formats.INT4_SYM, Amax(), "channel")
-    spec = LayerSpec(x_fprop=channel, w_fprop=channel, g_dgrad=channel, w_dgrad=INT4, g_wgrad=channel)
+    spec = LayerSpec(x_fprop=INT4, w_fprop=channel, g_dgrad=channel, w_dgrad=INT4, g_wgrad=channel, x_wgrad=channel)
     y, dx, dw, x, w, g = run(case, spec)
-    axes = {name: contraction.channel_axis(name) for name in "xwg"}
-    xq, wq, gq = (
-        quantize(t, channel, channel_axis=axes[n]).dequantize().double() for n, t in (("x", x), ("w", w), ("g", g))
-    )
+
+    def rounded(which, operand, t):
+        orientation = contraction.orientation(which, operand, t.shape)
+        q = quantize(orientation.of(t), channel, sums=(2, 3) if which != "dgrad" else (0, 1, 2))
+        q = quantize(orientation.of(t).transpose(1, 3), channel, sums=(2, 3)) if which == "dgrad" else q
+        m = q.dequantize().double()
+        return orientation.back(m.transpose(1, 3) if which == "dgrad" else m)
+
+    xq, wq, gq = quantize(x, INT4).dequantize().double(), rounded("fprop", "w", w), rounded("dgrad", "g", g)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(y.double(), contraction.fprop(xq, wq), **close)
     w_int4 = quantize(w, INT4).dequantize().double()
     torch.testing.assert_close(dx.double(), Contraction.dgrad(contraction, gq, w_int4, x.double()), **close)
+    gq, xq = rounded("wgrad", "g", g), rounded("wgrad", "x", x)
     torch.testing.assert_close(dw.double(), Contraction.wgrad(contraction, gq, xq, w.double()), **close)
 
 
@@ -274,8 +276,9 @@ def test_clipped_sawb_zeroes_the_gradient_of_clipped_weights_and_plain_sawb_pass
 def test_reuse_where_the_scale_varies_along_the_summed_axis_is_refused_with_the_remedy():
     channel = QuantSpec(formats.INT4_SYM, Amax(), "channel")
     with pytest.raises(UserError, match=r"write w_dgrad=QuantSpec"):
-        LayerSpec(w_fprop=channel)
-    LayerSpec(w_fprop=channel, w_dgrad=INT4)
+        LayerSpec(w_fprop=channel, g_dgrad=INT4)
+    LayerSpec(w_fprop=channel, w_dgrad=INT4, g_dgrad=INT4)
+    LayerSpec(w_fprop=channel)  # a product in full precision takes any numbers
 
 
 @pytest.mark.parametrize(

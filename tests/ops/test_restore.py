@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fourbit import LayerSpec, QuantSpec, nn
 from fourbit.errors import UserError
 from fourbit.formats import FP4_R4_EVEN, FP4_R4_ODD
-from fourbit.ops import REUSE
+from fourbit.ops import REUSE, LinearMap
 from fourbit.ops._restore import restored
 from fourbit.quantizers import GradScale, quantize, request_for, run
 
@@ -82,7 +82,7 @@ def test_a_gradient_of_zeros_and_one_that_underflows():
 def test_squares_of_tiny_gradients_do_not_underflow():
     spec = QuantSpec(FP4_R4_EVEN, GradScale(), restore="magnitude")
     g = torch.randn(64, 8) * 1e-24
-    quantized = restored(g, run(request_for(g, spec, None, torch.tensor(84))), spec, 1).tensor
+    quantized = restored(g, run(request_for(g, spec, None, torch.tensor(84))), spec, LinearMap()).tensor
     found = quantized.q.double() * quantized.scale.double()
     assert float((found * g.double()).sum() / g.double().square().sum()) == pytest.approx(1, abs=1e-3)
 

@@ -121,7 +121,7 @@ def test_ordinary_weights_get_the_published_line():
 )
 def test_sawb_is_the_same_per_tensor_per_channel_with_kernels_and_without(w):
     row = w.reshape(1, -1)
-    per_channel = quantize(row, QuantSpec(formats.INT4_SYM, Sawb(), "channel"), channel_axis=0)
+    per_channel = quantize(row, QuantSpec(formats.INT4_SYM, Sawb(), "row"))
     whole = quantize(row, QuantSpec(formats.INT4_SYM, Sawb()))
     with backends.without("cpu"):
         reference = quantize(row, QuantSpec(formats.INT4_SYM, Sawb()))
@@ -137,8 +137,8 @@ def test_sawb_refuses_a_format_without_published_coefficients_unless_told():
 
 def test_amax_saturates_nothing_per_tensor_and_per_channel():
     x = torch.randn(6, 5, 4)
-    for spec, axis in ((QuantSpec("int4_sym", Amax()), None), (QuantSpec("int4_sym", Amax(), "channel"), 1)):
-        result = quantize(x, spec, channel_axis=axis)
+    for spec in (QuantSpec("int4_sym", Amax()), QuantSpec("int4_sym", Amax(), "channel")):
+        result = quantize(x, spec, sums=(0, 2))
         assert result.q.abs().max() == 7
         assert (x - result.dequantize()).abs().max() <= result.scale.max() / 2 * (1 + 1e-6)
     assert result.scale.shape == (1, 5, 1)
@@ -215,10 +215,10 @@ def test_amax_of_any_layout_equals_the_plain_maximum():
 def test_misuse_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="floating-point"):
         quantize(torch.arange(3), QuantSpec("int4"))
-    with pytest.raises(UserError, match="channel_axis"):
-        quantize(torch.ones(3), QuantSpec("int4", Amax(), "channel"))
+    with pytest.raises(UserError, match="sums is 1, but the tensor has 1 axes"):
+        quantize(torch.ones(3), QuantSpec("int4", Amax(), "channel"), sums=1)
     with pytest.raises(UserError, match="granularity"):
-        QuantSpec("int4", Amax(), "row")
+        QuantSpec("int4", Amax(), "column")
     with pytest.raises(UserError, match="one clip value"):
         QuantSpec("uint4", ClipValue(), "channel")
     with pytest.raises(UserError, match="positive"):

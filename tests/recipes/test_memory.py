@@ -66,10 +66,10 @@ NARROW = [format for format in formats.CATALOG.values() if format.bits <= 4]
 
 @pytest.mark.parametrize("rounding", list(Rounding), ids=lambda r: r.value)
 @pytest.mark.parametrize("format", NARROW, ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_no_format_of_four_bits_is_kept_as_anything_but_codes(format, rounding, granularity):
     x = QuantSpec(format, Amax(), granularity, rounding)
-    spec = LayerSpec(x_fprop=x, w_fprop=QuantSpec(format, Amax(), rounding=rounding))
+    spec = LayerSpec(x_fprop=x, w_fprop=QuantSpec(format, Amax(), rounding=rounding), x_wgrad=x)
     for layer, shape in (
         (fb.nn.Linear(64, 32, spec=spec), (128, 64)),
         (fb.nn.Conv2d(64, 8, 3, spec=spec), (2, 64, 9, 9)),

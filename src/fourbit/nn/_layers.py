@@ -164,7 +164,7 @@ class MatMul(Quantized):
 
     def attach(self, spec: LayerSpec, seed: int = 0, index: int = 0, products: Products = "fast") -> None:
         """As for every layer; GradScale per channel is refused, because the number of channels is not fixed."""
-        if spec.g_scaling is not None and spec.g_scaling.granularity == "channel":
+        if spec.g_scaling is not None and spec.g_scaling.in_tiles:
             raise UserError("MatMul has no fixed output channels: use GradScale with granularity='tensor'")
         super().attach(spec, seed, index, products)
 

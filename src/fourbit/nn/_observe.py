@@ -128,7 +128,7 @@ def _stats_of(x: Tensor, quantized: QTensor) -> OperandStats:
     if x.numel() == 0:
         return OperandStats(0, 0.0, float(quantized.scale.max()), 0.0, 0.0, math.inf, 0.0)
     x = x.to(torch.float32)
-    scale = quantized.scale
+    scale = quantized.scales
     xq = quantized.dequantize()
     magnitude = x.abs()
     total = magnitude.sum(dtype=torch.float64)
@@ -140,7 +140,7 @@ def _stats_of(x: Tensor, quantized: QTensor) -> OperandStats:
     return OperandStats(
         numel=x.numel(),
         amax=float(magnitude.max()),
-        scale=float(scale.max()),
+        scale=float(quantized.scale.max() if quantized.each is None else quantized.each[0].max()),
         underflow=float(((xq == 0) & (x != 0)).sum()) / max(nonzero, 1),
         saturation=float(((x < limits[0]) | (x > limits[1])).sum()) / x.numel(),
         sqnr_db=10 * math.log10(power / noise) if noise > 0 and power > 0 else math.nan if noise != 0 else math.inf,
@@ -149,7 +149,7 @@ def _stats_of(x: Tensor, quantized: QTensor) -> OperandStats:
 
 
 def _histogram_of(x: Tensor, quantized: QTensor) -> dict[str, object]:
-    magnitude = (x.to(torch.float32) / quantized.scale).abs()
+    magnitude = (x.to(torch.float32) / quantized.scales).abs()
     finite = magnitude[magnitude.isfinite() & (magnitude > 0)]
     logs = finite.log2_().clamp_(LOG2_EDGES[0], LOG2_EDGES[-1] - 1e-3)
     counts = torch.histc(logs, len(LOG2_EDGES) - 1, LOG2_EDGES[0], LOG2_EDGES[-1])

@@ -22,8 +22,8 @@ def _run(x: Tensor, w: Tensor, contraction: Contraction, spec: LayerSpec, state:
             raise UserError(
                 "stochastic rounding would repeat its random words: pass state=LayerState(spec) and keep it"
             )
-        channels = w.shape[contraction.channel_axis("w")]
-        state = LayerState(spec, channels).to(x.device)
+        groups, rows, *_ = contraction.orientation("fprop", "w", w.shape).shape
+        state = LayerState(spec, groups * rows).to(x.device)
     if state.spec != spec:
         raise UserError(
             "the state was made for another spec: make one with LayerState(spec) for each spec, and keep it"

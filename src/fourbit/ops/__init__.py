@@ -18,6 +18,7 @@ from fourbit.ops._handover import OperandHandover as OperandHandover
 from fourbit.ops._handover import ResultHandover as ResultHandover
 from fourbit.ops._matrices import Matrices as Matrices
 from fourbit.ops._node import Node as Node
+from fourbit.ops._orientation import Orientation as Orientation
 from fourbit.ops._pending import LOCK as LOCK
 from fourbit.ops._pending import STEPS as STEPS
 from fourbit.ops._pending import Pending as Pending
@@ -34,6 +35,7 @@ from fourbit.ops._product import finish as finish
 from fourbit.ops._recurrent import Recurrence as Recurrence
 from fourbit.ops._recurrent import recurrent as recurrent
 from fourbit.ops._second import once as once
+from fourbit.ops._spec import OPERANDS as OPERANDS
 from fourbit.ops._spec import REUSE as REUSE
 from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec

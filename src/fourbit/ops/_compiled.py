@@ -11,6 +11,7 @@ the operators do to the state (votes, first clip values) happens inside and is n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,25 @@ from torch import Tensor
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of
+from fourbit.ops._orientation import Orientation
 from fourbit.ops._product import Layout, Operand
+from fourbit.ops._rotate import WHICH
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState, state_of
-from fourbit.quantizers import BLOCK, Packed, QuantSpec, as_packed, carrier_dtype, is_packable
+from fourbit.quantizers import (
+    BLOCK,
+    BlockScale,
+    BlockScales,
+    Packed,
+    Tile,
+    as_packed,
+    carrier_dtype,
+    fits_bfloat16,
+    is_packable,
+    scale_fits_byte,
+    scale_shape,
+)
 
 
 def _canonical(t: Tensor, contraction: Contraction, operand: str) -> Tensor:
@@ -48,16 +63,61 @@ def _masks(spec: LayerSpec) -> list[str]:
     return [op for op in "xw" if (s := spec.resolved(f"{op}_fprop")) is not None and s.scaling.clips]
 
 
-def _blank_operand(t: Tensor, spec: QuantSpec, contraction: Contraction, operand: str) -> list[Tensor]:
-    """Shapes of an operand as it is saved: data and scale."""
-    if is_packable(spec.format) and spec.samples == 1:
-        data = t.new_empty((t.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
+@dataclass(frozen=True)
+class _Form:
+    """How an operand is saved: its shape, [groups, rows, spots, sums] with an orientation, and the tile of its scales."""
+
+    shape: torch.Size
+    orientation: Orientation | None
+    tile: Tile
+
+    @staticmethod
+    def of(t: Tensor, slot: str, spec: LayerSpec, contraction: Contraction) -> _Form:
+        resolved = spec.resolved(slot)
+        assert resolved is not None
+        if not resolved.needs_orientation:
+            return _Form(t.shape, None, Tile(None, None))
+        origin = slot if getattr(spec, slot) is not REUSE else f"{slot[0]}_fprop"
+        orientation = contraction.orientation(WHICH[origin], slot[0], t.shape)
+        shape, transform = list(orientation.shape), spec.transform(origin)
+        if transform is not None:
+            shape[3] += -shape[3] % transform.size
+        return _Form(torch.Size(shape), orientation, spec.tile(slot))
+
+    @property
+    def has_blocks(self) -> bool:
+        return not (self.tile.is_tensor or self.tile.is_row)
+
+    def scale_shape(self) -> list[int]:
+        if self.tile.is_row and self.shape[0] * self.shape[1] != 1:
+            return [self.shape[0], self.shape[1], 1, 1]
+        return []
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contraction) -> list[Tensor]:
+    """Shapes of an operand as it is saved: data, scale, and scales of blocks."""
+    form, resolved = _Form.of(t, slot, spec, contraction), spec.resolved(slot)
+    assert resolved is not None
+    packed = is_packable(resolved.format) and resolved.samples == 1
+    scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
+    if packed:
+        data = t.new_empty((form.shape.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
     else:
-        dtype = torch.float32 if spec.samples > 1 else carrier_dtype(spec.format)
-        data = _blank(t, dtype, contraction, operand)
-    axis = contraction.channel_axis(operand) % t.dim() if spec.granularity == "channel" else None
-    shape = [] if axis is None or t.shape[axis] == 1 else [t.shape[axis] if d == axis else 1 for d in range(t.dim())]
-    return [data, t.new_empty(shape, dtype=torch.float32)]
+        dtype = torch.float32 if resolved.samples > 1 else carrier_dtype(resolved.format)
+        if form.has_blocks:
+            exact = resolved.samples == 1 and fits_bfloat16(resolved.format, scale_format)
+            dtype = torch.bfloat16 if exact else torch.float32
+        oriented = form.orientation is not None
+        data = t.new_empty(form.shape, dtype=dtype) if oriented else _blank(t, dtype, contraction, slot[0])
+    found = [data, t.new_empty(form.scale_shape(), dtype=torch.float32)]
+    if packed and form.has_blocks:
+        dtype = torch.uint8 if scale_fits_byte(scale_format) else torch.float32
+        found.append(t.new_empty(scale_shape(form.shape, form.tile), dtype=dtype))
+    return found
 
 
 @torch.library.custom_op("fourbit::contract", mutates_args=())
@@ -84,6 +144,8 @@ def _forward(
         data, scale = operand.q, operand.scale
         assert scale is not None
         tensors += [data.data if isinstance(data, Packed) else data, scale.clone()]
+        if isinstance(data, Packed) and data.blocks is not None:
+            tensors.append(data.blocks.data)
     tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
     return [_canonical(y, contraction, "g"), *tensors]
 
@@ -103,11 +165,10 @@ def _(
     of = {"x": x, "w": w}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, (x_alpha is not None, w_alpha is not None)):
-        resolved = spec.resolved(slot)
-        assert resolved is not None
-        tensors += _blank_operand(of[slot[0]], resolved, contraction, slot[0])
+        tensors += _blank_operand(of[slot[0]], slot, spec, contraction)
     for op in _masks(spec):
-        tensors.append(x.new_empty((of[op].numel() + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
+        num = _Form.of(of[op], f"{op}_fprop", spec, contraction).shape.numel()
+        tensors.append(x.new_empty((num + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
     y = contraction.fprop(x.to(dtype), w.to(dtype))
     return [_canonical(torch.empty_like(y), contraction, "g"), *tensors]
 
@@ -130,10 +191,18 @@ def _backward(
     for slot in _stored_slots(spec, (learned[0], learned[1])):
         operand, resolved = of[slot[0]], spec.resolved(slot)
         assert resolved is not None
+        form = _Form.of(operand, slot, spec, contraction)
         data, scale, format = left.pop(0), left.pop(0), state.format_of(slot[0], resolved)
         if is_packable(format) and resolved.samples == 1:
-            data = as_packed(data, operand.shape, operand.stride(), format)
-        kept[slot] = Operand(data, scale, format, resolved.samples == 1)
+            blocks = None
+            if form.has_blocks:
+                scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
+                block_data = left.pop(0)
+                blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, form.tile)
+            stride = operand.stride() if form.orientation is None else _contiguous(form.shape)
+            data = as_packed(data, form.shape, stride, format, blocks)
+        on_grid = resolved.samples == 1 and not form.has_blocks
+        kept[slot] = Operand(data, scale, None if form.has_blocks else format, on_grid, None, form.orientation)
     masks = {op: left.pop(0) for op in _masks(spec)}
     saved = Saved(
         kept.get("x_wgrad", Operand(of["x"])),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, fprop, needs_of
+from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, exact_weight, fprop, needs_of
 from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._node import Node
 from fourbit.ops._pending import numbers_of, settle_all
-from fourbit.ops._product import Layout, Operand
+from fourbit.ops._rotate import turned
 from fourbit.ops._saved import Saved
 from fourbit.ops._second import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._state import LayerState
@@ -133,16 +133,13 @@ def _to_be_differentiated(ctx: Any, gradient: OutputGradient) -> tuple[Tensor | 
         return (*(refused(t, what, remedy) for t in (dx, *others)), None)
     if dx is not None and gradient.g is not None:
         saved = Saved.of(ctx.outline, ctx.saved_tensors)
-        w = _numbers(saved.w, rounded[0].dtype, saved.w_layout)
+        if turned(ctx.state.spec, "dgrad", saved.x_mask) or turned(ctx.state.spec, "wgrad", saved.w_mask):
+            what, remedy = "a gradient of a rotated layer", "call restore(model) first"
+            return (*(refused(t, what, remedy) for t in (dx, *others)), None)
+        w = saved.w_layout.match(exact_weight(saved.w, ctx.contraction, ctx.state).to(rounded[0].dtype))
         masks = saved.x_mask, saved.w_mask
         weight, pair = ctx.weight(), (rounded[0], w)
         dx = differentiable_dgrad(dx, gradient.g, weight, ctx.state.w_alpha, ctx.contraction, pair, masks)
     what = "the gradient of a quantized layer's weight or clip value"
     remedy = "take the penalty from gradients of inputs only, or call restore(model) first"
     return (dx, *(refused(t, what, remedy) for t in others), None)
-
-
-def _numbers(kept: Operand, dtype: torch.dtype, layout: Layout) -> Tensor:
-    """An operand in full precision, in its layout."""
-    numbers = kept.to(dtype)
-    return layout.match(numbers if kept.scale is None else numbers * kept.scale)

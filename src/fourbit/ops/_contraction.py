@@ -18,6 +18,7 @@ from torch import Tensor
 from fourbit.errors import UserError
 from fourbit.ops import _matrices as matrices
 from fourbit.ops._matrices import Matrices
+from fourbit.ops._orientation import Orientation
 from fourbit.quantizers import is_dense
 
 Which = Literal["fprop", "dgrad", "wgrad"]
@@ -82,9 +83,16 @@ class Contraction(ABC):
             f"the order of additions is not defined for {type(self).__name__}: leave accumulation=None for such layers"
         )
 
-    @abstractmethod
-    def channel_axis(self, operand: str) -> int:
-        """The axis of "x" (input channel), "w" or "g" (output channel) that per-channel scales belong to."""
+    def orientation(self, which: Which, operand: str, shape: Sequence[int]) -> Orientation:
+        """How an operand "x", "w" or "g" of that shape lies in one of the products that it enters."""
+        raise UserError(
+            f"{type(self).__name__} does not say which axes its products sum over: use granularity='tensor' and no transform"
+        )
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the rows of a product's first operand are rows of its result, for all groups."""
+        return True
 
     @abstractmethod
     def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
@@ -118,9 +126,14 @@ class LinearMap(Contraction):
             return matrices.linear(matrices.rows(a).t(), matrices.rows(b), shape)
         return matrices.linear(matrices.rows(a), b if which == "dgrad" else b.t(), shape)
 
-    def channel_axis(self, operand: str) -> int:
-        """Last axis of x and g, first of w."""
-        return 0 if operand == "w" else -1
+    def orientation(self, which: Which, operand: str, shape: Sequence[int]) -> Orientation:
+        """Leading axes of x and g are rows, which wgrad sums over."""
+        axes = tuple(range(len(shape)))
+        leading, last = axes[:-1], axes[-1:]
+        if (operand == "w" and which == "dgrad") or which == "wgrad":
+            leading, last = last, leading
+        is_open = which == "wgrad"
+        return Orientation(tuple(shape), (1,) * len(shape), (), leading, (), last, is_open)
 
     def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
         """Rows times in_features times out_features."""
@@ -156,9 +169,20 @@ class Matmul(Contraction):
             return matrices.batched(g, lift(b, False, w_dim == 1).mT, shape[:-2], shape)
         return matrices.batched(lift(b, x_dim == 1, False).mT, g, shape[:-2], shape)
 
-    def channel_axis(self, operand: str) -> int:
-        """Last axis."""
-        return -1
+    @property
+    def keeps_rows(self) -> bool:
+        """A gradient may be summed over batches."""
+        return False
+
+    def orientation(self, which: Which, operand: str, shape: Sequence[int]) -> Orientation:
+        """The last axis of x, the last but one of w and the last of g are summed over, in the products that have them first."""
+        axes = tuple(range(len(shape)))
+        batch, row, last = axes[:-2], axes[-2:-1], axes[-1:]
+        if len(axes) == 1 and operand == "w":
+            row, last = last, row
+        if which == "wgrad" or (operand == "w" and which == "fprop"):
+            row, last = last, row
+        return Orientation(tuple(shape), (1,) * len(shape), batch, row, (), last, is_open=True)
 
     def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
         """One product per matrix of the batch; vectors are matrices of one row or column."""
@@ -246,15 +270,17 @@ class Convolution(Contraction):
         outward = (which == "fprop") != self.transposed
         return geometry.to_output(a, b) if outward else geometry.to_input(a, b, shape)
 
-    def channel_axis(self, operand: str) -> int:
-        """Axis 1 of x and g; of w axis 0, or 1 where transposed."""
-        if operand != "w":
-            return 1
-        if self.transposed and self.groups > 1:
-            raise UserError(
-                "a grouped transposed convolution has no single output-channel axis: use granularity='tensor'"
-            )
-        return 1 if self.transposed else 0
+    def orientation(self, which: Which, operand: str, shape: Sequence[int]) -> Orientation:
+        """Samples are rows and channels are summed over, the other way round in wgrad; pixels are spots."""
+        G, spots = self.groups, tuple(range(3, 1 + len(shape)))
+        if operand == "w":
+            split, merges = (G, shape[0] // G, *shape[1:]), (2, *(1 for _ in shape[1:]))
+            rows, sums = ((1,), (2,)) if (which == "fprop") != self.transposed else ((2,), (1,))
+            return Orientation(split, merges, (0,), rows, spots, sums)
+        split, merges = (shape[0], G, shape[1] // G, *shape[2:]), (1, 2, *(1 for _ in shape[2:]))
+        if which == "wgrad":
+            return Orientation(split, merges, (1,), (2,), spots, (0,), is_open=True)
+        return Orientation(split, merges, (1,), (0,), spots, (2,))
 
     def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
         """One product per group: pixels of the output (of the input where transposed) times channels times the weights that

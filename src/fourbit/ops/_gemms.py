@@ -20,12 +20,14 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._restore import restored
+from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
-from fourbit.ops._state import LayerState, along
+from fourbit.ops._state import LayerState
 from fourbit.quantizers import Packed, Quantized, QuantSpec
 
 Both = tuple[Quantized | None, Quantized | None]
@@ -78,10 +80,9 @@ def fprop(
     if isinstance(w, Tensor):
         state.begin(keeps_positive=over is None)
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
-    x_axis = _axis(contraction, "x", spec, "x_fprop", "x_wgrad")
     if over is None:
         x = contraction.prepare(x.detach(), "x")
-        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, spec.x_fprop, state, x_axis)
+        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, contraction, state)
     else:
         quantized = over.take()
         x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
@@ -93,7 +94,7 @@ def fprop(
     y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
     x_codes = x_saved
     if spec.x_wgrad is not REUSE and over is None:
-        _, x_saved, _ = _forward_operand("x_wgrad", x, spec.x_wgrad, state, x_axis)
+        _, x_saved, _ = _forward_operand("x_wgrad", x, contraction, state, x_codes)
     if isinstance(w, Weight):
         state.next_piece()
     x_layout = over.layout if over is not None else Layout.of(x)
@@ -104,11 +105,10 @@ def fprop(
 def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> Weight:
     """The weight as the products of one forward and backward pass take it."""
     spec, w = state.spec, contraction.prepare(w.detach(), "w")
-    axis = _axis(contraction, "w", spec, "w_fprop", "w_dgrad")
-    fprop, saved, mask = _forward_operand("w_fprop", w, spec.w_fprop, state, axis)
+    fprop, saved, mask = _forward_operand("w_fprop", w, contraction, state)
     codes = saved
     if spec.w_dgrad is not REUSE:
-        _, saved, _ = _forward_operand("w_dgrad", w, spec.w_dgrad, state, axis)
+        _, saved, _ = _forward_operand("w_dgrad", w, contraction, state, codes)
     return Weight(fprop, saved, codes, mask, Layout.of(w))
 
 
@@ -128,22 +128,39 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
 
 
 def _forward_operand(
-    slot: str, t: Tensor, spec: QuantSpec | None, state: LayerState, axis: int
+    slot: str, t: Tensor, contraction: Contraction, state: LayerState, of_fprop: Operand | None = None
 ) -> tuple[Operand, Operand, Tensor | None]:
-    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
+    """The operand for a product, as it is saved for backward, and the mask where clipping needs one.
+
+    Args:
+        of_fprop: what fprop had of the operand, for a slot that quantizes that.
+    """
+    spec = state.spec.resolved(slot)
     if spec is None:
         state.count_nonfinite(slot, t)
         return Operand(t), Operand(t), None
-    quantized = state.quantize(slot, t, spec, axis, save=True)
-    return *_kept(quantized, spec), quantized.mask
+    if spec.source == "fprop" and of_fprop is not None:
+        kept = of_fprop.natural(contraction, slot[0])
+        t = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
+    if not spec.needs_orientation:
+        quantized = state.quantize(slot, t, spec, save=True)
+        return *_kept(quantized, spec), quantized.mask
+    m, orientation = oriented(slot, t, contraction, state.spec)
+    quantized = state.quantize(slot, m, spec, save=True)
+    _, saved = _kept(quantized, spec, orientation)
+    return saved._replace(q=quantized.tensor.q).natural(contraction, slot[0]), saved, quantized.mask
 
 
-def _kept(quantized: Quantized, spec: QuantSpec | None) -> tuple[Operand, Operand]:
+def _kept(
+    quantized: Quantized, spec: QuantSpec | None, orientation: Orientation | None = None
+) -> tuple[Operand, Operand]:
     """The operand for a product, and as it is saved for backward."""
-    (q, scale, format), _, packed, _ = quantized
+    (q, scale, format, each), _, packed, _ = quantized
     scale = scale.view(()) if scale.numel() == 1 else scale
-    operand = Operand(q, scale, format, spec is not None and spec.samples == 1)
-    return _operand(operand), operand if packed is None else operand._replace(q=packed)
+    in_blocks = each is not None and not each[1].is_row  # their scales are in the numbers
+    on_grid = spec is not None and spec.samples == 1 and not in_blocks
+    operand = Operand(q, scale, None if in_blocks else format, on_grid, None, orientation)
+    return operand, operand if packed is None else operand._replace(q=packed)
 
 
 # ---- backward ----
@@ -181,7 +198,7 @@ def backward(
         state.count_nonfinite("g_dgrad", g if gradient.amax is None else gradient.amax)
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     if rounded is not None and g is not None:
-        rounded.append((g if for_dgrad is None else for_dgrad.tensor.dequantize()).to(compute))
+        rounded.append(_exact_gradient(g, for_dgrad, contraction, state).to(compute))
     dx = dw = dx_alpha = dw_alpha = None
     if needs[0]:
         dx, dx_alpha = dgrad(g, for_dgrad, saved, contraction, state, dtypes[0], compute, over)
@@ -193,12 +210,10 @@ def backward(
 def _quantize_gradient(g: Tensor, contraction: Contraction, state: LayerState, needs: tuple[bool, bool]) -> Both:
     """g for dgrad and for wgrad."""
     spec = state.spec
-    needs_axis = spec.g_scaling or spec.restores or not spec.per_channel.isdisjoint(("g_dgrad", "g_wgrad"))
-    axis = contraction.channel_axis("g") if needs_axis else 0
-    for_dgrad, for_wgrad = state.gradients(g, axis, *needs)
+    for_dgrad, for_wgrad = state.gradients(g, contraction, *needs)
     if spec.restores:
-        for_dgrad = restored(g, for_dgrad, spec.resolved("g_dgrad"), axis)
-        for_wgrad = restored(g, for_wgrad, spec.resolved("g_wgrad"), axis)
+        for_dgrad = restored(g, for_dgrad, spec.resolved("g_dgrad"), contraction)
+        for_wgrad = restored(g, for_wgrad, spec.resolved("g_wgrad"), contraction)
     return for_dgrad, for_wgrad
 
 
@@ -214,15 +229,21 @@ def dgrad(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = g w, [N, K] in a linear layer, and the gradient of the clip value of x; with `over`, the node before gets them."""
     spec = state.spec
-    a, late = _gradient(g, quantized, spec.resolved("g_dgrad"))
+    a, late = _gradient("g_dgrad", g, quantized, contraction, spec, saved.x_layout)
     sums = (spec.accumulation, state.sum_key("dgrad"))
-    gemm = Gemm("dgrad", contraction, a, _operand(saved.w), saved.x_layout, compute, state.products, *sums)
+    gemm = Gemm(
+        "dgrad", contraction, a, saved.w.natural(contraction, "w"), saved.x_layout, compute, state.products, *sums
+    )
     if over is not None and not over.link.is_visible():
         _give_back(gemm, spec, late, over)
         return None, None
     mask, codes = saved.x_mask, _codes(saved.x_codes)
     if over is not None and mask is not None and isinstance(codes, Packed):
         mask = over.inside(mask, codes)
+    if turned(spec, "dgrad", mask):
+        dx, _ = product(gemm, spec.output, compute, late)
+        key = state.rotation_key("fprop")
+        return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype)
     dx, dx_alpha = product(gemm, spec.output, dtype, late, mask, codes)
     if over is not None:  # the clip value is an input of the node before
         over.back.clipped.leave(clip_gradient(dx_alpha))
@@ -241,10 +262,15 @@ def wgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """dw = g^T x, [M, K] in a linear layer, and the gradient of the clip value of w."""
     spec = state.spec
-    after = (_axis(contraction, "w", spec, "g_wgrad"), len(saved.w_layout.shape))
-    a, late = _gradient(g, quantized, spec.resolved("g_wgrad"), after)
+    a, late = _gradient("g_wgrad", g, quantized, contraction, spec, saved.w_layout)
     sums = (spec.accumulation, state.sum_key("wgrad"))
-    gemm = Gemm("wgrad", contraction, a, _operand(saved.x), saved.w_layout, compute, state.products, *sums)
+    gemm = Gemm(
+        "wgrad", contraction, a, saved.x.natural(contraction, "x"), saved.w_layout, compute, state.products, *sums
+    )
+    if turned(spec, "wgrad", saved.w_mask):
+        dw, _ = product(gemm, spec.output, compute, late)
+        mask, codes, key = saved.w_mask, _codes(saved.w_codes), state.rotation_key("fprop")
+        return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype)
     return product(gemm, spec.output, dtype, late, saved.w_mask, _codes(saved.w_codes))
 
 
@@ -273,43 +299,60 @@ def clip_gradient(total: Tensor | None) -> Tensor | None:
     return None if total is None else total.view(1)
 
 
-# ---- scales per channel ----
-
-
-def _axis(contraction: Contraction, operand: str, spec: LayerSpec, *slots: str) -> int:
-    """The channel axis of an operand if any of `slots` has scales per channel (some layers have no such axis), else 0."""
-    return 0 if spec.per_channel.isdisjoint(slots) else contraction.channel_axis(operand)
-
-
-def _operand(kept: Operand) -> Operand:
-    """For a product; scales per channel are multiplied into the numbers."""
-    if kept.scale is None or not kept.scale.dim():
-        return kept
-    return Operand(kept.to(torch.float32) * kept.scale, None, kept.format)
-
-
 def _codes(kept: Operand | None) -> Packed | Tensor | None:
     return None if kept is None else kept.q
 
 
 def _gradient(
-    g: Tensor | None, quantized: Quantized | None, spec: QuantSpec | None, after: tuple[int, int] | None = None
+    slot: str, g: Tensor | None, quantized: Quantized | None, contraction: Contraction, spec: LayerSpec, result: Layout
 ) -> tuple[Operand, Tensor | None]:
-    """The gradient operand, and the scale to be taken out after the product was rounded.
-
-    Scales per channel come out as they are where the product keeps the channels (`after`: their axis in the result, and its
-    number of dimensions). Where it sums over them, what the channels differ by goes in before, and the largest comes out.
-    """
+    """The gradient operand, and the scale to be taken out after the product was rounded: of the tensor, or of each row of g,
+    which are rows of the result too."""
     if quantized is None:
         assert g is not None
         return Operand(g), None
-    q, scale, format = quantized.tensor
-    on_grid = spec is not None and spec.samples == 1 and spec.restore != "sum"
+    resolved = spec.resolved(slot)
+    on_grid = resolved is not None and resolved.samples == 1 and resolved.restore != "sum"
+    q, scale, format, each = quantized.tensor
+    if resolved is None or not resolved.needs_orientation:
+        return Operand(q, None, format, on_grid), scale.view(())
+    assert g is not None
+    origin = "g_dgrad" if getattr(spec, slot) is REUSE else slot
+    which = WHICH[slot]
     if scale.numel() == 1:
-        scale = scale.view(())
-    elif after is not None:
-        scale = along(scale.flatten(), *after)
+        late = scale.view(())
+    elif contraction.keeps_rows:
+        late = contraction.orientation("fprop", "x" if which == "dgrad" else "w", result.shape).spread(scale)
     else:
-        largest = scale.max()
-        q, scale, on_grid = q.to(torch.float32) * (scale / largest), largest, False
-    return Operand(q, None, format, on_grid), scale
+        late = scale.max()
+        q, on_grid = q.to(torch.float32) * (scale / late), False
+    in_blocks = each is not None and not each[1].is_row
+    orientation = contraction.orientation(WHICH[origin], "g", g.shape)
+    a = Operand(q, None, None if in_blocks else format, on_grid and not in_blocks, None, orientation)
+    return a.natural(contraction, "g"), late
+
+
+def _exact_gradient(g: Tensor, quantized: Quantized | None, contraction: Contraction, state: LayerState) -> Tensor:
+    """The gradient as dgrad has it, in full precision, not rotated."""
+    if quantized is None:
+        return g
+    spec = state.spec.resolved("g_dgrad")
+    numbers = quantized.tensor.dequantize()
+    if spec is None or not spec.needs_orientation:
+        return numbers
+    if spec.transform is not None:
+        numbers = spec.transform.undo(numbers, state.rotation_key("dgrad"))
+    return contraction.prepare(contraction.orientation("dgrad", "g", g.shape).back(numbers), "g")
+
+
+def exact_weight(kept: Operand, contraction: Contraction, state: LayerState) -> Tensor:
+    """The weight as dgrad has it, in full precision, not rotated."""
+    if kept.orientation is None:
+        numbers = kept.to(torch.float32)
+        return numbers if kept.scale is None else numbers * kept.scale
+    slot = "w_fprop" if state.spec.w_dgrad is REUSE else "w_dgrad"
+    numbers = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
+    transform = state.spec.transform(slot)
+    if transform is not None:
+        numbers = transform.undo(numbers, state.rotation_key(WHICH[slot]))
+    return contraction.prepare(kept.orientation.back(numbers), "w")

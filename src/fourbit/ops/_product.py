@@ -23,7 +23,8 @@ from fourbit import backends
 from fourbit.formats import Format
 from fourbit.ops._accumulation import Accumulation, accumulate
 from fourbit.ops._contraction import Contraction, Which
-from fourbit.quantizers import Packed, round_to_format, unpack_mask
+from fourbit.ops._orientation import Orientation
+from fourbit.quantizers import Packed, carrier_dtype, round_to_format, unpack_mask
 
 Products = Literal["fast", "exact"]
 """How backends may multiply.
@@ -39,8 +40,10 @@ Products = Literal["fast", "exact"]
 class Operand(NamedTuple):
     """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none).
 
-    `on_grid` says that the numbers are the format's own, and not multiplied by a scale per channel or averaged. `cache`, if
+    `on_grid` says that the numbers are the format's own, and not multiplied by the scales of parts or averaged. `cache`, if
     there is one, says that the operand enters several products of one kind: a backend may keep its own form of it there.
+    With an `orientation` it is kept as [groups, rows, spots, sums], perhaps with a scale of each row, and is no operand of a
+    product before `natural` has made it one.
     """
 
     q: Tensor | Packed
@@ -48,6 +51,18 @@ class Operand(NamedTuple):
     format: Format | None = None
     on_grid: bool = False
     cache: dict[str, Any] | None = None
+    orientation: Orientation | None = None
+
+    def natural(self, contraction: Contraction, name: str) -> Operand:
+        """As a product takes it: "x", "w" or "g" with its own axes, and at most one scale."""
+        if self.orientation is None:
+            return self
+        q, scale = self.q, self.scale
+        if isinstance(q, Packed):
+            q = q.unpack(carrier_dtype(self.format) if self.on_grid and self.format else torch.float32)
+        if scale is not None and scale.dim():
+            q, scale = q.to(torch.float32) * scale, None
+        return Operand(contraction.prepare(self.orientation.back(q), name), scale, self.format, self.on_grid)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fourbit.ops._contraction import Contraction
 from fourbit.quantizers import Quantized, QuantSpec
 
 
-def restored(g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, axis: int) -> Quantized | None:
-    """`quantized`, the rounding of g, with a corrected scale (magnitude) or corrected numbers (sum).
-
-    Args:
-        axis: of the output channels in g.
-    """
+def restored(
+    g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, contraction: Contraction
+) -> Quantized | None:
+    """`quantized`, the rounding of g, with a corrected scale (magnitude) or corrected numbers (sum, of each output channel)."""
     if quantized is None or spec is None or not spec.restore:
         return quantized
-    q, scale, _ = quantized.tensor
+    q, scale, *_ = quantized.tensor
     exact, numbers = (
         g.to(torch.float32) / scale,
         q.to(torch.float32),
@@ -25,6 +24,6 @@ def restored(g: Tensor, quantized: Quantized | None, spec: QuantSpec | None, axi
         projection = (exact * numbers).sum()
         factor = torch.where(projection > 0, exact.square().sum() / projection, 1.0)
         return quantized._replace(tensor=quantized.tensor._replace(scale=scale * factor))
-    dims = [d for d in range(g.dim()) if d != axis % g.dim()]
-    lost = (exact - numbers).mean(dims, keepdim=True)
+    orientation = contraction.orientation("wgrad", "g", g.shape)
+    lost = orientation.spread(orientation.of(exact - numbers).mean((2, 3), keepdim=True))
     return quantized._replace(tensor=quantized.tensor._replace(q=numbers + lost))

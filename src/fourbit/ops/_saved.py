@@ -12,8 +12,8 @@ from torch import Tensor
 from fourbit.ops._product import Layout, Operand
 from fourbit.quantizers import Packed
 
-NUM_TENSORS = 10
-"""How many tensors a `Saved` has: numbers and scale of four operands, and two masks."""
+NUM_TENSORS = 14
+"""How many tensors a `Saved` has: numbers, scale and scales of blocks of four operands, and two masks."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Saved:
         """What `outline` and `tensors` took apart."""
         kept, x_layout, w_layout = outline
         *data, x_mask, w_mask = tensors
-        x, w, x_codes, w_codes = (_restore(k, data[2 * i : 2 * i + 2]) for i, k in enumerate(kept))
+        x, w, x_codes, w_codes = (_restore(k, data[3 * i : 3 * i + 3]) for i, k in enumerate(kept))
         assert x is not None and w is not None
         return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout)
 
@@ -61,18 +61,23 @@ class Saved:
         return [Saved.of(o, tensors[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]) for i, o in enumerate(outlines)]
 
 
-def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None]:
+def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if kept is None:
-        return None, None
-    return (kept.q.data if isinstance(kept.q, Packed) else kept.q), kept.scale
+        return None, None, None
+    if not isinstance(kept.q, Packed):
+        return kept.q, kept.scale, None
+    return kept.q.data, kept.scale, None if kept.q.blocks is None else kept.q.blocks.data
 
 
 def _outline(kept: Operand | None) -> Operand | None:
     if kept is None:
         return None
     q = kept.q
-    bare = Packed(_NOTHING, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else _NOTHING
-    return Operand(bare, None, kept.format, kept.on_grid)
+    bare: Packed | Tensor = _NOTHING
+    if isinstance(q, Packed):
+        blocks = None if q.blocks is None else q.blocks._replace(data=_NOTHING)
+        bare = Packed(_NOTHING, q.shape, q.stride, q.signed, q.grid, blocks)
+    return Operand(bare, None, kept.format, kept.on_grid, None, kept.orientation)
 
 
 _NOTHING = torch.empty(0)
@@ -81,6 +86,9 @@ _NOTHING = torch.empty(0)
 def _restore(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
     if outline is None:
         return None
-    q, (data, scale) = outline.q, tensors
-    whole = Packed(data, q.shape, q.stride, q.signed, q.grid) if isinstance(q, Packed) else data
-    return Operand(whole, scale, outline.format, outline.on_grid)
+    q, (data, scale, block_data) = outline.q, tensors
+    whole = data
+    if isinstance(q, Packed):
+        blocks = None if q.blocks is None else q.blocks._replace(data=block_data)
+        whole = Packed(data, q.shape, q.stride, q.signed, q.grid, blocks)
+    return Operand(whole, scale, outline.format, outline.on_grid, None, outline.orientation)

@@ -9,14 +9,15 @@ Each slot is a QuantSpec, None (full precision), or REUSE: the numbers that an e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
 from fourbit.ops._accumulation import Accumulation
-from fourbit.quantizers import QuantSpec
+from fourbit.quantizers import Hadamard, QuantSpec, Tile, tile_of
 
 
 class Reuse(Enum):
@@ -35,6 +36,12 @@ SLOTS = ("x_fprop", "w_fprop", "g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad")
 """Names of the six operand slots."""
 
 _REUSED_FROM = {"w_dgrad": "w_fprop", "x_wgrad": "x_fprop", "g_wgrad": "g_dgrad"}
+
+OPERANDS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgrad": ("g_wgrad", "x_wgrad")}
+"""The slots that meet in a product."""
+
+_CHANNELS_SUMMED = ("x_fprop", "g_dgrad", "w_dgrad")
+"""Where the channels (of x those of the input, else of the output) lie along the summed axis."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,67 @@ class LayerSpec:
                 raise UserError(f"{slot} comes first and has nothing to reuse: give it a QuantSpec or None")
             if not (value is None or isinstance(value, (QuantSpec, Reuse))):
                 raise UserError(f"{slot} must be a QuantSpec, REUSE or None, not {value!r}")
-        if self.w_dgrad is REUSE and self.w_fprop is not None and self.w_fprop.granularity == "channel":
-            raise UserError(
-                "w_dgrad=REUSE needs a scale that is constant along the output channels, which dgrad sums over, but w_fprop "
-                "has one per channel: write w_dgrad=QuantSpec(...) with granularity='tensor'"
-            )
+        self._check_tiles()
+        self._check_transforms()
         self._check_scalings()
+
+    def _check_tiles(self) -> None:
+        for slot in ("x_fprop", "w_dgrad"):
+            spec = getattr(self, slot)
+            if isinstance(spec, QuantSpec) and spec.granularity == "channel":
+                raise UserError(
+                    f"{slot}: the product sums over these channels, and no scale per channel can be taken out of it: "
+                    "write granularity='row' or 'tensor'"
+                )
+        for slot, origin in _REUSED_FROM.items():
+            spec = getattr(self, origin)
+            which = slot.partition("_")[2]
+            in_full_precision = any(self.resolved(other) is None for other in OPERANDS[which])
+            if getattr(self, slot) is not REUSE or not isinstance(spec, QuantSpec) or in_full_precision:
+                continue
+            tile = self.tile(origin)
+            if tile != tile.T and tile.T.sums is not None:
+                raise UserError(
+                    f"{slot}=REUSE needs a scale that is constant along the axis that {which} sums over, or "
+                    f"square tiles, but {origin} has one per {spec.granularity}: write {slot}=QuantSpec(...) of its own, or "
+                    "give both granularity='tensor'"
+                )
+
+    def _check_transforms(self) -> None:
+        for which, slots in OPERANDS.items():
+            transforms = [self.transform(slot) for slot in slots]
+            if transforms[0] != transforms[1]:
+                first, second = (f"{slot} has {t or 'none'}" for slot, t in zip(slots, transforms, strict=True))
+                raise UserError(
+                    f"both operands of {which} are rotated alike, but {first} and {second}: give both the same transform (an "
+                    "operand in full precision and one that is reused have none)"
+                )
+        for slot in SLOTS:
+            spec = getattr(self, slot)
+            if not isinstance(spec, QuantSpec) or spec.source == "exact":
+                continue
+            if slot not in ("w_dgrad", "x_wgrad"):
+                raise UserError(f"{slot}: source='fprop' is for w_dgrad and x_wgrad, which come after fprop")
+            if self.resolved(_REUSED_FROM[slot]) is None:
+                raise UserError(f"{slot}: source='fprop' needs {_REUSED_FROM[slot]} to be quantized")
+
+    def tile(self, slot: str) -> Tile:
+        """Who shares a scale in a slot, in the orientation of its own product (with REUSE: of the one that it comes from)."""
+        spec = self.resolved(slot)
+        origin = _REUSED_FROM[slot] if getattr(self, slot) is REUSE else slot
+        return Tile(None, None) if spec is None else tile_of(spec.granularity, origin not in _CHANNELS_SUMMED)
+
+    def transform(self, slot: str) -> Hadamard | None:
+        """How a slot is rotated along the axis that its own product sums over."""
+        spec = getattr(self, slot)
+        return spec.transform if isinstance(spec, QuantSpec) else None
+
+    def rotated_result(self, which: str) -> Hadamard | None:
+        """The rotation that dx (dgrad) or dw (wgrad) comes out with, because w or x is as fprop had it."""
+        slot = "w_dgrad" if which == "dgrad" else "x_wgrad"
+        value = getattr(self, slot)
+        from_fprop = value is REUSE or (isinstance(value, QuantSpec) and value.source == "fprop")
+        return self.transform(_REUSED_FROM[slot]) if from_fprop else None
 
     def _check_scalings(self) -> None:
         kinds = {slot: self.resolved(slot) for slot in SLOTS}
@@ -100,6 +162,26 @@ class LayerSpec:
                     f"g_dgrad ({g_d}) and g_wgrad ({g_w}) share one scale per layer: give both the same scaling and granularity"
                 )
 
+    def raised(self, slots: Iterable[str]) -> LayerSpec:
+        """The same with some slots in full precision. What reused one of them and is not raised itself is quantized by its
+        spec as before.
+
+        Raises:
+            UserError: a slot that is left would need what is gone: a clip value, or what fprop had.
+        """
+        gone = set(slots)
+        changed: dict[str, QuantSpec | Reuse | None] = dict.fromkeys(gone, None)
+        for slot, origin in _REUSED_FROM.items():
+            value = getattr(self, slot)
+            if slot in gone or origin not in gone:
+                continue
+            if value is REUSE:
+                spec = self.resolved(origin)
+                changed[slot] = None if spec is None else replace(spec, transform=None)  # that was along another axis
+            elif isinstance(value, QuantSpec) and value.source == "fprop":
+                changed[slot] = replace(value, source="exact")
+        return replace(self, **changed)  # type: ignore[arg-type]
+
     def resolved(self, slot: str) -> QuantSpec | None:
         """The QuantSpec that applies in `slot`, REUSE followed to its origin."""
         return self._resolved[slot]
@@ -108,11 +190,6 @@ class LayerSpec:
     def _resolved(self) -> dict[str, QuantSpec | None]:
         values = {slot: getattr(self, slot) for slot in SLOTS}
         return {slot: values[_REUSED_FROM[slot]] if value is REUSE else value for slot, value in values.items()}
-
-    @cached_property
-    def per_channel(self) -> frozenset[str]:
-        """The slots with scales per channel."""
-        return frozenset(slot for slot, spec in self._resolved.items() if spec and spec.granularity == "channel")
 
     @cached_property
     def restores(self) -> bool:

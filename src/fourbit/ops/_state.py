@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.errors import UserError
 from fourbit.formats import Format
-from fourbit.ops._contraction import Which
+from fourbit.ops._contraction import Contraction, LinearMap, Which
 from fourbit.ops._product import Products
-from fourbit.ops._spec import REUSE, SLOTS, LayerSpec
+from fourbit.ops._rotate import WHICH, oriented
+from fourbit.ops._spec import OPERANDS, REUSE, SLOTS, LayerSpec
 from fourbit.ops._stored import StoredState
 from fourbit.quantizers import (
     UNSET,
@@ -24,6 +26,7 @@ from fourbit.quantizers import (
     Quantized,
     QuantSpec,
     Request,
+    Rotation,
     amax_of,
     best_clip_value,
     exponent_scale,
@@ -33,11 +36,6 @@ from fourbit.quantizers import (
     run_pair,
     stream_key,
 )
-
-
-def along(t: Tensor, axis: int, num_dims: int) -> Tensor:
-    """A tensor with one entry per channel (or 0-d), broadcastable along `axis` of a tensor with `num_dims` axes."""
-    return t.view([-1 if d == axis % num_dims else 1 for d in range(num_dims)]) if t.dim() else t
 
 
 def _in_backward() -> bool:
@@ -90,6 +88,30 @@ class LayerState(StoredState):
         super().__setstate__(state)
         self.handle = _enter(self)
 
+    def respec(self, spec: LayerSpec) -> None:
+        """Another spec from the next forward pass on; what the layer remembers stays.
+
+        Raises:
+            UserError: the spec needs something that the layer has not remembered so far.
+        """
+        if spec == self.spec:
+            return
+        for operand in ("x", "w"):
+            wanted = getattr(spec, f"{operand}_fprop")
+            if wanted is not None and wanted.scaling.stored_kind == "alpha" and operand not in self._clipped:
+                raise UserError(
+                    f"{operand}_fprop would need a clip value, which this layer has never had: convert again"
+                )
+        scaled = spec.g_scaling
+        if scaled is not None and (
+            self.g_amax is None or (scaled.scaling.stored_kind == "exponent" and self.g_exponent is None)
+        ):
+            raise UserError("the gradient would need a GradScale, which this layer has never had: convert again")
+        if spec.stochastic and self.step is None:
+            raise UserError("the spec draws random words, which this layer has never done: convert again")
+        self.spec = spec
+        self.handle = _enter(self)  # a compiled graph holds for one spec
+
     def begin(self, keeps_positive: bool = True) -> None:
         """Start of a forward pass: apply what the last backward pass voted for.
 
@@ -125,29 +147,38 @@ class LayerState(StoredState):
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
         self._piece += 1
 
-    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, axis: int, save: bool = False) -> Quantized:
-        """An operand of the forward pass, quantized; with `save`, also what backward needs of it."""
+    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False) -> Quantized:
+        """An operand of the forward pass, quantized; with `save`, also what backward needs of it.
+
+        Args:
+            x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
+        """
         format: Format | None = None
         stored: Tensor | None = None
         if spec.scaling.stored_kind == "alpha":
             format, stored = self._clip(slot[0], x, spec)
-        result = run(request_for(x, spec, axis, stored, self._key(slot, spec), format, save))
-        self._saw(slot, x, result)
+        key, rotation = self._key(slot, spec), self._rotation(slot)
+        request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation)
+        result = run(request)
+        self._saw(slot, request, result)
         return result
 
-    def gradients(self, g: Tensor, axis: int, need_x: bool, need_w: bool) -> tuple[Quantized | None, Quantized | None]:
+    def gradients(
+        self, g: Tensor, contraction: Contraction, need_x: bool, need_w: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
         """The output gradient, quantized for dgrad and wgrad; None where it is not quantized, not needed, or reused.
 
-        Records the largest gradient, and sets the first exponent from it.
+        With scales for parts of it, or a rotation, as [groups, rows, spots, sums]. Records the largest gradient, and sets the
+        first exponent from it.
         """
         self._differentiate()
         wgrad = self.spec.g_wgrad
         first = self.spec.g_dgrad if need_x or wgrad is REUSE else None
         second = wgrad if need_w and isinstance(wgrad, QuantSpec) else None
         one_pass = self._known and self._one_pass(first, second)
-        exponent = None if one_pass else self._see(g, axis)
+        exponent = None if one_pass else self._see(g, contraction)
         for_dgrad, for_wgrad = (
-            None if spec is None else self._request(slot, g, spec, axis, exponent)
+            None if spec is None else self._request(slot, self._oriented(slot, g, spec, contraction), spec, exponent)
             for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
         )
         if one_pass and for_dgrad and for_wgrad:
@@ -157,10 +188,15 @@ class LayerState(StoredState):
         seen = both[0] or both[1]
         if one_pass and seen is not None:
             self._record(self._scaled(seen.amax))
-        for slot, result in zip(("g_dgrad", "g_wgrad"), both, strict=True):
-            if result is not None:
-                self._saw(slot, g, result)
+        for slot, request, result in zip(("g_dgrad", "g_wgrad"), (for_dgrad, for_wgrad), both, strict=True):
+            if request is not None and result is not None:
+                self._saw(slot, request, result)
         return both
+
+    def _oriented(self, slot: str, g: Tensor, spec: QuantSpec, contraction: Contraction) -> Tensor:
+        if not spec.needs_orientation:
+            return g
+        return oriented(slot, g, contraction, self.spec)[0]
 
     def awaits_first_batch(self, operand: str) -> bool:
         """Whether the clip value of an operand ("x" or "w") is to be taken from the first training batch, and is not yet."""
@@ -177,8 +213,8 @@ class LayerState(StoredState):
         return self.training and self.g_exponent is not None and not self._exponents_known()
 
     def see_first_gradient(self, g: Tensor) -> None:
-        """Take it from `g`, channels last, which stands for all gradients that will come in pieces."""
-        self._see(g, -1)
+        """Take it from `g`, that of a linear layer, which stands for all gradients that will come in pieces."""
+        self._see(g, LinearMap())
 
     def operand_request(self, x: Tensor) -> Request | None:
         """How a node before this layer is to quantize the layer's input `x` (a tensor that gives only shape and layout).
@@ -201,12 +237,7 @@ class LayerState(StoredState):
         if spec is None or not self.training or self.spec.x_wgrad is not REUSE:
             return None
         clip = spec.scaling
-        if (
-            not isinstance(clip, ClipValue)
-            or spec.stochastic
-            or spec.granularity != "tensor"
-            or self._form_of("x") is None
-        ):
+        if not isinstance(clip, ClipValue) or spec.stochastic or spec.needs_orientation or self._form_of("x") is None:
             return None
         format, alpha = self._clip("x", x, spec)
         return Request(x, spec, format, None, alpha, None, save=True) if has_integer_codes(format) else None
@@ -214,7 +245,7 @@ class LayerState(StoredState):
     def gradient_request(self, g: Tensor) -> Request | None:
         """How dgrad's operand is made of one output gradient like `g` after the other; None where `gradients` must do it."""
         specs = self.gradient_specs(True, False)
-        return self._request("g_dgrad", g, specs[0], -1, self._exponent()) if specs else None
+        return self._request("g_dgrad", g, specs[0], self._exponent()) if specs else None
 
     def settle(self) -> None:
         """No backward pass will come for the forward pass that decided the form of x: the next one may use it in full."""
@@ -266,26 +297,28 @@ class LayerState(StoredState):
             and scaled is not None
             and scaled.scaling.stored_kind == "exponent"
             and any(specs)
-            and all(s is None or (s.scaling, s.granularity) == (scaled.scaling, "tensor") for s in specs)
+            and all(s is None or (s.scaling == scaled.scaling and not s.needs_orientation) for s in specs)
         )
 
-    def _request(self, slot: str, g: Tensor, spec: QuantSpec, axis: int, exponent: Tensor | None = None) -> Request:
+    def _request(self, slot: str, g: Tensor, spec: QuantSpec, exponent: Tensor | None = None) -> Request:
         stored = None
         if spec.scaling.stored_kind == "exponent":
-            stored = along(exponent if exponent is not None else self._exponent(), axis, g.dim())
-        return request_for(g, spec, axis if spec.granularity == "channel" else None, stored, self._key(slot, spec))
+            stored = exponent if exponent is not None else self._exponent()
+        rotation = self._rotation(slot)
+        return request_for(g, spec, self.spec.tile(slot), stored, self._key(slot, spec), rotation=rotation)
 
     def _exponent(self) -> Tensor:
         assert self.g_exponent is not None
         return self.g_exponent
 
-    def _saw(self, slot: str, x: Tensor, result: Quantized) -> None:
+    def _saw(self, slot: str, request: Request, result: Quantized) -> None:
         if not isinstance(result.amax, float):
             self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
         elif not math.isfinite(result.amax):
             self.nonfinite["xwg".index(slot[0])] += 1
         if self.observer is not None:
-            self.observer.record(slot, x.detach(), result.tensor)
+            x = request.x if request.rotation is None else request.rotation.apply(request.x)
+            self.observer.record(slot, x, result.tensor)
 
     def count_nonfinite(self, slot: str, t: Tensor | float) -> None:
         """Count NaN or infinity in an operand that is not quantized, or in its largest magnitude."""
@@ -294,7 +327,7 @@ class LayerState(StoredState):
         elif not math.isfinite(t):
             self.nonfinite["xwg".index(slot[0])] += 1
 
-    def _see(self, g: Tensor, axis: int) -> Tensor | None:
+    def _see(self, g: Tensor, contraction: Contraction) -> Tensor | None:
         """Record the largest gradient, set the first exponent from it, and return the exponent to use (None: no GradScale).
 
         A backward pass in evaluation mode takes its exponent from the gradient at hand and leaves the layer's alone.
@@ -302,8 +335,10 @@ class LayerState(StoredState):
         g_spec = self.spec.g_scaling
         if g_spec is None or self.g_amax is None:
             return None
-        dims = tuple(d for d in range(g.dim()) if d != axis % g.dim()) if g_spec.granularity == "channel" else None
-        amax = amax_of(g, dims).view(self.g_amax.shape)
+        if g_spec.in_tiles:  # one for each output channel, the rows of wgrad
+            amax = amax_of(contraction.orientation("wgrad", "g", g.shape).of(g), (2, 3)).view(self.g_amax.shape)
+        else:
+            amax = amax_of(g)
         exponent = self.g_exponent
         if exponent is not None:
             first = g_spec.scaling.first_exponent(amax)  # type: ignore[attr-defined]
@@ -344,6 +379,18 @@ class LayerState(StoredState):
             assert self.step is not None
             self._count = [int(n) for n in self.step.tolist()]
         return self._count[0]
+
+    def _rotation(self, slot: str) -> Rotation | None:
+        transform = self.spec.transform(slot)
+        return None if transform is None else Rotation(transform, self.rotation_key(WHICH[slot]))
+
+    def rotation_key(self, which: Which) -> int | None:
+        """The key of the signs of a product's rotation, where they are fresh; the same forward and backward in one step."""
+        transform = self.spec.transform(OPERANDS[which][0])
+        if transform is None or not transform.is_fresh or self.step is None:
+            return None
+        stream = len(SLOTS) + len(OPERANDS) + tuple(OPERANDS).index(which)
+        return stream_key(self.seed, self.index, self._step(), stream)
 
     def sum_key(self, which: Which) -> int | None:
         """The key of a product's random words, where the accumulation draws some; they differ from those of all slots."""

@@ -93,7 +93,7 @@ def learned(state: LayerState) -> tuple[bool, bool]:
 
 def plain_dgrad(steps: list[Saved]) -> Callable[[Tensor], Tensor]:
     """dgrad in full precision, with the weight as it was quantized."""
-    kept = _unpacked(steps[0].w)
+    kept = _unpacked(steps[0].w.natural(LINEAR, "w"))
     w = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
     return lambda g: g @ w.to(g.dtype)
 
@@ -171,7 +171,7 @@ class Differentiating:
         self._steps, self._state, self._dtypes, self._reverse = steps, state, (compute, compute), reverse
         self._left = len(steps)
         self._alpha: Tensor | None = None
-        self._w = _unpacked(steps[0].w)._replace(cache={}) if steps else None
+        self._w = _unpacked(steps[0].w.natural(LINEAR, "w"))._replace(cache={}) if steps else None
 
     def __call__(self, g: Tensor) -> Tensor:
         """dgrad: the gradient of this step's input."""
@@ -241,6 +241,7 @@ def _unpacked(kept: Operand) -> Operand:
 
 def _stacked(steps: list[Operand], spec: LayerSpec) -> Operand:
     """The operands of all steps as one; with one scale, if all have the same."""
+    steps = [s.natural(LINEAR, "x") for s in steps]
     first = steps[0]
     resolved = spec.resolved("x_wgrad")
     if first.scale is None or (resolved is not None and isinstance(resolved.scaling, ClipValue)):

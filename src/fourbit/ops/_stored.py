@@ -102,7 +102,7 @@ class StoredState(nn.Module):
         exponent = amax = None
         g_spec = spec.g_scaling
         if g_spec is not None:
-            shape = (num_channels,) if g_spec.granularity == "channel" else ()
+            shape = (num_channels,) if g_spec.in_tiles else ()
             amax = torch.full(shape, -1.0, dtype=torch.float32)
             if isinstance(g_spec.scaling, GradScale):
                 init = g_spec.scaling.init

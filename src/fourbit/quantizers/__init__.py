@@ -1,5 +1,8 @@
 """From a tensor to numbers of a format and back: rounding rules, scales, random words."""
 
+from fourbit.quantizers._blocks import BlockScale as BlockScale
+from fourbit.quantizers._blocks import fits_bfloat16 as fits_bfloat16
+from fourbit.quantizers._blocks import scale_fits_byte as scale_fits_byte
 from fourbit.quantizers._packed import BLOCK as BLOCK
 from fourbit.quantizers._packed import Packed as Packed
 from fourbit.quantizers._packed import as_packed as as_packed
@@ -49,6 +52,16 @@ from fourbit.quantizers._statistics import Moments as Moments
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense
 from fourbit.quantizers._statistics import memory_flat as memory_flat
+from fourbit.quantizers._tiles import Block as Block
+from fourbit.quantizers._tiles import BlockScales as BlockScales
+from fourbit.quantizers._tiles import Granularity as Granularity
+from fourbit.quantizers._tiles import Tile as Tile
+from fourbit.quantizers._tiles import fold as fold
+from fourbit.quantizers._tiles import scale_shape as scale_shape
+from fourbit.quantizers._tiles import tile_of as tile_of
+from fourbit.quantizers._tiles import unfold as unfold
+from fourbit.quantizers._transform import Hadamard as Hadamard
+from fourbit.quantizers._transform import Rotation as Rotation
 from fourbit.quantizers._words import mix64 as mix64
 from fourbit.quantizers._words import random_words as random_words
 from fourbit.quantizers._words import stream_key as stream_key

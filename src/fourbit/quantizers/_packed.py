@@ -8,7 +8,7 @@ Masks hold element i in bit i mod 8 of byte i / 8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.formats import Format
 from fourbit.quantizers._statistics import memory_flat
+from fourbit.quantizers._tiles import BlockScales
 
 BLOCK = 64
 """Elements per block."""
@@ -36,16 +37,20 @@ def has_integer_codes(format: Format) -> bool:
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed codes, and what is needed to get the tensor back: `grid`, or None for integers, `signed` or not."""
+    """Packed codes, and what is needed to get the tensor back: `grid`, or None for integers, `signed` or not; `blocks`, the
+    scales of an operand [G, R, S, K] in tiles."""
 
     data: Tensor
     shape: torch.Size
     stride: tuple[int, ...]
     signed: bool
     grid: tuple[float, ...] | None = None
+    blocks: BlockScales | None = None
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The grid values, in the original shape and order of axes."""
+        """The grid values, times their block's scale, in the original shape and order of axes."""
+        if self.blocks is not None:
+            return self.blocks.times(replace(self, blocks=None).unpack(torch.float32)).to(dtype)
         found = backends.dispatch("unpack", self, dtype)
         if found is not None:
             return found
@@ -72,10 +77,12 @@ def pack(q: Tensor, format: Format) -> Packed:
     return as_packed(data.view(torch.uint8).reshape(-1), q.shape, q.stride(), format)
 
 
-def as_packed(data: Tensor, shape: torch.Size, stride: tuple[int, ...], format: Format) -> Packed:
+def as_packed(
+    data: Tensor, shape: torch.Size, stride: tuple[int, ...], format: Format, blocks: BlockScales | None = None
+) -> Packed:
     """Packed codes of `format` that are there already."""
     integers = has_integer_codes(format)
-    return Packed(data, shape, stride, integers and format.min < 0, None if integers else format.grid)
+    return Packed(data, shape, stride, integers and format.min < 0, None if integers else format.grid, blocks)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -63,14 +63,6 @@ class Scaling(ABC):
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """The scale for finite data: float32, 0-d, or broadcastable where channels have their own."""
 
-    def scale(self, x: Tensor, format: Format, dims: tuple[int, ...] | None, stored: Tensor | None) -> Tensor:
-        """The scale: float32, 0-d, or broadcastable against `x` where `dims` (the axes that share a scale) is given.
-
-        NaN for data with NaN or infinity.
-        """
-        statistics = Statistics(x, dims)
-        return self.of(statistics, format, stored) + statistics.amax * 0
-
     def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
         """Inside which range the straight-through gradient passes; None: everywhere."""
         return None
@@ -387,7 +379,3 @@ class LossScaled(Scaling):
 
     def __str__(self) -> str:
         return "loss scale"
-
-
-Granularity = Literal["tensor", "channel"]
-"""Who shares a scale: the whole tensor, or each channel (weights and gradients: output channel; activations: input)."""

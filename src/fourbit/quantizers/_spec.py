@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -23,13 +23,17 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
+from fourbit.quantizers._blocks import BlockScale, fits_bfloat16, quantize_tiles
 from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
 from fourbit.quantizers._round import Rounding, nearest_number, round_to_format
-from fourbit.quantizers._scaling import FixedScale, Granularity, Scaling
+from fourbit.quantizers._scaling import FixedScale, Scaling
 from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
+from fourbit.quantizers._tiles import Granularity, Tile, fold, require_granularity, tile_of, unfold
+from fourbit.quantizers._transform import Hadamard, Rotation
 from fourbit.quantizers._words import random_words, stream_key
 
 Restore = Literal["", "magnitude", "sum"]
+Source = Literal["exact", "fprop"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,17 @@ class QuantSpec:
     Args:
         format: a Format or the name of one.
         scaling: where the scale comes from.
-        granularity: "tensor" or "channel".
+        granularity: "tensor", "row", "channel", `Block(n)` or `Tile(rows, n)`: see `fourbit.quantizers.Tile`.
         rounding: a `Rounding`.
         samples: average of this many independent stochastic roundings (LUQ's SMP); 1 for other rules.
         restore: for gradients, what of the exact tensor x the products get back, which its rounding x^ has lost:
             "magnitude" multiplies their results by sum(x^2) / sum(x x^), so that the projection of x^ on x is x again, one
             number per tensor and GEMM; "sum" adds to each channel of x^ the same number, so that its sum is that of x (an
             experiment: the operand is no longer on the grid).
+        transform: rotates the operand along the axis that its product sums over, before anything else. Both operands of a
+            product have the same.
+        source: what is quantized. "exact": the tensor; "fprop": for w_dgrad and x_wgrad, what fprop had of it (quantized a
+            second time).
 
     >>> str(QuantSpec("fp4_e2m1"))
     'fp4_e2m1, fixed 1'
@@ -57,13 +65,28 @@ class QuantSpec:
     rounding: Rounding = Rounding.NEAREST
     samples: int = 1
     restore: Restore = ""
+    transform: Hadamard | None = None
+    source: Source = "exact"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
         if self.restore not in ("", "magnitude", "sum"):
             raise UserError(f"restore must be '', 'magnitude' or 'sum', not {self.restore!r}")
-        if self.granularity not in ("tensor", "channel"):
-            raise UserError(f"granularity must be 'tensor' or 'channel', not {self.granularity!r}")
+        require_granularity(self.granularity)
+        if isinstance(self.scaling, BlockScale) and not self.in_tiles:
+            raise UserError("a BlockScale needs tiles to scale: use granularity=Block(16), for example")
+        if self.scaling.stored_kind == "exponent" and self.granularity not in ("tensor", "channel"):
+            raise UserError(
+                f"{self.scaling} keeps one exponent per layer or channel: use granularity='tensor' or 'channel'"
+            )
+        if self.restore and (
+            self.transform is not None or isinstance(self.granularity, Tile) or self.granularity == "row"
+        ):
+            raise UserError("restore is for scales of the tensor or of channels, without a transform")
+        if self.source not in ("exact", "fprop"):
+            raise UserError(f"source must be 'exact' or 'fprop', not {self.source!r}")
+        if not (self.transform is None or isinstance(self.transform, Hadamard)):
+            raise UserError(f"transform must be a Hadamard or None, not {self.transform!r}")
         if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
         if self.scaling.stored_kind == "alpha" and self.granularity != "tensor":
@@ -72,11 +95,22 @@ class QuantSpec:
     @property
     def stochastic(self) -> bool:
         """Whether it needs random words."""
-        return self.rounding.draws
+        fresh = self.transform is not None and self.transform.is_fresh
+        return self.rounding.draws or fresh or (isinstance(self.scaling, BlockScale) and self.scaling.draws)
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether several scales are shared by parts of the operand."""
+        return self.granularity != "tensor" and self.granularity != Tile(None, None)
+
+    @property
+    def needs_orientation(self) -> bool:
+        """Whether it matters which axis the product sums over."""
+        return self.in_tiles or self.transform is not None
 
     def __str__(self) -> str:
         parts = [self.format.name, str(self.scaling)]
-        if self.granularity != "tensor":
+        if self.in_tiles:
             parts.append(f"per {self.granularity}")
         if self.rounding is not Rounding.NEAREST:
             parts.append(self.rounding.value)
@@ -84,6 +118,10 @@ class QuantSpec:
             parts.append(f"{self.samples} samples")
         if self.restore:
             parts.append(f"{self.restore} restored")
+        if self.transform is not None:
+            parts.append(str(self.transform))
+        if self.source == "fprop":
+            parts.append("of fprop's")
         return ", ".join(parts)
 
 
@@ -111,12 +149,22 @@ class QTensor(NamedTuple):
     """x ~ scale * q: `q` on the grid of `format`, in its carrier dtype; `scale` float32.
 
     Where the scale is NaN, because the data held NaN or infinity, q means nothing. After SMP, q is a mean of grid values in
-    float32. `scale` is 0-d, or has the dimensions of q with size 1 where it is shared.
+    float32. `scale` is 0-d, or has the dimensions of q with size 1 where it is shared. Where tiles have scales, they are in q
+    already, up to the one of the tensor, and `each` has them all, with the tile.
     """
 
     q: Tensor
     scale: Tensor
     format: Format
+    each: tuple[Tensor, Tile] | None = None
+
+    @property
+    def scales(self) -> Tensor:
+        """The scale of each element, broadcastable against q."""
+        if self.each is None:
+            return self.scale
+        each, tile = self.each
+        return unfold(each.expand_as(fold(self.q, tile).t), self.q.shape)
 
     def dequantize(self) -> Tensor:
         """scale * q, float32."""
@@ -128,23 +176,25 @@ class Request:
     """One operand to be rounded, and what is wanted besides its numbers.
 
     Args:
-        x: dense, any floating dtype.
+        x: dense, any floating dtype; with tiles [groups, rows, spots, sums].
         spec, format: `format` replaces that of the spec.
-        dims: the axes that share a scale; None for all.
+        tile: who shares a scale; None: all.
         stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
         key: stream key of the random words.
         save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
         carrier: also return q itself.
+        rotation: of x along its last axis, before anything else.
     """
 
     x: Tensor
     spec: QuantSpec
     format: Format
-    dims: tuple[int, ...] | None = None
+    tile: Tile | None = None
     stored: Tensor | None = None
     key: int | None = None
     save: bool = False
     carrier: bool = True
+    rotation: Rotation | None = None
 
 
 class Rounded(NamedTuple):
@@ -192,13 +242,17 @@ def prepare(x: Tensor) -> Tensor:
 
 
 def scale_of(request: Request) -> Tensor:
-    """The scale that `run` would use, 0-d or with one number per channel."""
-    return request.spec.scaling.of(Statistics(request.x, request.dims), request.format, request.stored)
+    """The scale that `run` would use for a whole tensor, 0-d."""
+    return request.spec.scaling.of(Statistics(request.x), request.format, request.stored)
 
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
-    statistics = Statistics(request.x, request.dims)
+    if request.rotation is not None:
+        request = replace(request, x=request.rotation.apply(request.x), rotation=None)
+    if request.tile is not None:
+        return _run_tiles(request, request.tile)
+    statistics = Statistics(request.x)
     scale = request.spec.scaling.of(statistics, request.format, request.stored)
     rounded = backends.dispatch("round", request, scale)
     return _finish(request, scale, rounded or _round(request, scale, statistics))
@@ -206,7 +260,7 @@ def run(request: Request) -> Quantized:
 
 def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
     """Quantize one tensor to two formats with the same scale, reading it once where a kernel can."""
-    statistics = Statistics(first.x, first.dims)
+    statistics = Statistics(first.x)
     scale = first.spec.scaling.of(statistics, first.format, first.stored)
     both: Sequence[Rounded] | None = backends.dispatch("round_pair", first, second, scale)
     if both is None:
@@ -227,19 +281,47 @@ def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
 def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
     """The reference."""
     x, spec, format = request.x.to(torch.float32), request.spec, request.format
-    scaled = x * scale.reciprocal()
-    if not spec.stochastic:
-        nearest = spec.rounding is Rounding.NEAREST
-        q = nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
-    else:
-        if request.key is None:
-            raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
-        q = _draw(scaled, format, spec, request.key, 0)
-        for i in range(1, spec.samples):
-            q = q.add_(_draw(scaled, format, spec, request.key, i))
-    q = q.to(carrier_dtype(format)) if spec.samples == 1 else q.div_(spec.samples)
+    q = _to_grid(x * scale.reciprocal(), request)
+    q = q.to(carrier_dtype(format)) if spec.samples == 1 else q
     bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
     return Rounded(q, statistics.amax, mask=None if bound is None else pack_mask(bound.inside(x)))
+
+
+def _to_grid(scaled: Tensor, request: Request) -> Tensor:
+    """Numbers in grid units, rounded; after SMP a mean of several roundings."""
+    spec, format = request.spec, request.format
+    if not spec.rounding.draws:
+        nearest = spec.rounding is Rounding.NEAREST
+        return nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
+    if request.key is None:
+        raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
+    q = _draw(scaled, format, spec, request.key, 0)
+    for i in range(1, spec.samples):
+        q = q.add_(_draw(scaled, format, spec, request.key, i))
+    return q if spec.samples == 1 else q.div_(spec.samples)
+
+
+def _run_tiles(request: Request, tile: Tile) -> Quantized:
+    """The reference for operands [groups, rows, spots, sums] whose tiles have scales."""
+    spec, format = request.spec, request.format
+    x = request.x.to(torch.float32).contiguous()
+    tiled = quantize_tiles(
+        x, tile, spec.scaling, format, request.stored, request.key, lambda scaled: _to_grid(scaled, request)
+    )
+    mask = None
+    if request.save and spec.scaling.clips:
+        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tile)).scales
+        bound = spec.scaling.bound(whole, format, request.stored)
+        mask = None if bound is None else pack_mask(bound.inside(x))
+    carrier = carrier_dtype(format) if spec.samples == 1 else torch.float32
+    codes, packed = tiled.codes, None
+    if request.save and spec.samples == 1 and is_packable(format):
+        packed = replace(pack(codes.nan_to_num(0.0), format), blocks=tiled.blocks)  # the scale says NaN
+    if tiled.blocks is not None:
+        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format)
+        codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
+    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
+    return Quantized(tensor, tiled.amax, packed, mask)
 
 
 def _draw(scaled: Tensor, format: Format, spec: QuantSpec, key: int, sample: int) -> Tensor:
@@ -253,7 +335,7 @@ def quantize(
     x: Tensor,
     spec: QuantSpec,
     *,
-    channel_axis: int | None = None,
+    sums: int | Sequence[int] = -1,
     stored: Tensor | None = None,
     key: int | None = None,
     format: Format | None = None,
@@ -262,24 +344,51 @@ def quantize(
 
     Args:
         x: any shape, any floating dtype; the arithmetic is float32.
-        channel_axis: the axis with scales of its own, for granularity "channel".
+        sums: the axes that a matrix product sums over, along which blocks and rotations run; all others are rows. Of several,
+            the last runs fastest. It does not matter where one scale belongs to the tensor.
         stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
         key: stream key of the random words, for stochastic rounding.
         format: replaces `spec.format` (PACT's signed form).
 
     Returns:
-        QTensor. NaN or infinity in `x` make the scale NaN (of the tensor, or of their channel), so that they reach
-        whatever is computed from `dequantize()` and are never silently saturated.
+        QTensor, its numbers in the order of axes of `x`; rotated, where there is a transform. NaN or infinity in `x` make the
+        scale NaN (of the tensor, or of their tile), so that they reach whatever is computed from `dequantize()` and are never
+        silently saturated.
 
     Raises:
-        UserError: integer input, channel granularity without an axis, stochastic rounding without a key.
+        UserError: integer input, an axis that is not there, a transform that does not divide the axis, stochastic rounding
+            without a key.
 
-    >>> from fourbit.quantizers import Amax
+    >>> from fourbit.quantizers import Amax, BlockScale, Block
     >>> x = torch.tensor([[-3.0, 0.4, 1.0, 7.0]])
     >>> quantize(x, QuantSpec("int4_sym", Amax())).q
     tensor([[-3,  0,  1,  7]], dtype=torch.int8)
+    >>> mxfp4 = QuantSpec("fp4_e2m1", BlockScale("e8m0"), Block(2))
+    >>> quantize(x, mxfp4).dequantize()
+    tensor([[-3.0000,  0.5000,  1.0000,  6.0000]])
     """
-    return run(request_for(x, spec, channel_axis, stored, key, format)).tensor
+    if not spec.needs_orientation:
+        return run(request_for(x, spec, stored=stored, key=key, format=format)).tensor
+    require_numbers(x, "quantize")
+    axes = [sums] if isinstance(sums, int) else list(sums)
+    if x.dim() == 0 or any(not -x.dim() <= axis < x.dim() for axis in axes) or not axes:
+        raise UserError(f"sums is {sums}, but the tensor has {x.dim()} axes")
+    axes = [axis % x.dim() for axis in axes]
+    rows = [d for d in range(x.dim()) if d not in axes]
+    order = [*rows, *axes]
+    t = x.detach().permute(order)
+    num_sums = math.prod(x.shape[axis] for axis in axes)
+    if spec.transform is not None:
+        spec.transform.require_divides(num_sums, "lie along `sums`")
+    m = t.reshape(1, math.prod(x.shape[d] for d in rows), 1, num_sums)
+    rotation = None if spec.transform is None else Rotation(spec.transform, key)
+    found = run(request_for(m, spec, tile_of(spec.granularity), stored, key, format, rotation=rotation)).tensor
+    back = [order.index(d) for d in range(x.dim())]
+    q = found.q.reshape(t.shape).permute(back)
+    scale = found.scale
+    if scale.numel() > 1 or (scale.dim() and found.each is not None and found.each[1].is_row):
+        scale = scale.reshape([x.shape[d] for d in rows] + [1] * len(axes)).permute(back)
+    return QTensor(q, scale, found.format)
 
 
 def quantize_pair(
@@ -306,25 +415,20 @@ def quantize_pair(
     """
     if (first.scaling, first.granularity) != (second.scaling, "tensor"):
         raise UserError(f"two formats that share a scale need the same scaling, per tensor: got {first} and {second}")
-    a, b = run_pair(request_for(x, first, None, stored), request_for(x, second, None, stored))
+    a, b = run_pair(request_for(x, first, stored=stored), request_for(x, second, stored=stored))
     return a.tensor, b.tensor, torch.as_tensor(a.amax)
 
 
 def request_for(
     x: Tensor,
     spec: QuantSpec,
-    channel_axis: int | None = None,
+    tile: Tile | None = None,
     stored: Tensor | None = None,
     key: int | None = None,
     format: Format | None = None,
     save: bool = False,
+    rotation: Rotation | None = None,
 ) -> Request:
-    """The request that `quantize` would run."""
-    dims = None
-    if spec.granularity == "channel":
-        if channel_axis is None:
-            raise UserError("granularity 'channel' needs channel_axis")
-        if x.dim() and not -x.dim() <= channel_axis < x.dim():
-            raise UserError(f"channel_axis is {channel_axis}, but the tensor has {x.dim()} axes")
-        dims = tuple(d for d in range(x.dim()) if d != channel_axis % x.dim())
-    return Request(prepare(x), spec, format or spec.format, dims, stored, key, save)
+    """The request to round `x`; with scales for parts of it, an operand [groups, rows, spots, sums] cut into such tiles."""
+    tile = None if tile is None or tile.is_tensor else tile
+    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation)

@@ -53,10 +53,14 @@ class Moments(NamedTuple):
 
 
 class Statistics:
-    """Statistics of `x` over the axes `dims` that share a scale (None: all), each computed once, when first used."""
+    """Statistics of `x` over the axes `dims` that share a scale (None: all), each computed once, when first used.
 
-    def __init__(self, x: Tensor, dims: tuple[int, ...] | None = None):
-        self.x, self.dims = x.detach(), dims
+    Args:
+        count: how many elements share one, where zeros fill up what is missing of the axes.
+    """
+
+    def __init__(self, x: Tensor, dims: tuple[int, ...] | None = None, count: Tensor | int | None = None):
+        self.x, self.dims, self.count = x.detach(), dims, count
 
     @cached_property
     def moments(self) -> Moments:
@@ -71,9 +75,12 @@ class Statistics:
         x = self.x.to(torch.float32).to(torch.float64)
         keep = self.dims is not None
         axes = tuple(range(x.dim())) if self.dims is None else self.dims
-        return Moments(
-            x.square().mean(axes, keepdim=keep), x.abs().mean(axes, keepdim=keep), amax_of(self.x, self.dims)
-        )
+        amax = amax_of(self.x, self.dims)
+        if self.count is not None:
+            return Moments(
+                x.square().sum(axes, keepdim=keep) / self.count, x.abs().sum(axes, keepdim=keep) / self.count, amax
+            )
+        return Moments(x.square().mean(axes, keepdim=keep), x.abs().mean(axes, keepdim=keep), amax)
 
     @cached_property
     def amax(self) -> Tensor:

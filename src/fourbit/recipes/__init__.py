@@ -3,6 +3,7 @@
 from fourbit.recipes._chains import ChainExplanation as ChainExplanation
 from fourbit.recipes._convert import convert as convert
 from fourbit.recipes._convert import restore as restore
+from fourbit.recipes._convert import scheduler as scheduler
 from fourbit.recipes._explain import explain as explain
 from fourbit.recipes._explanation import GEMMS as GEMMS
 from fourbit.recipes._explanation import CallExplanation as CallExplanation
@@ -22,8 +23,11 @@ from fourbit.recipes._rule import depthwise as depthwise
 from fourbit.recipes._rule import first as first
 from fourbit.recipes._rule import kernel_size as kernel_size
 from fourbit.recipes._rule import last as last
+from fourbit.recipes._rule import last_share as last_share
 from fourbit.recipes._rule import name as name
 from fourbit.recipes._rule import widens as widens
+from fourbit.recipes._schedule import Phase as Phase
+from fourbit.recipes._schedule import Scheduler as Scheduler
 from fourbit.recipes._weights import MatrixExplanation as MatrixExplanation
 from fourbit.recipes.catalog import CATALOG as CATALOG
 from fourbit.recipes.catalog import get as get

@@ -27,6 +27,7 @@ from fourbit.nn import (
 )
 from fourbit.ops import LayerSpec, Products
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
+from fourbit.recipes._schedule import Scheduler
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -317,6 +318,25 @@ def restore(model: M) -> M:
             del layer.quant
             object.__setattr__(layer, "__class__", before)
     return model
+
+
+def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Scheduler | None:
+    """What carries out the phases of a recipe; None where it has none. In a training loop:
+
+    scheduler = fb.scheduler(model, recipe, total_steps)    # once, after convert
+    ...
+    if scheduler:
+        scheduler.at(step)                                  # before the forward pass of each step, also after a resume
+
+    Args:
+        model: just converted by the recipe.
+        total_steps: optimizer steps of the whole training.
+
+    Raises:
+        UserError: a phase never starts in so few steps.
+    """
+    phases = resolve(recipe).phases
+    return Scheduler(model, phases, total_steps) if phases else None
 
 
 def resolve(recipe: str | Recipe) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from fourbit.errors import UserError
 from fourbit.nn import MatMul
 from fourbit.ops import LayerSpec
+from fourbit.recipes._schedule import Phase, check_phases
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ def first(n: int = 1) -> Selector:
 def last(n: int = 1) -> Selector:
     """The last n convertible layers, in order of definition."""
     return Selector(f"last({n})", lambda info: info.index >= info.count - n)
+
+
+def last_share(share: float) -> Selector:
+    """The last layers, a share of all convertible ones, rounded up: 0.15 of 20 are 3."""
+    if not 0 < share <= 1:
+        raise UserError(f"a share of the layers lies above 0 and is at most 1, not {share!r}")
+    return Selector(f"last_share({share:g})", lambda info: info.index >= info.count - math.ceil(share * info.count))
 
 
 def name(pattern: str) -> Selector:
@@ -149,18 +158,22 @@ class Recipe:
         rules: tried in order for each layer; a layer that no rule matches stays as it is.
         summary: one line.
         source: citation.
+        phases: how precision changes over time; a `Scheduler` carries them out.
 
     Raises:
-        UserError: no rules.
+        UserError: no rules, or phases out of order.
     """
 
     name: str
     rules: tuple[Rule, ...]
     summary: str = ""
     source: str = ""
+    phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "phases", tuple(self.phases))
+        check_phases(self.name, self.phases)
         if not self.rules:
             raise UserError(f"recipe {self.name!r} has no rules: give it at least one Rule")
 

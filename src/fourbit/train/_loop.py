@@ -107,6 +107,8 @@ class Loop:
         lr = learning_rate(config, config.lr or 0.0, state.step, session.total_steps)
         for param_group in session.optimizer.param_groups:
             param_group["lr"] = lr * (config.alpha_lr_factor if param_group.get("name") == "alpha" else 1.0)
+        if session.scheduler is not None:
+            session.scheduler.at(state.step)
         self.guard.before_step()
         restore_task = session.task.snapshot()
         every, is_last = config.observe_every, state.step == session.total_steps - 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fourbit import recipes
 from fourbit.errors import UserError
-from fourbit.recipes import LossScaler
+from fourbit.recipes import LossScaler, Scheduler
 from fourbit.train._config import TrainConfig
 from fourbit.train._environment import prepare_process
 from fourbit.train.tasks import Batch, Task, make_task
@@ -51,6 +51,7 @@ class Session:
     model: nn.Module
     optimizer: Any
     scaler: LossScaler | None
+    scheduler: Scheduler | None
     steps_per_epoch: int
     total_steps: int
 
@@ -120,6 +121,7 @@ def open_session(config: TrainConfig) -> Session:
         model=model,
         optimizer=optimizer,
         scaler=recipes.loss_scaler(accelerator.unwrap_model(model), config.loss_scale_interval),
+        scheduler=recipes.scheduler(accelerator.unwrap_model(model), config.recipe, total),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
     )

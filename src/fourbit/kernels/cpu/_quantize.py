@@ -120,7 +120,7 @@ def takes(request: Request, scale: Tensor) -> bool:
         x.is_cpu
         and x.dtype in _DTYPES
         and is_plain(x)
-        and request.dims is None
+        and request.tile is None
         and scale.numel() == 1
         and scale.is_cpu
         and request.spec.samples == 1

@@ -1,4 +1,4 @@
-"""The recipes by name. A new recipe is one constant here, with its citation.
+"""The method of the paper, its variations, and LUQ, which shares its layer rules.
 
 Shared choices, where the paper is silent: weights INT4 with 15 levels and SAWB's zero-aligned coefficients; activations
 PACT, unsigned after ReLU and symmetric where the inputs go negative; FP8 gradients are 1-5-2 and share GradScale; the
@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fourbit import formats as f
-from fourbit._registry import Registry
 from fourbit.formats import Format
 from fourbit.nn import MatMul
 from fourbit.ops import REUSE, Accumulation, LayerSpec
 from fourbit.quantizers import Amax, ClipValue, GradScale, LossScaled, QuantSpec, Rounding, Sawb
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, first, kernel_size, last, widens
-
-CATALOG: Registry[Recipe] = Registry("recipe")
-"""Every recipe of this module, by name."""
+from fourbit.recipes._schedule import Phase
+from fourbit.recipes.catalog._base import CATALOG
 
 PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
 CHUNKS_PAPER = "Wang et al., Training Deep Neural Networks with 8-bit Floating Point Numbers, NeurIPS 2018"
@@ -248,6 +246,16 @@ LUQ = _luq_recipe(
     "luq", "INT4 SAWB forward, radix-2 FP4 gradients (7 magnitudes), stochastic underflow and rounding", _luq()
 )
 LUQ_SMP2 = _luq_recipe("luq-smp2", "LUQ, wgrad from the mean of two samples", _luq(samples=2))
+LUQ_FNT = CATALOG.add(
+    "luq-fnt",
+    replace(
+        LUQ,
+        name="luq-fnt",
+        summary="LUQ, with all but the INT4 weights in full precision for the last 3 % of the steps (the share, and the "
+        "learning rate's schedule as before: our choice)",
+        phases=(Phase(0.97, ("x_fprop", "g_dgrad", "g_wgrad")),),
+    ),
+)
 LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed: 5 magnitudes", _luq(f.FP4_R2_5))
 IBM2020_LUQ = _ibm("ibm2020-luq", "ibm2020 with LUQ's gradients: all else equal, to compare the two", _luq(around=TPR))
 
@@ -259,17 +267,3 @@ FOURBIT = _ibm(
     replace(TPR, g_dgrad=FOURBIT_GRADIENT, g_wgrad=REUSE),
     source="this project, from parts of the two papers above",
 )
-
-
-def get(recipe: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        UserError: no such name; the message has the nearest ones.
-    """
-    return CATALOG[recipe]
-
-
-def names() -> list[str]:
-    """Names of all recipes."""
-    return list(CATALOG)

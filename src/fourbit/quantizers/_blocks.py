@@ -1,0 +1,308 @@
+"""Scales of blocks in formats of their own, and the quantization of an operand in tiles.
+
+    x ~ tensor * block * q        block on the grid of a scale format, tensor one float32 number
+
+Sources: OCP Microscaling Formats (MX) Specification v1.0; NVIDIA, Pretraining Large Language Models with NVFP4, arXiv
+2509.25149; Cook et al., Four Over Six, arXiv 2512.02010; Castro et al., Quartet, arXiv 2505.14669; Panferov et al., Quartet
+II, arXiv 2601.22813.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourbit.errors import UserError
+from fourbit.formats import E8M0, Format, get
+from fourbit.quantizers._round import Rounding, grid_of, nearest_number, round_to_format
+from fourbit.quantizers._scaling import Bound, Scaling, to_float32
+from fourbit.quantizers._statistics import Statistics
+from fourbit.quantizers._tiles import BlockScales, Folded, Tile, fold, scale_shape, unfold
+from fourbit.quantizers._words import random_words, stream_key
+
+ScaleRounding = Literal["floor", "ceil", "nearest", "stochastic"]
+
+_SCALES = 0x5CA1E
+"""Coordinate of the words of stochastic scales in an operand's stream."""
+
+
+@dataclass(frozen=True)
+class BlockScale(Scaling):
+    """The scale of each tile, rounded to a format: amax / format.max at full range, by one of these rules.
+
+        floor       2^(floor(log2 amax) - floor(log2 format.max)): OCP's rule for E8M0; numbers may saturate
+        ceil        the smallest scale with which nothing saturates
+        nearest     to the nearest scale
+        stochastic  to one of the two neighbours, without bias
+
+    With `tensor_bound`, two levels: the largest block scale is that number, and one float32 scale of the tensor does the rest,
+
+        e = tensor_bound * target / max|x|,   d = 1 / e,   block = round(amax * (e * (1 / target))),   x times 1 / (block * d)
+
+    in float32 and in this order, that of TransformerEngine; with several targets the block is round(amax / first * e *
+    (first / target)), that of four over six. `fourbit.formats.BlockFormat` is the same in pure Python.
+
+    Args:
+        format: of the scales.
+        rounding: see above.
+        tensor_bound: the block scale that the largest number of the tensor gets (NVFP4: 448); None: one level.
+        targets: magnitudes of the format that a block's largest number may become; of several, each block takes the one with
+            the least squared error, the first where they tie. None: format.max alone. Four over six: (6, 4).
+        prescale: numbers are multiplied by it before rounding and the product is divided by it: with 3/4 none of E2M1 rounds
+            beyond 6 under the floor rule.
+        clip_rms: take this multiple of the root mean square of the tile in place of amax, and let gradients pass only within
+            scale * format.max (QuEST); None: amax.
+        corrected: multiply the scales of so many elements (a block of a random rotation) by sum(x^2) / sum(x x^) over them, x^
+            their rounding, and round the scales then: without bias after that rotation (MS-EDEN). 0: not.
+    """
+
+    format: Format = E8M0
+    rounding: ScaleRounding = "floor"
+    tensor_bound: float | None = None
+    targets: tuple[float, ...] | None = None
+    prescale: float = 1.0
+    clip_rms: float | None = None
+    corrected: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", get(self.format))
+        if self.rounding not in ("floor", "ceil", "nearest", "stochastic"):
+            raise UserError(f"a scale is rounded by 'floor', 'ceil', 'nearest' or 'stochastic', not {self.rounding!r}")
+        if self.rounding == "floor" and any(math.frexp(v)[0] != 0.5 for v in self.format.grid if v > 0):
+            raise UserError(
+                f"the floor rule is for scales that are powers of two: use rounding='nearest' with {self.format.name}"
+            )
+        for name in ("tensor_bound", "prescale", "clip_rms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be a positive number, not {value!r}")
+
+    @property
+    def clips(self) -> bool:
+        """With `clip_rms`."""
+        return self.clip_rms is not None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the scales need random words."""
+        return self.rounding == "stochastic"
+
+    def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
+        """The scale of each tile before a choice among several targets, or a correction."""
+        encode = self.encode(statistics, format)
+        block = self.block(statistics, format, encode, (self.targets or (format.max,))[0])
+        return block / (encode * self.prescale)
+
+    def encode(self, statistics: Statistics, format: Format) -> Tensor:
+        """tensor_bound * target / max|x|, 0-d float32; 1 with one level."""
+        amax = statistics.amax
+        if self.tensor_bound is None:
+            return torch.ones((), dtype=torch.float32, device=amax.device)
+        largest = amax.max() if amax.numel() else amax.new_zeros(())
+        reach = self.tensor_bound * (self.targets or (format.max,))[0]
+        encode = torch.tensor(reach, dtype=torch.float32, device=amax.device) / largest
+        limit = torch.finfo(torch.float32).max
+        return torch.where(largest > 0, encode.clamp(max=limit), torch.where(largest == 0, 1.0, largest))
+
+    def block(self, statistics: Statistics, format: Format, encode: Tensor, target: float) -> Tensor:
+        """The scale of each tile whose largest number is to become `target`, on its grid; NaN where that is not finite."""
+        if self.clip_rms is not None:
+            mean_square = torch.as_tensor(statistics.moments.mean_square)
+            statistic = (self.clip_rms * mean_square.sqrt()).to(torch.float32)
+        else:
+            statistic = statistics.amax
+        if self.rounding == "floor":
+            _, exponent = torch.frexp(statistic)
+            top = math.frexp(target)[1]
+            block = torch.exp2((exponent - top).to(torch.float32)).clamp(self.format.smallest, self.format.max)
+            block = torch.where(statistic > 0, block, self.format.smallest)
+        elif self.rounding == "ceil":
+            block = self._covering(statistic * encode, target)
+        elif self.targets is not None and len(self.targets) > 1:
+            top = self.targets[0]
+            block = self.rounded(statistic / top * encode * to_float32(top / target))
+        else:
+            block = self.rounded(statistic * (encode * to_float32(1 / target)))
+        return torch.where(statistics.amax.isfinite(), block, math.nan)
+
+    def _covering(self, largest: Tensor, target: float) -> Tensor:
+        """The smallest scale with largest / scale <= target."""
+        raw = largest / target
+        low = grid_of(self.format).neighbors(raw)[0]
+        above = grid_of(self.format).neighbors(torch.nextafter(raw, torch.full_like(raw, math.inf)))[1]
+        covers = low.double() * target >= largest.double()
+        return torch.where(covers, low, above)
+
+    def rounded(self, raw: Tensor, key: int | None = None) -> Tensor:
+        """On the grid of the scale format."""
+        if self.rounding == "stochastic" and key is not None:
+            words = random_words(stream_key(key, _SCALES), tuple(raw.shape), raw.device)
+            return round_to_format(raw, self.format, Rounding.STOCHASTIC, words)
+        return nearest_number(raw, self.format)
+
+    def bound(self, scale: Tensor, format: Format, stored: Tensor | None) -> Bound | None:
+        """|x| <= scale * format.max, with `clip_rms`."""
+        return Bound("inclusive", scale * format.max) if self.clips else None
+
+    def __str__(self) -> str:
+        parts = [f"{self.format.name} scales, {self.rounding}"]
+        if self.tensor_bound is not None:
+            parts.append(f"over a tensor scale (at most {self.tensor_bound:g})")
+        if self.targets is not None and len(self.targets) > 1:
+            parts.append("best of " + " and ".join(f"{t:g}" for t in self.targets))
+        if self.clip_rms is not None:
+            parts.append(f"clipped at {self.clip_rms:g} RMS")
+        if self.prescale != 1.0:
+            parts.append(f"times {self.prescale:g}")
+        if self.corrected:
+            parts.append(f"corrected by {self.corrected}")
+        return " ".join(parts)
+
+
+class Tiled(NamedTuple):
+    """An operand [G, R, S, K] quantized in tiles: x ~ scale * (blocks * codes).
+
+    Attributes:
+        codes: on the grid, float32.
+        blocks: scale of each tile, None where the scale of a row says it all.
+        scale: 0-d, or [G, R, 1, 1].
+        each: the whole scale of each tile, as `fold` has tiles.
+        amax: of each tile.
+    """
+
+    codes: Tensor
+    blocks: BlockScales | None
+    scale: Tensor
+    each: Tensor
+    amax: Tensor
+
+
+def quantize_tiles(
+    x: Tensor,
+    tile: Tile,
+    scaling: Scaling,
+    format: Format,
+    stored: Tensor | None,
+    key: int | None,
+    to_grid: Callable[[Tensor], Tensor],
+) -> Tiled:
+    """Scale and round an operand.
+
+    Args:
+        x: [G, R, S, K].
+        to_grid: rounds numbers in grid units, [G, R, S, K].
+    """
+    x = x.to(torch.float32)
+    folded = fold(x, tile)
+    statistics = Statistics(folded.t, Folded.DIMS, folded.count)
+    shape = scale_shape(x.shape, tile)
+    if isinstance(scaling, BlockScale):
+        return _with_block_scales(x, folded, statistics, tile, scaling, format, key, to_grid)
+    scale = scaling.of(statistics, format, stored if stored is None or stored.numel() == 1 else stored.view(shape))
+    scale = (scale + statistics.amax * 0).expand(shape)
+    codes = to_grid(unfold(folded.t * scale.reciprocal(), x.shape))
+    if tile.is_row:
+        rows = unfold(scale.expand(*shape[:2], folded.t.shape[2], *shape[3:]), torch.Size((*x.shape[:2], 1, 1)))
+        return Tiled(codes, None, rows, scale, statistics.amax)
+    largest = scale.max() if scale.numel() else scale.new_ones(())
+    return Tiled(codes, BlockScales((scale / largest).contiguous(), None, tile), largest, scale, statistics.amax)
+
+
+def _with_block_scales(
+    x: Tensor,
+    folded: Folded,
+    statistics: Statistics,
+    tile: Tile,
+    scaling: BlockScale,
+    format: Format,
+    key: int | None,
+    to_grid: Callable[[Tensor], Tensor],
+) -> Tiled:
+    encode = scaling.encode(statistics, format)
+    decode = encode.reciprocal()
+
+    def rounded(block: Tensor) -> Tensor:
+        reciprocal = torch.where(block == 0, 0.0, (block * decode).reciprocal() * scaling.prescale)
+        return to_grid(unfold(folded.t * reciprocal, x.shape))
+
+    def error(block: Tensor, codes: Tensor) -> Tensor:
+        values = fold(codes, tile).t * block
+        if scaling.tensor_bound is not None:
+            values = values * statistics.amax.max() / (scaling.tensor_bound * (scaling.targets or (format.max,))[0])
+        squares = (values - folded.t).square()
+        total = torch.zeros_like(block)
+        for r, s, k in itertools.product(*(range(folded.t.shape[d]) for d in Folded.DIMS)):  # one after the other
+            total = total + squares[:, :, r : r + 1, :, s : s + 1, :, k : k + 1]
+        return total
+
+    targets = scaling.targets or (format.max,)
+    block = scaling.block(statistics, format, encode, targets[0])
+    codes = rounded(block)
+    for target in targets[1:]:
+        other = scaling.block(statistics, format, encode, target)
+        other_codes = rounded(other)
+        better = error(other, other_codes) < error(block, codes)
+        block = torch.where(better, other, block)
+        codes = torch.where(unfold(better.expand_as(folded.t), x.shape), other_codes, codes)
+    if scaling.corrected:
+        numbers = fold(codes, tile).t * (block * decode)
+        together = max(1, scaling.corrected // folded.t.shape[6])
+        projection = _over_neighbours((folded.t * numbers).sum(Folded.DIMS, keepdim=True), together)
+        square = _over_neighbours(folded.t.square().sum(Folded.DIMS, keepdim=True), together)
+        factor = torch.where(projection > 0, square / projection, 1.0)
+        block = torch.where(block.isfinite(), scaling.rounded(block * factor, key), block)
+    each = block * decode / scaling.prescale
+    return Tiled(codes, _kept(block, scaling.format, tile), decode / scaling.prescale, each, statistics.amax)
+
+
+def _over_neighbours(sums: Tensor, count: int) -> Tensor:
+    """Sums of tiles, added over `count` neighbours along the summed axis; each of them gets the total."""
+    num = sums.shape[5]
+    whole = torch.nn.functional.pad(sums, (0, 0, 0, -num % count)).unflatten(5, (-1, count))
+    return whole.sum(6, keepdim=True).expand_as(whole).flatten(5, 6)[:, :, :, :, :, :num]
+
+
+def _kept(block: Tensor, format: Format, tile: Tile) -> BlockScales:
+    """The scales as codes, where eight bits hold them and NaN."""
+    if not scale_fits_byte(format):
+        return BlockScales(block, None, tile)
+    codes, _ = _codes_of(format)
+    grid = torch.tensor(format.grid, dtype=torch.float32, device=block.device)
+    index = torch.bucketize(block.contiguous(), grid, out_int32=True)
+    index = torch.where(block.isnan(), len(format.grid), index)
+    return BlockScales(codes.to(block.device)[index], format, tile)
+
+
+def scale_fits_byte(format: Format | None) -> bool:
+    """Whether scales of that format, and NaN, are kept as codes of one byte."""
+    return format is not None and format.bits <= 8 and _codes_of(format)[1]
+
+
+@lru_cache(maxsize=64)
+def _codes_of(format: Format) -> tuple[Tensor, bool]:
+    """The code of each grid value, then that of NaN, uint8; whether there is one."""
+    nan = [code for code, value in enumerate(format.values) if math.isnan(value)]
+    codes = [format.encode(value) for value in format.grid]
+    return torch.tensor([*codes, nan[0] if nan else 0], dtype=torch.uint8), bool(nan)
+
+
+@lru_cache(maxsize=256)
+def fits_bfloat16(format: Format, scale_format: Format | None) -> bool:
+    """Whether bfloat16 holds every product of a number and a scale."""
+    return scale_format is not None and _significand(format) + _significand(scale_format) <= 8
+
+
+def _significand(format: Format) -> int:
+    """Bits of the longest odd part of a number."""
+    longest = 1
+    for value in format.grid:
+        numerator = abs(value).as_integer_ratio()[0]
+        longest = max(longest, (numerator // (numerator & -numerator)).bit_length() if numerator else 1)
+    return longest

@@ -1,0 +1,82 @@
+"""What 4-bit training is compared with: 8 bits, and 4 bits in the forward pass alone."""
+
+from __future__ import annotations
+
+from fourbit import formats as f
+from fourbit.ops import REUSE, LayerSpec
+from fourbit.quantizers import Amax, Block, BlockScale, QuantSpec
+from fourbit.recipes._rule import Recipe, Rule, depthwise, first, last
+from fourbit.recipes.catalog._base import CATALOG
+from fourbit.recipes.catalog.blocks import MX_PAPER, MXFP4, NVFP4, everywhere
+from fourbit.recipes.catalog.paper import FP16
+
+HFP8_PAPER = (
+    "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks, NeurIPS 2019"
+)
+FP8_PAPER = "Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433"
+
+
+def _recipe(name: str, summary: str, spec: LayerSpec, source: str, high: LayerSpec | None = None, n: int = 1) -> Recipe:
+    where = last(1) if n == 0 else first(n) | last(n)
+    rules = (
+        Rule(high, where=where, label="high precision"),
+        Rule(high, when=depthwise(), optional=True, label="depthwise"),
+        Rule(spec, label="low precision"),
+    )
+    return CATALOG.add(name, Recipe(name, rules, summary, source))
+
+
+_143, _152 = QuantSpec(f.FP8_143, Amax()), QuantSpec(f.FP8_152, Amax())
+HFP8 = _recipe(
+    "hfp8",
+    "FP8 1-4-3 forward, 1-5-2 gradients, results in FP16 1-6-9; first and last layer FP16 (scales by amax: our choice)",
+    LayerSpec(_143, _143, _152, REUSE, REUSE, REUSE, output=f.FP16_169),
+    HFP8_PAPER,
+    FP16,
+)
+_MXFP8 = QuantSpec(f.FP8_E4M3FN, BlockScale(f.E8M0, "ceil"), Block(32))
+MXFP8 = _recipe(
+    "mxfp8",
+    "E4M3 in blocks of 32 with E8M0 scales, rounded up so that nothing saturates, in all six operands",
+    everywhere(_MXFP8),
+    MX_PAPER,
+    n=0,
+)
+_E4M3, _E5M2 = QuantSpec(f.FP8_E4M3FN, Amax()), QuantSpec(f.FP8_E5M2, Amax())
+FP8_TENSORWISE = _recipe(
+    "fp8-tensorwise",
+    "E4M3 forward, E5M2 gradients, one scale per tensor from its largest number",
+    LayerSpec(_E4M3, _E4M3, _E5M2, REUSE, REUSE, REUSE),
+    FP8_PAPER,
+    n=0,
+)
+_ROW = QuantSpec(f.FP8_E4M3FN, Amax(), "row")
+FP8_ROWWISE = _recipe(
+    "fp8-rowwise",
+    "E4M3 with a scale for each row of each operand, in all six of them",
+    everywhere(_ROW),
+    FP8_PAPER,
+    n=0,
+)
+NVFP4_QAT = _recipe(
+    "nvfp4-qat",
+    "NVFP4 weights and activations, backward in full precision",
+    LayerSpec(NVFP4, NVFP4),
+    "quantization-aware training with the format of NVIDIA, arXiv 2509.25149",
+    n=0,
+)
+MXFP4_QAT = _recipe(
+    "mxfp4-qat",
+    "MXFP4 weights and activations, backward in full precision",
+    LayerSpec(MXFP4, MXFP4),
+    f"quantization-aware training with the format of {MX_PAPER}",
+    n=0,
+)
+FP4_ROWWISE = QuantSpec(f.FP4_E2M1, Amax(), "row")
+FP4_FORWARD = _recipe(
+    "fp4-forward",
+    "E2M1 with a scale per token and per output channel, backward in full precision (without DGE and OCC)",
+    LayerSpec(FP4_ROWWISE, FP4_ROWWISE, None, None, None, None),
+    "Wang et al., Optimizing Large Language Model Training Using FP4 Quantization, arXiv 2501.17116",
+    n=0,
+)

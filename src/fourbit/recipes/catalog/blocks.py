@@ -1,0 +1,199 @@
+"""Recipes with block-scaled 4-bit formats, for language models first of all.
+
+What they share: blocks run along the axis that each product sums over; results stay in float32 (bfloat16 under autocast);
+norms, embeddings and attention's products stay as they are. The last layer is the head of a language model and stays high.
+Depthwise convolutions have nothing to share a scale with along their sums, and stay high too.
+
+Where a paper leaves something open, or the six slots cannot say it, `summary` or the comment at the constant names our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fourbit import formats as f
+from fourbit.ops import REUSE, LayerSpec
+from fourbit.quantizers import Block, BlockScale, Hadamard, QuantSpec, Rounding, Tile
+from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, last, last_share
+from fourbit.recipes._schedule import Phase
+from fourbit.recipes.catalog._base import CATALOG
+
+MX_PAPER = "OCP Microscaling Formats (MX) Specification v1.0"
+NVIDIA_PAPER = "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149"
+TSENG_PAPER = "Tseng et al., Training LLMs with MXFP4, arXiv 2502.20586"
+FQT_PAPER = "Chmiel et al., FP4 All the Way: Fully Quantized Training of LLMs, arXiv 2505.19115"
+QUARTET_PAPER = "Castro et al., Quartet: Native FP4 Training Can Be Optimal for Large Language Models, arXiv 2505.14669"
+QUARTET2_PAPER = "Panferov et al., Quartet II, arXiv 2601.22813"
+TETRAJET_PAPER = "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Transformers, arXiv 2502.20853"
+TETRAJET2_PAPER = "TetraJet-v2: Accurate NVFP4 Training for Large Language Models, arXiv 2510.27527"
+FOUR_OVER_SIX_PAPER = "Cook et al., Four Over Six, arXiv 2512.02010"
+UFP4_PAPER = "Zhao et al., Rethinking Shrinkage Bias in LLM FP4 Pretraining, arXiv 2606.20381"
+AMD_PAPER = "AMD, MXFP4 training, arXiv 2605.09825"
+
+_E4M3 = f.FP8_E4M3FN
+
+MXFP4 = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "floor"), Block(32))
+"""OCP's MXFP4: E2M1, blocks of 32, E8M0 scales from the exponent of the largest number."""
+NVFP4 = QuantSpec(f.FP4_E2M1, BlockScale(_E4M3, "nearest", tensor_bound=448), Block(16))
+"""NVFP4: E2M1, blocks of 16, E4M3 scales over a float32 scale of the tensor."""
+NVFP4_SQUARE = replace(NVFP4, granularity=Tile(16, 16))
+NVFP4_4OVER6 = replace(NVFP4, scaling=BlockScale(_E4M3, "nearest", tensor_bound=256, targets=(6.0, 4.0)))
+
+TE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+"""The one sign vector of TransformerEngine's NVFP4 recipe."""
+
+
+def everywhere(spec: QuantSpec) -> LayerSpec:
+    """The same for all six operands."""
+    return LayerSpec(spec, spec, spec, spec, spec, spec)
+
+
+def _drawn(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, rounding=Rounding.STOCHASTIC)
+
+
+def _of_fprop(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, source="fprop")
+
+
+def _turned(spec: QuantSpec, by: Hadamard) -> QuantSpec:
+    return replace(spec, transform=by)
+
+
+def _recipe(
+    name: str,
+    summary: str,
+    spec: LayerSpec,
+    source: str,
+    high: Selector | None = None,
+    phases: tuple[Phase, ...] = (),
+) -> Recipe:
+    rules = (
+        Rule(None, where=high or last(1), label="high precision"),
+        Rule(None, when=depthwise(), optional=True, label="depthwise"),
+        Rule(spec, label="4-bit"),
+    )
+    return CATALOG.add(name, Recipe(name, rules, summary, source, phases))
+
+
+_RHT64 = Hadamard(64, "fresh")
+_TSENG = _drawn(replace(_turned(MXFP4, _RHT64), scaling=BlockScale(f.E8M0, "floor", prescale=0.75)))
+MXFP4_RHT_SR = _recipe(
+    "mxfp4-rht-sr",
+    "forward in the model's precision; both operands of dgrad and wgrad MXFP4, random Hadamard 64, stochastic, times 3/4",
+    LayerSpec(None, None, _TSENG, _TSENG, _TSENG, _TSENG),
+    TSENG_PAPER,
+)
+MXFP4_AMD = _recipe(
+    "mxfp4-amd",
+    "MXFP4 in all six operands, wgrad's rotated by Hadamard 32 without signs (rounding to nearest: our reading)",
+    LayerSpec(MXFP4, MXFP4, MXFP4, MXFP4, _turned(MXFP4, Hadamard(32)), _turned(MXFP4, Hadamard(32))),
+    AMD_PAPER,
+)
+
+_NVFP4_WGRAD = Hadamard(16, TE_SIGNS)
+NVFP4_RECIPE = _recipe(
+    "nvfp4",
+    "weights in 16x16 tiles, gradients stochastic, wgrad rotated by Hadamard 16 with one sign vector; last 15 % of layers high",
+    LayerSpec(
+        x_fprop=NVFP4,
+        w_fprop=NVFP4_SQUARE,
+        g_dgrad=_drawn(NVFP4),
+        w_dgrad=REUSE,
+        g_wgrad=_drawn(_turned(NVFP4, _NVFP4_WGRAD)),
+        x_wgrad=_turned(NVFP4, _NVFP4_WGRAD),
+    ),
+    NVIDIA_PAPER,
+    last_share(0.15),
+)
+NVFP4_BF16_END = _recipe(
+    "nvfp4-bf16-end",
+    "as nvfp4, with the forward pass in the model's precision for the last 18 % of the steps",
+    NVFP4_RECIPE.rules[-1].spec or LayerSpec(),
+    NVIDIA_PAPER,
+    last_share(0.15),
+    (Phase(0.82, ("fprop",)),),
+)
+NVFP4_4OVER6_RECIPE = _recipe(
+    "nvfp4-4over6",
+    "as nvfp4, each block with the better of two scales (largest number 6 or 4); the last sixth of layers high",
+    LayerSpec(
+        x_fprop=NVFP4_4OVER6,
+        w_fprop=replace(NVFP4_4OVER6, granularity=Tile(16, 16)),
+        g_dgrad=_drawn(NVFP4),  # stochastic rounding with two candidates would be biased: the choice looks at the error
+        w_dgrad=REUSE,
+        g_wgrad=_drawn(_turned(NVFP4, _NVFP4_WGRAD)),
+        x_wgrad=_turned(NVFP4_4OVER6, _NVFP4_WGRAD),
+    ),
+    FOUR_OVER_SIX_PAPER,
+    last_share(1 / 6),
+)
+NVFP4_FQT = _recipe(
+    "nvfp4-fqt",
+    "NVFP4 everywhere: to nearest in fprop and for w in dgrad, stochastic for g and for x in wgrad",
+    LayerSpec(NVFP4, NVFP4, _drawn(NVFP4), NVFP4, _drawn(NVFP4), _drawn(NVFP4)),
+    FQT_PAPER,
+)
+
+NVFP4_FQT_QAF = _recipe(
+    "nvfp4-fqt-qaf",
+    "as nvfp4-fqt, with the backward pass in the model's precision for the last tenth of the steps (its length: our choice; "
+    "the learning rate's new warm-up is not part of it)",
+    NVFP4_FQT.rules[-1].spec or LayerSpec(),
+    FQT_PAPER,
+    phases=(Phase(0.9, ("dgrad", "wgrad")),),
+)
+
+_QUEST = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "nearest", clip_rms=2.92247856), Block(32), transform=Hadamard(32))
+_QUARTET_BACK = _turned(replace(MXFP4, scaling=BlockScale(f.E8M0, "floor", prescale=0.75)), Hadamard(32, "fresh"))
+QUARTET = _recipe(
+    "quartet",
+    "forward MXFP4 after Hadamard 32, clipped at 2.92 RMS; backward the forward's operands again, freshly rotated, times 3/4",
+    LayerSpec(_QUEST, _QUEST, _QUARTET_BACK, _of_fprop(_QUARTET_BACK), _QUARTET_BACK, _of_fprop(_QUARTET_BACK)),
+    QUARTET_PAPER,
+)
+_EDEN = QuantSpec(
+    f.FP4_E2M1,
+    BlockScale(_E4M3, "stochastic", tensor_bound=255.99, targets=(6 / (17 / 16 * 0.93),), corrected=32),
+    Block(16),
+    transform=Hadamard(32, "fresh"),
+)
+QUARTET2 = _recipe(
+    "quartet2",
+    "forward NVFP4 with four over six; backward the forward's operands again, all four by MS-EDEN after a fresh Hadamard 32",
+    LayerSpec(NVFP4_4OVER6, NVFP4_4OVER6, _EDEN, _of_fprop(_EDEN), _EDEN, _of_fprop(_EDEN)),
+    QUARTET2_PAPER,
+)
+
+_TETRAJET = replace(MXFP4, scaling=BlockScale(f.E8M0, "ceil"))
+TETRAJET = _recipe(
+    "tetrajet",
+    "MXFP4 with scales that truncate nothing; backward the forward's operands again, stochastic (without Q-EMA and Q-Ramping)",
+    LayerSpec(
+        _TETRAJET,
+        _TETRAJET,
+        _drawn(_TETRAJET),
+        _of_fprop(_drawn(_TETRAJET)),
+        _drawn(_TETRAJET),
+        _of_fprop(_drawn(_TETRAJET)),
+    ),
+    TETRAJET_PAPER,
+)
+_TETRAJET2 = _drawn(_turned(NVFP4, Hadamard(32, "fresh")))
+TETRAJET2 = _recipe(
+    "tetrajet2",
+    "NVFP4 (the outer scale of the tensor, not of 128); backward the forward's operands again, rotated and stochastic (without "
+    "OsciReset and OutControl)",
+    LayerSpec(NVFP4, NVFP4, _TETRAJET2, _of_fprop(_TETRAJET2), _TETRAJET2, _of_fprop(_TETRAJET2)),
+    TETRAJET2_PAPER,
+)
+
+_UNIFORM = QuantSpec(
+    f.INT4_SYM, BlockScale(_E4M3, "nearest", tensor_bound=448), Block(16), transform=Hadamard(16, "fresh")
+)
+UFP4 = _recipe(
+    "ufp4",
+    "a uniform grid of 15 numbers with NVFP4's scales, all three products rotated, gradients alone stochastic",
+    LayerSpec(_UNIFORM, _UNIFORM, _drawn(_UNIFORM), _UNIFORM, _drawn(_UNIFORM), _UNIFORM),
+    UFP4_PAPER,
+)

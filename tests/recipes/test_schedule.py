@@ -1,0 +1,124 @@
+"""Recipes whose precision changes over time: phases as data, by the number of the step, in eager and in compiled models."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fourbit as fb
+from fourbit import UserError
+from fourbit.ops import REUSE, LayerSpec
+from fourbit.quantizers import Amax, Hadamard
+from fourbit.recipes import catalog
+
+INT4 = fb.QuantSpec("int4_sym", Amax())
+
+
+def recipe(*phases, spec=None):
+    return fb.Recipe("mine", (fb.Rule(spec or LayerSpec(*[INT4] * 6)),), phases=phases)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def steps(model, scheduler, first, last, call=None):
+    """Gradients of the steps from `first` to before `last`, without training."""
+    found = []
+    for step in range(first, last):
+        if scheduler:
+            scheduler.at(step)
+        torch.manual_seed(step)
+        x, y = torch.randn(16, 32), torch.randint(0, 8, (16,))
+        model.zero_grad()
+        F.cross_entropy((call or model)(x), y).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_each_phase_computes_what_a_model_of_its_spec_does():
+    by_hand = {
+        0: LayerSpec(*[INT4] * 6),
+        4: LayerSpec(None, None, INT4, INT4, INT4, INT4),
+        8: LayerSpec(INT4, INT4, None, None, INT4, INT4),
+    }
+    phases = recipe(fb.Phase(0.4, ("fprop",)), fb.Phase(0.8, ("dgrad",)))
+    model = fb.convert(network(), phases)
+    found = steps(model, fb.scheduler(model, phases, 10), 0, 10)
+    for step in range(10):
+        spec = by_hand[max(start for start in by_hand if start <= step)]
+        other = fb.convert(network(), recipe(spec=spec))
+        assert same(found[step], steps(other, None, step, step + 1)[0]), step
+
+
+def test_what_reused_a_raised_operand_is_quantized_as_before():
+    rotated = fb.QuantSpec("int4_sym", Amax(), transform=Hadamard(16))
+    spec = LayerSpec(rotated, rotated, INT4, REUSE, INT4, REUSE)
+    raised = fb.Phase(1, ("fprop",)).applied(spec)
+    assert raised == LayerSpec(None, None, INT4, INT4, INT4, INT4)
+    again = fb.QuantSpec("int4_sym", Amax(), source="fprop")
+    assert fb.Phase(1, ("x_fprop",)).applied(LayerSpec(INT4, INT4, x_wgrad=again)).x_wgrad == INT4
+
+
+def test_a_training_that_is_resumed_goes_on_in_the_phase_of_its_step():
+    phases = recipe(fb.Phase(3, ("fprop",)), fb.Phase(6, ("dgrad", "x_fprop")))
+    model = fb.convert(network(), phases)
+    whole = steps(model, fb.scheduler(model, phases, 9), 0, 9)
+    for first in (2, 3, 5, 7):
+        again = fb.convert(network(), phases)
+        found = steps(again, fb.scheduler(again, phases, 9), first, 9)
+        assert all(same(a, b) for a, b in zip(found, whole[first:], strict=True))
+
+
+def test_a_compiled_model_changes_its_phase_and_computes_the_same():
+    torch.compiler.reset()
+    phases = recipe(fb.Phase(2, ("fprop",)), fb.Phase(4, ("dgrad", "wgrad")))
+    eager, model = fb.convert(network(), phases), fb.convert(network(), phases)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = steps(eager, fb.scheduler(eager, phases, 6), 0, 6)
+    found = steps(model, fb.scheduler(model, phases, 6), 0, 6, compiled)
+    for a, b in zip(found, expected, strict=True):
+        for p, q in zip(a, b, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_clip_values_and_exponents_stay_through_a_phase_without_them():
+    phases = fb.Recipe("mine", catalog.IBM2020.rules, phases=(fb.Phase(3, ("dgrad", "wgrad")),))
+    model = fb.convert(network(), phases)
+    scheduler = fb.scheduler(model, phases, 6)
+    steps(model, scheduler, 0, 3)
+    before = {k: v.clone() for k, v in model.state_dict().items() if "exponent" in k or "alpha" in k}
+    assert before
+    steps(model, scheduler, 3, 6)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    scheduler.at(0)
+    steps(model, scheduler, 0, 1)
+
+
+def test_the_published_recipes_with_phases_say_so():
+    with_phases = {name: [str(p) for p in fb.recipes.get(name).phases] for name in fb.recipes.names()}
+    assert with_phases["nvfp4-bf16-end"] == ["from 82 % of the steps on: fprop in full precision"]
+    assert [name for name, phases in with_phases.items() if phases] == ["luq-fnt", "nvfp4-bf16-end", "nvfp4-fqt-qaf"]
+
+
+def test_phases_that_cannot_be_are_refused_in_a_sentence():
+    for start in (0, 0.0, 1.0, -1, 1.5, True, "late"):
+        with pytest.raises(UserError, match="a phase starts at a fraction of the training between 0 and 1"):
+            fb.Phase(start, ("fprop",))
+    with pytest.raises(UserError, match="raises products or slots, and 'forward' is none"):
+        fb.Phase(0.5, ("forward",))
+    with pytest.raises(UserError, match="needs something in full precision"):
+        fb.Phase(0.5, ())
+    with pytest.raises(UserError, match=r"its phases overlap, as one starts at 0\.5 and the next at 0\.5"):
+        recipe(fb.Phase(0.5, ("fprop",)), fb.Phase(0.5, ("dgrad",)))
+    with pytest.raises(UserError, match="all phases by fractions, or all by numbers of steps"):
+        recipe(fb.Phase(0.5, ("fprop",)), fb.Phase(7, ("dgrad",)))
+    phases = recipe(fb.Phase(50, ("fprop",)))
+    with pytest.raises(UserError, match="starts at 50 never does in a training of 20 steps"):
+        fb.scheduler(fb.convert(network(), phases), phases, 20)
+    assert fb.scheduler(fb.convert(network(), "ibm2020"), "ibm2020", 20) is None
