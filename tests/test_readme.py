@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
-LONG = ("hardware report", "reproduce table", "reproduce questions")
-"""They train or price several large networks; tests/hardware and tests/reproduce run the same commands on small ones."""
+LONG = ("hardware report", "reproduce table", "reproduce questions", "train --model transformer_small")
+"""They train or price several large networks; other tests run the same commands on small ones."""
 
 
 def network() -> nn.Module:

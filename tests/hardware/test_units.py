@@ -31,7 +31,7 @@ from fourbit.hardware import (
 
 # Units of more than four ways repeat the circuits of those of four.
 QUICK = [name for name, unit in UNITS.items() if getattr(unit, "ways", 1) <= 4]
-EVERY_CIRCUIT = [(name, 1000) for name in QUICK]
+EVERY_CIRCUIT = [(name, 500) for name in QUICK]
 EVERY_CIRCUIT += [pytest.param(name, 10_000, marks=pytest.mark.slow) for name in UNITS]
 
 
