@@ -47,6 +47,7 @@ def load(results: Path, name: str) -> dict:
     return json.loads((results / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_benchmark_writes_json_tables_and_plots(results):
     for name in ("quantizers", "step", "growth", "cold_start"):
         data = load(results, name)
@@ -56,11 +57,13 @@ def test_every_benchmark_writes_json_tables_and_plots(results):
         assert (results / f"{figure}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_results_hold_no_path_of_the_machine(results):
     for path in [*results.glob("*.json"), *results.glob("*.md")]:
         assert str(results) not in path.read_text() and str(ROOT) not in path.read_text()
 
 
+@pytest.mark.slow
 def test_every_operation_has_our_time_at_every_size(results):
     for name, operation in load(results, "quantizers")["operations"].items():
         for size in ("7", "8"):
@@ -70,6 +73,7 @@ def test_every_operation_has_our_time_at_every_size(results):
             assert found["QPyTorch"]["skipped"] == "other libraries were left out (--no-peers)"
 
 
+@pytest.mark.slow
 def test_a_step_says_what_waits_for_backward_and_where_the_time_goes(results):
     network = load(results, "step")["networks"]["digits_cnn"]
     saved = network["saved_bytes"]
@@ -82,6 +86,7 @@ def test_a_step_says_what_waits_for_backward_and_where_the_time_goes(results):
     assert network["profile"]["ours ibm2020"]["products"] > 0 and network["profile"]["ours ibm2020"]["quantize"] > 0
 
 
+@pytest.mark.slow
 def test_the_document_shows_every_table_and_keeps_its_prose(results):
     (results / "parity.md").write_text("all equal")
     shown = documents.blocks(documents.load(results), results, "figures")
@@ -126,6 +131,7 @@ def test_ratios_are_taken_turn_by_turn():
     assert _harness.ratio(results, "a", "b").median == 0.5
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_the_peak_of_memory():
     job = {"do": "peak_memory", "network": "mlp", "way": "fp32", "batch": 4096, "width": 256, "steps": 1}
     try:

@@ -7,6 +7,7 @@ import re
 import shlex
 import wave
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
+LONG = ("hardware report", "reproduce table", "reproduce questions", "train --model transformer_small")
+"""They train or price several large networks; other tests run the same commands on small ones."""
 
 
 def network() -> nn.Module:
@@ -67,7 +70,11 @@ def test_the_code_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {"model": network(), "loader": loader})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def _marked() -> list[Any]:
+    return [pytest.param(c, marks=pytest.mark.slow if c.split(" ", 1)[1].startswith(LONG) else ()) for c in COMMANDS]
+
+
+@pytest.mark.parametrize("command", _marked())
 def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
     """As written, but on digits, one step each, in an empty folder."""
     monkeypatch.chdir(tmp_path)

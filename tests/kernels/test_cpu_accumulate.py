@@ -74,7 +74,8 @@ KINDS = ("int4", "fp16", "beyond the range", "below the range", "ties", "infinit
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_the_kernel_equals_the_reference_bit_for_bit(isas, format, rounding):
     chunks = (1, 3, 64, None) if format == FORMATS[0] else (3, None)  # a chunk is no matter of the format
-    for kind, shape, chunk in itertools.product(KINDS, SHAPES, chunks):
+    shapes = SHAPES if format == FORMATS[0] else SHAPES[1:4]  # nor is a shape
+    for kind, shape, chunk in itertools.product(KINDS, shapes, chunks):
         assert_equal_bits(isas, *operands(kind, shape), Accumulation(format, chunk, rounding), key=2**63 + 5)
 
 

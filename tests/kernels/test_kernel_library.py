@@ -282,7 +282,7 @@ class Samples(Dataset[list[torch.Tensor]]):
 
 
 @needs_library
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader_get_the_same_numbers(method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")

@@ -6,7 +6,9 @@ bfloat16 after a sum in float32.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -82,7 +84,11 @@ def draw(format: Format, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def gemms(case, a: Format, b: Format, which: str, products: str = "exact") -> list[tuple[Gemm, Tensor, Tensor]]:
     """The product, the right result, and the sum of magnitudes: with the second operand as it is, and packed."""
-    contraction, x_shape, w_shape = case
+    return [(replace(gemm, products=products), exact, size) for gemm, exact, size in _exact_gemms(*case, a, b, which)]
+
+
+@functools.lru_cache(maxsize=256)  # all pairs of formats of one case, which every implementation is tried on in turn
+def _exact_gemms(contraction, x_shape, w_shape, a: Format, b: Format, which: str) -> list[tuple[Gemm, Tensor, Tensor]]:
     x, w = draw(a if which == "fprop" else b, x_shape, 1), draw(b, w_shape, 2)
     if which == "fprop":
         layout, left, right, multiply = None, x, w, contraction.fprop
@@ -95,7 +101,7 @@ def gemms(case, a: Format, b: Format, which: str, products: str = "exact") -> li
     exact = multiply(left.double(), right.double())
     size = multiply(left.double().abs(), right.double().abs())
     forms = [right, pack(right, b)] if is_packable(b) else [right]
-    gemm = Gemm(which, contraction, Operand(left, None, a), Operand(right, None, b), layout, torch.float32, products)  # type: ignore[arg-type]
+    gemm = Gemm(which, contraction, Operand(left, None, a), Operand(right, None, b), layout, torch.float32, "exact")  # type: ignore[arg-type]
     return [(replace(gemm, b=Operand(form, None, b)), exact, size) for form in forms]
 
 
@@ -121,8 +127,8 @@ def check(raw: Raw, exact: Tensor, size: Tensor, products: str) -> None:
 
 
 @each_implementation("gemm")
-@every_shape
 @pytest.mark.parametrize("products", ["exact", "fast"])
+@every_shape
 def test_products_are_exact_or_rounded_once_to_bfloat16(implementation, case, products):
     taken = 0
     for which, left in (("fprop", X), ("dgrad", G), ("wgrad", G)):
@@ -423,6 +429,13 @@ def _bad(n: int) -> Tensor:
     return x
 
 
+@functools.lru_cache(maxsize=4)  # the sizes of one test, which every implementation is tried on in turn
+def finished(make: Callable[[int], Raw], n: int) -> tuple[Raw, list[tuple[Finish, Tensor, Tensor | None]]]:
+    """Sums, and what the reference makes of them."""
+    raw = make(n)
+    return raw, [(finish, *_finish(raw._replace(y=raw.y.clone()), finish)) for finish in finishes(n)]
+
+
 def finishes(n: int) -> list[Finish]:
     """Combinations of everything that an epilogue does."""
     inside = numbers(n, torch.float32, 5) > 0
@@ -449,11 +462,10 @@ def finishes(n: int) -> list[Finish]:
 def test_epilogues_equal_the_reference_to_the_bit(implementation, make):
     taken = 0
     for n, num_threads in ((1, 1), (64, 1), (333, 1), (2**14 + 77, 3)):
-        for finish in finishes(n):
-            raw = make(n)
-            y, clipped = _finish(Raw(raw.y.clone(), raw.high, raw.unit, raw.rounded), finish)
+        raw, cases = finished(make, n)
+        for finish, y, clipped in cases:
             with threads(num_threads):
-                found = implementation(Raw(raw.y.clone(), raw.high, raw.unit, raw.rounded), finish)
+                found = implementation(raw._replace(y=raw.y.clone()), finish)
             if found is None:
                 continue
             taken += 1

@@ -6,6 +6,7 @@ The cases are those of docs/architectures.md, which `python -m benchmarks.archit
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def _one_thread():
 
 def _params(chosen=CASES):
     return [pytest.param(c, id=c.name, marks=() if c.fast else pytest.mark.slow) for c in chosen]
+
+
+def _learning() -> list[Any]:
+    """A transformer and a convolutional network every day: trainings take longer than all else."""
+    return [pytest.param(c, id=c.name, marks=() if c.name in ("gpt2", "resnet") else pytest.mark.slow) for c in CASES]
 
 
 def _build(case: Case):
@@ -63,7 +69,7 @@ def test_it_takes_a_step_with_int4_forward(case):
     assert len([alpha for alpha in used if alpha is not None and alpha.grad is not None and alpha.grad.isfinite()]) > 3
 
 
-@pytest.mark.parametrize("case", _params())
+@pytest.mark.parametrize("case", _learning())
 def test_it_learns_in_four_bits_as_far_as_in_float_and_comes_back_whole(case):
     plain = _build(case)
     first, last = checks.train(plain, case)

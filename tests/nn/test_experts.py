@@ -313,7 +313,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "gpt_oss"))]
+)
 def test_explain_counts_the_rows_that_each_expert_gets(name):
     model = small(name, **MODELS[name])
     tokens = torch.randint(32, (2, 8))

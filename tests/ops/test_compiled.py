@@ -13,7 +13,8 @@ from torch import nn
 import fourbit as fb
 from fourbit.ops import Contraction, Convolution, LinearMap, Matmul
 
-RECIPES = ["int4-fwd", "ibm2020", "ibm2020-dw8", "ibm2020-channel-gradscale", "luq", "luq-smp2"]
+RECIPES = ["int4-fwd", "ibm2020", "ibm2020-channel-gradscale", "luq"]
+RECIPES += [pytest.param(name, marks=pytest.mark.slow) for name in ("ibm2020-dw8", "luq-smp2")]
 
 
 def network() -> nn.Module:

@@ -91,12 +91,15 @@ LAYERS = {
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 8, 3), (4, 8, 6, 6, 6)),
     "Linear": (lambda: nn.Linear(64, 64), (8, 9, 64)),
 }
+FEW = ("ibm2020", "ibm2020-channel-gradscale", "luq", "luq-smp2")
+"""A scale per tensor, per channel, one sample of stochastic rounding, and two: what a layer's geometry may matter to."""
 
 
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
 def test_every_kind_of_layer_keeps_at_most_0_17_of_fp32(case):
     make, shape = case
-    for spec in {r.spec for name in recipes.names() for r in recipes.get(name).rules if r.spec is not None}:
+    names = recipes.names() if case in (LAYERS["Conv2d"], LAYERS["Linear"]) else FEW
+    for spec in {r.spec for name in names for r in recipes.get(name).rules if r.spec is not None}:
         net = fb.convert(nn.Sequential(make()), fb.Recipe("all", (fb.Rule(spec),)))
         for _ in range(2):  # before and after the first training step
             (layer,) = fb.memory_report(net, shape).layers

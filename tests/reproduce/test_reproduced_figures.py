@@ -154,6 +154,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):
         draw("fig1a", out=blocked)
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_line_between_two_checkpoints_are_the_checkpoints(out, run):
     """The losses that fig5 writes at 0 and at 1, against the test loss of the two checkpoints."""
     text = draw("fig5", scale="smoke", out=out, threads=1).text

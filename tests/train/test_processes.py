@@ -9,8 +9,15 @@ import sys
 import pytest
 import torch
 
-OPTIONS = ("--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--epochs", "1", "--no-progress")
-OPTIONS += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment")
+from fourbit.cli import main
+
+COMMAND = ("train", "--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--epochs", "1", "--no-progress")
+COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--no-tensorboard")
+
+
+@pytest.fixture(autouse=True)
+def small_data() -> None:
+    """All digits: the other processes have no fewer."""
 
 
 def final(out) -> dict:
@@ -21,16 +28,12 @@ def final(out) -> dict:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed training")
 def test_two_processes_train_as_one_does(tmp_path):
     """The last test batch has one image, so the second process gets none of it."""
-    started = {}
-    for name, launcher in (
-        ("one", ()),
-        ("two", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
-    ):
-        command = [sys.executable, "-m", *launcher, "fourbit", "train", *OPTIONS, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        started[name] = final(tmp_path / name)
-    one, two = started["one"], started["two"]
+    assert main([*COMMAND, "--out", str(tmp_path / "one")]) == 0
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fourbit")
+    command = [sys.executable, "-m", *launcher, *COMMAND, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = (final(tmp_path / name) for name in ("one", "two"))
     assert one["step"] == two["step"] and two["stopped"] == "done"
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
     assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.006)

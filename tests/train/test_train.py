@@ -102,9 +102,12 @@ def test_every_logged_step_has_the_scales_of_all_layers(make_config):
     assert not any("scales" in line for line in metrics(full.out))
 
 
+LONG = pytest.param(88, [*range(1, 89, 5), 88], marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("total", "steps"),
-    [(2, [1, 2]), (6, [1, 2, 3, 4, 5, 6]), (50, [*range(1, 51, 3), 50]), (88, [*range(1, 89, 5), 88])],
+    [(2, [1, 2]), (6, [1, 2, 3, 4, 5, 6]), (50, [*range(1, 51, 3), 50]), LONG],
 )
 def test_a_run_of_any_length_is_observed_about_twenty_times_and_at_its_end(make_config, monkeypatch, total, steps):
     from contextlib import contextmanager
