@@ -15,6 +15,7 @@ from fourbit.formats.catalog import BINARY16 as BINARY16
 from fourbit.formats.catalog import CATALOG as CATALOG
 from fourbit.formats.catalog import E8M0 as E8M0
 from fourbit.formats.catalog import FP4_121 as FP4_121
+from fourbit.formats.catalog import FP4_E1M2 as FP4_E1M2
 from fourbit.formats.catalog import FP4_E2M1 as FP4_E2M1
 from fourbit.formats.catalog import FP4_R2 as FP4_R2
 from fourbit.formats.catalog import FP4_R2_5 as FP4_R2_5
@@ -26,8 +27,11 @@ from fourbit.formats.catalog import FP4_R4_ODD_185 as FP4_R4_ODD_185
 from fourbit.formats.catalog import FP4_R8 as FP4_R8
 from fourbit.formats.catalog import FP4_R16 as FP4_R16
 from fourbit.formats.catalog import FP5_R2 as FP5_R2
+from fourbit.formats.catalog import FP6_E2M3 as FP6_E2M3
+from fourbit.formats.catalog import FP6_E3M2 as FP6_E3M2
 from fourbit.formats.catalog import FP8_143 as FP8_143
 from fourbit.formats.catalog import FP8_152 as FP8_152
+from fourbit.formats.catalog import FP8_E3M4 as FP8_E3M4
 from fourbit.formats.catalog import FP8_E4M3FN as FP8_E4M3FN
 from fourbit.formats.catalog import FP8_E5M2 as FP8_E5M2
 from fourbit.formats.catalog import FP16_169 as FP16_169
@@ -42,6 +46,8 @@ from fourbit.formats.catalog import INT4_MIDRISE as INT4_MIDRISE
 from fourbit.formats.catalog import INT4_SYM as INT4_SYM
 from fourbit.formats.catalog import INT8 as INT8
 from fourbit.formats.catalog import INT8_SYM as INT8_SYM
+from fourbit.formats.catalog import UE5M3 as UE5M3
+from fourbit.formats.catalog import UE6M2 as UE6M2
 from fourbit.formats.catalog import UINT4 as UINT4
 from fourbit.formats.catalog import UINT8 as UINT8
 from fourbit.formats.catalog import get as get

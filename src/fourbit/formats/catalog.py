@@ -22,6 +22,9 @@ _HFP8 = "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference, 
 _DLFLOAT = "Agrawal et al., DLFloat: A 16-b Floating Point Format, ARITH 2019"
 _IEEE = "IEEE 754"
 _SAWB = "Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019"
+_E3M4 = "LLVM APFloat, Float8E3M4; a block scale in Chmiel et al., FP4 All the Way, arXiv 2505.19115"
+_CUDA = "CUDA Math API 13.4, __nv_fp8_ue5m3"
+_HIFLOAT4 = "Luo et al., HiFloat4 Format for Language Model Inference, arXiv 2602.11287"
 
 
 def _logarithmic(
@@ -133,6 +136,13 @@ FP4_121 = _add(
     )
 )
 FP4_E2M1 = _add(FloatFormat("fp4_e2m1", "OCP E2M1: 0, +-{0.5, 1, 1.5, 2, 3, 4, 6}", _MX, 2, 1, 1))
+FP4_E1M2 = _add(
+    FloatFormat(
+        "fp4_e1m2", "E1M2: 0, +-{0.25, 0.5 .. 1.75}, the even spacing of int4_sym in quarters", _HIFLOAT4, 1, 2, 1
+    )
+)
+FP6_E2M3 = _add(FloatFormat("fp6_e2m3", "OCP E2M3: up to 7.5, every code a number", _MX, 2, 3, 1))
+FP6_E3M2 = _add(FloatFormat("fp6_e3m2", "OCP E3M2: up to 28, every code a number", _MX, 3, 2, 3))
 
 INT4_SYM = _add(IntFormat("int4_sym", "-7 .. 7, 15 levels with zero; SAWB's zero-aligned form", _SAWB, 4, -7, 7))
 INT4 = _add(IntFormat("int4", "-8 .. 7, two's complement, 16 levels", "", 4, -8, 7))
@@ -166,6 +176,11 @@ FP8_E4M3FN = _add(FloatFormat("fp8_e4m3fn", "OCP E4M3: up to 448, NaN, no infini
 FP8_E5M2 = _add(
     FloatFormat("fp8_e5m2", "OCP E5M2: up to 57344, infinity and NaN, saturating", _OFP8, 5, 2, 15, specials="ieee")
 )
+FP8_E3M4 = _add(
+    FloatFormat(
+        "fp8_e3m4", "E3M4, as IEEE 754: up to 15.5, infinity and NaN, saturating", _E3M4, 3, 4, 3, specials="ieee"
+    )
+)
 E8M0 = _add(
     FloatFormat(
         "e8m0",
@@ -174,6 +189,32 @@ E8M0 = _add(
         8,
         0,
         127,
+        sign_bits=0,
+        subnormals=False,
+        specials="nan",
+        has_zero=False,
+    )
+)
+UE5M3 = _add(
+    FloatFormat(
+        "ue5m3",
+        "scale format without a sign: E5M3, 2^-17 (subnormal) to 114688, NaN, no infinity",
+        _CUDA,
+        5,
+        3,
+        15,
+        sign_bits=0,
+        specials="nan",
+    )
+)
+UE6M2 = _add(
+    FloatFormat(
+        "ue6m2",
+        "HiFloat4's scale format: E6M2, 2^-48 .. 1.5 * 2^15, no sign, no zero, no subnormals",
+        _HIFLOAT4,
+        6,
+        2,
+        48,
         sign_bits=0,
         subnormals=False,
         specials="nan",
