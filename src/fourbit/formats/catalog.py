@@ -7,13 +7,18 @@ GradScale keeps the largest gradient in (32, 64]. Any other placement is a matte
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 from fourbit._registry import Registry
 from fourbit.formats._base import Codebook, Format, IntFormat
+from fourbit.formats._blocks import BlockFormat
 from fourbit.formats._float import FloatFormat, midpoint_multiplier
 
 CATALOG: Registry[Format] = Registry("format")
 """Every format of this module, by name."""
+
+BLOCKS: Registry[BlockFormat] = Registry("block format")
+"""Every block-scaled format of this module, by name."""
 
 _PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
 _MX = "OCP Microscaling Formats (MX) Specification v1.0"
@@ -248,6 +253,61 @@ BFLOAT16 = _add(
         specials="ieee",
         overflow="infinity",
     )
+)
+
+
+def _block(
+    name: str, element: Format, block: int, scale: Format, summary: str, source: str, **rest: Any
+) -> BlockFormat:
+    return BLOCKS.add(name, BlockFormat(name, element, block, scale, summary, source, **rest))
+
+
+_NVFP4 = "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149; TransformerEngine"
+_FOUR_OVER_SIX = "Cook et al., Four Over Six, arXiv 2512.02010"
+
+MXFP4 = _block(
+    "mxfp4", FP4_E2M1, 32, E8M0, "OCP MXFP4: scale 2^(floor(log2 amax) - 2); 6 < amax/scale < 8 saturates", _MX
+)
+MXFP4_CEIL = _block(
+    "mxfp4_ceil",
+    FP4_E2M1,
+    32,
+    E8M0,
+    "the smallest power of two with amax/scale <= 6: nothing saturates",
+    "Chen et al., TetraJet, arXiv 2502.20853; cuBLAS, 1D block scaling",
+    rule="ceil",
+)
+MXFP6_E2M3 = _block("mxfp6_e2m3", FP6_E2M3, 32, E8M0, "OCP MXFP6 with E2M3: scale 2^(floor(log2 amax) - 2)", _MX)
+MXFP6_E3M2 = _block("mxfp6_e3m2", FP6_E3M2, 32, E8M0, "OCP MXFP6 with E3M2: scale 2^(floor(log2 amax) - 4)", _MX)
+MXFP8_E4M3 = _block("mxfp8_e4m3", FP8_E4M3FN, 32, E8M0, "OCP MXFP8 with E4M3: scale 2^(floor(log2 amax) - 8)", _MX)
+MXFP8_E5M2 = _block("mxfp8_e5m2", FP8_E5M2, 32, E8M0, "OCP MXFP8 with E5M2: scale 2^(floor(log2 amax) - 15)", _MX)
+MXINT4 = _block(
+    "mxint4", FP4_E1M2, 32, E8M0, "E1M2, that is -7 .. 7 in quarters: scale 2^floor(log2 amax)", "microxcaling, int4"
+)
+NVFP4 = _block(
+    "nvfp4",
+    FP4_E2M1,
+    16,
+    FP8_E4M3FN,
+    "scale E4M3(amax/6) under a float32 scale of the tensor, amax/(6 * 448)",
+    _NVFP4,
+    rule="nearest",
+    tensor_bound=448.0,
+)
+NVFP4_ONE_LEVEL = _block(
+    "nvfp4_one_level", FP4_E2M1, 16, FP8_E4M3FN, "scale E4M3(amax/6), no tensor scale", _NVFP4, rule="nearest"
+)
+NVFP4_4OVER6 = _block(
+    "nvfp4_4over6",
+    FP4_E2M1,
+    16,
+    FP8_E4M3FN,
+    "the better of E4M3(amax/6) and E4M3(amax/4) by squared error; tensor scale amax/(6 * 256)",
+    _FOUR_OVER_SIX,
+    rule="nearest",
+    tensor_bound=256.0,
+    targets=(6.0, 4.0),
+    order="encode",
 )
 
 
