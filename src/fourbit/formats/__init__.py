@@ -64,4 +64,5 @@ from fourbit.formats.catalog import UE6M2 as UE6M2
 from fourbit.formats.catalog import UINT4 as UINT4
 from fourbit.formats.catalog import UINT8 as UINT8
 from fourbit.formats.catalog import get as get
+from fourbit.formats.catalog import get_block as get_block
 from fourbit.formats.catalog import names as names

@@ -320,6 +320,15 @@ def get(format: str | Format) -> Format:
     return format if isinstance(format, Format) else CATALOG[format]
 
 
+def get_block(format: str | BlockFormat) -> BlockFormat:
+    """The block format of that name (a BlockFormat passes through).
+
+    Raises:
+        UserError: no such name; the message has the nearest ones.
+    """
+    return format if isinstance(format, BlockFormat) else BLOCKS[format]
+
+
 def names() -> list[str]:
     """Names of all formats in the catalogue."""
     return list(CATALOG)
