@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -51,6 +52,7 @@ def conform(
     versions: dict[str, str] = {}
     make_linear = None
     if name in PEERS:
+        warnings.simplefilter("ignore")  # those of other libraries are not about what is found
         peer = PEERS[name]
         peer.require()
         quantizer, versions = peer.make(), peer.versions()

@@ -36,9 +36,9 @@ def variants(format: BlockFormat) -> list[BlockFormat]:
 
 
 def describe(format: BlockFormat) -> str:
-    """What tells a variant from the others."""
+    """What tells a variant from the others, in words; nothing where there is one."""
     if format.rule != "nearest":
-        return "exact"
+        return ""
     error = f", {format.error} error" if len(format.targets) > 1 else ""
     return PUBLISHED[format.order] + error
 

@@ -70,7 +70,7 @@ def check(
     results = [
         _nearest.run(each, function, _nearest.Case(subject, format))
         for each, function in _nearest.CHECKS.items()
-        if nearest or each in _nearest.ALWAYS
+        if (nearest or each in _nearest.ALWAYS) and (format.tensor_bound or each != "tensor scale")
     ]
     if not nearest:
         coins = _stochastic.Coins(_nearest.Case(subject, format), samples)

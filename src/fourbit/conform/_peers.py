@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ class Peer:
         Raises:
             UserError: it is not installed, or does not load.
         """
+        logging.disable(logging.WARNING)  # of kernels for other devices
         try:
             importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -57,6 +59,8 @@ class Peer:
         except Exception as error:
             text = " ".join(str(error).split())
             raise UserError(f"{self.module} does not load: {type(error).__name__}: {text}.") from error
+        finally:
+            logging.disable(logging.NOTSET)
 
     def versions(self) -> dict[str, str]:
         """The library's version, as far as it has one."""
@@ -189,5 +193,39 @@ _add(
     "nvfp4",
     "fouroversix",
     _FOUR_OVER_SIX,
+    rounding="stochastic",
+)
+
+
+def _trainkit(elements: str, rule: str, rounding: str) -> Callable[[Tensor], Tensor]:
+    recipe, quantizer = importlib.import_module("fp4tk.recipe"), importlib.import_module("fp4tk.quantizer.registry")
+    config = recipe.QuantConfig(
+        recipe.QuantFormat[elements], recipe.BlockAxis.RowWise, recipe.Rounding[rounding], recipe.ScaleImpl[rule]
+    )
+    importlib.import_module("fp4tk.linear")  # registers the quantizers
+    return quantizer.QuantizerRegistry.create(config)
+
+
+def _trainkit_linear() -> Callable[..., Any]:
+    layer, recipes = (
+        importlib.import_module("fp4tk.linear").FP4Linear,
+        importlib.import_module("fp4tk.recipe").FP4_RECIPES,
+    )
+    return lambda inputs, outputs: layer(inputs, outputs, recipe=recipes["mx_baseline"])
+
+
+_TRAINKIT = "clone github.com/vuiseng9/fp4-trainkit and put the folder's src on PYTHONPATH"
+for _name, _format, _settings, _linear in (
+    ("mxfp4", "mxfp4", ("MXFP4", "MX", "Nearest"), _trainkit_linear),
+    ("mxfp4_ceil", "mxfp4_ceil", ("MXFP4", "TetraJet", "Nearest"), None),
+    ("nvfp4_one_level", "nvfp4_one_level", ("NVFP4", "FP4_All_The_Way", "Nearest"), None),
+):
+    _add(f"fp4-trainkit:{_name}", partial(_trainkit, *_settings), _format, "fp4tk", _TRAINKIT, linear=_linear)
+_add(
+    "fp4-trainkit:mxfp4_stochastic",
+    partial(_trainkit, "MXFP4", "MX", "Stochastic"),
+    "mxfp4",
+    "fp4tk",
+    _TRAINKIT,
     rounding="stochastic",
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit._registry import Registry
-from fourbit.conform._blocks import PER_ROW, Comparison, differs
+from fourbit.conform._blocks import PER_ROW, Comparison, differs, pack
 from fourbit.conform._nearest import Case, _judge
 from fourbit.conform._report import Result
 from fourbit.formats import BlockFormat
@@ -62,8 +62,6 @@ class Coins:
         if not self.format.tensor_bound:
             x = torch.tensor(block * PER_ROW).repeat(rows, 1)
         else:  # one row with the anchor, which is left out
-            from fourbit.conform._blocks import pack
-
             x = torch.cat([pack(self.format, []), torch.tensor(block * PER_ROW).repeat(rows, 1)])
         mask = x == torch.tensor(value, dtype=torch.float32)
         return x, mask
@@ -81,7 +79,9 @@ class Coins:
         """Coins less their mean, over their standard deviation; 0 at places that do not count. And the places."""
         positive = [v for v in self.format.element.grid if v >= 0]
         coins, mask = self.flip(positive[2], positive[3], p, num)
-        return torch.where(mask, (coins - p) / math.sqrt(p * (1 - p)), 0.0), mask
+        mean = coins[mask].mean()  # whether that is p is a check of its own
+        deviation = (mean * (1 - mean)).sqrt().clamp_min(1e-9)
+        return torch.where(mask, (coins - mean) / deviation, 0.0), mask
 
 
 @CHECKS.register("neighbours")
@@ -143,10 +143,10 @@ def small_probabilities(coins: Coins) -> Result:
     return Result("small probabilities", "fail" if abs(z) > SIGMAS else "pass", detail, n, int(abs(z) > SIGMAS))
 
 
-def _spread(ups: Tensor, counts: Tensor, p: float) -> float:
-    """How much sums of coins spread, as a normal deviate: chi-square by Wilson and Hilferty's approximation."""
+def _spread(sums: Tensor, counts: Tensor) -> float:
+    """How much sums of `signs` spread, as a normal deviate: chi-square by Wilson and Hilferty's approximation."""
     used = counts > 0
-    chi = float(((ups - counts * p)[used] ** 2 / (counts[used] * p * (1 - p))).sum())
+    chi = float((sums[used] ** 2 / counts[used]).sum())
     k = int(used.sum())
     return ((chi / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
 
@@ -157,12 +157,10 @@ def variance(coins: Coins) -> Result:
     worst = (0.0, "")
     compared = 0
     for p in (1 / 2, 1 / 8):
-        positive = [v for v in coins.format.element.grid if v >= 0]
-        flipped, mask = coins.flip(positive[2], positive[3], p, coins.samples // 4)
-        ups = torch.where(mask, flipped, 0.0)
+        signs, mask = coins.signs(p, coins.samples // 4)
         compared += int(mask.sum())
         for axis, name in ((1, "rows"), (0, "columns")):
-            z = _spread(ups.sum(dim=axis), mask.double().sum(dim=axis), p)
+            z = _spread(signs.sum(dim=axis), mask.double().sum(dim=axis))
             words = "more" if z > 0 else "less"
             worst = max(worst, (abs(z), f"sums along {name} vary {words} than independent roundings do at p = {p:g}"))
     failed = worst[0] > SIGMAS
