@@ -76,7 +76,7 @@ def check(
         coins = _stochastic.Coins(_nearest.Case(subject, format), samples)
         results += [_guarded(each, function, coins) for each, function in _stochastic.CHECKS.items()]
     if linear is not None:
-        results += _linear.run(linear, rounding)
+        results += _linear.run(linear)
     return Report(
         subject.name,
         format.name,

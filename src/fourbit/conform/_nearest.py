@@ -225,7 +225,8 @@ def tensor_scale(case: Case) -> Result:
     found = Comparison(0, 0, "")
     for k in range(-100, 101, 10):
         amax = 2.0**k * (1 + float(torch.rand((), generator=case.generator)))
-        blocks = [case.block(amax * f) for f in (0.9, 0.5, 0.3, 0.1, 0.04, 0.01)]
+        fractions = (0.9, 0.5, 0.3, 0.1, 0.04, 0.01)  # and a second row, whose own maximum is another
+        blocks = [case.block(amax * f) for f in (*fractions, *(0.37 * f for f in fractions))]
         found += case.compare(pack(case.format, blocks, amax=amax))
     return _judge("tensor scale", found)
 

@@ -112,22 +112,21 @@ def unbiased(coins: Coins) -> Result:
     """The mean of many roundings is the number, in each interval and over all."""
     intervals = coins.intervals()
     num = coins.samples // (len(intervals) * len(FRACTIONS))
-    worst, total, variance, steps, count = (0.0, ""), 0.0, 0.0, 0.0, 0
+    worst, upward, outward, variance, count = (0.0, ""), 0.0, 0.0, 0.0, 0
     for low, high in intervals:
         for p in FRACTIONS:
             flipped, mask = coins.flip(low, high, p, num)
             n = int(mask.sum())
             excess = float(flipped[mask].sum()) - n * p
             z = excess / math.sqrt(n * p * (1 - p))
-            text = f"{low + p * (high - low):g} between {low:g} and {high:g} goes up with {p + excess / n:.4f}, not {p:.4f}"
+            text = f"{low + p * (high - low):g} between {low:g} and {high:g} goes up with {p + excess / n:.4f}, not {p:.4f}; "
             worst = max(worst, (abs(z), text))
-            outward = excess if low >= 0 else -excess
-            total, variance, count = total + outward, variance + n * p * (1 - p), count + n
-            steps = total / count
-    pooled = total / math.sqrt(variance)
-    failed = worst[0] > SIGMAS or abs(pooled) > SIGMAS
-    words = worst[1] if worst[0] > SIGMAS else "mean error"
-    detail = f"{words}; outward by {steps:+.5f} steps on average ({pooled:+.1f} sigma), worst {worst[0]:.1f} sigma"
+            upward, outward = upward + excess, outward + (excess if low >= 0 else -excess)
+            variance, count = variance + n * p * (1 - p), count + n
+    sigmas = [worst[0], *(abs(total) / math.sqrt(variance) for total in (upward, outward))]
+    failed = max(sigmas) > SIGMAS
+    means = f"mean error {upward / count:+.5f} steps ({sigmas[1]:.1f} sigma), outward {outward / count:+.5f} ({sigmas[2]:.1f})"
+    detail = f"{worst[1] if worst[0] > SIGMAS else ''}{means}, worst number {worst[0]:.1f} sigma"
     return Result("unbiased", "fail" if failed else "pass", detail, count, int(failed))
 
 

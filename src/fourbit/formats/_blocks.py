@@ -111,9 +111,14 @@ class BlockFormat:
         return self.element.bits + self.scale.bits / self.block
 
     def tensor_scales(self, amax: float) -> tuple[float, float]:
-        """(e, d): what the block scales of a tensor with largest magnitude `amax` are encoded and decoded with, float32."""
+        """(e, d): what the block scales of a tensor with largest magnitude `amax` are encoded and decoded with, float32.
+
+        NaN where `amax` is NaN or infinite; 1 for a tensor of zeros, and without a tensor scale.
+        """
         if not self.tensor_bound or amax == 0:
             return 1.0, 1.0
+        if not math.isfinite(amax):
+            return math.nan, math.nan
         largest = float32(self.tensor_bound * max(self.targets))
         if self.order == "decode":
             decode = float32(amax / largest)
