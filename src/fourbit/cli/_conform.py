@@ -110,13 +110,10 @@ def _show(report: Report) -> None:
 
 def _list() -> int:
     """Print what there is to name."""
+    from fourbit.cli._format_pages import list_block_formats
     from fourbit.conform import PEERS
-    from fourbit.formats import BLOCKS
 
-    table = make_table("format", "block", "elements", "scales", "bits", "definition")
-    for each in BLOCKS.values():
-        table.add_row(each.name, str(each.block), each.element.name, each.scale.name, f"{each.bits:g}", each.summary)
-    show(table)
+    list_block_formats()
     table = make_table("other library", "format", "rounding", "to install")
     for peer in PEERS.values():
         table.add_row(peer.name, peer.format, peer.rounding, peer.how)

@@ -72,6 +72,7 @@ def check(
         for each, function in _nearest.CHECKS.items()
         if (nearest or each in _nearest.ALWAYS) and (format.tensor_bound or each != "tensor scale")
     ]
+    known = all(result.status == "pass" for result in results if result.name == "random")
     if not nearest:
         coins = _stochastic.Coins(_nearest.Case(subject, format), samples)
         results += [_guarded(each, function, coins) for each, function in _stochastic.CHECKS.items()]
@@ -81,7 +82,7 @@ def check(
         subject.name,
         format.name,
         rounding,
-        describe(format) if nearest else "",
+        describe(format) if nearest and known else "",
         {"fourbit": __version__, "torch": torch.__version__, **(versions or {})},
         tuple(results),
     )

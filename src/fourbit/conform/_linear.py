@@ -40,8 +40,8 @@ def run(make: Callable[..., Any]) -> list[Result]:
     x, w, g = (_on_grid(rows, columns, generator) for rows, columns in ((N, K), (M, K), (N, M)))
     bias = torch.randint(-8, 9, (M,), generator=generator).float() * 16
     with torch.no_grad():
-        layer.weight.copy_(w)
-        layer.bias.copy_(bias)
+        for name, value in (("weight", w), ("bias", bias)):
+            getattr(layer, name).copy_(value)
     exact = {"y": x.double() @ w.double().T + bias.double(), "dx": g.double() @ w.double()}
     exact |= {"dw": g.double().T @ x.double(), "db": g.double().sum(dim=0)}
     passes: list[dict[str, Tensor]] = []

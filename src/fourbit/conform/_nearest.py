@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -234,9 +234,13 @@ def tensor_scale(case: Case) -> Result:
 @CHECKS.register("small tensors")
 def small_tensors(case: Case) -> Result:
     """Tensors of the smallest float32 numbers, subnormal ones included."""
-    exponents = range(-148, -115, 4)
+    exponents = range(-148, -107, 4)
     tensors = [pack(case.format, map(case.block, [2.0**k, 2.0 ** (k - 1)]), amax=2.0**k) for k in exponents]
-    return _judge_small("small tensors", case, tensors)
+    result = _judge_small("small tensors", case, tensors)
+    if result.status != "fail":
+        return result
+    largest = max(k for k, x in zip(exponents, tensors, strict=True) if _judge_small("", case, [x]).status == "fail")
+    return replace(result, detail=f"{result.detail}; wrong up to a maximum of 2^{largest}")
 
 
 @CHECKS.register("random")

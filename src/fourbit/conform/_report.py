@@ -37,7 +37,8 @@ class Report:
         quantizer: its name.
         format: the block format that it was held against.
         rounding: "nearest" or "stochastic".
-        arithmetic: the published order of float32 operations that its numbers follow.
+        arithmetic: the published order of float32 operations that its numbers follow; empty where there is one only, or none
+            fits.
         versions: of the libraries that took part.
         results: in the order in which they were found.
     """
