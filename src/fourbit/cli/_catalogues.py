@@ -25,7 +25,7 @@ def formats(name: str | None = None, *, png: Path | None = None) -> None:
     from fourbit.cli._format_pages import list_formats, show_block_format, show_format
     from fourbit.formats import BLOCKS, get
 
-    if name in BLOCKS:
+    if name is not None and name in BLOCKS:
         if png is not None:
             raise UserError(
                 f"{name} is block-scaled and has no picture: draw its elements, {BLOCKS[name].element.name}."
