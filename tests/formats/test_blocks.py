@@ -1,11 +1,17 @@
-"""Block-scaled formats in pure Python against closed forms, numpy with ml_dtypes, gfloat, and other libraries, bit for bit."""
+"""Block-scaled formats in pure Python against closed forms, numpy with ml_dtypes, gfloat, and other libraries, bit for bit.
+
+Tests of libraries that are not installed are skipped; each says what to install.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import math
+import sys
+import types
 from itertools import pairwise
+from pathlib import Path
 
 import gfloat
 import gfloat.formats as gf
@@ -223,6 +229,66 @@ def test_nvfp4_is_what_four_over_six_gives(name, settings):
     config = library.QuantizationConfig(**settings)
     found = library.dequantize(quantize(torch.from_numpy(x), config), torch.float32, intermediate_dtype=torch.float32)
     assert np.allclose(found.numpy(), np.array(f.round(x.tolist())), rtol=2**-21, atol=0)
+
+
+class Anything(type):
+    """A class whose attributes are such classes again: stands for what a module names and the test does not use."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name, (), {})
+
+
+class Stub(types.ModuleType):
+    """A module of such classes."""
+
+    def __getattr__(self, name):
+        return getattr(Anything("stub", (), {}), name)
+
+
+def transformer_engine(monkeypatch: pytest.MonkeyPatch):
+    """TransformerEngine's reference quantizer from a clone, without the rest, which needs a GPU to be built."""
+    package = "transformer_engine.pytorch.custom_recipes"
+    names = ("reference_nvfp4", "quantization_ref_nvfp4")
+    files = [Path(folder or ".", *package.split("."), f"{name}.py") for folder in sys.path for name in names]
+    file = next((each for each in files if each.exists()), None)
+    if file is None:
+        pytest.skip("no TransformerEngine: clone github.com/NVIDIA/TransformerEngine and put the folder on PYTHONPATH")
+    inside = ("gemm", "quantization", "reference_utils", "utils")
+    parents = (
+        "transformer_engine",
+        "transformer_engine.pytorch",
+        package,
+        "transformer_engine.pytorch.quantized_tensor",
+    )
+    for name in (*parents, *(f"{package}.{each}" for each in inside)):
+        monkeypatch.setitem(sys.modules, name, Stub(name))
+    module = types.ModuleType("reference_nvfp4")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file.read_text(), str(file), "exec"), module.__dict__)
+    return module.NVFP4QuantizerRef
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("nvfp4", "squared"), ("nvfp4_4over6", "squared"), ("nvfp4_4over6", "absolute")]
+)
+def test_nvfp4_is_what_transformer_engines_reference_gives(name, error, monkeypatch):
+    """Codes and scales, four over six included. Where a scale is zero, its codes are not."""
+    reference, torch = transformer_engine(monkeypatch), importlib.import_module("torch")
+    f = dataclasses.replace(BLOCKS[name], error=error)
+    options = {"nvfp4_use_4over6": True, "nvfp4_e4m3_max": 256} if len(f.targets) > 1 else {}
+    options["nvfp4_4over6_err_mode"] = "MSE" if error == "squared" else "MAE"
+    for seed in range(8):
+        x = torch.from_numpy(numbers(seed=seed))
+        x = x / x.abs().amax(dim=1, keepdim=True) if seed % 2 else x
+        q, s = reference._quantize_blockwise_reference(x, x.abs().max(), 16, 1, pow_2_scales=False, eps=0.0, **options)
+        ours = [f.quantize(row, float(x.abs().max())) for row in x.tolist()]
+        scales = s.view(torch.uint8)
+        assert torch.equal(scales, torch.tensor([each.scales for each in ours], dtype=torch.uint8))
+        codes = torch.stack([q % 16, q // 16], dim=-1).flatten(1)
+        codes = codes.where((codes != 8) & (scales != 0).repeat_interleave(16, dim=1), 0)  # 8 is -0
+        assert torch.equal(codes, torch.tensor([each.codes for each in ours], dtype=torch.uint8))
 
 
 def test_smaller_blocks_have_smaller_errors_and_tensor_scales_hold_any_magnitude():
