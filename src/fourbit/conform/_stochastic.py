@@ -1,8 +1,9 @@
 """Checks of stochastic rounding: its mean, its variance, and the quality of the random words behind it.
 
 All numbers of a test tensor lie at one fraction p between two neighbours of the grid, in blocks whose scale is exact, so each
-rounding is a coin with probability p. What is tested are the coins. A check fails where a result as far off would come by
-chance less often than once in 10^8 (normal deviate 6, tests counted).
+rounding is a coin with probability p. What is tested are the coins. A check looks at up to a hundred normal deviates, and fails
+where one is beyond 6, which chance does twice in 10^9 each: with the default number of samples, a right quantizer fails about
+one run in a million.
 """
 
 from __future__ import annotations
