@@ -69,6 +69,16 @@ def versions(reports: list[dict[str, Any]]) -> str:
     return ", ".join(f"{library} {version}" for library, version in found.items()) + "."
 
 
+def filled(page: str, reports: list[dict[str, Any]]) -> str:
+    """The page with the tables of these reports."""
+    for table in (overview, failures, versions):
+        pattern = rf"(<!-- begin {table.__name__} -->\n).*?(<!-- end {table.__name__} -->)"
+        page = re.sub(
+            pattern, lambda found, table=table: f"{found[1]}{table(reports)}\n{found[2]}", page, flags=re.DOTALL
+        )
+    return page
+
+
 def main() -> None:
     """Run what is installed, and write the page's tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -143,3 +143,12 @@ def test_a_library_that_is_installed_is_checked(name):
     main(["conform", name, "--samples", str(2**14), "--out", "report.json"])
     report = json.loads(Path("report.json").read_text())
     assert report["format"] == PEERS[name].format and report["results"]
+
+
+def test_the_page_shows_the_stored_reports():
+    from benchmarks.conformance import PAGE, RESULTS, filled
+
+    paths = [RESULTS / f"{name.replace(':', '-')}.json" for name in PEERS]
+    assert sorted(RESULTS.iterdir()) == sorted(paths)
+    page = PAGE.read_text()
+    assert filled(page, [json.loads(path.read_text()) for path in paths]) == page

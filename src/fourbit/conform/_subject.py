@@ -1,7 +1,8 @@
 """The quantizer under test: found by its name, called carefully.
 
 A quantizer is a function from a float32 tensor [rows, K] to the tensor of the same shape that it stands for after quantization,
-with blocks along the last axis. If it has a parameter `seed`, it gets another integer at every call.
+with blocks along the last axis. If it has a parameter `seed`, it gets another integer at every call. Its input lies on the CPU:
+a quantizer for another device moves it there, and need not move the result back.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Subject:
                 f"{self.name} returned {found} for a {x.dtype} tensor {list(x.shape)}: "
                 "return the dequantized numbers, a floating-point tensor of the same shape."
             )
-        return y.detach().to(torch.float32)
+        return y.detach().to("cpu", torch.float32)
 
     def probe(self, columns: int) -> None:
         """Call it once on ordinary numbers.
