@@ -288,12 +288,19 @@ def test_every_setting_is_a_flag_with_help(capsys):
 def test_formats_lists_all_and_shows_one_code_by_code(capsys, tmp_path):
     main(["formats"])
     text = capsys.readouterr().out
-    assert all(name in text for name in formats.names())
+    assert all(name in text for name in (*formats.names(), *formats.BLOCKS))
     assert main(["formats", "fp4_e2m1", "--png", "grid.png"]) == 0
     text = capsys.readouterr().out
     assert "0111" in text
     assert "1.75" in text  # a decision point
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_block_format_is_shown_by_its_parts(capsys):
+    assert main(["formats", "nvfp4"]) == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("fp4_e2m1", "fp8_e4m3fn", "448 * 6", "4.5"))
+    assert "draw its elements, fp4_e2m1" in fails(capsys, "formats", "nvfp4", "--png", "grid.png")
 
 
 def test_a_wide_format_is_shown_by_its_range_and_binades(capsys):

@@ -18,6 +18,7 @@ from fourbit._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fourbit import backends as backends
+    from fourbit import conform as conform
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
@@ -82,7 +83,19 @@ _HOME = {
         ("kernel_size", "last", "loss_scaler", "memory_report", "name", "param_groups", "restore"), "recipes"
     ),
 }
-_PACKAGES = ("backends", "formats", "quantizers", "ops", "nn", "recipes", "models", "data", "train", "report")
+_PACKAGES = (
+    "backends",
+    "formats",
+    "quantizers",
+    "ops",
+    "nn",
+    "recipes",
+    "models",
+    "data",
+    "train",
+    "report",
+    "conform",
+)
 
 __all__ = ["__version__", *_PACKAGES, *_HOME]
 

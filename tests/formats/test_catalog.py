@@ -19,6 +19,9 @@ from fourbit.errors import UserError
 ALL = [formats.get(name) for name in formats.names()]
 BY_ML_DTYPES = {
     "fp4_e2m1": ml_dtypes.float4_e2m1fn,
+    "fp6_e2m3": ml_dtypes.float6_e2m3fn,
+    "fp6_e3m2": ml_dtypes.float6_e3m2fn,
+    "fp8_e3m4": ml_dtypes.float8_e3m4,
     "fp8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "fp8_e5m2": ml_dtypes.float8_e5m2,
     "e8m0": ml_dtypes.float8_e8m0fnu,
@@ -31,6 +34,8 @@ BY_ML_DTYPES = {
 }
 BY_GFLOAT = {
     "fp4_e2m1": gf.format_info_ocp_e2m1,
+    "fp6_e2m3": gf.format_info_ocp_e2m3,
+    "fp6_e3m2": gf.format_info_ocp_e3m2,
     "fp8_e4m3fn": gf.format_info_ocp_e4m3,
     "fp8_e5m2": gf.format_info_ocp_e5m2,
     "e8m0": gf.format_info_ocp_e8m0,
@@ -83,7 +88,9 @@ def test_codes_agree_with_gfloat(name):
         assert same(format.decode(code), decode_float(info, code).fval), code
 
 
-@pytest.mark.parametrize("name", ["fp4_e2m1", "fp8_e4m3fn", "fp8_e5m2", "bfloat16", "binary16"])
+@pytest.mark.parametrize(
+    "name", ["fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e3m4", "fp8_e4m3fn", "fp8_e5m2", "bfloat16", "binary16"]
+)
 def test_rounding_agrees_with_ml_dtypes_over_all_bfloat16_inputs_in_range(name):
     format, dtype = formats.get(name), BY_ML_DTYPES[name]
     inputs = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
@@ -131,6 +138,26 @@ def test_8_bit_and_16_bit_ranges_are_as_published():
     assert formats.FP16_169.max == 2.0**33 - 2.0**24 and formats.FP16_169.smallest == 2.0**-31 * (1 + 1 / 512)
     assert formats.FP8_E5M2.max == 57344 and formats.FP8_E4M3FN.max == 448
     assert len(formats.INT4_SYM.grid) == 15 and len(formats.INT4.grid) == len(formats.INT4_MIDRISE.grid) == 16
+
+
+def test_scale_formats_are_as_published():
+    ue5m3, ue6m2 = formats.UE5M3, formats.UE6M2
+    assert (ue5m3.smallest, ue5m3.max, ue5m3.encode(1.0)) == (2.0**-17, 1.75 * 2.0**16, 15 << 3)
+    assert [code for code, value in enumerate(ue5m3.values) if not math.isfinite(value)] == [0xFF]
+    assert (ue6m2.min, ue6m2.max, ue6m2.encode(1.0), ue6m2.round(0.0)) == (2.0**-48, 1.5 * 2.0**15, 48 << 2, 2.0**-48)
+    assert [code for code, value in enumerate(ue6m2.values) if not math.isfinite(value)] == [0xFF]
+
+
+def test_ue5m3_is_e4m3_with_one_more_exponent_bit():
+    """Codes with the same fields differ by the biases: the positive E4M3 codes lie 8 binades up."""
+    for code in range(8, 127):
+        assert formats.UE5M3.decode(code + (8 << 3)) == formats.FP8_E4M3FN.decode(code)
+
+
+def test_e1m2_is_int4_in_quarters():
+    assert formats.FP4_E1M2.grid == tuple(v / 4 for v in formats.INT4_SYM.grid)
+    for x in (0.0, 0.1, 0.125, 0.375, -0.625, 0.875, 1.624, 1.7, 9.0):
+        assert formats.FP4_E1M2.round(x) == formats.INT4_SYM.round(4 * x) / 4
 
 
 def test_a_user_format_takes_one_line():

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
 @app.command
 def formats(name: str | None = None, *, png: Path | None = None) -> None:
-    """List the number formats, or show one code by code.
+    """List the number formats and block-scaled formats, or show one code by code.
 
     Args:
         name: Format to show in full: every code with its value (of wide formats: every binade), and where rounding decides.
         png: Draw the format to this file.
     """
-    from fourbit.cli._format_pages import list_formats, show_format
-    from fourbit.formats import get
+    from fourbit.cli._format_pages import list_formats, show_block_format, show_format
+    from fourbit.formats import BLOCKS, get
 
+    if name is not None and name in BLOCKS:
+        if png is not None:
+            raise UserError(
+                f"{name} is block-scaled and has no picture: draw its elements, {BLOCKS[name].element.name}."
+            )
+        return show_block_format(BLOCKS[name])
     if name is not None:
         return show_format(get(name), png)
     if png is not None:

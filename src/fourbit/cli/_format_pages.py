@@ -9,7 +9,7 @@ from pathlib import Path
 from fourbit._files import problem, replace_file
 from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError
-from fourbit.formats import CATALOG, Format
+from fourbit.formats import BLOCKS, CATALOG, BlockFormat, Format
 
 MAX_LISTED_BITS = 8
 """Wider formats have too many codes to list one by one: their binades are listed."""
@@ -22,6 +22,30 @@ def list_formats() -> None:
         numbers = (each.bits, len(each.grid), f"{each.smallest:g}", f"{each.max:g}")
         table.add_row(each.name, *map(str, numbers), each.summary)
     show(table)
+    list_block_formats()
+
+
+def list_block_formats() -> None:
+    """Print a line per block-scaled format."""
+    table = make_table("block format", "block", "elements", "scales", "bits", "definition")
+    for each in BLOCKS.values():
+        table.add_row(each.name, str(each.block), each.element.name, each.scale.name, f"{each.bits:g}", each.summary)
+    show(table)
+
+
+def show_block_format(format: BlockFormat) -> None:
+    """Print all about a block-scaled format."""
+    largest = f"{format.tensor_bound:g} * {max(format.targets):g}"
+    scaled = f"float32, the tensor's largest magnitude / ({largest})" if format.tensor_bound else "none"
+    say(
+        f"{format.name}: {format.summary}\nsource: {format.source or '-'}\n"
+        f"elements:         {format.element.name}: {format.element.summary}\n"
+        f"block:            {format.block} neighbours along the axis that a product sums over\n"
+        f"block scales:     {format.scale.name}: {format.scale.summary}\n"
+        f"tensor scale:     {scaled}\n"
+        f"bits per element: {format.bits:g}\n"
+        f"Hold a quantizer against it: fourbit conform mymodule:quantize --format {format.name}"
+    )
 
 
 def show_format(format: Format, png: Path | None) -> None:

@@ -7,13 +7,18 @@ GradScale keeps the largest gradient in (32, 64]. Any other placement is a matte
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 from fourbit._registry import Registry
 from fourbit.formats._base import Codebook, Format, IntFormat
+from fourbit.formats._blocks import BlockFormat
 from fourbit.formats._float import FloatFormat, midpoint_multiplier
 
 CATALOG: Registry[Format] = Registry("format")
 """Every format of this module, by name."""
+
+BLOCKS: Registry[BlockFormat] = Registry("block format")
+"""Every block-scaled format of this module, by name."""
 
 _PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
 _MX = "OCP Microscaling Formats (MX) Specification v1.0"
@@ -22,6 +27,9 @@ _HFP8 = "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference, 
 _DLFLOAT = "Agrawal et al., DLFloat: A 16-b Floating Point Format, ARITH 2019"
 _IEEE = "IEEE 754"
 _SAWB = "Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019"
+_E3M4 = "LLVM APFloat, Float8E3M4; a block scale in Chmiel et al., FP4 All the Way, arXiv 2505.19115"
+_CUDA = "CUDA Math API 13.4, __nv_fp8_ue5m3"
+_HIFLOAT4 = "Luo et al., HiFloat4 Format for Language Model Inference, arXiv 2602.11287"
 
 
 def _logarithmic(
@@ -133,6 +141,13 @@ FP4_121 = _add(
     )
 )
 FP4_E2M1 = _add(FloatFormat("fp4_e2m1", "OCP E2M1: 0, +-{0.5, 1, 1.5, 2, 3, 4, 6}", _MX, 2, 1, 1))
+FP4_E1M2 = _add(
+    FloatFormat(
+        "fp4_e1m2", "E1M2: 0, +-{0.25, 0.5 .. 1.75}, the even spacing of int4_sym in quarters", _HIFLOAT4, 1, 2, 1
+    )
+)
+FP6_E2M3 = _add(FloatFormat("fp6_e2m3", "OCP E2M3: up to 7.5, every code a number", _MX, 2, 3, 1))
+FP6_E3M2 = _add(FloatFormat("fp6_e3m2", "OCP E3M2: up to 28, every code a number", _MX, 3, 2, 3))
 
 INT4_SYM = _add(IntFormat("int4_sym", "-7 .. 7, 15 levels with zero; SAWB's zero-aligned form", _SAWB, 4, -7, 7))
 INT4 = _add(IntFormat("int4", "-8 .. 7, two's complement, 16 levels", "", 4, -8, 7))
@@ -166,6 +181,11 @@ FP8_E4M3FN = _add(FloatFormat("fp8_e4m3fn", "OCP E4M3: up to 448, NaN, no infini
 FP8_E5M2 = _add(
     FloatFormat("fp8_e5m2", "OCP E5M2: up to 57344, infinity and NaN, saturating", _OFP8, 5, 2, 15, specials="ieee")
 )
+FP8_E3M4 = _add(
+    FloatFormat(
+        "fp8_e3m4", "E3M4, as IEEE 754: up to 15.5, infinity and NaN, saturating", _E3M4, 3, 4, 3, specials="ieee"
+    )
+)
 E8M0 = _add(
     FloatFormat(
         "e8m0",
@@ -174,6 +194,32 @@ E8M0 = _add(
         8,
         0,
         127,
+        sign_bits=0,
+        subnormals=False,
+        specials="nan",
+        has_zero=False,
+    )
+)
+UE5M3 = _add(
+    FloatFormat(
+        "ue5m3",
+        "scale format without a sign: E5M3, 2^-17 (subnormal) to 114688, NaN, no infinity",
+        _CUDA,
+        5,
+        3,
+        15,
+        sign_bits=0,
+        specials="nan",
+    )
+)
+UE6M2 = _add(
+    FloatFormat(
+        "ue6m2",
+        "HiFloat4's scale format: E6M2, 2^-48 .. 1.5 * 2^15, no sign, no zero, no subnormals",
+        _HIFLOAT4,
+        6,
+        2,
+        48,
         sign_bits=0,
         subnormals=False,
         specials="nan",
@@ -210,6 +256,61 @@ BFLOAT16 = _add(
 )
 
 
+def _block(
+    name: str, element: Format, block: int, scale: Format, summary: str, source: str, **rest: Any
+) -> BlockFormat:
+    return BLOCKS.add(name, BlockFormat(name, element, block, scale, summary, source, **rest))
+
+
+_NVFP4 = "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149; TransformerEngine"
+_FOUR_OVER_SIX = "Cook et al., Four Over Six, arXiv 2512.02010"
+
+MXFP4 = _block(
+    "mxfp4", FP4_E2M1, 32, E8M0, "OCP MXFP4: scale 2^(floor(log2 amax) - 2); 6 < amax/scale < 8 saturates", _MX
+)
+MXFP4_CEIL = _block(
+    "mxfp4_ceil",
+    FP4_E2M1,
+    32,
+    E8M0,
+    "the smallest power of two with amax/scale <= 6: nothing saturates",
+    "Chen et al., TetraJet, arXiv 2502.20853; cuBLAS, 1D block scaling",
+    rule="ceil",
+)
+MXFP6_E2M3 = _block("mxfp6_e2m3", FP6_E2M3, 32, E8M0, "OCP MXFP6 with E2M3: scale 2^(floor(log2 amax) - 2)", _MX)
+MXFP6_E3M2 = _block("mxfp6_e3m2", FP6_E3M2, 32, E8M0, "OCP MXFP6 with E3M2: scale 2^(floor(log2 amax) - 4)", _MX)
+MXFP8_E4M3 = _block("mxfp8_e4m3", FP8_E4M3FN, 32, E8M0, "OCP MXFP8 with E4M3: scale 2^(floor(log2 amax) - 8)", _MX)
+MXFP8_E5M2 = _block("mxfp8_e5m2", FP8_E5M2, 32, E8M0, "OCP MXFP8 with E5M2: scale 2^(floor(log2 amax) - 15)", _MX)
+MXINT4 = _block(
+    "mxint4", FP4_E1M2, 32, E8M0, "E1M2, that is -7 .. 7 in quarters: scale 2^floor(log2 amax)", "microxcaling, int4"
+)
+NVFP4 = _block(
+    "nvfp4",
+    FP4_E2M1,
+    16,
+    FP8_E4M3FN,
+    "scale E4M3(amax/6) under a float32 scale of the tensor, amax/(6 * 448)",
+    _NVFP4,
+    rule="nearest",
+    tensor_bound=448.0,
+)
+NVFP4_ONE_LEVEL = _block(
+    "nvfp4_one_level", FP4_E2M1, 16, FP8_E4M3FN, "scale E4M3(amax/6), no tensor scale", _NVFP4, rule="nearest"
+)
+NVFP4_4OVER6 = _block(
+    "nvfp4_4over6",
+    FP4_E2M1,
+    16,
+    FP8_E4M3FN,
+    "the better of E4M3(amax/6) and E4M3(amax/4) by squared error; tensor scale amax/(6 * 256)",
+    _FOUR_OVER_SIX,
+    rule="nearest",
+    tensor_bound=256.0,
+    targets=(6.0, 4.0),
+    order="encode",
+)
+
+
 def get(format: str | Format) -> Format:
     """The format of that name (a Format passes through).
 
@@ -217,6 +318,15 @@ def get(format: str | Format) -> Format:
         UserError: no such name; the message has the nearest ones.
     """
     return format if isinstance(format, Format) else CATALOG[format]
+
+
+def get_block(format: str | BlockFormat) -> BlockFormat:
+    """The block format of that name (a BlockFormat passes through).
+
+    Raises:
+        UserError: no such name; the message has the nearest ones.
+    """
+    return format if isinstance(format, BlockFormat) else BLOCKS[format]
 
 
 def names() -> list[str]:
