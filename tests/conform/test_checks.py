@@ -117,6 +117,7 @@ NEAREST = [
     (lambda x: exact(MXFP4)(x.nan_to_num(0.0)), "NaN", "mxfp4"),
     (other_blocks_spoilt, "NaN", "mxfp4"),
     (other_blocks_spoilt, "infinity", "mxfp4"),
+    (lambda x: exact(MXFP4)(torch.where(x.isinf(), 0.75, x)), "infinity", "mxfp4"),
     (halved_when_small, "small scales", "mxfp4"),
     (bfloat16_by_bits, "bfloat16", "mxfp4"),
     (Unsteady(), "repeated", "mxfp4"),
@@ -169,6 +170,7 @@ def uniform_of(generator):
         blocks = x.contiguous().reshape(len(x), -1, 32)
         amax = blocks.abs().amax(dim=-1, keepdim=True)
         s = torch.where(amax > 0, torch.exp2(torch.frexp(amax).exponent.float() - 3), 1.0)
+        s = torch.where(amax.isfinite(), s, math.nan)
         grid = torch.tensor(FP4_E2M1.grid)
         v = (blocks / s).clamp(-6, 6).reshape(x.shape).contiguous()
         low = grid[(torch.bucketize(v, grid, right=True) - 1).clamp(0, 13)]

@@ -303,12 +303,15 @@ def nan(case: Case) -> Result:
 
 @CHECKS.register("infinity")
 def infinity(case: Case) -> Result:
-    """What becomes of infinity: the format leaves it open, as long as other blocks stay."""
+    """What becomes of infinity is open, as long as other blocks stay and it does not become less than its neighbours."""
     y, clean, place = _spoilt(case, math.inf)
     text, hurt = _reach(case, y, clean, place)
     value = float(y[place])
     became = "NaN" if math.isnan(value) else "infinity" if math.isinf(value) else f"{value:g}"
-    return Result("infinity", "fail" if hurt else "open", f"becomes {became}; {text}", 1)
+    size, (row, column) = case.format.block, place
+    others = clean[row, column // size * size : (column // size + 1) * size].abs().max()
+    lost = abs(value) < float(others)  # False for NaN
+    return Result("infinity", "fail" if hurt or lost else "open", f"becomes {became}; {text}", 1, int(lost))
 
 
 @CHECKS.register("ragged ends")

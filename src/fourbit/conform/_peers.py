@@ -54,8 +54,11 @@ class Peer:
         try:
             importlib.import_module(self.module)
         except ModuleNotFoundError as error:
-            missing = "" if error.name == self.module else f" needs {error.name}, which"
-            raise UserError(f"{self.module}{missing} is not installed: {self.how}.") from error
+            library = self.module.partition(".")[0]
+            missing = (
+                library if (error.name or "").partition(".")[0] == library else f"{error.name}, which {library} needs,"
+            )
+            raise UserError(f"{missing} is not installed: {self.how}.") from error
         except Exception as error:
             text = " ".join(str(error).split())
             raise UserError(f"{self.module} does not load: {type(error).__name__}: {text}.") from error
