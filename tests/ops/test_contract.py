@@ -18,8 +18,19 @@ import fourbit as fb
 from fourbit import formats
 from fourbit.errors import UserError
 from fourbit.nn import functional as Q
-from fourbit.ops import REUSE, SLOTS, Contraction, Convolution, LayerSpec, LayerState, LinearMap, Matmul, contract
-from fourbit.quantizers import Amax, ClipValue, GradScale, QuantSpec, Sawb, quantize
+from fourbit.ops import (
+    REUSE,
+    SLOTS,
+    Contraction,
+    Convolution,
+    LayerSpec,
+    LayerState,
+    LinearMap,
+    Matmul,
+    Operand,
+    contract,
+)
+from fourbit.quantizers import Amax, ClipValue, GradScale, QuantSpec, Sawb, pack, quantize
 
 INT4 = QuantSpec(formats.INT4_SYM, Amax())
 FP4 = QuantSpec(formats.FP4_R4_EVEN, Amax())
@@ -376,3 +387,14 @@ def test_functional_calls_without_a_state_refuse_stochastic_rounding():
     spec = fb.recipes.get("luq").rules[-1].spec
     with pytest.raises(UserError, match="pass state="):
         Q.linear(torch.rand(2, 3), torch.rand(4, 3), None, spec)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_an_operand_of_several_products_is_brought_into_a_dtype_once(packs):
+    q = torch.tensor([[-7, 0, 3]], dtype=torch.int8)
+    kept = pack(q, formats.INT4_SYM) if packs else q
+    operand = Operand(kept, cache={})
+    assert operand.to(torch.float32) is operand.to(torch.float32)
+    assert torch.equal(operand.to(torch.float32), q.float())
+    assert operand.to(torch.bfloat16).dtype == torch.bfloat16
+    assert Operand(kept).to(torch.float32) is not Operand(kept).to(torch.float32)

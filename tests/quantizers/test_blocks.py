@@ -31,6 +31,19 @@ def spec_of(name: str) -> QuantSpec:
     return QuantSpec(block.element, scaling, Block(block.block))
 
 
+def defined(name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Element times scale of its block, which is exact, and the scale of the tensor, by the definition in Python."""
+    block = BLOCKS[name]
+    amax, numbers, tensor_scale = float(x.abs().max()), [], 1.0
+    for row in x.tolist():
+        q = block.quantize(row, amax)
+        tensor_scale = q.tensor_scale
+        numbers.append(
+            [block.element.values[c] * block.scale.values[q.scales[i // block.block]] for i, c in enumerate(q.codes)]
+        )
+    return torch.tensor(numbers, dtype=torch.float64), tensor_scale
+
+
 def rows(seed: int, num: int = 12, length: int = 83) -> torch.Tensor:
     """Numbers of many magnitudes, ties, zeros; blocks of zeros; the last block is ragged."""
     torch.manual_seed(seed)
@@ -48,9 +61,10 @@ def rows(seed: int, num: int = 12, length: int = 83) -> torch.Tensor:
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_every_block_format_is_that_of_its_definition_in_python(name, seed):
     x = rows(seed)
-    expected = torch.tensor(BLOCKS[name].round(x.tolist()), dtype=torch.float32)
-    found = quantize(x, spec_of(name)).dequantize()
-    assert torch.equal(found, expected)
+    numbers, tensor_scale = defined(name, x)
+    found = quantize(x, spec_of(name))
+    assert torch.equal(found.q.double(), numbers)
+    assert float(found.scale) == tensor_scale
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -70,9 +84,9 @@ def test_blocks_run_along_the_axes_that_a_product_sums_over(sums):
     axes = [sums] if isinstance(sums, int) else list(sums)
     others = [d for d in range(3) if d not in axes]
     flat = x.permute(*others, *axes).reshape(math.prod(x.shape[d] for d in others), -1)
-    expected = torch.tensor(BLOCKS["nvfp4"].round(flat.tolist())).reshape([x.shape[d] for d in (*others, *axes)])
-    found = quantize(x, spec, sums=sums).dequantize().permute(*others, *axes)
-    assert torch.equal(found, expected)
+    expected = defined("nvfp4", flat)[0].reshape([x.shape[d] for d in (*others, *axes)])
+    found = quantize(x, spec, sums=sums).q.permute(*others, *axes)
+    assert torch.equal(found.double(), expected)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Operand(NamedTuple):
     """Numbers in their carrier or packed, a 0-d scale still to be multiplied (None: 1), and the format (None: none).
 
     `on_grid` says that the numbers are the format's own, and not multiplied by the scales of parts or averaged. `cache`, if
-    there is one, says that the operand enters several products of one kind: a backend may keep its own form of it there.
+    there is one, says that the operand enters several products of one kind: what they make of it is kept there, under a name.
     With an `orientation` it is kept as [groups, rows, spots, sums], perhaps with a scale of each row, and is no operand of a
     product before `natural` has made it one.
     """
@@ -66,7 +66,13 @@ class Operand(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""
-        return self.q.unpack(dtype) if isinstance(self.q, Packed) else self.q.to(dtype)
+        name = f"numbers {dtype}"
+        kept = None if self.cache is None else self.cache.get(name)
+        if kept is None:
+            kept = self.q.unpack(dtype) if isinstance(self.q, Packed) else self.q.to(dtype)
+            if self.cache is not None:
+                self.cache[name] = kept
+        return kept
 
     @property
     def device(self) -> torch.device:

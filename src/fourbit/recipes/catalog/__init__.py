@@ -7,12 +7,8 @@ baselines  8 bits, and 4 bits in the forward pass alone
 
 from __future__ import annotations
 
-from fourbit.recipes._rule import Recipe
+from fourbit.recipes._rule import Recipe  # noqa: I001, recipes are listed in the order of these imports
 from fourbit.recipes.catalog._base import CATALOG as CATALOG
-
-# isort: split  (recipes are listed in this order)
-from fourbit.recipes.catalog.blocks import MXFP4 as MXFP4
-from fourbit.recipes.catalog.blocks import NVFP4 as NVFP4
 from fourbit.recipes.catalog.paper import FP8_GRADIENTS as FP8_GRADIENTS
 from fourbit.recipes.catalog.paper import FP16 as FP16
 from fourbit.recipes.catalog.paper import IBM2020 as IBM2020
@@ -21,8 +17,8 @@ from fourbit.recipes.catalog.paper import IBM2020_NO_TPR as IBM2020_NO_TPR
 from fourbit.recipes.catalog.paper import INT4_FORWARD as INT4_FORWARD
 from fourbit.recipes.catalog.paper import LUQ as LUQ
 from fourbit.recipes.catalog.paper import TPR as TPR
-
-# isort: split
+from fourbit.recipes.catalog.blocks import MXFP4 as MXFP4
+from fourbit.recipes.catalog.blocks import NVFP4 as NVFP4
 from fourbit.recipes.catalog.baselines import MXFP8 as MXFP8
 
 

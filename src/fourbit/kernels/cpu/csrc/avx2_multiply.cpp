@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kBlockSteps = 256;  // about so many of a long sum are worked on together: a panel of them is in the first cache
 constexpr int64_t kBlockRows = 120;   // likewise, in the second
+constexpr int64_t kNeighbours = 4;    // panels whose columns share a line of the cache: packed together
 
 // The rows are the unsigned bytes, except where the sum runs over their columns.
 Way way_of(const MatMul& t) {
@@ -26,7 +27,7 @@ struct Task {
   int64_t steps, panels, tiles, height;  // of the sum; of columns; of rows, and how many rows each has
   int64_t block = 0, blocks;             // steps that are worked on together
   int64_t row_parts = 0, column_parts = 0;
-  std::vector<uint8_t> own_a;
+  Room<uint8_t> own_a;
   std::vector<int32_t> row_sums;         // where the columns have an offset
   const uint8_t* a = nullptr;            // [blocks][rows][pitch], or [tiles][steps][kRows] if turned
   double clipped[kMaxThreads] = {};
@@ -47,17 +48,24 @@ struct Task {
   int64_t panel_bytes() const { return (steps + 1) * kStepBytes; }
 };
 
-// Steps k .. k + count of one panel; adds to the sums of its columns, if they are wanted.
+// Steps k .. k + count of some panels, `stride` bytes from one to the next; adds to the sums of their columns, if they are wanted.
 template <class Kind>
-void pack_right(const Task& task, int64_t panel, int64_t k, int64_t count, uint8_t* out, int32_t* sums) {
+void pack_right(const Task& task, int64_t panel, int64_t panels, int64_t k, int64_t count, uint8_t* out, int64_t stride,
+                int32_t* sums) {
   const MatMul& t = task.t;
-  const int64_t column = panel * kColumns, first = k * Kind::kTerms, depth = least(count * Kind::kTerms, t.depth - first);
-  int32_t* wanted = task.way.left_offset ? sums : nullptr;
-  if (t.integers) {
-    pack_columns<Kind>(t.b + column * t.depth + first, t.depth, depth, t.columns - column, out, wanted);
-  } else {
-    auto row = [&](int64_t i) { return t.b + (first + i) * t.columns + column; };
-    pack_panel<Kind>(row, depth, t.columns - column, task.way.right_offset, out, wanted);
+  const int64_t first = k * Kind::kTerms, depth = least(count * Kind::kTerms, t.depth - first);
+  const bool wanted = task.way.left_offset != 0;
+  const int64_t together = t.integers ? 1 : kNeighbours;
+  for (int64_t j = 0; j < panels; j += together) {
+    const int64_t column = (panel + j) * kColumns, columns = t.columns - column;
+    uint8_t* to = out + j * stride;
+    int32_t* of_columns = wanted ? sums + j * kColumns : nullptr;
+    if (t.integers) {
+      pack_columns<Kind>(t.b + column * t.depth + first, t.depth, depth, columns, to, of_columns);
+    } else {
+      auto row = [&](int64_t i) { return t.b + (first + i) * t.columns + column; };
+      pack_panels_of<Kind>(row, depth, least(together, panels - j), columns, task.way.right_offset, to, stride, of_columns);
+    }
   }
 }
 
@@ -65,15 +73,18 @@ void pack_right(const Task& task, int64_t panel, int64_t k, int64_t count, uint8
 template <class Kind>
 void pack_panels(const Task& task, uint8_t* out) {
   struct Job { const Task* task; uint8_t* out; } job{&task, out};
-  parallel_always(task.panels, [](int64_t begin, int64_t end, int, void* p) {
+  parallel_always(ceil_div(task.panels, kNeighbours), [](int64_t begin, int64_t end, int, void* p) {
     const Job& job = *static_cast<Job*>(p);
     const Task& task = *job.task;
-    for (int64_t j = begin; j < end; ++j) {
+    const int64_t last = least(end * kNeighbours, task.panels);
+    for (int64_t j = begin * kNeighbours; j < last; j += kNeighbours) {
       uint8_t* out = job.out + j * task.panel_bytes();
-      int32_t sums[kColumns] = {};
-      pack_right<Kind>(task, j, 0, task.steps, out, sums);
+      const int64_t num = least(kNeighbours, last - j);
+      int32_t sums[kNeighbours * kColumns] = {};
+      pack_right<Kind>(task, j, num, 0, task.steps, out, task.panel_bytes(), sums);
       for (int32_t& sum : sums) sum *= task.way.left_offset;
-      std::memcpy(out + task.steps * kStepBytes, sums, sizeof sums);
+      for (int64_t i = 0; i < num; ++i)
+        std::memcpy(out + i * task.panel_bytes() + task.steps * kStepBytes, sums + i * kColumns, kStepBytes);
     }
   }, &job);
 }
@@ -82,7 +93,7 @@ void pack_panels(const Task& task, uint8_t* out) {
 template <class Kind>
 void take_rows(Task& task) {
   const MatMul& t = task.t;
-  task.own_a.resize(static_cast<size_t>(ceil_div(task.steps, task.block) * t.rows * task.pitch()));
+  task.own_a = room_for<uint8_t>(ceil_div(task.steps, task.block) * t.rows * task.pitch());
   parallel(t.rows * t.depth, t.depth, [](int64_t begin, int64_t end, int, void* p) {
     Task& task = *static_cast<Task*>(p);
     const MatMul& t = task.t;
@@ -90,19 +101,20 @@ void take_rows(Task& task) {
     with_numbers(t.a, t.of.dtype, [&](auto* a) {
       for (int64_t row = begin / t.depth; row < end / t.depth; ++row)
         for (int64_t k = 0; k < t.depth; k += terms) {
-          uint8_t* out = task.own_a.data() + (k / terms * t.rows + row) * task.pitch();
-          convert_row(a + row * t.depth + k, 1.0f / t.of.unit, task.way.left_offset, least(terms, t.depth - k),
-                      reinterpret_cast<typename Kind::Number*>(out));
+          auto* out = reinterpret_cast<typename Kind::Number*>(task.own_a.get() + (k / terms * t.rows + row) * task.pitch());
+          const int64_t count = least(terms, t.depth - k);
+          convert_row(a + row * t.depth + k, 1.0f / t.of.unit, task.way.left_offset, count, out);
+          std::memset(out + count, 0, Kind::kTerms * sizeof *out);  // the rest of the last step
         }
     });
   }, &task);
-  task.a = task.own_a.data();
+  task.a = task.own_a.get();
 }
 
 // The rows of the transpose of `a`, in tiles.
 template <class Kind>
 void take_turned(Task& task) {
-  task.own_a.resize(static_cast<size_t>(task.tiles * task.steps * kRows * 4));
+  task.own_a = room_for<uint8_t>(task.tiles * task.steps * kRows * 4);
   parallel_always(task.steps, [](int64_t begin, int64_t end, int, void* p) {
     Task& task = *static_cast<Task*>(p);
     const MatMul& t = task.t;
@@ -121,11 +133,11 @@ void take_turned(Task& task) {
           interleave_rows<Kind>(rows, 1.0f / t.of.unit, t.rows, lines.data() + step * line);
         }
         scatter_steps(lines.data(), line, count, task.tiles, task.height, task.steps * kRows * 4,
-                      task.own_a.data() + first * kRows * 4);
+                      task.own_a.get() + first * kRows * 4);
       }
     });
   }, &task);
-  task.a = task.own_a.data();
+  task.a = task.own_a.get();
   if (!task.way.right_offset) return;
   task.row_sums.resize(static_cast<size_t>(task.t.rows));
   for (int64_t row = 0; row < task.t.rows; ++row) {
@@ -194,7 +206,10 @@ void part(const Task& task, int64_t first, int64_t last, int64_t j_begin, int64_
   const auto* panels = reinterpret_cast<const uint8_t*>(t.panels);
   const int64_t block = task.block, num = j_end - j_begin, width = num * kColumns, near = most_of(kBlockRows / task.height, 1);
   std::vector<Sum> all(static_cast<size_t>(task.blocks > 1 ? (last - first) * task.height * width : 0));
-  std::vector<uint8_t> own(static_cast<size_t>(panels ? 0 : num * block * kStepBytes));
+  const int64_t stride = block * kStepBytes;
+  const auto own = room_for<uint8_t>(panels ? 0 : num * stride);
+  // Rows of results that lie whole pages apart drive each other's lines out of the cache before they are complete.
+  const bool meets = t.columns * 4 % 4096 == 0;
   std::vector<int32_t> extra(static_cast<size_t>(width));
   if (panels)
     for (int64_t i = 0; i < num; ++i)
@@ -203,21 +218,23 @@ void part(const Task& task, int64_t first, int64_t last, int64_t j_begin, int64_
   for (int64_t k = 0; k < task.steps; k += block) {
     const int64_t steps = least(block, task.steps - k);
     const bool is_last = k + block >= task.steps;
-    for (int64_t i = 0; i < num && !panels; ++i)
-      pack_right<Kind>(task, j_begin + i, k, steps, own.data() + i * block * kStepBytes, extra.data() + i * kColumns);
+    if (!panels) pack_right<Kind>(task, j_begin, num, k, steps, own.get(), stride, extra.data());
     if (is_last && !panels)
       for (int32_t& e : extra) e *= task.way.left_offset;
     const Walk walk{task.way.steps, steps, t.turned ? kRows * 4 : 4, kStepBytes};
     for (int64_t begin = first; begin < last; begin += near)
       for (int64_t i = 0; i < num; ++i) {
         const uint8_t* right = panels ? panels + (j_begin + i) * task.panel_bytes() + k * kStepBytes
-                                      : own.data() + i * block * kStepBytes;
+                                      : own.get() + i * stride;
         for (int64_t tile = begin; tile < least(begin + near, last); ++tile) {
           const int64_t row = tile * task.height, count = least(task.height, t.rows - row);
           const uint8_t* rows[kRows];
           for (int64_t r = 0; r < count; ++r)
             rows[r] = t.turned ? task.a + (tile * task.steps + k) * kRows * 4 + r * 4
                                : task.a + (k / block * t.rows + row + r) * task.pitch();
+          if (is_last && meets)  // the results' memory comes while the sum is made
+            for (int64_t r = 0; r < count; ++r)
+              __builtin_prefetch(t.out + (row + r) * t.columns + (j_begin + i) * kColumns, 1);
           sum_tile<Kind>(count, rows, right, walk, sums);
           if (all.empty()) {
             finish_tile(task, sums, kColumns, tile, j_begin + i, extra.data() + i * kColumns, removed);

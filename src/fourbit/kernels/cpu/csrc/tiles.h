@@ -7,6 +7,8 @@
 
 #include <immintrin.h>
 
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -26,6 +28,17 @@ inline __m256i load_vector(const void* p) { return _mm256_loadu_si256(static_cas
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline void store_vector(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline void store_half(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
+
+struct Release {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+// Memory for so many numbers, with nothing in it, that begins with a line of the cache.
+template <typename T>
+using Room = std::unique_ptr<T[], Release>;
+template <typename T>
+Room<T> room_for(int64_t count) {
+  return Room<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64})));
+}
 
 // ---- the two kinds of numbers ----
 
@@ -299,21 +312,34 @@ inline __m128i as_terms(__m128i x, int32_t offset, In8<kLeft>) {
   return _mm_add_epi8(x, _mm_set1_epi8(static_cast<char>(offset)));
 }
 
-// A panel of `count` columns: term k of the sum is the row of numbers at row(k), `depth` of them. `sums`: of every column, or null.
+// Panels that lie side by side, `stride` bytes from one to the next, of `count` columns together: term k of the sum is the row of
+// numbers at row(k), `depth` of them. `sums`: of every column, or null.
+template <class Kind, class Row>
+void pack_panels_of(Row row, int64_t depth, int64_t panels, int64_t count, int32_t offset, uint8_t* out, int64_t stride,
+                    int32_t* sums) {
+  for (int64_t k = 0; k < depth; k += Kind::kTerms, out += kStepBytes) {
+    const int8_t* rows[Kind::kTerms] = {};
+    for (int i = 0; i < Kind::kTerms && k + i < depth; ++i) rows[i] = row(k + i);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t column = panel * kColumns;
+      decltype(as_terms(__m128i{}, 0, Kind{})) terms[Kind::kTerms];
+#pragma GCC unroll 4
+      for (int i = 0; i < Kind::kTerms; ++i) {
+        const __m128i x = rows[i] ? sixteen(rows[i] + column, count - column) : _mm_setzero_si128();
+        terms[i] = as_terms(x, offset, Kind{});
+        if (!sums) continue;
+        int32_t* to = sums + column;
+        store_vector(to, _mm256_add_epi32(load_vector(to), _mm256_cvtepi8_epi32(x)));
+        store_vector(to + 8, _mm256_add_epi32(load_vector(to + 8), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))));
+      }
+      interleave(terms, out + panel * stride, Kind{});
+    }
+  }
+}
+
 template <class Kind, class Row>
 void pack_panel(Row row, int64_t depth, int64_t count, int32_t offset, uint8_t* out, int32_t* sums) {
-  for (int64_t k = 0; k < depth; k += Kind::kTerms, out += kStepBytes) {
-    decltype(as_terms(__m128i{}, 0, Kind{})) terms[Kind::kTerms];
-#pragma GCC unroll 4
-    for (int i = 0; i < Kind::kTerms; ++i) {
-      const __m128i x = k + i < depth ? sixteen(row(k + i), count) : _mm_setzero_si128();
-      terms[i] = as_terms(x, offset, Kind{});
-      if (!sums) continue;
-      store_vector(sums, _mm256_add_epi32(load_vector(sums), _mm256_cvtepi8_epi32(x)));
-      store_vector(sums + 8, _mm256_add_epi32(load_vector(sums + 8), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))));
-    }
-    interleave(terms, out, Kind{});
-  }
+  pack_panels_of<Kind>(row, depth, 1, count, offset, out, 0, sums);
 }
 
 // Four steps of one column.
