@@ -5,9 +5,9 @@ blocks     block-scaled 4-bit formats: MXFP4, NVFP4 and what follows them
 baselines  8 bits, and 4 bits in the forward pass alone
 """
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001, recipes are listed in the order of these imports
 
-from fourbit.recipes._rule import Recipe  # noqa: I001, recipes are listed in the order of these imports
+from fourbit.recipes._rule import Recipe
 from fourbit.recipes.catalog._base import CATALOG as CATALOG
 from fourbit.recipes.catalog.paper import FP8_GRADIENTS as FP8_GRADIENTS
 from fourbit.recipes.catalog.paper import FP16 as FP16
