@@ -44,6 +44,7 @@ RULES = {"unsigned": 1, "symmetric": 2, "inclusive": 3}
 RULE_OF = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.UNDERFLOW: 2}
 """Rounding rules likewise."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOG_CARRIERS = (torch.bfloat16, torch.int8)
 
 
 def kernels() -> c.Library:
@@ -98,7 +99,10 @@ def log_grid(format: Format) -> Any | None:
     if not isinstance(grid, Logarithmic) or format.overflow == "infinity":
         return None
     octaves = int(math.log2(grid.ratio)) << 23
-    return c.LogGrid(float_bits(grid.threshold), float_bits(grid.smallest), float_bits(grid.largest), octaves)
+    start = float_bits(grid.threshold)
+    if start & 0xFFFF:  # the kernels look at 16 bits
+        return None
+    return c.LogGrid(start, float_bits(grid.smallest), float_bits(grid.largest), octaves)
 
 
 @lru_cache(maxsize=64)
@@ -142,7 +146,7 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
         return _clip(request, scale, grid, bound)
     if bound is not None:
         return None
-    if log_grid(request.format) is not None and carrier is torch.bfloat16:
+    if log_grid(request.format) is not None and carrier in _LOG_CARRIERS:
         return _log(request.x, (request,), scale)[0]
     parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
     if parameters is not None:
@@ -158,7 +162,8 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
         return None
     if first.spec.rounding is not second.spec.rounding or not is_same(first.x, second.x):
         return None
-    if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
+    carriers = [carrier_dtype(r.format) for r in both]
+    if any(log_grid(r.format) is None for r in both) or carriers[0] is not carriers[1] or carriers[0] not in _LOG_CARRIERS:
         return None
     return _log(first.x, both, scale)
 
@@ -195,13 +200,14 @@ def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Round
     x = readable(x)
     grids = [log_grid(r.format) for r in requests]
     rounding = requests[0].spec.rounding
-    outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
+    carrier = carrier_dtype(requests[0].format)
+    outputs = [torch.empty_like(x, dtype=carrier) for _ in requests]
     n = x.numel()
     arguments = c.LogRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale))
-    arguments.num, arguments.rule = len(requests), RULE_OF[rounding]
+    arguments.num, arguments.rule, arguments.out_dtype = len(requests), RULE_OF[rounding], c.CODES[carrier]
     for i, (grid, out, request) in enumerate(zip(grids, outputs, requests, strict=True)):
         arguments.grid[i] = grid
-        arguments.out[i] = pointer(out, "out", torch.bfloat16, n, like=x)
+        arguments.out[i] = pointer(out, "out", carrier, n, like=x)
         arguments.key[i] = stream_key(request.key, 0) if rounding.draws and request.key is not None else 0
     amax = kernels().log_round(ctypes.byref(arguments))
     return tuple(Rounded(out, amax) for out in outputs)

@@ -277,15 +277,12 @@ FOURBIT_INLINE void differentiate_block(const NormBackward& b, const Kept& kept,
     out.finish();
     return;
   }
+  FOURBIT_EACH(k) v[k] *= b.inv_scale;
+  Halves halves[kPerBlock / 2];
+  upper_halves(v, halves);
   for (int k = 0; k < b.num; ++k) {
     Target<uint16_t> out(static_cast<uint16_t*>(b.out[k]) + i, count);
-    const Powers grid(b.log_grid[k]);
-    Ints codes[kPerBlock];
-    FOURBIT_EACH(j) {
-      const Floats s = v[j] * b.inv_scale;
-      codes[j] = upper_half(log_nearest(magnitudes(s), grid) | (as_ints(s) & kSign));
-    }
-    write_unsigned(out.block(), codes);
+    write_nearest(out.block(), halves, b.log_grid[k]);
     out.finish();
   }
 }

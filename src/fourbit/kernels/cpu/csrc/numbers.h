@@ -85,14 +85,17 @@ struct Largest {
 
 // ---- random words ----
 
-// The upper 24 bits of the words of vector v of the block that begins at an even element, as numbers.
-FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) {
+// The upper 24 bits of the words of vector v of the block that begins at an even element.
+FOURBIT_INLINE Ints draw_bits(uint64_t key, int64_t begin, int v) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
   Pairs steps;
   for (int j = 0; j < kVector / 2; ++j) steps[j] = static_cast<uint64_t>(v * kVector / 2 + j + 1) * kGolden;
   const Pairs z = mix(steps + (static_cast<uint64_t>(begin) / 2 * kGolden + key));
-  return to_floats((Ints)((Words)z >> 8));
+  return (Ints)((Words)z >> 8);
 }
+
+// The same as numbers.
+FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) { return to_floats(draw_bits(key, begin, v)); }
 
 // Where (x - low) / (high - low) calls for the upper neighbour of a number.
 FOURBIT_INLINE Ints goes_up(Floats u, Floats above_low, Floats gap) { return u < above_low / gap * 16777216.0f; }
@@ -134,6 +137,36 @@ struct Powers {
 FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
   const Ints power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
   return g.start > magnitude ? Ints{} : power;
+}
+
+// A LogGrid whose numbers have no more bits than bfloat16, in the upper halves of patterns.
+struct PowerHalves {
+  Halves start, octaves, smallest, largest;
+  explicit PowerHalves(const LogGrid& g)
+      : start(all(g.start)), octaves(all(-g.octaves)), smallest(all(g.smallest)), largest(all(g.largest)) {}
+  static Halves all(int32_t bits) { return static_cast<int16_t>(bits >> 16) + Halves{}; }
+};
+
+// log_nearest of upper halves: the lower ones decide nothing.
+FOURBIT_INLINE Halves log_nearest(Halves magnitude, const PowerHalves& g) {
+  const Halves power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
+  return g.start > magnitude ? Halves{} : power;
+}
+
+// The upper halves of a block's numbers, on a grid: in bfloat16, and in integers of 8 bits.
+FOURBIT_INLINE void write_nearest(uint16_t* out, const Halves (&s)[kPerBlock / 2], const LogGrid& grid) {
+  const PowerHalves g(grid);
+  const Halves sign = PowerHalves::all(kSign);
+#pragma GCC unroll 8
+  for (int v = 0; v < kPerBlock / 2; ++v) write(out + 2 * kVector * v, log_nearest(s[v] & ~sign, g) | (s[v] & sign));
+}
+
+FOURBIT_INLINE void write_nearest(int8_t* out, const Halves (&s)[kPerBlock / 2], const LogGrid& grid) {
+  uint16_t rounded[kBlock];
+  Floats y[kPerBlock];
+  write_nearest(rounded, s, grid);
+  FOURBIT_EACH(v) y[v] = read(rounded + v * kVector);
+  write_exactly(out, y);
 }
 
 // ---- binary floats ----
