@@ -243,6 +243,27 @@ FOURBIT_INLINE Floats from_half(Ints half, const Half& h) {
   return as_floats(bits | ((half ^ code) << 16));
 }
 
+// A block of them.
+FOURBIT_INLINE void from_halves(const uint16_t* p, const Half& h, Floats (&x)[kPerBlock]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // 16 at a time: of (code + bias) << shift, the upper and the lower half apart, by products with 2^shift.
+  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(1 << h.shift)), all = _mm256_set1_epi16(0x7FFF);
+  const __m256i bias = _mm256_set1_epi16(static_cast<int16_t>(h.bias >> (16 - h.shift)));
+  for (int i = 0; i < kPerBlock / 2; ++i) {
+    const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
+    const __m256i half = _mm256_permute4x64_epi64(loaded, 0xD8), code = _mm256_and_si256(half, all);
+    const __m256i power = _mm256_add_epi16(_mm256_mulhi_epu16(code, factor), bias);
+    const __m256i is_zero = _mm256_cmpeq_epi16(code, _mm256_setzero_si256());
+    const __m256i upper = _mm256_or_si256(_mm256_andnot_si256(is_zero, power), _mm256_andnot_si256(all, half));
+    const __m256i lower = _mm256_mullo_epi16(code, factor);
+    x[2 * i] = (Floats)_mm256_unpacklo_epi16(lower, upper);
+    x[2 * i + 1] = (Floats)_mm256_unpackhi_epi16(lower, upper);
+  }
+#else
+  FOURBIT_EACH(v) x[v] = from_half(read_unsigned(p + v * kVector), h);
+#endif
+}
+
 // Codes of scale * x for `count` numbers in memory, a multiple of kVector.
 FOURBIT_INLINE void to_halves(const float* x, float scale, const Half& h, int count, uint16_t* codes) {
   Floats rounded;
@@ -263,16 +284,19 @@ struct Parts {
   }
 };
 
-// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
-FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
-  if (!(plus | minus)) return;
+// Adds a block of what(v), for vector v, to 16 partial sums.
+template <typename F>
+FOURBIT_INLINE void add_vectors(Parts& parts, F what) {
   constexpr int kOwn = kParts / kVector;
   Floats sum[kOwn];
-  FOURBIT_EACH(v) {
-    const Floats signed_x = keep(x[v], plus, v) - keep(x[v], minus, v);
-    sum[v % kOwn] = v < kOwn ? signed_x : sum[v % kOwn] + signed_x;
-  }
+  FOURBIT_EACH(v) sum[v % kOwn] = v < kOwn ? what(v) : sum[v % kOwn] + what(v);
   for (int i = 0; i < kOwn; ++i) parts.of[i] += sum[i];
+}
+
+// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is: nowhere, where codes have no sign.
+FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
+  if (minus) add_vectors(parts, [&](int v) { return keep(x[v], plus, v) - keep(x[v], minus, v); });
+  else if (plus) add_vectors(parts, [&](int v) { return keep(x[v], plus, v); });
 }
 
 }  // namespace

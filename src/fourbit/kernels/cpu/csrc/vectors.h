@@ -291,6 +291,12 @@ FOURBIT_INLINE void write_exactly(int8_t* p, const Floats (&y)[kPerBlock]) {
   write_bytes(p, n);
 }
 
+// A block's bytes as they lie in `p`, of which `count` are there to be written.
+FOURBIT_INLINE void copy_bytes(int8_t* p, const int8_t* bytes, int count) {
+  if (count == kBlock) std::memcpy(p, bytes, kBlock);  // without a call
+  else std::memcpy(p, bytes, static_cast<size_t>(count));
+}
+
 // ---- codes of 4 bits: elements j and j + 32 of a block share a byte ----
 
 FOURBIT_INLINE void pack_codes(const int8_t* q, uint8_t* out) {
