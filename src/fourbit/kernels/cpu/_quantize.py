@@ -116,7 +116,7 @@ def _inverse(scale: Tensor) -> float:
     return to_float32(1.0 / float(scale))
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How numbers get onto the grid of a format, as far as the format alone decides it.
 
     Args:
@@ -134,12 +134,13 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _plan(format: Format) -> _Plan:
+def plan_of(format: Format) -> Plan:
+    """The plan of a format, made once."""
     grid, carrier = grid_of(format), carrier_dtype(format)
     integers = grid if isinstance(grid, Integers) and carrier.itemsize == 1 else None
     log = log_grid(format) if carrier in (torch.bfloat16, torch.int8) else None
     binary = float_grid(format) if carrier.is_floating_point else None
-    return _Plan(carrier, c.CODES[carrier], integers, log, binary, has_integer_codes(format))
+    return Plan(carrier, c.CODES[carrier], integers, log, binary, has_integer_codes(format))
 
 
 def takes(request: Request, scale: Tensor) -> bool:
@@ -162,7 +163,7 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
     """One operand, to one format."""
     if not takes(request, scale):
         return None
-    format, spec, plan = request.format, request.spec, _plan(request.format)
+    format, spec, plan = request.format, request.spec, plan_of(request.format)
     stochastic = spec.rounding is not Rounding.NEAREST
     bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
     if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
@@ -181,7 +182,7 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
 @backends.register("round_pair", "cpu")
 def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
     """Both phases of two-phase rounding from one read."""
-    plans = _plan(first.format), _plan(second.format)
+    plans = plan_of(first.format), plan_of(second.format)
     if plans[0].log is None or plans[1].log is None or plans[0].carrier is not plans[1].carrier:
         return None
     if first.save or second.save or second.dims is not None or second.spec.samples != 1:
@@ -193,7 +194,7 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     return _log(first.x, (first, second), plans, scale)
 
 
-def _clip(request: Request, scale: Tensor, plan: _Plan, grid: Integers, bound: Bound | None) -> Rounded:
+def _clip(request: Request, scale: Tensor, plan: Plan, grid: Integers, bound: Bound | None) -> Rounded:
     x = readable(request.x)
     n = x.numel()
     q = torch.empty_like(x, dtype=plan.carrier) if request.carrier else None
@@ -217,7 +218,7 @@ def _clip(request: Request, scale: Tensor, plan: _Plan, grid: Integers, bound: B
     return Rounded(q, amax, saved, mask)
 
 
-def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[_Plan, ...], scale: Tensor) -> tuple[Rounded, ...]:
+def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[Plan, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
     rounding, (carrier, code, *_) = requests[0].spec.rounding, plans[0]
     outputs = [torch.empty_like(x, dtype=carrier) for _ in requests]
@@ -233,7 +234,7 @@ def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[_Plan, ...], sca
     return tuple(Rounded(out, amax) for out in outputs)
 
 
-def _float(request: Request, scale: Tensor, plan: _Plan) -> Rounded:
+def _float(request: Request, scale: Tensor, plan: Plan) -> Rounded:
     x = readable(request.x)
     out = torch.empty_like(x, dtype=plan.carrier)
     n = x.numel()
@@ -280,7 +281,7 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     n = out.numel()
     codes = codes_of(packed.data, n)
-    arguments = c.Unpack(codes, n, int(packed.signed), fresh(out), c.CODES[dtype])
+    arguments = c.Unpack(codes, n, int(packed.signed), pointer(out, "out", dtype, n), c.CODES[dtype])
     kernels().unpack(ctypes.byref(arguments))
     return out
 
