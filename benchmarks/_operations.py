@@ -188,7 +188,7 @@ OPERATIONS = {
     "luq": Operation(
         "LUQ: radix-2 FP4, stochastic",
         4 + 4,
-        2,
+        1,
         _gradients,
         _luq,
         None,

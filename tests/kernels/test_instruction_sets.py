@@ -104,15 +104,24 @@ def test_clip(n, rule):
 
 @every_size
 @pytest.mark.parametrize("rule", [0, 1, 2])
-@pytest.mark.parametrize("pair", [("fp4_r4_even", "fp4_r4_odd"), ("fp4_r2", "fp4_r2_139"), ("fp4_r4_odd",)], ids=str)
-def test_log_round(n, rule, pair):
-    shapes = {str(i): (n, torch.bfloat16) for i in range(len(pair))}
+@pytest.mark.parametrize(
+    ("pair", "dtype"),
+    [
+        (("fp4_r4_even", "fp4_r4_odd"), torch.bfloat16),
+        (("fp4_r2", "fp4_r2_139"), torch.bfloat16),
+        (("fp4_r2_139", "fp4_r2"), torch.int8),
+        (("fp4_r4_odd",), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_log_round(n, rule, pair, dtype):
+    shapes = {str(i): (n, dtype) for i in range(len(pair))}
     for x in inputs(n):
         for scale in (1.0, 0.3, 2.0**-60):
 
             def call(out: Outputs, x=x, scale=scale):
                 t = c.LogRound(x.data_ptr(), c.CODES[x.dtype], n, scale, len(pair))
-                t.rule = rule
+                t.rule, t.out_dtype = rule, c.CODES[dtype]
                 for i, name in enumerate(pair):
                     t.grid[i], t.out[i] = log_grid(formats.get(name)), out[str(i)].data_ptr()
                     t.key[i] = 2**64 - 5 + i

@@ -7,6 +7,7 @@ not written, guards that changed were. Inputs lie between NaN, which an amax or 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -108,15 +109,17 @@ def test_clip_keeps_to_its_codes_packed_codes_and_mask(isa, n):
 @every_size
 @pytest.mark.parametrize("rule", [0, 1, 2])
 def test_log_round_keeps_to_its_outputs(isa, n, rule):
-    grids = [log_grid(formats.FP4_R4_EVEN), log_grid(formats.FP4_R4_ODD)]
+    radix_4 = (log_grid(formats.FP4_R4_EVEN), log_grid(formats.FP4_R4_ODD), torch.bfloat16)
+    radix_2 = (log_grid(formats.FP4_R2), log_grid(formats.FP4_R2_139), torch.int8)
     for x in sources(n):
-        for num in (1, 2):
+        for num, (*grids, dtype) in itertools.product((1, 2), (radix_4, radix_2)):
 
-            def call(memory, x=x, num=num):
+            def call(memory, x=x, num=num, grids=grids, dtype=dtype):
                 arguments = c.LogRound(x=x.data_ptr(), dtype=c.CODES[x.dtype], n=n, inv_scale=1.0, num=num)
-                arguments.rule = rule
+                arguments.rule, arguments.out_dtype = rule, c.CODES[dtype]
                 for i in range(num):
-                    arguments.grid[i], arguments.out[i], arguments.key[i] = grids[i], memory.output(2 * n), 5 + i
+                    out = memory.output(dtype.itemsize * n)
+                    arguments.grid[i], arguments.out[i], arguments.key[i] = grids[i], out, 5 + i
                 return library().log_round(ctypes.byref(arguments))
 
             _, found = check(isa, call)

@@ -46,7 +46,8 @@ def pointer(
         dtype: as the kernel reads it; no conversion.
         numel: elements that are read or written; a tensor may have more.
         order: the order of axes that the kernel assumes; None: any, as long as the elements fill one piece of memory.
-        like: a dense tensor (that has gone through here itself) whose elements must lie in the same order.
+        like: a dense tensor (that has gone through here itself) whose elements must lie in the same order. Dense tensors with
+            the same strides have the same shape.
 
     Raises:
         UserError: not on the CPU, another dtype, too few elements, gaps or repeats between them, another order, a view that
@@ -54,7 +55,7 @@ def pointer(
             that were resized).
     """
     if like is not None:
-        lies = _same_order(t, like)
+        lies = (t.stride() == like.stride() and t.numel() == like.numel()) or _same_order(t, like)
     elif order is not None:
         lies = t.is_contiguous(memory_format=order)
     else:
@@ -78,12 +79,21 @@ def optional(t: Tensor | None, name: str, dtype: torch.dtype, numel: int, like: 
 
 def codes_of(packed: Tensor, n: int) -> int:
     """The address of the packed codes of n elements: bytes in order."""
-    return pointer(packed, "packed", torch.uint8, packed_bytes(n), torch.contiguous_format)
+    return _bytes(packed, "packed", packed_bytes(n))
 
 
 def bits_of(mask: Tensor | None, name: str, n: int) -> int | None:
     """The address of one bit for each of n elements: bytes in order."""
-    return None if mask is None else pointer(mask, name, torch.uint8, mask_bytes(n), torch.contiguous_format)
+    return None if mask is None else _bytes(mask, name, mask_bytes(n))
+
+
+def _bytes(t: Tensor, name: str, num: int) -> int:
+    """`pointer` to bytes in order, which is asked for most often."""
+    if t.dtype is torch.uint8 and t.is_contiguous() and t.numel() >= num and t.is_cpu:
+        address = t.data_ptr()
+        if address or not num:
+            return address
+    raise _wrong(t, name, torch.uint8, num, torch.contiguous_format, None)
 
 
 def checked(t: Tensor, name: str, dtype: torch.dtype, numel: int, on: Tensor) -> Tensor:
@@ -146,8 +156,6 @@ def is_plain(t: Tensor) -> bool:
 
 
 def _same_order(t: Tensor, like: Tensor) -> bool:
-    if t.stride() == like.stride() and t.numel() == like.numel():
-        return True  # dense tensors with the same strides have the same shape
     pairs = zip(t.shape, t.stride(), like.stride(), strict=False)
     return t.shape == like.shape and all(size == 1 or a == b for size, a, b in pairs)
 

@@ -20,7 +20,7 @@ from fourbit.backends import Status
 from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 11
+ABI = 12
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -54,6 +54,7 @@ LogRound = _structure(
     num=c_int32,
     grid=LogGrid * 2,
     out=c_void_p * 2,
+    out_dtype=c_int32,
     key=c_uint64 * 2,
     rule=c_int32,
 )

@@ -198,7 +198,7 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     cell: Any = lib.LstmBackward(dh=dh, dc=dc, dc_before=_address(dc_before, "dc_before", num * size), size=size)
     log: Any = lib.LogRound(dtype=lib.CODES[torch.float32], inv_scale=float(s.scale.reciprocal()), num=1)
     left = pointer(rounded, "rounded", torch.bfloat16, 4 * num * size)
-    log.grid[0], log.out[0] = grid, left
+    log.grid[0], log.out[0], log.out_dtype = grid, left, lib.CODES[torch.bfloat16]
     weight = pointer(w.q, "w", torch.int8, 4 * size * size)
     product: Any = lib.MatMul(left, 0, weight, dh, num, size, 4 * size, scale=1.0, post=1.0, of=of)
     product.panels = panels(product, w.cache)

@@ -25,18 +25,14 @@ from fourbit.kernels._check import (
     require,
 )
 from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid
+from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid, plan_of
 from fourbit.ops import Layout
 from fourbit.quantizers import (
     ClipValue,
-    Integers,
     Packed,
     QTensor,
     Quantized,
-    carrier_dtype,
     exponent_scale,
-    grid_of,
-    has_integer_codes,
     to_float32,
 )
 
@@ -76,8 +72,8 @@ def statistics(s: NormStatistics) -> Normalized:
         v = y if s.own or s.scale == 1.0 else torch.empty_like(y)
     require(not coded or is_half(s.output), "a format of 16 bits for codes of 16 bits")
     require((norm.running_mean is None) == (norm.running_var is None), "both running statistics, or none")
-    vectors = (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
-    require(all(t is None or t.shape == (channels,) for t in vectors), "one number for each channel")
+    for vector in (norm.gamma, norm.beta, norm.running_mean, norm.running_var):
+        require(vector is None or vector.shape == (channels,), "one number for each channel")
     moments = torch.empty(4, channels, dtype=_F32)
     first = fresh(moments)
     mean, inv_std, slope, offset = range(first, first + 16 * channels, 4 * channels)
@@ -135,18 +131,19 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     if request is None:
         kernels().norm_apply(ctypes.byref(task))
         return out, None, passes, False
-    clip, integers, carrier = request.spec.scaling, grid_of(request.format), carrier_dtype(request.format)
+    clip, plan = request.spec.scaling, plan_of(request.format)
     require(isinstance(clip, ClipValue), "a clip value")
     scale = clip.of(None, request.format, request.stored)  # type: ignore[arg-type]
     bound = clip.bound(scale, request.format, request.stored)
-    if not (isinstance(integers, Integers) and bound and carrier.itemsize == 1 and has_integer_codes(request.format)):
+    if plan.integers is None or not plan.packs or not bound:
         raise UserError("arguments of a kernel do not go together: a clipped format of 4-bit integers is needed")
-    q = torch.empty_like(v, dtype=carrier)
+    q = torch.empty_like(v, dtype=plan.carrier)
     data, mask = torch.empty(packed_bytes(n), dtype=_U8), torch.empty(mask_bytes(n), dtype=_U8)
     limit = float(bound.value)
-    task.clip.inv_scale, task.clip.low, task.clip.high = to_float32(1.0 / float(scale)), integers.low, integers.high
-    task.clip.mask_rule, task.clip.bound = RULES[bound.rule], limit
-    task.clip.codes, task.clip.packed, task.clip.mask = fresh(q), fresh(data), fresh(mask)
+    codes: Any = task.clip
+    codes.inv_scale, codes.low, codes.high = to_float32(1.0 / float(scale)), plan.integers.low, plan.integers.high
+    codes.mask_rule, codes.bound = RULES[bound.rule], limit
+    codes.codes, codes.packed, codes.mask = fresh(q), fresh(data), fresh(mask)
     amax = kernels().norm_apply(ctypes.byref(task))
     if not math.isfinite(amax):
         scale = scale + amax * 0

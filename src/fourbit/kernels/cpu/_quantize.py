@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fourbit import backends
 from fourbit.formats import FloatFormat, Format
-from fourbit.kernels._check import bits_of, codes_of, is_plain, is_same, mask_bytes, optional, packed_bytes, pointer
+from fourbit.kernels._check import codes_of, fresh, is_plain, is_same, mask_bytes, packed_bytes, pointer
 from fourbit.kernels.cpu import _library as c
 from fourbit.quantizers import (
     Binary,
@@ -98,7 +98,10 @@ def log_grid(format: Format) -> Any | None:
     if not isinstance(grid, Logarithmic) or format.overflow == "infinity":
         return None
     octaves = int(math.log2(grid.ratio)) << 23
-    return c.LogGrid(float_bits(grid.threshold), float_bits(grid.smallest), float_bits(grid.largest), octaves)
+    start = float_bits(grid.threshold)
+    if start & 0xFFFF:  # the kernels look at 16 bits
+        return None
+    return c.LogGrid(start, float_bits(grid.smallest), float_bits(grid.largest), octaves)
 
 
 @lru_cache(maxsize=64)
@@ -113,9 +116,36 @@ def _inverse(scale: Tensor) -> float:
     return to_float32(1.0 / float(scale))
 
 
+class Plan(NamedTuple):
+    """How numbers get onto the grid of a format, as far as the format alone decides it.
+
+    Args:
+        carrier, code: dtype of the numbers, as torch and the library name it.
+        integers, log, binary: the grid, if it is of this kind and a kernel rounds to it in this carrier.
+        packs: whether two of its codes share a byte.
+    """
+
+    carrier: torch.dtype
+    code: int
+    integers: Integers | None
+    log: Any | None
+    binary: Any | None
+    packs: bool
+
+
+@lru_cache(maxsize=64)
+def plan_of(format: Format) -> Plan:
+    """The plan of a format, made once."""
+    grid, carrier = grid_of(format), carrier_dtype(format)
+    integers = grid if isinstance(grid, Integers) and carrier.itemsize == 1 else None
+    log = log_grid(format) if carrier in (torch.bfloat16, torch.int8) else None
+    binary = float_grid(format) if carrier.is_floating_point else None
+    return Plan(carrier, c.CODES[carrier], integers, log, binary, has_integer_codes(format))
+
+
 def takes(request: Request, scale: Tensor) -> bool:
     """Whether a kernel may round this, to a grid that it knows."""
-    x = request.x
+    x, spec = request.x, request.spec
     return (
         x.is_cpu
         and x.dtype in _DTYPES
@@ -123,9 +153,8 @@ def takes(request: Request, scale: Tensor) -> bool:
         and request.tile is None
         and scale.numel() == 1
         and scale.is_cpu
-        and request.spec.samples == 1
-        and request.spec.rounding is not Rounding.TRUNCATE
-        and (request.key is not None or not request.spec.stochastic)
+        and spec.samples == 1
+        and (spec.rounding is Rounding.NEAREST or (request.key is not None and spec.rounding is not Rounding.TRUNCATE))
     )
 
 
@@ -134,85 +163,84 @@ def round_one(request: Request, scale: Tensor) -> Rounded | None:
     """One operand, to one format."""
     if not takes(request, scale):
         return None
-    grid, carrier = grid_of(request.format), carrier_dtype(request.format)
-    bound = request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
+    format, spec, plan = request.format, request.spec, plan_of(request.format)
+    stochastic = spec.rounding is not Rounding.NEAREST
+    bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
     if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
         return None
-    if isinstance(grid, Integers) and not request.spec.stochastic and carrier.itemsize == 1:
-        return _clip(request, scale, grid, bound)
+    if plan.integers is not None and not stochastic:
+        return _clip(request, scale, plan, plan.integers, bound)
     if bound is not None:
         return None
-    if log_grid(request.format) is not None and carrier is torch.bfloat16:
-        return _log(request.x, (request,), scale)[0]
-    parameters = None if request.spec.stochastic or not carrier.is_floating_point else float_grid(request.format)
-    if parameters is not None:
-        return _float(request, scale, parameters)
-    return None if _table(request.format) is None else _by_table(request, scale)
+    if plan.log is not None:
+        return _log(request.x, (request,), (plan,), scale)[0]
+    if plan.binary is not None and not stochastic:
+        return _float(request, scale, plan)
+    return None if _table(format) is None else _by_table(request, scale)
 
 
 @backends.register("round_pair", "cpu")
 def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
     """Both phases of two-phase rounding from one read."""
-    both = (first, second)
-    if not all(takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
+    plans = plan_of(first.format), plan_of(second.format)
+    if plans[0].log is None or plans[1].log is None or plans[0].carrier is not plans[1].carrier:
         return None
-    if first.spec.rounding is not second.spec.rounding or not is_same(first.x, second.x):
+    if first.save or second.save or second.dims is not None or second.spec.samples != 1:
         return None
-    if any(log_grid(r.format) is None or carrier_dtype(r.format) is not torch.bfloat16 for r in both):
+    if not first.spec.rounding is second.spec.rounding is Rounding.NEAREST:
         return None
-    return _log(first.x, both, scale)
+    if not takes(first, scale) or not is_same(first.x, second.x):
+        return None
+    return _log(first.x, (first, second), plans, scale)
 
 
-def _clip(request: Request, scale: Tensor, grid: Integers, bound: Bound | None) -> Rounded:
+def _clip(request: Request, scale: Tensor, plan: Plan, grid: Integers, bound: Bound | None) -> Rounded:
     x = readable(request.x)
-    q = torch.empty_like(x, dtype=carrier_dtype(request.format)) if request.carrier else None
-    n, codes, whole = x.numel(), carrier_dtype(request.format), (packed_bytes(x.numel()), mask_bytes(x.numel()))
-    packs = request.save and has_integer_codes(request.format)
-    packed = x.new_empty(whole[0], dtype=torch.uint8) if packs else None
-    mask = None if bound is None else x.new_empty(whole[1], dtype=torch.uint8)
-    amax = kernels().clip(
-        ctypes.byref(
-            c.Clip(
-                pointer(x, "x", x.dtype, n),
-                c.CODES[x.dtype],
-                n,
-                _inverse(scale),
-                grid.low,
-                grid.high,
-                0 if bound is None else RULES[bound.rule],
-                0.0 if bound is None else float(bound.value),
-                optional(q, "codes", codes, n, x),
-                None if packed is None else codes_of(packed, n),
-                bits_of(mask, "mask", n),
-            )
-        )
+    n = x.numel()
+    q = torch.empty_like(x, dtype=plan.carrier) if request.carrier else None
+    packed = torch.empty(packed_bytes(n), dtype=torch.uint8) if request.save and plan.packs else None
+    mask = None if bound is None else torch.empty(mask_bytes(n), dtype=torch.uint8)
+    arguments = c.Clip(
+        pointer(x, "x", x.dtype, n),
+        c.CODES[x.dtype],
+        n,
+        _inverse(scale),
+        grid.low,
+        grid.high,
+        0 if bound is None else RULES[bound.rule],
+        0.0 if bound is None else float(bound.value),
+        None if q is None else fresh(q),
+        None if packed is None else fresh(packed),
+        None if mask is None else fresh(mask),
     )
+    amax = kernels().clip(ctypes.byref(arguments))
     saved = None if packed is None else Packed(packed, x.shape, x.stride(), request.format.min < 0)
     return Rounded(q, amax, saved, mask)
 
 
-def _log(x: Tensor, requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...]:
+def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[Plan, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
-    grids = [log_grid(r.format) for r in requests]
-    rounding = requests[0].spec.rounding
-    outputs = [torch.empty_like(x, dtype=torch.bfloat16) for _ in requests]
+    rounding, (carrier, code, *_) = requests[0].spec.rounding, plans[0]
+    outputs = [torch.empty_like(x, dtype=carrier) for _ in requests]
     n = x.numel()
     arguments = c.LogRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale))
-    arguments.num, arguments.rule = len(requests), RULE_OF[rounding]
-    for i, (grid, out, request) in enumerate(zip(grids, outputs, requests, strict=True)):
-        arguments.grid[i] = grid
-        arguments.out[i] = pointer(out, "out", torch.bfloat16, n, like=x)
-        arguments.key[i] = stream_key(request.key, 0) if rounding.draws and request.key is not None else 0
+    arguments.num, arguments.rule, arguments.out_dtype = len(requests), RULE_OF[rounding], code
+    for i, (plan, out, request) in enumerate(zip(plans, outputs, requests, strict=True)):
+        arguments.grid[i] = plan.log
+        arguments.out[i] = fresh(out)
+        if rounding is not Rounding.NEAREST:
+            arguments.key[i] = stream_key(request.key, 0)  # type: ignore[arg-type]
     amax = kernels().log_round(ctypes.byref(arguments))
     return tuple(Rounded(out, amax) for out in outputs)
 
 
-def _float(request: Request, scale: Tensor, parameters: Any) -> Rounded:
+def _float(request: Request, scale: Tensor, plan: Plan) -> Rounded:
     x = readable(request.x)
-    out = torch.empty_like(x, dtype=carrier_dtype(request.format))
-    n, to = x.numel(), out.dtype
-    arguments = c.FloatRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale), parameters)
-    arguments.out, arguments.out_dtype = pointer(out, "out", to, n, like=x), c.CODES[to]
+    out = torch.empty_like(x, dtype=plan.carrier)
+    n = x.numel()
+    arguments = c.FloatRound(
+        pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale), plan.binary, fresh(out), plan.code
+    )
     return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
 
@@ -233,7 +261,7 @@ def _by_table(request: Request, scale: Tensor) -> Rounded | None:
         pointer(levels, "levels", torch.float32, num_levels),
         num_levels,
         _overflow(format),
-        pointer(out, "out", out.dtype, n, like=x),
+        fresh(out),
         c.CODES[out.dtype],
         stream_key(request.key, 0) if rounding.draws and request.key is not None else 0,
         RULE_OF[rounding],

@@ -23,7 +23,7 @@ FOURBIT_INLINE void clip_block(const Clip& c, const T* from, int64_t begin, int 
   for (int j = count; j < kBlock; ++j) q[j] = 0;
   if (c.mask) store_bits(c.mask + begin / 8, inside & first_bits(count));
   if (c.packed) pack_codes(q, c.packed + begin / 2);
-  if (c.codes) std::memcpy(c.codes + begin, q, static_cast<size_t>(count));
+  if (c.codes) copy_bytes(c.codes + begin, q, count);
 }
 
 template <typename T>

@@ -19,7 +19,8 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kUInt8 = 3, kInt3
 // element, in order, from the lowest bit of the first byte up.
 constexpr int64_t kBlock = 64;
 
-// A logarithmic grid: 0 and +-smallest * 2^(octaves i), rounded up from `start` * 2^(octaves i) on; float32 bit patterns.
+// A logarithmic grid: 0 and +-smallest * 2^(octaves i), powers of two, rounded up from `start` * 2^(octaves i) on; float32 bit
+// patterns, whose lower halves are 0.
 struct LogGrid {
   int32_t start, smallest, largest, octaves;  // octaves << 23
 };
@@ -60,7 +61,8 @@ struct LogRound {
   float inv_scale;
   int32_t num;        // grids, 1 or 2
   LogGrid grid[2];
-  uint16_t* out[2];   // bfloat16
+  void* out[2];
+  int32_t out_dtype;  // bfloat16, or int8, which must hold the grids
   uint64_t key[2];    // of the random words
   int32_t rule;       // 0: nearest; 1: stochastic; 2: stochastic below the smallest magnitude, nearest above
 };

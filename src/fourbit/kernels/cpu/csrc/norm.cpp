@@ -96,7 +96,7 @@ FOURBIT_INLINE void read_kept(const Kept& kept, int64_t i, int count, Floats (&v
   if (kept.halves) {
     uint16_t room[kBlock];
     const uint16_t* codes = whole(static_cast<const uint16_t*>(kept.from) + i, count, room);
-    FOURBIT_EACH(k) v[k] = from_half(read_unsigned(codes + k * kVector), kept.half);
+    from_halves(codes, kept.half, v);
   } else {
     float room[kBlock];
     const float* numbers = whole(static_cast<const float*>(kept.from) + i, count, room);
@@ -155,6 +155,8 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
   const float *as = slope.at(c), *bs = offset.at(c);
   const float* residual = a.residual ? whole(a.residual + i, count, room) : nullptr;
   uint64_t pass = first_bits(count), inside = 0;
+  // Whether the clip range of the codes is what the activation passes, too, and nobody asks for the latter.
+  const bool at_once = a.act && a.clips && !a.pass && a.clip.mask_rule == 1 && a.clip.bound <= a.cap;
   read_kept(kept, i, count, t);
   Ints codes[kPerBlock];
   FOURBIT_EACH(k) {
@@ -163,13 +165,13 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
     if (count != kBlock) x = keep(x, first_bits(count), k);
     t[k] = x;
   }
-  if (a.act) {
+  if (a.act && !at_once) {
     uint64_t passing = 0;
-    FOURBIT_EACH(k) {
-      passing |= bits_of(compare<kGreater>(t[k], 0.0f) & compare<kLess>(t[k], a.cap), k);
-      t[k] = clamp(t[k], 0.0f, a.cap);
-    }
+    FOURBIT_EACH(k) passing |= bits_of(compare<kGreater>(t[k], 0.0f) & compare<kLess>(t[k], a.cap), k);
     pass &= passing;
+  }
+  if (a.act) {
+    FOURBIT_EACH(k) t[k] = clamp(t[k], 0.0f, a.cap);
   }
   FOURBIT_EACH(k) raise(top, t[k]);
   if (a.out) {
@@ -179,16 +181,18 @@ FOURBIT_INLINE void apply_block(const NormApply& a, const Kept& kept, const Chan
   }
   if (a.pass) store_bits(a.pass + i / 8, pass);
   if (!a.clips) return;
-  FOURBIT_EACH(k) {
-    codes[k] = nearest_code(t[k] * a.clip.inv_scale, a.clip.low, a.clip.high);
-    inside |= bits_of(inside_range(t[k], a.clip.mask_rule, a.clip.bound), k);
+  FOURBIT_EACH(k) codes[k] = nearest_code(t[k] * a.clip.inv_scale, a.clip.low, a.clip.high);
+  if (at_once) {
+    FOURBIT_EACH(k) inside |= bits_of(compare<kGreater>(t[k], 0.0f) & compare<kLess>(t[k], a.clip.bound), k);
+  } else {
+    FOURBIT_EACH(k) inside |= bits_of(inside_range(t[k], a.clip.mask_rule, a.clip.bound), k);
   }
   int8_t q[kBlock];
   write_bytes(q, codes);
   for (int j = count; j < kBlock; ++j) q[j] = 0;
   store_bits(a.clip.mask + i / 8, inside & pass);
   pack_codes(q, a.clip.packed + i / 2);
-  std::memcpy(a.clip.codes + i, q, static_cast<size_t>(count));
+  copy_bytes(a.clip.codes + i, q, count);
 }
 
 // ---- backward ----
@@ -277,15 +281,12 @@ FOURBIT_INLINE void differentiate_block(const NormBackward& b, const Kept& kept,
     out.finish();
     return;
   }
+  FOURBIT_EACH(k) v[k] *= b.inv_scale;
+  Halves halves[kPerBlock / 2];
+  upper_halves(v, halves);
   for (int k = 0; k < b.num; ++k) {
     Target<uint16_t> out(static_cast<uint16_t*>(b.out[k]) + i, count);
-    const Powers grid(b.log_grid[k]);
-    Ints codes[kPerBlock];
-    FOURBIT_EACH(j) {
-      const Floats s = v[j] * b.inv_scale;
-      codes[j] = upper_half(log_nearest(magnitudes(s), grid) | (as_ints(s) & kSign));
-    }
-    write_unsigned(out.block(), codes);
+    write_nearest(out.block(), halves, b.log_grid[k]);
     out.finish();
   }
 }

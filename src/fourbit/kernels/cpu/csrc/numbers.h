@@ -85,14 +85,17 @@ struct Largest {
 
 // ---- random words ----
 
-// The upper 24 bits of the words of vector v of the block that begins at an even element, as numbers.
-FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) {
+// The upper 24 bits of the words of vector v of the block that begins at an even element.
+FOURBIT_INLINE Ints draw_bits(uint64_t key, int64_t begin, int v) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
   Pairs steps;
   for (int j = 0; j < kVector / 2; ++j) steps[j] = static_cast<uint64_t>(v * kVector / 2 + j + 1) * kGolden;
   const Pairs z = mix(steps + (static_cast<uint64_t>(begin) / 2 * kGolden + key));
-  return to_floats((Ints)((Words)z >> 8));
+  return (Ints)((Words)z >> 8);
 }
+
+// The same as numbers.
+FOURBIT_INLINE Floats draw(uint64_t key, int64_t begin, int v) { return to_floats(draw_bits(key, begin, v)); }
 
 // Where (x - low) / (high - low) calls for the upper neighbour of a number.
 FOURBIT_INLINE Ints goes_up(Floats u, Floats above_low, Floats gap) { return u < above_low / gap * 16777216.0f; }
@@ -134,6 +137,36 @@ struct Powers {
 FOURBIT_INLINE Ints log_nearest(Ints magnitude, const Powers& g) {
   const Ints power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
   return g.start > magnitude ? Ints{} : power;
+}
+
+// A LogGrid whose numbers have no more bits than bfloat16, in the upper halves of patterns.
+struct PowerHalves {
+  Halves start, octaves, smallest, largest;
+  explicit PowerHalves(const LogGrid& g)
+      : start(all(g.start)), octaves(all(-g.octaves)), smallest(all(g.smallest)), largest(all(g.largest)) {}
+  static Halves all(int32_t bits) { return static_cast<int16_t>(bits >> 16) + Halves{}; }
+};
+
+// log_nearest of upper halves: the lower ones decide nothing.
+FOURBIT_INLINE Halves log_nearest(Halves magnitude, const PowerHalves& g) {
+  const Halves power = smaller(wrapping_sum((magnitude - g.start) & g.octaves, g.smallest), g.largest);
+  return g.start > magnitude ? Halves{} : power;
+}
+
+// The upper halves of a block's numbers, on a grid: in bfloat16, and in integers of 8 bits.
+FOURBIT_INLINE void write_nearest(uint16_t* out, const Halves (&s)[kPerBlock / 2], const LogGrid& grid) {
+  const PowerHalves g(grid);
+  const Halves sign = PowerHalves::all(kSign);
+#pragma GCC unroll 8
+  for (int v = 0; v < kPerBlock / 2; ++v) write(out + 2 * kVector * v, log_nearest(s[v] & ~sign, g) | (s[v] & sign));
+}
+
+FOURBIT_INLINE void write_nearest(int8_t* out, const Halves (&s)[kPerBlock / 2], const LogGrid& grid) {
+  uint16_t rounded[kBlock];
+  Floats y[kPerBlock];
+  write_nearest(rounded, s, grid);
+  FOURBIT_EACH(v) y[v] = read(rounded + v * kVector);
+  write_exactly(out, y);
 }
 
 // ---- binary floats ----
@@ -210,6 +243,27 @@ FOURBIT_INLINE Floats from_half(Ints half, const Half& h) {
   return as_floats(bits | ((half ^ code) << 16));
 }
 
+// A block of them.
+FOURBIT_INLINE void from_halves(const uint16_t* p, const Half& h, Floats (&x)[kPerBlock]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // 16 at a time: of (code + bias) << shift, the upper and the lower half apart, by products with 2^shift.
+  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(1 << h.shift)), all = _mm256_set1_epi16(0x7FFF);
+  const __m256i bias = _mm256_set1_epi16(static_cast<int16_t>(h.bias >> (16 - h.shift)));
+  for (int i = 0; i < kPerBlock / 2; ++i) {
+    const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
+    const __m256i half = _mm256_permute4x64_epi64(loaded, 0xD8), code = _mm256_and_si256(half, all);
+    const __m256i power = _mm256_add_epi16(_mm256_mulhi_epu16(code, factor), bias);
+    const __m256i is_zero = _mm256_cmpeq_epi16(code, _mm256_setzero_si256());
+    const __m256i upper = _mm256_or_si256(_mm256_andnot_si256(is_zero, power), _mm256_andnot_si256(all, half));
+    const __m256i lower = _mm256_mullo_epi16(code, factor);
+    x[2 * i] = (Floats)_mm256_unpacklo_epi16(lower, upper);
+    x[2 * i + 1] = (Floats)_mm256_unpackhi_epi16(lower, upper);
+  }
+#else
+  FOURBIT_EACH(v) x[v] = from_half(read_unsigned(p + v * kVector), h);
+#endif
+}
+
 // Codes of scale * x for `count` numbers in memory, a multiple of kVector.
 FOURBIT_INLINE void to_halves(const float* x, float scale, const Half& h, int count, uint16_t* codes) {
   Floats rounded;
@@ -230,16 +284,19 @@ struct Parts {
   }
 };
 
-// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is.
-FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
-  if (!(plus | minus)) return;
+// Adds a block of what(v), for vector v, to 16 partial sums.
+template <typename F>
+FOURBIT_INLINE void add_vectors(Parts& parts, F what) {
   constexpr int kOwn = kParts / kVector;
   Floats sum[kOwn];
-  FOURBIT_EACH(v) {
-    const Floats signed_x = keep(x[v], plus, v) - keep(x[v], minus, v);
-    sum[v % kOwn] = v < kOwn ? signed_x : sum[v % kOwn] + signed_x;
-  }
+  FOURBIT_EACH(v) sum[v % kOwn] = v < kOwn ? what(v) : sum[v % kOwn] + what(v);
   for (int i = 0; i < kOwn; ++i) parts.of[i] += sum[i];
+}
+
+// Adds a block to 16 partial sums where `plus` is set, and subtracts it where `minus` is: nowhere, where codes have no sign.
+FOURBIT_INLINE void add_where(const Floats (&x)[kPerBlock], uint64_t plus, uint64_t minus, Parts& parts) {
+  if (minus) add_vectors(parts, [&](int v) { return keep(x[v], plus, v) - keep(x[v], minus, v); });
+  else if (plus) add_vectors(parts, [&](int v) { return keep(x[v], plus, v); });
 }
 
 }  // namespace

@@ -98,13 +98,6 @@ TableBlock table_block_for(int rule) {
   return rule == 0 ? table_block<small, 0> : rule == 1 ? table_block<small, 1> : table_block<small, 2>;
 }
 
-// Integers for a carrier of 8 bits, NaN as 0.
-FOURBIT_INLINE void write_exactly(int8_t* out, const Floats (&y)[kPerBlock]) {
-  Ints n[kPerBlock];
-  FOURBIT_EACH(v) n[v] = __builtin_convertvector(y[v] == y[v] ? y[v] : Floats{}, Ints);
-  write_bytes(out, n);
-}
-
 FOURBIT_INLINE void write(int8_t* out, const Floats (&y)[kPerBlock]) { write_exactly(out, y); }
 
 template <typename T, typename O>

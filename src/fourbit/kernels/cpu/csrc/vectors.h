@@ -28,6 +28,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * kVector)));
 typedef uint32_t Words __attribute__((vector_size(4 * kVector)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * kVector)));
 typedef double Doubles __attribute__((vector_size(4 * kVector)));
+typedef int16_t Halves __attribute__((vector_size(4 * kVector)));  // twice as many as Ints
+typedef uint16_t UnsignedHalves __attribute__((vector_size(4 * kVector)));
 
 // The vectors of a block: unrolled, so that what depends on the number of the vector is a constant.
 #if defined(__AVX2__)
@@ -44,6 +46,7 @@ FOURBIT_INLINE Ints magnitudes(Floats x) { return as_ints(x) & 0x7FFFFFFF; }
 
 // a + b where it may leave int32: wraps.
 FOURBIT_INLINE Ints wrapping_sum(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
+FOURBIT_INLINE Halves wrapping_sum(Halves a, Halves b) { return (Halves)((UnsignedHalves)a + (UnsignedHalves)b); }
 
 // Shifts of magnitudes by a number that is known at run time only: the instruction for uniform shifts is the slower one.
 FOURBIT_INLINE Ints shifted_left(Ints x, int32_t count) {
@@ -89,6 +92,7 @@ FOURBIT_INLINE Floats smaller(Floats a, Floats b) {
 
 FOURBIT_INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 FOURBIT_INLINE Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+FOURBIT_INLINE Halves smaller(Halves a, Halves b) { return a < b ? a : b; }
 
 // As torch.clamp: NaN stays NaN.
 FOURBIT_INLINE Floats clamp(Floats x, float low, float high) {
@@ -206,6 +210,29 @@ FOURBIT_INLINE void write_unsigned(uint16_t* p, const Ints (&n)[kPerBlock]) {
 
 FOURBIT_INLINE Ints upper_half(Ints bits) { return (Ints)((Words)bits >> 16); }
 
+// Those of two vectors, in order.
+FOURBIT_INLINE Halves upper_halves(Floats first, Floats second) {
+  const Ints a = upper_half(as_ints(first)), b = upper_half(as_ints(second));
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)a));
+  return (Halves)_mm512_inserti64x4(low, _mm512_cvtepi32_epi16((__m512i)b), 1);
+#elif defined(__AVX2__)
+  return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0xD8);
+#else
+  Halves both;
+  for (int j = 0; j < kVector; ++j) {
+    both[j] = static_cast<int16_t>(a[j]);
+    both[j + kVector] = static_cast<int16_t>(b[j]);
+  }
+  return both;
+#endif
+}
+
+FOURBIT_INLINE void upper_halves(const Floats (&x)[kPerBlock], Halves (&halves)[kPerBlock / 2]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kPerBlock / 2; ++v) halves[v] = upper_halves(x[2 * v], x[2 * v + 1]);
+}
+
 // The nearest bfloat16, ties to even, in the lower half; NaN stays NaN.
 FOURBIT_INLINE Ints to_bfloat16(Floats x) {
   const Words bits = (Words)x;
@@ -232,6 +259,8 @@ FOURBIT_INLINE void write_exactly(uint16_t* p, const Floats (&x)[kPerBlock]) {
 
 FOURBIT_INLINE void write_exactly(float* p, const Floats (&x)[kPerBlock]) { write(p, x); }
 
+FOURBIT_INLINE void write(uint16_t* p, Halves x) { std::memcpy(p, &x, sizeof x); }
+
 // The lowest 8 bits of 64 numbers.
 FOURBIT_INLINE void write_bytes(int8_t* p, const Ints (&n)[kPerBlock]) {
 #if defined(__AVX512F__)
@@ -253,6 +282,19 @@ FOURBIT_INLINE void write_bytes(int8_t* p, const Ints (&n)[kPerBlock]) {
 #else
   for (int j = 0; j < kBlock; ++j) p[j] = static_cast<int8_t>(n[j / kVector][j % kVector]);
 #endif
+}
+
+// Integers for a carrier of 8 bits, NaN as 0.
+FOURBIT_INLINE void write_exactly(int8_t* p, const Floats (&y)[kPerBlock]) {
+  Ints n[kPerBlock];
+  FOURBIT_EACH(v) n[v] = __builtin_convertvector(y[v] == y[v] ? y[v] : Floats{}, Ints);
+  write_bytes(p, n);
+}
+
+// A block's bytes as they lie in `p`, of which `count` are there to be written.
+FOURBIT_INLINE void copy_bytes(int8_t* p, const int8_t* bytes, int count) {
+  if (count == kBlock) std::memcpy(p, bytes, kBlock);  // without a call
+  else std::memcpy(p, bytes, static_cast<size_t>(count));
 }
 
 // ---- codes of 4 bits: elements j and j + 32 of a block share a byte ----
