@@ -134,7 +134,9 @@ def test_stochastic_rounding_in_blocks_is_unbiased(scaling):
     if scaling.tensor_bound:
         x = x / x.abs().unflatten(1, (-1, 16)).amax(2, keepdim=True).expand(2, 2, 16).reshape(2, 32)  # scales are exact
     drawn = torch.stack([quantize(x, spec, key=stream_key(5, i)).dequantize() for i in range(2000)]).double()
-    rare = float(x.abs().max()) / 3 / 2000**0.5  # a number next to the grid is moved too seldom for a standard deviation
+    rare = (
+        float(x.abs().max()) / 3 / 2000**0.5
+    )  # a number next to the grid is moved too seldom for a standard deviation
     error = (drawn.var(0) + rare**2).sqrt() / 2000**0.5
     assert ((drawn.mean(0) - x.double()).abs() <= 4 * error + 1e-6).all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from fourbit import backends, models
 from fourbit.errors import UserError
 from fourbit.quantizers import Amax, QuantSpec
 
-# On a network without attention "ibm2020-attention" is "ibm2020"; tests/nn/test_attention.py has it.
-RECIPES = [name for name in fb.recipes.names() if name != "ibm2020-attention"]
+# On a network without attention "ibm2020-attention" is "ibm2020", tests/nn/test_attention.py has it; with phases a recipe is
+# another one before they begin, test_schedule.py has them.
+RECIPES = [n for n in fb.recipes.names() if n != "ibm2020-attention" and not fb.recipes.get(n).phases]
 GOLDEN = Path(__file__).parent / "golden.json"
 
 
@@ -41,6 +43,30 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Wide(Net):
+    """The same with 64 channels everywhere, which all rotations divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(64, 64, 3, padding=1)
+        self.reduce = nn.Conv2d(64, 64, 1, bias=False)
+        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False)
+        self.conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.expand = nn.Conv2d(64, 64, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(64) for _ in range(5))
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x):
+        return super().forward(x.repeat(1, 22, 1, 1)[:, :64])
+
+
+def network(recipe: str) -> Net:
+    """One that the rotations of a recipe divide."""
+    specs = [rule.spec for rule in fb.recipes.get(recipe).rules if rule.spec is not None]
+    rotated = any(spec.transform(slot) for spec in specs for slot in ("x_fprop", "g_dgrad"))
+    return Wide() if rotated else Net()
+
+
 def batch(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 5, (16,), generator=generator)
@@ -49,7 +75,7 @@ def batch(seed: int = 0):
 def trace(recipe: str, steps: int = 20) -> list[float]:
     """Losses of a short training run."""
     torch.manual_seed(0)
-    net = fb.convert(Net(), recipe, seed=0)
+    net = fb.convert(network(recipe), recipe, seed=0)
     optimizer = torch.optim.SGD(fb.param_groups(net, 1e-4), lr=0.2, momentum=0.9)
     scaler = fb.loss_scaler(net)
     x, y = batch()
@@ -83,6 +109,9 @@ QUICK = (
     "luq",
     "luq-smp2",
     "fourbit",
+    "nvfp4",
+    "quartet",
+    "fp8-rowwise",
 )
 
 
@@ -112,8 +141,10 @@ def test_every_recipe_reproduces_its_golden_trace(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_kernels_start_on_the_trace_of_the_reference(name, isa):
     golden = json.loads(GOLDEN.read_text())[name]
-    # One update: later losses depend on single roundings that fall the other way, and drift apart.
-    torch.testing.assert_close(trace(name, steps=2), golden[:2], rtol=1e-3, atol=0.0)
+    # One update: later losses depend on single roundings that fall the other way, and drift apart. After a rotation each
+    # number depends on a whole block, and more of them fall.
+    rtol = 5e-3 if isinstance(network(name), Wide) else 1e-3
+    torch.testing.assert_close(trace(name, steps=2), golden[:2], rtol=rtol, atol=0.0)
 
 
 def test_golden_traces_tell_recipes_apart():
@@ -125,20 +156,22 @@ def test_golden_traces_tell_recipes_apart():
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n != "fp32"])
 def test_conversion_keeps_parameters_and_float_checkpoints_load_both_ways(name):
-    net = Net()
+    net = network(name)
     parameters = dict(net.named_parameters())
     stored = {k: v.clone() for k, v in net.state_dict().items()}
     fb.convert(net, name)
     now = dict(net.named_parameters())
     assert all(now[k] is p for k, p in parameters.items())
     extra = set(net.state_dict()) - set(stored)
-    assert extra and all(".quant." in key for key in extra)
+    assert all(".quant." in key for key in extra)
+    states = [layer.quant for layer in fb.quantized_layers(net).values()]
+    assert extra or not any(state.step is not None or list(state.parameters()) for state in states)
     assert set(stored) <= set(net.state_dict())
     x, y = batch()
     F.cross_entropy(net(x), y).backward()
     net.load_state_dict(stored)  # strict: a float checkpoint lacks nothing
-    Net().load_state_dict(fb.float_state_dict(net))
-    twin = fb.convert(Net(), name)
+    network(name).load_state_dict(fb.float_state_dict(net))
+    twin = fb.convert(network(name), name)
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin.eval()(x), net.eval()(x))
     fb.restore(net)
@@ -477,6 +510,8 @@ def test_luq_uses_one_sample_for_both_gemms_and_smp_averages_two():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    chosen = sys.argv[1:] or RECIPES
+    traces = json.loads(GOLDEN.read_text()) if sys.argv[1:] else {}
     with backends.without():
-        traces = {name: trace(name) for name in RECIPES}
+        traces |= {name: trace(name) for name in chosen}
     GOLDEN.write_text(json.dumps(traces, indent=1) + "\n")

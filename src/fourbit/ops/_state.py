@@ -227,14 +227,14 @@ class LayerState(StoredState):
                 self.settle()  # a backward pass lies between
         return None if self._undecided else self.clip_request(x)  # recomputation must save what the first pass saved
 
-    def clip_request(self, x: Tensor) -> Request | None:
-        """How to quantize the input of a product in training, from its shape and layout alone.
+    def clip_request(self, x: Tensor, in_evaluation: bool = False) -> Request | None:
+        """How to quantize the input of a product in training (or in evaluation, too), from its shape and layout alone.
 
         None where that is not known: no batch has decided PACT's form, the codes are not packed integers with nearest
         rounding and a clip value, or the input is needed in another form.
         """
         spec = self.spec.x_fprop
-        if spec is None or not self.training or self.spec.x_wgrad is not REUSE:
+        if spec is None or not (self.training or in_evaluation) or self.spec.x_wgrad is not REUSE:
             return None
         clip = spec.scaling
         if not isinstance(clip, ClipValue) or spec.stochastic or spec.needs_orientation or self._form_of("x") is None:

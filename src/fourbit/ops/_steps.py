@@ -143,7 +143,7 @@ class Quantizing:
         state, weight = self._state, self._weight
         if state.observer is not None or state.spec.accumulation is not None or self._compute != torch.float32:
             return False
-        request = state.clip_request(h)
+        request = state.clip_request(h, in_evaluation=True)
         if request is None:
             return False
         scale, w, output = scale_of(request), weight.fprop, state.spec.output
@@ -226,10 +226,26 @@ class Differentiating:
         if not self._steps or not needed:
             return None, self._alpha, None
         state, first = self._state, self._steps[0]
-        x = _stacked([s.x for s in (reversed(self._steps) if self._reverse else self._steps)], state.spec)
+        in_order = self._steps[::-1] if self._reverse else self._steps
+        if state.spec.transform("x_wgrad") is not None:
+            return self._finish_rotated(g, in_order)
+        x = _stacked([s.x for s in in_order], state.spec)
         saved = Saved(x, first.w, None, first.w_codes, None, first.w_mask, first.x_layout, first.w_layout)
         _, dw, _, alpha = backward(g, saved, LINEAR, state, self._dtypes, (False, True))
         return dw, self._alpha, alpha
+
+    def _finish_rotated(self, g: Tensor, in_order: list[Saved]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The same where each step's input was rotated by itself: so is its gradient, and the products are added."""
+        total: list[Tensor | None] = [None, None]
+        start = 0
+        for saved in in_order:
+            size = saved.x_layout.shape[0]
+            found = backward(g[start : start + size], saved, LINEAR, self._state, self._dtypes, (False, True))
+            for i, part in enumerate((found[1], found[3])):
+                before = total[i]
+                total[i] = part if before is None or part is None else before + part
+            start += size
+        return total[0], self._alpha, total[1]
 
 
 def _unpacked(kept: Operand) -> Operand:

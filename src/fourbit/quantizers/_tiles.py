@@ -121,12 +121,12 @@ class Folded(NamedTuple):
 
 
 def _sizes(shape: torch.Size, tile: Tile) -> tuple[int, int, int, int]:
-    """r, k, and how many of them, for an operand [G, R, S, K]; an empty axis has one tile."""
+    """r, k, and how many of them, for an operand [G, R, S, K]; of all elements of an empty axis there is one tile."""
     r, k = (
         size if size is None else min(size, max(1, n)) for size, n in ((tile.rows, shape[1]), (tile.sums, shape[3]))
     )
     r, k = max(1, shape[1]) if r is None else r, max(1, shape[3]) if k is None else k
-    return r, k, -(-shape[1] // r), -(-shape[3] // k)
+    return r, k, 1 if tile.rows is None else -(-shape[1] // r), 1 if tile.sums is None else -(-shape[3] // k)
 
 
 def fold(m: Tensor, tile: Tile) -> Folded:

@@ -185,7 +185,7 @@ def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded,
     plans = plan_of(first.format), plan_of(second.format)
     if plans[0].log is None or plans[1].log is None or plans[0].carrier is not plans[1].carrier:
         return None
-    if first.save or second.save or second.dims is not None or second.spec.samples != 1:
+    if first.save or second.save or second.tile is not None or second.spec.samples != 1:
         return None
     if not first.spec.rounding is second.spec.rounding is Rounding.NEAREST:
         return None

@@ -251,9 +251,9 @@ LUQ_FNT = CATALOG.add(
     replace(
         LUQ,
         name="luq-fnt",
-        summary="LUQ, with all but the INT4 weights in full precision for the last 3 % of the steps (the share, and the "
+        summary="LUQ, with all but the INT4 weights in full precision for the last tenth of the steps (the share, and the "
         "learning rate's schedule as before: our choice)",
-        phases=(Phase(0.97, ("x_fprop", "g_dgrad", "g_wgrad")),),
+        phases=(Phase(0.9, ("x_fprop", "g_dgrad", "g_wgrad")),),
     ),
 )
 LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed: 5 magnitudes", _luq(f.FP4_R2_5))
