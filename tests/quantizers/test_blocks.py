@@ -53,11 +53,13 @@ def rows(seed: int, num: int = 12, length: int = 83) -> torch.Tensor:
     x[3] = 0
     x[4, :40] = 0
     x[5] = x[5] * 2.0**-110
+    if seed == 2:  # so small that the tensor's scale reaches the ends of float32
+        x *= 2.0**-140
     x[6] *= torch.exp2(torch.randint(-20, 20, (length,)).float())
     return x
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_every_block_format_is_that_of_its_definition_in_python(name, seed):
     x = rows(seed)

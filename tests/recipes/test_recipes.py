@@ -223,6 +223,14 @@ def test_a_rule_for_a_misspelt_layer_names_the_nearest_layers():
         stats["redcue"]
 
 
+def test_a_rotation_that_divides_no_features_is_refused_before_anything_is_converted():
+    net = Net()
+    says = r"'quartet': a Hadamard transform of 32 does not divide the 3 numbers that fprop of stem sums over: .* rule before"
+    with pytest.raises(UserError, match=says):
+        fb.convert(net, "quartet")
+    assert not fb.quantized_layers(net)
+
+
 def test_a_failed_conversion_leaves_the_model_as_it_was():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(UserError):

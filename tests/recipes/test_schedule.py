@@ -106,6 +106,11 @@ def test_the_published_recipes_with_phases_say_so():
     assert {name for name, phases in with_phases.items() if phases} == {"luq-fnt", "nvfp4-bf16-end", "nvfp4-fqt-qaf"}
 
 
+def test_explain_says_when_precision_changes():
+    text = str(fb.explain(network(), "nvfp4-bf16-end"))
+    assert "from 82 % of the steps on: fprop in full precision" in text
+
+
 def test_phases_that_cannot_be_are_refused_in_a_sentence():
     for start in (0, 0.0, 1.0, -1, 1.5, True, "late"):
         with pytest.raises(UserError, match="a phase starts at a fraction of the training between 0 and 1"):

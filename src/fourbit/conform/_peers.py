@@ -232,3 +232,44 @@ _add(
     _TRAINKIT,
     rounding="stochastic",
 )
+
+
+def _own(name: str, rounding: str) -> Callable[[Tensor], Tensor]:
+    from fourbit.formats import get_block
+    from fourbit.quantizers import Block, BlockScale, QuantSpec, Rounding, quantize, stream_key
+
+    block = get_block(name)
+    targets = block.targets if len(block.targets) > 1 else None
+    scaling = BlockScale(block.scale, block.rule, tensor_bound=block.tensor_bound or None, targets=targets)
+    spec = QuantSpec(block.element, scaling, Block(block.block), Rounding(rounding))
+    calls = iter(range(1 << 62))
+    return lambda x: quantize(x, spec, key=stream_key(next(calls))).dequantize()
+
+
+def _own_linear() -> Callable[..., Any]:
+    from fourbit.nn import Linear
+    from fourbit.ops import LayerSpec
+    from fourbit.quantizers import Block, BlockScale, QuantSpec
+
+    mxfp4 = QuantSpec("fp4_e2m1", BlockScale(), Block(32))
+    return lambda inputs, outputs: Linear(inputs, outputs, spec=LayerSpec(*[mxfp4] * 6))  # type: ignore[arg-type]
+
+
+for _name in ("mxfp4", "mxfp4_ceil", "mxfp8_e4m3", "nvfp4", "nvfp4_one_level", "nvfp4_4over6"):
+    _add(
+        f"fourbit:{_name}",
+        partial(_own, _name, "nearest"),
+        _name,
+        "fourbit",
+        "pip install fourbit",
+        linear=_own_linear if _name == "mxfp4" else None,
+    )
+for _name in ("mxfp4_ceil", "nvfp4"):
+    _add(
+        f"fourbit:{_name}_stochastic",
+        partial(_own, _name, "stochastic"),
+        _name,
+        "fourbit",
+        "pip install fourbit",
+        rounding="stochastic",
+    )

@@ -29,6 +29,8 @@ from fourbit.quantizers._words import random_words, stream_key
 
 ScaleRounding = Literal["floor", "ceil", "nearest", "stochastic"]
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 _SCALES = 0x5CA1E
 """Coordinate of the words of stochastic scales in an operand's stream."""
 
@@ -108,8 +110,7 @@ class BlockScale(Scaling):
         largest = amax.max() if amax.numel() else amax.new_zeros(())
         reach = self.tensor_bound * (self.targets or (format.max,))[0]
         encode = torch.tensor(reach, dtype=torch.float32, device=amax.device) / largest
-        limit = torch.finfo(torch.float32).max
-        return torch.where(largest > 0, encode.clamp(max=limit), torch.where(largest == 0, 1.0, largest))
+        return torch.where(largest > 0, encode.clamp(max=FLOAT32_MAX), torch.where(largest == 0, 1.0, largest))
 
     def block(self, statistics: Statistics, format: Format, encode: Tensor, target: float) -> Tensor:
         """The scale of each tile whose largest number is to become `target`, on its grid; NaN where that is not finite."""
@@ -229,13 +230,15 @@ def _with_block_scales(
     decode = encode.reciprocal()
 
     def rounded(block: Tensor) -> Tensor:
-        reciprocal = torch.where(block == 0, 0.0, (block * decode).reciprocal() * scaling.prescale)
+        reciprocal = (block * decode).reciprocal().clamp(max=FLOAT32_MAX) * scaling.prescale
+        reciprocal = torch.where(block == 0, 0.0, reciprocal)
         return to_grid(unfold(folded.t * reciprocal, x.shape))
 
     def error(block: Tensor, codes: Tensor) -> Tensor:
         values = fold(codes, tile).t * block
         if scaling.tensor_bound is not None:
-            values = values * statistics.amax.max() / (scaling.tensor_bound * (scaling.targets or (format.max,))[0])
+            largest = statistics.amax.max() if statistics.amax.numel() else 0.0
+            values = values * largest / (scaling.tensor_bound * (scaling.targets or (format.max,))[0])
         squares = (values - folded.t).square()
         total = torch.zeros_like(block)
         for r, s, k in itertools.product(*(range(folded.t.shape[d]) for d in Folded.DIMS)):  # one after the other
@@ -296,7 +299,9 @@ def _codes_of(format: Format) -> tuple[Tensor, bool]:
 @lru_cache(maxsize=256)
 def fits_bfloat16(format: Format, scale_format: Format | None) -> bool:
     """Whether bfloat16 holds every product of a number and a scale."""
-    return scale_format is not None and _significand(format) + _significand(scale_format) <= 8
+    if scale_format is None or _significand(format) + _significand(scale_format) > 8:
+        return False
+    return format.smallest * scale_format.smallest >= 2.0**-133  # the smallest number of bfloat16
 
 
 def _significand(format: Format) -> int:

@@ -228,8 +228,8 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             can be, in training, where a backend has the kernels. The model's `forward` runs as it is written either way.
 
     Raises:
-        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, or a model that is
-            already converted.
+        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, a rotation that does
+            not divide the features of a layer, or a model that is already converted.
 
     >>> import fourbit as fb
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
@@ -246,7 +246,10 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         raise UserError(
             "the model is on the meta device: give it real parameters first (to_empty, then load), then convert"
         )
-    for index, assignment in enumerate(assign(model, recipe)):
+    assignments = assign(model, recipe)
+    for assignment in assignments:
+        _require_rotations(assignment, recipe)
+    for index, assignment in enumerate(assignments):
         if assignment.rule is None or assignment.rule.spec is None:
             continue
         module, spec = assignment.module, assignment.rule.spec
@@ -318,6 +321,30 @@ def restore(model: M) -> M:
             del layer.quant
             object.__setattr__(layer, "__class__", before)
     return model
+
+
+def _require_rotations(assignment: Assignment, recipe: Recipe) -> None:
+    """Reject rotations that do not divide the features of a layer, before anything is converted.
+
+    Raises:
+        UserError: with the layer, and what to do.
+    """
+    module, spec = assignment.module, assignment.rule.spec if assignment.rule else None
+    if spec is None or assignment.part:
+        return
+    groups = getattr(module, "groups", 1)
+    for slot, names in (("x_fprop", ("in_features", "in_channels")), ("g_dgrad", ("out_features", "out_channels"))):
+        transform = spec.transform(slot)
+        size = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        if transform is None or not isinstance(size, int):
+            continue
+        try:
+            transform.require_divides(size // groups, f"{slot.partition('_')[2]} of {assignment.name} sums over")
+        except UserError as error:
+            raise UserError(
+                f"recipe {recipe.name!r}: {error}; or keep the layer in full precision, by a rule before: "
+                f"Rule(None, where=name({assignment.name!r}))"
+            ) from None
 
 
 def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Scheduler | None:
