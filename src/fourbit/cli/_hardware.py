@@ -151,8 +151,8 @@ def estimate(
 
     Args:
         model: Network; `fourbit models` lists them.
-        recipe: Recipe; `fourbit recipes` lists them. Also fp16, hfp8, mxfp4, nvfp4: formats that no recipe trains with, in
-            place of the 4-bit products of ibm2020.
+        recipe: Recipe; `fourbit recipes` lists them. With /fp16, /hfp8, /mxfp4 or /nvfp4 behind it (ibm2020/nvfp4): these
+            formats in place of its 4-bit products, in the same layers.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
             (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
@@ -265,24 +265,29 @@ def _results(path: Path | None, library: str) -> Results:
 
 
 def step_products(model: str, recipe: str, input: str | None, classes: int | None, batch_size: int) -> list[Product]:
-    """All products of a training step of a network with a recipe, or one of `hardware.SCHEMES`."""
+    """All products of a training step of a network with a recipe; "RECIPE/SCHEME": with one of `hardware.SCHEMES` in place of
+    its narrow products."""
     from fourbit.cli._networks import build_network
     from fourbit.hardware import SCHEMES, with_scheme
     from fourbit.recipes import CATALOG, explain
 
-    if recipe not in CATALOG and recipe not in SCHEMES:
-        raise unknown("recipe", recipe, [*CATALOG, *SCHEMES])
+    name, slash, scheme = recipe.partition("/")
+    if name not in CATALOG:
+        raise unknown("recipe", name, CATALOG)
+    if slash and scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
     import torch
 
     with contextlib.nullcontext() if ":" in model else torch.device("meta"):  # shapes are all that is needed
         network, batch = build_network(model, input, classes, batch_size)
-    products = products_of(explain(network, recipe if recipe in CATALOG else "ibm2020", batch))
-    return products if recipe in CATALOG else with_scheme(products, recipe)
+    products = products_of(explain(network, name, batch))
+    return with_scheme(products, scheme) if slash else products
 
 
 def products_of(explanation: Explanation) -> list[Product]:
     """What a recipe's layers multiply, and what is multiplied outside them, in the terms of `fourbit.hardware`."""
     from fourbit.hardware import Product
+    from fourbit.quantizers import BlockScale
     from fourbit.recipes import GEMMS, LayerExplanation
 
     found: list[Product] = []
@@ -308,7 +313,8 @@ def products_of(explanation: Explanation) -> list[Product]:
                 own = [spec for slot in slots if (spec := specs[slot]) is not None]
                 product = Product(
                     *(layer.name, gemm, *shapes[gemm][:4], *(names[slot] for slot in slots), *shapes[gemm][4:]),  # type: ignore[arg-type]
-                    stochastic=any(spec.stochastic for spec in own),
+                    block=next((s.scaling.format.name for s in own if isinstance(s.scaling, BlockScale)), ""),
+                    stochastic=any(spec.rounding.draws for spec in own),
                     power=any(spec.scaling.stored_kind == "exponent" for spec in own),
                     shared=shared and gemm != "wgrad",
                     depthwise=depthwise,

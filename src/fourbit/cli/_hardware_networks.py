@@ -26,7 +26,16 @@ NETWORKS = {
 """Title and batch of each."""
 EXTERNAL = {"hf:bert": ("BERT-base, 128 tokens", 4, "128"), "hf:gpt2": ("GPT-2 small, 128 tokens", 4, "128")}
 """Those that need transformers."""
-RECIPES = ("ibm2020", "ibm2020-dw8", "ibm2020-bottom1x1fp8", "ibm2020-1x1fp8", "luq", "hfp8", "mxfp4", "nvfp4")
+RECIPES = (
+    "ibm2020",
+    "ibm2020-dw8",
+    "ibm2020-bottom1x1fp8",
+    "ibm2020-1x1fp8",
+    "luq",
+    "ibm2020/hfp8",
+    "ibm2020/mxfp4",
+    "ibm2020/nvfp4",
+)
 Networks = dict[str, tuple[str, int, "dict[str, list[Product]]"]]
 
 

@@ -296,7 +296,7 @@ def _limits(results: Results) -> list[Text | Grid | Plot]:
             "adder per column that adds partial sums in memory is not counted."
         ),
         Text(
-            "Formats that no recipe of fourbit trains with ("
+            "Formats in place of a recipe's own ("
             + ", ".join(SCHEMES)
             + ") stand in the tables of cost without a word "
             "about accuracy. NVFP4's scale per tensor and the search for block maxima are not counted."

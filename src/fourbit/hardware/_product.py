@@ -85,7 +85,7 @@ SCHEMES: dict[str, tuple[str, dict[Gemm, tuple[str, str, str]]]] = {
     ),
     "fp16": ("FP16 1-6-9 throughout", dict.fromkeys(("fprop", "dgrad", "wgrad"), (FULL, FULL, ""))),
 }
-"""Formats that no recipe of the library trains with, for comparison: what stands in place of a recipe's narrow products."""
+"""What stands in place of a recipe's narrow products, so that formats are compared in the same layers."""
 
 
 def with_scheme(products: Iterable[Product], scheme: str) -> list[Product]:

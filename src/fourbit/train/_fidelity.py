@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fourbit import recipes
 from fourbit.errors import UserError
+from fourbit.ops import REUSE
 from fourbit.train._display import make_console
 from fourbit.train._load import load
 
@@ -27,12 +28,13 @@ class Fidelity(NamedTuple):
 
 
 def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The forward pass of a recipe, and gradients that are not quantized; their sums have the form of its outputs."""
+    """The forward pass of a recipe, and gradients that are not quantized, with the forward's operands; their sums have the form
+    of its outputs."""
+    exact = {"g_dgrad": None, "w_dgrad": REUSE, "g_wgrad": None, "x_wgrad": REUSE}
     rules = tuple(
-        replace(rule, spec=None if rule.spec is None else replace(rule.spec, g_dgrad=None, g_wgrad=None))
-        for rule in recipe.rules
+        replace(rule, spec=None if rule.spec is None else replace(rule.spec, **exact)) for rule in recipe.rules
     )
-    return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules)
+    return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules, phases=())
 
 
 def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None) -> dict[str, Tensor]:
