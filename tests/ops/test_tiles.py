@@ -196,8 +196,14 @@ def test_rounding_with_fresh_words_is_unbiased_through_all_three_products():
         assert error(mean, expected) < 2.0 / 200**0.5 * error(single, expected)
 
 
-@every_contraction
-@every_spec
+COMPILED = [("linear", spec) for spec in SPECS] + [
+    (case, "rotated, second quantization") for case in CASES if case != "linear"
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"), [(CASES[c], SPECS[s]) for c, s in COMPILED], ids=[f"{c}, {s}" for c, s in COMPILED]
+)
 def test_compiled_layers_give_the_bits_of_eager_ones(case, spec):
     torch.compiler.reset()
     contraction, x_shape, w_shape = case
@@ -212,6 +218,8 @@ def test_compiled_layers_give_the_bits_of_eager_ones(case, spec):
 
         call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
         y = call(x, w)
+        with torch.no_grad():
+            torch.testing.assert_close(call(x, w), layer(x, w), rtol=1e-6, atol=1e-6)
         torch.manual_seed(1)
         found.append((y.detach(), *torch.autograd.grad(y, (x, w), torch.randn(y.shape))))
     for eager, compiled in zip(*found, strict=True):
@@ -265,3 +273,24 @@ def test_nan_and_infinity_reach_the_result(bad):
         y.backward(g)
         result = (y, x.grad, w.grad)[slot // 2]
         assert not result.isfinite().all()
+
+
+def test_a_clip_value_is_found_where_the_operand_is_rotated():
+    pact = QuantSpec("uint4", fb.ClipValue(), transform=Hadamard(64))
+    layer = fb.nn.Linear(64, 64, bias=False, spec=LayerSpec(pact, fine(transform=Hadamard(64))))
+    x = torch.ones(32, 64) + 0.1 * torch.randn(32, 64)
+    y = layer(x)
+    assert layer.quant.x_signed.item() == 1  # rotated numbers are negative, too
+    assert float(layer.quant.x_alpha.detach()) > 5  # the first of them is the mean, times 8
+    exact_y = x.double() @ layer.weight.detach().double().T
+    assert error(y.detach(), exact_y) < 0.2
+    y.square().mean().backward()
+    assert layer.quant.x_alpha.grad is not None and layer.weight.grad.isfinite().all()
+
+
+def test_nan_in_one_block_is_counted():
+    layer = fb.nn.Linear(64, 32, spec=LayerSpec(*[QuantSpec("fp4_e2m1", BlockScale(), Block(32))] * 6))
+    x = torch.randn(8, 64)
+    x[3, 40] = float("nan")
+    layer(x)
+    assert fb.nonfinite_layers(torch.nn.Sequential(layer))

@@ -136,6 +136,8 @@ def _forward(
     spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
     x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
     y, saved = fprop(x, w, contraction, state, dtype, learned)
+    if not with_gradients:
+        return [_canonical(y, contraction, "g")]
     kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, learned):
@@ -164,6 +166,8 @@ def _(
     spec, contraction = state_of(layer).spec, Contraction.decode(geometry)
     of = {"x": x, "w": w}
     tensors: list[Tensor] = []
+    if not with_gradients:
+        return [_canonical(torch.empty_like(contraction.fprop(x.to(dtype), w.to(dtype))), contraction, "g")]
     for slot in _stored_slots(spec, (x_alpha is not None, w_alpha is not None)):
         tensors += _blank_operand(of[slot[0]], slot, spec, contraction)
     for op in _masks(spec):

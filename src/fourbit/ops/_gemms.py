@@ -93,7 +93,7 @@ def fprop(
     gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
     y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
     x_codes = x_saved
-    if spec.x_wgrad is not REUSE and over is None:
+    if spec.x_wgrad is not REUSE and over is None and state.with_gradients:
         _, x_saved, _ = _forward_operand("x_wgrad", x, contraction, state, x_codes)
     if isinstance(w, Weight):
         state.next_piece()
@@ -107,7 +107,7 @@ def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> W
     spec, w = state.spec, contraction.prepare(w.detach(), "w")
     fprop, saved, mask = _forward_operand("w_fprop", w, contraction, state)
     codes = saved
-    if spec.w_dgrad is not REUSE:
+    if spec.w_dgrad is not REUSE and state.with_gradients:
         _, saved, _ = _forward_operand("w_dgrad", w, contraction, state, codes)
     return Weight(fprop, saved, codes, mask, Layout.of(w))
 

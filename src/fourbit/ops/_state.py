@@ -155,9 +155,10 @@ class LayerState(StoredState):
         """
         format: Format | None = None
         stored: Tensor | None = None
-        if spec.scaling.stored_kind == "alpha":
-            format, stored = self._clip(slot[0], x, spec)
         key, rotation = self._key(slot, spec), self._rotation(slot)
+        if spec.scaling.stored_kind == "alpha":
+            x, rotation = (x if rotation is None else rotation.apply(x)), None
+            format, stored = self._clip(slot[0], x, spec)
         request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation)
         result = run(request)
         self._saw(slot, request, result)
@@ -313,7 +314,8 @@ class LayerState(StoredState):
 
     def _saw(self, slot: str, request: Request, result: Quantized) -> None:
         if not isinstance(result.amax, float):
-            self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
+            told = result.tensor.scale if result.tensor.each is None else result.amax
+            self.nonfinite["xwg".index(slot[0])] += (~told.isfinite()).any()  # NaN data make a NaN scale
         elif not math.isfinite(result.amax):
             self.nonfinite["xwg".index(slot[0])] += 1
         if self.observer is not None:
