@@ -247,12 +247,14 @@ def _own(name: str, rounding: str) -> Callable[[Tensor], Tensor]:
 
 
 def _own_linear() -> Callable[..., Any]:
+    from fourbit.formats import FP4_E2M1
     from fourbit.nn import Linear
     from fourbit.ops import LayerSpec
     from fourbit.quantizers import Block, BlockScale, QuantSpec
 
-    mxfp4 = QuantSpec("fp4_e2m1", BlockScale(), Block(32))
-    return lambda inputs, outputs: Linear(inputs, outputs, spec=LayerSpec(*[mxfp4] * 6))  # type: ignore[arg-type]
+    mxfp4 = QuantSpec(FP4_E2M1, BlockScale(), Block(32))
+    spec = LayerSpec(mxfp4, mxfp4, mxfp4, mxfp4, mxfp4, mxfp4)
+    return lambda inputs, outputs: Linear(inputs, outputs, spec=spec)
 
 
 for _name in ("mxfp4", "mxfp4_ceil", "mxfp8_e4m3", "nvfp4", "nvfp4_one_level", "nvfp4_4over6"):

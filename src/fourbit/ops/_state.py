@@ -313,7 +313,7 @@ class LayerState(StoredState):
         return self.g_exponent
 
     def _saw(self, slot: str, request: Request, result: Quantized) -> None:
-        if not isinstance(result.amax, float):
+        if isinstance(result.amax, Tensor):
             told = result.tensor.scale if result.tensor.each is None else result.amax
             self.nonfinite["xwg".index(slot[0])] += (~told.isfinite()).any()  # NaN data make a NaN scale
         elif not math.isfinite(result.amax):
