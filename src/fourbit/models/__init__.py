@@ -14,6 +14,8 @@ from fourbit.models._alexnet import AlexNet as AlexNet
 from fourbit.models._base import MIN_IMAGE_SIZE as MIN_IMAGE_SIZE
 from fourbit.models._base import Kind as Kind
 from fourbit.models._base import build as build
+from fourbit.models._base import context_of as context_of
+from fourbit.models._base import is_recurrent as is_recurrent
 from fourbit.models._base import kind_of as kind_of
 from fourbit.models._base import min_image_size as min_image_size
 from fourbit.models._base import names as names
@@ -21,6 +23,7 @@ from fourbit.models._base import register as register
 from fourbit.models._densenet import DenseNet as DenseNet
 from fourbit.models._digits import DigitsCnn as DigitsCnn
 from fourbit.models._googlenet import GoogLeNet as GoogLeNet
+from fourbit.models._gpt import Gpt as Gpt
 from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
 from fourbit.models._resnet import ResNet as ResNet
