@@ -38,7 +38,9 @@ def num_pieces(tokenizer: str) -> int | None:
     if not colon:
         return DEFAULT_TOKENS
     if not number.isdecimal() or int(number) < NUM_BYTES:
-        raise UserError(f"tokenizer is {tokenizer}, but bpe: needs a number of tokens of at least {NUM_BYTES}: bpe:4096.")
+        raise UserError(
+            f"tokenizer is {tokenizer}, but bpe: needs a number of tokens of at least {NUM_BYTES}: bpe:4096."
+        )
     return int(number)
 
 

@@ -1,8 +1,8 @@
 """Text as one long row of token numbers, and the pieces of it that a language model is trained on.
 
-`windows` are for networks that carry a state. A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens k T to (k + 1) T of every row, and the
-tokens after them are the targets. Consecutive windows continue each other, so a recurrent network carries its state from
-one to the next. Nothing is shuffled: a row keeps its order.
+`windows` are for networks that carry a state. A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens
+k T to (k + 1) T of every row, and the tokens after them are the targets. Consecutive windows continue each other, so a recurrent
+network carries its state from one to the next. Nothing is shuffled: a row keeps its order.
 
 `sequences` are for networks that read each row anew: the training text cut into pieces of T tokens, without padding, from a
 place that changes from epoch to epoch, and shuffled.
@@ -172,7 +172,11 @@ def from_bytes(name: str, train: str, test: str) -> TextData:
 
 
 def _sentences(vocabulary: Sequence[str], numbers: Iterable[int]) -> str:
-    return " ".join("\n" if vocabulary[n] == END else vocabulary[n] for n in numbers).replace(" \n ", "\n")
+    return (
+        " ".join("\n" if vocabulary[n] == END else vocabulary[n] for n in numbers)
+        .replace(" \n", "\n")
+        .replace("\n ", "\n")
+    )
 
 
 def _codes(text: str) -> np.ndarray:

@@ -150,8 +150,8 @@ def ptb(data_dir: Path | None) -> TextData:
 
 @register("wikitext2")
 def wikitext2(data_dir: Path | None, tokenizer: str | None = None) -> TextData:
-    """WikiText-2, two million words of Wikipedia, 33,278 different ones; or other tokens (--tokenizer bpe). Merity et al., arXiv
-    1609.07843.
+    """WikiText-2, two million words of Wikipedia, 33,278 different ones, or other tokens (--tokenizer bpe). Merity et al.,
+    arXiv 1609.07843.
 
     The test split is that of the files; where they have none, it is the validation split.
     """
@@ -166,8 +166,8 @@ def wikitext2(data_dir: Path | None, tokenizer: str | None = None) -> TextData:
 
 @register("tinyshakespeare")
 def tinyshakespeare(data_dir: Path | None, tokenizer: str | None = None) -> TextData:
-    """1,115,394 characters of Shakespeare, 65 different ones, or other tokens (--tokenizer bpe); the last tenth is the test split.
-    Karpathy 2015.
+    """1,115,394 characters of Shakespeare, 65 different ones, or other tokens (--tokenizer bpe); the last tenth is the test
+    split. Karpathy 2015.
 
     Reads input.txt.
     """

@@ -119,8 +119,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """A newly initialised network in full precision.
 
     Args:
-        name: one of `names()`, with options where the network has some (gpt?width=128&depth=2), or a network of another library:
-            hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
+        name: one of `names()`, with options where the network has some (gpt?width=128&depth=2), or a network of another
+            library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
         num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, to check that it takes them (None: not). The weights of

@@ -1,8 +1,8 @@
 """A decoder-only Transformer as language models are built today, small enough to be trained on a desk.
 
 Normalization before each sub-layer by RMSNorm (Zhang and Sennrich, arXiv 1910.07467), rotary positions (Su et al., arXiv
-2104.09864), SwiGLU (Shazeer, arXiv 2002.05202), no biases; weights N(0, 0.02^2), those that write to the residual stream divided
-by sqrt(2 depth) (Radford et al., "Language models are unsupervised multitask learners", 2019).
+2104.09864), SwiGLU (Shazeer, arXiv 2002.05202), no biases; weights N(0, 0.02^2), those that write to the residual stream
+divided by sqrt(2 depth) (Radford et al., "Language models are unsupervised multitask learners", 2019).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Gpt(nn.Module):
                 raise UserError(f"{name} of gpt is {value}, but must be more than 0.")
         if width % (2 * heads):
             raise UserError(
-                f"width of gpt is {width}, but {heads} heads that turn pairs of numbers need a multiple of {2 * heads}: give one, "
-                f"such as {max(1, round(width / (2 * heads))) * 2 * heads}."
+                f"width of gpt is {width}, but {heads} heads that turn pairs of numbers need a multiple of {2 * heads}: give "
+                f"one, such as {max(1, round(width / (2 * heads))) * 2 * heads}."
             )
         self.context = context
         self.embedding = nn.Embedding(num_tokens, width)
@@ -80,7 +80,8 @@ class Gpt(nn.Module):
         """
         if len(tokens) > self.context:
             raise UserError(
-                f"a row has {len(tokens)} tokens, but this gpt reads {self.context}: cut it, or build one with a larger context."
+                f"a row has {len(tokens)} tokens, but this gpt reads {self.context}: cut it, or build one with a larger "
+                "context."
             )
         x, turns = self.embedding(tokens.t()), self.turns[:, : len(tokens)]
         for block in self.blocks:

@@ -74,9 +74,9 @@ class Settings:
     mirror: Annotated[bool, TASK, Parameter(negative="")] = False
     """Mirror your own training images at random."""
     tokenizer: Annotated[str | None, TASK] = None
-    """Tokens of a text: characters, bytes, words, bpe (bpe:4096: pieces of words, learned from the training text), or the path of
-    a tokenizer.json; None: characters, or what the data set is known for. For your own translations the path of a tokenizer.json;
-    None: one is made."""
+    """Tokens of a text: characters, bytes, words, bpe (bpe:4096: pieces of words, learned from the training text), or the path
+    of a tokenizer.json; None: characters, or what the data set is known for. For your own translations the path of a
+    tokenizer.json; None: one is made."""
     epochs: Annotated[int, TASK, WHOLE] = 5
     """Passes over the training data."""
     max_steps: Annotated[int | None, TASK, WHOLE] = None
@@ -111,8 +111,8 @@ class Settings:
     alpha_lr_factor: Annotated[float, OPTIMIZATION] = 1.0
     """Learning rate of the clip values of PACT over that of the weights; 0: they stay what the first batch made them."""
     schedule: Annotated[Literal["step", "cosine", "wsd", "inverse_sqrt", "constant"], OPTIMIZATION] = "step"
-    """How the learning rate falls: at milestones, along half a cosine to 0, in a straight line to 0 at the end (warm-up, stable,
-    decay), with the root of the steps, or not at all."""
+    """How the learning rate falls: at milestones, along half a cosine to 0, in a straight line to 0 at the end (warm-up,
+    stable, decay), with the root of the steps, or not at all."""
     milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1, negative="")] = (
         0.5,
         0.75,
@@ -161,6 +161,8 @@ class Settings:
     """Epochs between two checkpoints; 0: only at the end or when interrupted."""
     keep_every: Annotated[int, RECORDS, WHOLE] = 0
     """Epochs between two checkpoints that stay, in checkpoints/epoch-N; 0: only the newest one stays, in checkpoint."""
+    sample_tokens: Annotated[int, RECORDS, WHOLE] = 100
+    """Tokens that a language model writes at the end of its training, to sample.txt; 0: none."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
     """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
     tensorboard: Annotated[bool, RECORDS] = True

@@ -26,7 +26,7 @@ from fourbit.train._config import DEFAULT_LENGTH, TrainConfig
 
 MAY_DIFFER = frozenset(
     {"out", "data_dir", "progress", "tensorboard", "threads", "tune_malloc", "log_every", "observe_every"}
-    | {"checkpoint_every", "keep_every", "on_nonfinite", "workers"}
+    | {"checkpoint_every", "keep_every", "sample_tokens", "on_nonfinite", "workers"}
 )
 """Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""
 

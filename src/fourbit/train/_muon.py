@@ -36,11 +36,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             rest = [p for p in group["params"] if id(p) not in chosen]
             parts += [{**group, "name": "muon", "params": muon}] if muon else []
             parts += [{**group, "params": rest}] if rest else []
-        options = {"lr": lr, "weight_decay": 0.0}
-        self._muon = torch.optim.Muon([{"params": matrices}], adjust_lr_fn="match_rms_adamw", **options)
+        self._muon = torch.optim.Muon([{"params": matrices}], lr, adjust_lr_fn="match_rms_adamw")
         others = [p for part in parts if part["name"] != "muon" for p in part["params"]]
-        self._adamw = torch.optim.AdamW([{"params": others}], betas=betas, **options)
-        super().__init__([{**self._inner(part).defaults, **part} for part in parts], options)
+        self._adamw = torch.optim.AdamW([{"params": others}], lr, betas)
+        super().__init__([{**self._inner(part).defaults, **part} for part in parts], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -62,7 +61,9 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     Raises:
         UserError: there are none.
     """
-    matrices = [(m, p) for m in model.modules() for p in m.parameters(recurse=False) if p.dim() == 2 and p.requires_grad]
+    matrices = [
+        (m, p) for m in model.modules() for p in m.parameters(recurse=False) if p.dim() == 2 and p.requires_grad
+    ]
     outside = {id(p) for m, p in matrices if isinstance(m, nn.Embedding)}
     linear = [p for m, p in matrices if not isinstance(m, nn.Embedding)]
     found = {id(p): p for p in linear[:-1] if id(p) not in outside and p is not linear[-1]}

@@ -60,7 +60,9 @@ class Recorder:
 
     def diverged_step(self, state: LoopState, lr: float) -> None:
         """The line of a step that was given up because of NaN or infinity."""
-        self._step_line(state.step + 1, state.epoch, loss=None, accuracy=None, lr=lr, **{f"{self.metric.items}_per_s": None})
+        self._step_line(
+            state.step + 1, state.epoch, loss=None, accuracy=None, lr=lr, **{f"{self.metric.items}_per_s": None}
+        )
 
     def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
         """The lines "layers" and, where there are histograms, "histograms"."""

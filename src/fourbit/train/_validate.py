@@ -55,6 +55,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "observe_every": _NOT_NEGATIVE,
     "checkpoint_every": _NOT_NEGATIVE,
     "keep_every": _NOT_NEGATIVE,
+    "sample_tokens": _NOT_NEGATIVE,
 }
 """Ranges; a field that is None is not tested."""
 
@@ -137,8 +138,8 @@ def _check_names(config: TrainConfig) -> None:
     models.kind_of(config.model)
     if config.data not in data.names() and Path(config.data).exists():
         raise UserError(
-            f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir {config.data}, or "
-            "images, speech or translation."
+            f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir "
+            f"{config.data}, or images, speech or translation."
         )
     for kind, name, names in catalogues:
         if name not in names and not (kind == "data set" and data.is_hub(name)):

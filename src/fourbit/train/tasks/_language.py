@@ -16,15 +16,14 @@ from fourbit.train._config import TrainConfig
 from fourbit.train.tasks._base import Batch, Task, counts_of
 from fourbit.train.tasks._metric import PERPLEXITY
 
-
-PROMPT, SAMPLE = 32, 200
-"""Tokens of test text that a sample goes on from, and tokens of the sample."""
+PROMPT = 32
+"""Tokens of test text that a sample goes on from."""
 TEMPERATURE = 0.8
 
 
 class LanguageModelling(Task):
-    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of a recurrent network goes from window to
-    window, but gradients do not; other networks are trained on sequences in random order."""
+    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of a recurrent network goes from window
+    to window, but gradients do not; other networks are trained on sequences in random order."""
 
     metric = PERPLEXITY
 
@@ -75,12 +74,15 @@ class LanguageModelling(Task):
         assert size is not None
         datasets.num_windows(self.data, "test", size, self.length)
 
-    def sample(self, model: nn.Module) -> str:
-        """The first tokens of the test text, a line of three dashes, and what the network says next, drawn with temperature 0.8."""
+    def sample(self, model: nn.Module) -> str | None:
+        """The first tokens of the test text, a line of three dashes, and what the network writes next, drawn with temperature
+        0.8."""
+        if not self.config.sample_tokens:
+            return None
         random = torch.Generator().manual_seed(self.config.seed)
         prompt = self.data.test[:PROMPT].tolist()
         tokens, state, rest = list(prompt), None, list(prompt)
-        for _ in range(SAMPLE):
+        for _ in range(self.config.sample_tokens):
             if not self.recurrent:
                 state, rest = None, tokens[-self.length :]
             logits, state = model(torch.tensor(rest, device=self.device).unsqueeze(1), state)
