@@ -1,8 +1,8 @@
 """Text as one long row of token numbers, and the pieces of it that a language model is trained on.
 
 `windows` are for networks that carry a state. A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens
-k T to (k + 1) T of every row, and the tokens after them are the targets. Consecutive windows continue each other, so a recurrent
-network carries its state from one to the next. Nothing is shuffled: a row keeps its order.
+k T to (k + 1) T of every row, and the tokens after them are the targets. Consecutive windows continue each other, so a
+recurrent network carries its state from one to the next. Nothing is shuffled: a row keeps its order.
 
 `sequences` are for networks that read each row anew: the training text cut into pieces of T tokens, without padding, from a
 place that changes from epoch to epoch, and shuffled.
