@@ -6,7 +6,7 @@
 
 They are ordinary full-precision PyTorch modules made of layers of torch, and know nothing of quantization: a recipe turns
 them into 4-bit networks afterwards. Modules are registered in the order of the data flow, so the first convolution is the
-first layer and the classifier the last. All networks for images but AlexNet end in a global average pool and accept images of any
+first layer and the classifier the last. All for images but AlexNet end in a global average pool and accept images of any
 size, from 8x8 on (those for ImageNet from 32x32). To add a network, register one function (see `_base`).
 """
 
