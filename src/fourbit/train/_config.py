@@ -95,7 +95,8 @@ class Settings:
     """Translations of a test sentence that are followed at a time; 1 is greedy."""
 
     optimizer: Annotated[Literal["sgd", "adam", "adamw", "muon"], OPTIMIZATION] = "sgd"
-    """Update rule. muon: Muon for the matrices of hidden layers, AdamW for all else."""
+    """Update rule. muon: Muon for the matrices of hidden layers, AdamW for all else; it multiplies in bfloat16, which takes
+    seconds a step on CPUs that do not."""
     lr: Annotated[float | None, OPTIMIZATION] = None
     """Learning rate. None: 0.1 for sgd, 0.001 for the others."""
     momentum: Annotated[float, OPTIMIZATION] = 0.9
