@@ -114,3 +114,21 @@ def test_the_makefile_has_the_targets_that_the_readme_names():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "lint", "bench"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "examples").glob("*.md")), ids=lambda page: page.stem)
+def test_the_commands_of_the_examples_run(page, tmp_path, monkeypatch, capsys):
+    """One after the other, but with one step of two recipes each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOURBIT_CACHE", str(tmp_path / "cache"))
+    commands = re.findall(r"^    (fourbit .*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[0] == "compare":
+            words[words.index("--recipes") + 1] = "fp32,nvfp4"
+            words[words.index("--max-steps") + 1] = "1"
+            words += ["--sample-tokens", "2"]
+        for name in {w for w in words if "path/to/" in w and not Path(w).exists()}:
+            write_data(Path(name))
+        assert main(words) == 0, capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import wave
 from pathlib import Path
 
@@ -90,6 +91,54 @@ def test_text_is_cut_by_a_tokenizer_of_ones_own(tmp_path):
     assert found.train.tolist() == [3, 1, 3, 1] * 700 and found.test.tolist() == [1, 0]
 
 
+def test_one_file_is_a_text(tmp_path):
+    write(tmp_path, book_txt="abc\ncab\n" * 10)
+    found = load_text(tmp_path / "book.txt")
+    assert found.text(found.train.tolist()) + found.text(found.test.tolist()) == "abc\ncab\n" * 10
+    with pytest.raises(UserError, match=r"there is no data folder .*other.txt"):
+        load_text(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize("tokenizer", ["characters", "bytes", "words", "bpe:300"])
+def test_tokens_are_made_a_text_again(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("FOURBIT_CACHE", str(tmp_path / "cache"))
+    text = "the é of\nthe \u2028 cat\n" * 20
+    write(tmp_path / "text", train_txt=text, test_txt=text)
+    found = load_text(tmp_path / "text", tokenizer=tokenizer)
+    expected = text.replace("\u2028 ", "") if tokenizer == "words" else text
+    assert found.text(found.test.tolist()) == expected
+
+
+def test_pieces_of_words_are_learned_from_the_training_text_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOURBIT_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "text", train_txt="lowest lower newest newer\n" * 50, test_txt="lowest Zürich\n")
+    found = load_text(tmp_path / "text", tokenizer="bpe:262")
+    pieces = [found.vocabulary[n] for n in found.test]
+    assert len(found.vocabulary) == 262 and found.text(found.test.tolist()) == "lowest Zürich\n"
+    assert pieces[0] in ("lo", "low", "lowe")
+    assert pieces[-8:] == [*"ZÃ¼rich", "Ċ"]  # what was never seen is bytes, written as GPT-2 writes them
+
+    def never(*_):
+        raise AssertionError("learned again")
+
+    monkeypatch.setattr("fourbit.data._pieces._learned", never)
+    again = load_text(tmp_path / "text", tokenizer="bpe:262")
+    assert (
+        again.vocabulary == found.vocabulary
+        and again.train.equal(found.train)
+        and data.identity(again) == data.identity(found)
+    )
+    with pytest.raises(AssertionError, match="learned again"):
+        load_text(tmp_path / "text", tokenizer="bpe:263")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    write(tmp_path, train_txt="a\n" * 50)
+    with pytest.raises(UserError, match=r"pieces of words need the package tokenizers: pip install 'fourbit\[train\]'"):
+        load_text(tmp_path, tokenizer="bpe")
+
+
 def test_a_column_of_a_table_is_a_text(tmp_path):
     pq.write_table(pa.table({"title": ["x", "y"], "text": ["a\r\nb", "c\n"]}), tmp_path / "train.parquet")
     pq.write_table(pa.table({"title": ["x", "y"], "text": ["a", "b"]}), tmp_path / "test.parquet")
@@ -116,7 +165,7 @@ def test_a_column_of_a_table_is_a_text(tmp_path):
         (
             {"a_txt": "ab\n" * 9},
             {"tokenizer": "letters"},
-            "there is no tokenizer letters: give characters, bytes, words, or",
+            "there is no tokenizer letters: give characters, bytes, words, bpe, or",
         ),
         (
             {"a_txt": "ab\n" * 9, "j.json": "{}"},

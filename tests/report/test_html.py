@@ -264,3 +264,15 @@ def test_reading_runs_imports_neither_torch_nor_the_trainer_nor_a_window():
     code = "import sys, fourbit.report; print([m for m in ('torch', 'fourbit.train', 'matplotlib.pyplot') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_shows_what_language_models_write_and_how_fast_they_read(make_run, tmp_path):
+    run = make_run("run", recipe="luq")
+    lines = (run / "metrics.jsonl").read_text().replace("images_per_s", "tokens_per_s")
+    (run / "metrics.jsonl").write_text(lines)
+    (run / "sample.txt").write_text("ROMEO:\n---\n<b>Good</b> morrow.\n")
+    page = write_report([run]).read_text()
+    assert '<span class="quiet">ROMEO:</span>&lt;b&gt;Good&lt;/b&gt; morrow.' in page
+    assert '<a href="#samples">' in page and "tokens per s" in page and ">900<" in page
+    (run / "sample.txt").unlink()
+    assert "samples" not in write_report([run]).read_text()

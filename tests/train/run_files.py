@@ -9,7 +9,7 @@ from typing import Any
 NUM_TRAIN, NUM_TEST, BATCH_SIZE = 96, 40, 32
 STEPS_PER_EPOCH = NUM_TRAIN // BATCH_SIZE
 
-CLOCK = ("seconds", "images_per_s")
+CLOCK = ("seconds", "images_per_s", "tokens_per_s", "utterances_per_s")
 """Fields of metrics.jsonl that no two runs share."""
 
 

@@ -148,7 +148,7 @@ def test_a_comparison_is_a_table_of_perplexities(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "resnet20"}, "resnet20 reads images, but ptb has text: choose one of lstm_200, lstm_650"),
+        ({"model": "resnet20"}, "resnet20 reads images, but ptb has text: choose one of gpt, lstm_200, lstm_650"),
         ({"data": "digits", "data_dir": None}, "lstm_200 reads text, but digits has images"),
         ({"sequence_length": 0}, "sequence_length is 0, but must be at least 1"),
         ({"batch_size": 1000}, "each row needs two"),

@@ -63,3 +63,11 @@ def test_cosine_begins_after_the_warmup_and_ends_near_zero():
 
 def test_a_warmup_longer_than_the_run_is_no_error():
     assert max(rates(schedule="cosine", warmup_steps=100)) < 0.1
+
+
+def test_warm_up_stable_decay_falls_in_a_straight_line_at_the_end():
+    found = rates(schedule="wsd", warmup_steps=10, decay_share=0.25)
+    fall = STEPS // 4
+    assert found[:10] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)])
+    assert found[10 : STEPS - fall + 1] == [0.1] * (STEPS - fall - 9)
+    assert found[STEPS - fall :] == pytest.approx([0.1 * (fall - i) / fall for i in range(fall)])

@@ -23,7 +23,8 @@ def explain(
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
-            (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
+            (None: 35, or the context of gpt), frames and features of an utterance (None: 50x40), or tokens of source and target
+            (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
     from fourbit.recipes import explain as explain_recipe
@@ -47,7 +48,8 @@ def memory(
         model: Network; `fourbit models` lists them.
         recipe: Recipe; `fourbit recipes` lists them.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
-            (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
+            (None: 35, or the context of gpt), frames and features of an utterance (None: 50x40), or tokens of source and target
+            (None: 20x20).
         batch_size: Images, or rows of text, per step.
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
     """
@@ -68,11 +70,11 @@ def build_network(
     """The network for such inputs, and a batch of them or its shape."""
     import torch
 
-    from fourbit.models import MIN_IMAGE_SIZE, build, kind_of, min_image_size
+    from fourbit.models import MIN_IMAGE_SIZE, build, context_of, kind_of, min_image_size
 
     kind = kind_of(model)
     image = "3x224x224" if min_image_size(model) > MIN_IMAGE_SIZE else "3x32x32"
-    defaults = {"image": image, "text": "35", "speech": "50x40", "translation": "20x20"}
+    defaults = {"image": image, "text": str(context_of(model) or 35), "speech": "50x40", "translation": "20x20"}
     sizes = defaults[kind] if input is None else input.lower()
     parts = sizes.split("x")
     numbers = [int(part) for part in parts if part.isdigit() and int(part) > 0]

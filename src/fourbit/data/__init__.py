@@ -26,7 +26,9 @@ from fourbit.data._load import load as load
 from fourbit.data._speech import SpeechData as SpeechData
 from fourbit.data._speech import utterances as utterances
 from fourbit.data._text import TextData as TextData
+from fourbit.data._text import num_sequences as num_sequences
 from fourbit.data._text import num_windows as num_windows
+from fourbit.data._text import sequences as sequences
 from fourbit.data._text import windows as windows
 from fourbit.data._translation import BEGIN as BEGIN
 from fourbit.data._translation import PAD as PAD

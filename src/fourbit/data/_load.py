@@ -26,7 +26,8 @@ def load(
     Args:
         name: one of `names()`, or hf:OWNER/NAME for any of the Hugging Face hub (see `_hub`).
         data_dir: folder with its files (in subfolders if need be): parquet with the split in the file name
-            (train-00000-of-00002.parquet), or the text files that the data set is known by. None: from the Hugging Face hub.
+            (train-00000-of-00002.parquet), or the text files that the data set is known by; of "text" also a file. None: from
+            the Hugging Face hub.
         options: of data of one's own, see the functions in `own`: image_size, mirror, columns, tokenizer.
 
     Raises:
@@ -46,9 +47,9 @@ def load(
     if data_dir is None:
         return loader(None, **options)
     folder = Path(data_dir).expanduser()
-    if folder.is_file():
+    if folder.is_file() and name != "text":
         raise UserError(f"the data folder {folder} is a file: give the folder that it lies in.")
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"there is no data folder {folder}: give an existing one, or none to use the hub.")
     return loader(folder, **options)
 

@@ -6,14 +6,12 @@ first line end behind nine tenths (of one file after the other, joined).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from fourbit.data._columns import text_column
+from fourbit.data._pieces import decoded, encoded, from_pieces, num_pieces
 from fourbit.data._sources import open_folder
 from fourbit.data._splits import by_split, visible_files
 from fourbit.data._text import TextData, from_bytes, from_characters, from_words
@@ -24,18 +22,18 @@ from fourbit.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-UNITS = ("characters", "bytes", "words")
-PIECE = 1000
-"""Lines that a tokenizer reads together."""
+UNITS = ("characters", "bytes", "words", "bpe")
 
 
 def find_text(folder: Path, columns: Sequence[str]) -> dict[str, str]:
     """The training text and, unless the files have none, the test text: of the .txt files in and below a folder, else of
-    parquet files.
+    parquet files; or one file of text.
 
     Raises:
         UserError: there are none, or one that is not UTF-8 text.
     """
+    if folder.is_file():
+        return {"train": _ended(read_text(folder))}
     if files := visible_files(folder, (".txt",)):
         if columns:
             raise UserError(f"{folder} has text files, which have no columns: leave out --columns.")
@@ -64,8 +62,8 @@ def make_text(name: str, texts: Mapping[str, str], tokenizer: str | None) -> Tex
 
     Args:
         texts: of the training and, maybe, the test split.
-        tokenizer: "characters" (None), "bytes", "words", or the path of a file of the package tokenizers. Characters and words
-            that the training text does not have are unknown.
+        tokenizer: "characters" (None), "bytes", "words", "bpe" or "bpe:4096" (pieces of words, see `_pieces`), or the path of a
+            file of the package tokenizers. Characters and words that the training text does not have are unknown.
 
     Raises:
         UserError: a split is empty, or a tokenizer that cannot be used.
@@ -81,6 +79,8 @@ def make_text(name: str, texts: Mapping[str, str], tokenizer: str | None) -> Tex
         return from_words(name, {"train": lines_of(train), "test": lines_of(test)})
     if unit == "characters":
         return from_characters(name, train, test, unknown=True)
+    if size := num_pieces(unit):
+        return from_pieces(name, train, test, size)
     return _from_file(name, train, test, Path(unit).expanduser())
 
 
@@ -115,20 +115,13 @@ def _from_file(name: str, train: str, test: str, path: Path) -> TextData:
         vocabulary[number] = token
     parts = []
     for text in (train, test):
-        lines = [f"{line}\n" for line in lines_of(text)]
-        pieces = ["".join(lines[i : i + PIECE]) for i in range(0, len(lines), PIECE)]
-        parts.append(torch.from_numpy(np.concatenate([_encoded(tokenizer, piece, path) for piece in pieces])))
+        try:
+            parts.append(encoded(tokenizer, text))
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer {path} cannot encode the text ({error}): give it an unknown token, or give another."
+            ) from error
     for split, tokens in zip(("train", "test"), parts, strict=True):
         if not len(tokens):
             raise UserError(f"the tokenizer {path} makes no token of the {split} text: give another.")
-    return TextData(name, parts[0], parts[1], tuple(vocabulary))
-
-
-def _encoded(tokenizer: Any, piece: str, path: Path) -> np.ndarray:
-    try:
-        ids: Iterable[int] = tokenizer.encode(piece, add_special_tokens=False).ids
-    except Exception as error:
-        raise UserError(
-            f"the tokenizer {path} cannot encode the text ({error}): give it an unknown token, or give another."
-        ) from error
-    return np.fromiter(ids, np.int64)
+    return TextData(name, parts[0], parts[1], tuple(vocabulary), lambda numbers: decoded(tokenizer, numbers))

@@ -1,14 +1,17 @@
-"""Text as one long row of token numbers, and the windows that a language model is trained on.
+"""Text as one long row of token numbers, and the pieces of it that a language model is trained on.
 
-A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens k T to (k + 1) T of every row, and the
-tokens after them are the targets. Consecutive windows continue each other, so a recurrent network carries its state from
-one to the next. Nothing is shuffled: a row keeps its order.
+`windows` are for networks that carry a state. A split of N tokens is cut into B rows of N // B; step k of an epoch reads tokens
+k T to (k + 1) T of every row, and the tokens after them are the targets. Consecutive windows continue each other, so a
+recurrent network carries its state from one to the next. Nothing is shuffled: a row keeps its order.
+
+`sequences` are for networks that read each row anew: the training text cut into pieces of T tokens, without padding, from a
+place that changes from epoch to epoch, and shuffled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fourbit.data._base import SPLITS
+from fourbit.data._random import generator
 from fourbit.data._text_files import lines_of, read_text
 from fourbit.errors import UserError, unknown
 
@@ -32,6 +36,7 @@ class TextData:
         name: its name in the catalogue.
         train, test: int64 [N], token numbers from 0.
         vocabulary: the token of each number.
+        decode: makes token numbers a text again; None: the tokens one after the other.
 
     Raises:
         UserError: tensors of another form, or a number without a token.
@@ -41,6 +46,7 @@ class TextData:
     train: Tensor
     test: Tensor
     vocabulary: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def __post_init__(self):
         for split in SPLITS:
@@ -55,6 +61,10 @@ class TextData:
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
         return self.train if name == "train" else self.test
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """The text of token numbers."""
+        return self.decode(numbers) if self.decode else "".join(self.vocabulary[n] for n in numbers)
 
 
 def num_windows(data: TextData, split: str, batch_size: int, length: int) -> int:
@@ -91,6 +101,40 @@ def windows(
         yield rows[begin:end], rows[begin + 1 : end + 1]
 
 
+def num_sequences(data: TextData, batch_size: int, length: int) -> int:
+    """Number of batches of an epoch of `sequences`.
+
+    Raises:
+        UserError: the training text is too short for one.
+    """
+    count, tokens = max(0, len(data.train) // length - 1), len(data.train)  # one less, for the place where they begin
+    if not 1 <= batch_size <= count:
+        raise UserError(
+            f"a batch has {batch_size} sequences of {length} tokens, but the training text of {data.name} has {tokens} tokens, "
+            f"enough for {count}: give a smaller batch size or sequence length."
+        )
+    return count // batch_size
+
+
+def sequences(
+    data: TextData, batch_size: int, length: int, seed: int = 0, epoch: int = 0, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of an epoch of the training text, int64 [T, B] each, T = `length`; the targets are the next tokens.
+
+    Args:
+        seed, epoch: choose where the first begins, 0 to T - 1, and the order.
+        start: index of the first batch to yield; earlier ones cost nothing.
+    """
+    count = num_sequences(data, batch_size, length)
+    random = generator("order", seed, epoch)
+    first = int(torch.randint(length, (), generator=random))
+    starts = first + length * torch.randperm(len(data.train) // length - 1, generator=random)
+    steps = torch.arange(length).unsqueeze(1)
+    for k in range(start, count):
+        places = starts[k * batch_size : (k + 1) * batch_size] + steps
+        yield data.train[places], data.train[places + 1]
+
+
 def from_words(name: str, lines: Mapping[str, Iterable[str]]) -> TextData:
     """Words between blanks, one end mark per line. The vocabulary is that of the training lines, most frequent first (ties by
     the alphabet); other words are unknown.
@@ -105,7 +149,7 @@ def from_words(name: str, lines: Mapping[str, Iterable[str]]) -> TextData:
     numbers = {word: number for number, word in enumerate(vocabulary)}
     other = numbers[UNKNOWN]
     tokens = {split: torch.tensor([numbers.get(word, other) for word in found]) for split, found in words.items()}
-    return TextData(name, tokens["train"], tokens["test"], vocabulary)
+    return TextData(name, tokens["train"], tokens["test"], vocabulary, lambda numbers: _sentences(vocabulary, numbers))
 
 
 def from_characters(name: str, train: str, test: str, unknown: bool = False) -> TextData:
@@ -123,7 +167,16 @@ def from_characters(name: str, train: str, test: str, unknown: bool = False) -> 
 def from_bytes(name: str, train: str, test: str) -> TextData:
     """Bytes of the text in UTF-8; the vocabulary is all 256."""
     one, other = (torch.from_numpy(np.frombuffer(part.encode(), np.uint8).astype(np.int64)) for part in (train, test))
-    return TextData(name, one, other, tuple(f"<0x{byte:02X}>" for byte in range(256)))
+    vocabulary = tuple(f"<0x{byte:02X}>" for byte in range(256))
+    return TextData(name, one, other, vocabulary, lambda numbers: bytes(numbers).decode(errors="replace"))
+
+
+def _sentences(vocabulary: Sequence[str], numbers: Iterable[int]) -> str:
+    return (
+        " ".join("\n" if vocabulary[n] == END else vocabulary[n] for n in numbers)
+        .replace(" \n", "\n")
+        .replace("\n ", "\n")
+    )
 
 
 def _codes(text: str) -> np.ndarray:

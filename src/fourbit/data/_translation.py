@@ -258,7 +258,7 @@ def require_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise UserError("translation needs the package tokenizers: pip install 'fourbit[train]'.") from error
+        raise UserError("pieces of words need the package tokenizers: pip install 'fourbit[train]'.") from error
     return tokenizers
 
 

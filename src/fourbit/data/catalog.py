@@ -16,6 +16,7 @@ from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column, text_column
 from fourbit.data._images import ImageSource, read_images
 from fourbit.data._large_images import LargeImages, from_tables, open_large_images
+from fourbit.data._own_text import make_text, text_of_tables
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.data._speech import SpeechData, make_speech, read_wav_folders
 from fourbit.data._text import TextData, from_characters, from_words, read_lines
@@ -148,8 +149,9 @@ def ptb(data_dir: Path | None) -> TextData:
 
 
 @register("wikitext2")
-def wikitext2(data_dir: Path | None) -> TextData:
-    """WikiText-2, two million words of Wikipedia, 33,278 different ones. Merity et al., arXiv 1609.07843.
+def wikitext2(data_dir: Path | None, tokenizer: str | None = None) -> TextData:
+    """WikiText-2, two million words of Wikipedia, 33,278 different ones, or other tokens (--tokenizer bpe). Merity et al.,
+    arXiv 1609.07843.
 
     The test split is that of the files; where they have none, it is the validation split.
     """
@@ -157,12 +159,15 @@ def wikitext2(data_dir: Path | None) -> TextData:
         tables = open_hub("Salesforce/wikitext", "wikitext-2-v1")
     else:
         tables = open_folder(find_parquet(data_dir, {"test": "validation"}))
+    if tokenizer is not None:
+        return make_text("wikitext2", text_of_tables(tables, ("text",)), tokenizer)
     return from_words("wikitext2", {s: text_column(table, f"{s} of wikitext2", "text") for s, table in tables.items()})
 
 
 @register("tinyshakespeare")
-def tinyshakespeare(data_dir: Path | None) -> TextData:
-    """1,115,394 characters of Shakespeare, 65 different ones; the last tenth is the test split. Karpathy 2015.
+def tinyshakespeare(data_dir: Path | None, tokenizer: str | None = None) -> TextData:
+    """1,115,394 characters of Shakespeare, 65 different ones, or other tokens (--tokenizer bpe); the last tenth is the test
+    split. Karpathy 2015.
 
     Reads input.txt.
     """
@@ -171,6 +176,8 @@ def tinyshakespeare(data_dir: Path | None) -> TextData:
     lines = read_lines(data_dir, {"train": "input.txt"})["train"]
     text = "".join(f"{line}\n" for line in lines)
     cut = len(text) * 9 // 10
+    if tokenizer is not None:
+        return make_text("tinyshakespeare", {"train": text[:cut], "test": text[cut:]}, tokenizer)
     return from_characters("tinyshakespeare", text[:cut], text[cut:])
 
 

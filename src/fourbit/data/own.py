@@ -42,10 +42,11 @@ def images(
 @register("text")
 def text(data_dir: Path | None, tokenizer: str | None = None, columns: Sequence[str] = ()) -> TextData:
     """Your own text: .txt files, those with test (or valid) in their names for the test, else the last tenth of all; or parquet
-    files with a column of text. --tokenizer characters, bytes, words or the path of a tokenizer.json.
+    files with a column of text; or one file of text. --tokenizer characters, bytes, words, bpe (bpe:4096: pieces of words,
+    learned from the training text) or the path of a tokenizer.json.
 
     Args:
-        data_dir: the folder.
+        data_dir: the folder, or the file.
         tokenizer: one of these; None: characters.
         columns: that of the text, where it is not clear which.
     """

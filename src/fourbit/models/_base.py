@@ -5,20 +5,26 @@ A builder takes the number of classes and of input channels and returns a module
 
     @register("my_net")
     def my_net(num_classes: int, in_channels: int) -> nn.Module: ...
+
+Keyword parameters of a builder are options of the name, as in my_net?depth=3.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import typing
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import parse_qsl
 
 from torch import nn
 
 from fourbit._registry import Registry
-from fourbit.errors import UserError
+from fourbit.errors import UserError, unknown
 from fourbit.models._external import build_external, external_kind, is_external
 
-Builder = Callable[[int, int], nn.Module]
+Builder = Callable[..., nn.Module]
 Kind = Literal["image", "text", "speech", "translation"]
 """What a network reads: images [B, C, H, W] of floats; text [T, B] of token numbers, with the state before it; speech,
 frames of features [T, B, C] with the number of frames of each utterance [B]; or translation, token numbers of source [S, B]
@@ -48,17 +54,60 @@ def names(kind: Kind | None = None) -> list[str]:
     """Names that `build` knows, of one kind or all.
 
     >>> "resnet20" in names(), names("text")
-    (True, ['lstm_200', 'lstm_650'])
+    (True, ['gpt', 'lstm_200', 'lstm_650'])
     """
     return [name for name in MODELS if kind in (None, _kinds[name])]
 
 
 def kind_of(name: str) -> Kind:
-    """What the network reads; UserError for an unknown name."""
+    """What the network reads; UserError for an unknown name or option."""
     if is_external(name):
         return external_kind(name)
-    MODELS[name]
-    return _kinds[name]
+    return _kinds[_parsed(name)[0]]
+
+
+def context_of(name: str) -> int | None:
+    """Tokens of the longest row that a network of ours for text reads; None: of any length, or another network.
+
+    >>> context_of("gpt?context=64"), context_of("lstm_200")
+    (64, None)
+    """
+    if is_external(name):
+        return None
+    base, options = _parsed(name)
+    parameter = inspect.signature(MODELS[base]).parameters.get("context")
+    return None if parameter is None else options.get("context", parameter.default)
+
+
+def is_recurrent(name: str) -> bool:
+    """Whether a network for text carries a state from row to row."""
+    return kind_of(name) == "text" and not is_external(name) and context_of(name) is None
+
+
+def _parsed(name: str) -> tuple[str, dict[str, Any]]:
+    """The name in the catalogue, and the options behind it. Raises UserError for those that it does not have."""
+    base, _, query = name.partition("?")
+    builder = MODELS[base]
+    known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hints, options = typing.get_type_hints(builder), {}
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if not known:
+            raise UserError(f"{base} has no options: leave out ?{query}.")
+        if key not in known:
+            raise unknown(f"option of {base}", key, known)
+        options[key] = _value(base, key, text, typing.get_args(hints[key]) or (hints[key],))
+    return base, options
+
+
+def _value(base: str, key: str, text: str, kinds: tuple[type, ...]) -> Any:
+    try:
+        value = json.loads(text.lower())
+    except ValueError:
+        value = text
+    if type(value) not in kinds:
+        must = "true or false" if bool in kinds else "a whole number"
+        raise UserError(f"{key} of {base} is {text}, but must be {must}.")
+    return value
 
 
 def min_image_size(name: str) -> int:
@@ -70,14 +119,15 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """A newly initialised network in full precision.
 
     Args:
-        name: one of `names()`, or a network of another library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
+        name: one of `names()`, with options where the network has some (gpt?width=128&depth=2), or a network of another
+            library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
         num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, to check that it takes them (None: not). The weights of
             our networks do not depend on it.
 
     Raises:
-        UserError: unknown name (with the nearest names), or a number out of range.
+        UserError: unknown name or option (with the nearest ones), or a number out of range.
 
     Weights are drawn from torch's global generator: call `torch.manual_seed` first for a repeatable start.
 
@@ -98,7 +148,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         )
     if is_external(name):
         return build_external(name, num_classes, in_channels, image_size)
-    return MODELS[name](num_classes, 0 if kind in ("text", "translation") else in_channels)
+    base, options = _parsed(name)
+    return MODELS[base](num_classes, 0 if kind in ("text", "translation") else in_channels, **options)
 
 
 def initialise(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from fourbit.report._read import Run, planned_order, text
 NOT_SETTINGS = (
     *("seed", "out", "data_dir", "data_identity"),
     *("progress", "tensorboard", "log_every", "observe_every", "checkpoint_every", "keep_every"),
+    "sample_tokens",
     *("threads", "tune_malloc", "workers"),
 )
 """Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design. For
@@ -34,6 +35,7 @@ ADDED = {
     "image_size": None,
     "mirror": False,
     "tokenizer": None,
+    "decay_share": 0.2,
 }
 """Fields that an earlier version did not write, with the value that it trained with."""
 

@@ -123,6 +123,7 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
             has_percent=any(unit(m) for m in metrics(groups)),
             looks=looks(groups),
             chapters=chapters,
+            samples=[(g.label, sample) for g in groups if (sample := _sample(g))],
             shared=tables.shared_settings(groups),
             differing_names=names,
             differing_rows=rows,
@@ -132,6 +133,11 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
+
+
+def _sample(group: Group) -> tuple[str, str] | None:
+    """Of the lowest seed that has one."""
+    return next((r.sample for r in group.runs if r.sample), None)
 
 
 def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:

@@ -35,6 +35,10 @@ STATISTICS = ("underflow", "saturation", "sqnr_db")
 """What is kept of the numbers that are observed in each slot."""
 
 
+RATE = "_per_s"
+"""What the names of rates end with."""
+
+
 def number(value: object) -> float:
     """`value` as a float; NaN for null (how the trainer writes infinity and NaN) and for anything not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -79,7 +83,8 @@ class LayerTrace:
 class Run:
     """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest.
 
-    `scales` has the exponents and clip values of every logged step, `trace` the statistics of every observation.
+    `scales` has the exponents and clip values of every logged step, `trace` the statistics of every observation, `sample`
+    what a language model was given and what it wrote.
     """
 
     path: Path
@@ -92,6 +97,7 @@ class Run:
     trace: LayerTrace = field(default_factory=LayerTrace)
     histograms: Sequence[Record] = ()
     notes: Sequence[str] = ()
+    sample: tuple[str, str] | None = None
 
     @property
     def recipe(self) -> str:
@@ -143,6 +149,13 @@ class Run:
         """Median over the epochs, which a slow first epoch (warm-up, compilation) does not move."""
         seconds = [s for s in (number(r.get("seconds")) for r in self.epochs) if not math.isnan(s)]
         return float(np.median(seconds)) if seconds else math.nan
+
+    @property
+    def rate(self) -> tuple[str, float]:
+        """What was trained on, in the plural, and how many of it per second, the median over the "step" lines."""
+        found = [(k.removesuffix(RATE), number(v)) for r in self.steps for k, v in r.items() if k.endswith(RATE)]
+        known = [value for _, value in found if not math.isnan(value)]
+        return (found[-1][0] if found else "items"), float(np.median(known)) if known else math.nan
 
     @property
     def status(self) -> str:
@@ -251,7 +264,17 @@ def load_run(folder: Path) -> Run:
         trace=_trace(kinds["layers"]),
         histograms=kinds["histograms"],
         notes=notes,
+        sample=_sample(folder / "sample.txt"),
     )
+
+
+def _sample(path: Path) -> tuple[str, str] | None:
+    """What stands before and behind the line of three dashes; None without one."""
+    try:
+        prompt, dashes, written = path.read_text(encoding="utf-8", errors="replace").partition("\n---\n")
+    except OSError:
+        return None
+    return (prompt, written) if dashes else None
 
 
 def _object(path: Path) -> Record:

@@ -109,8 +109,10 @@ def run_tables(groups: Sequence[Group]) -> list[list[tuple[str, ...]]]:
     """A table for each metric, with its header as the first row, and one row per run."""
     found = []
     for metric in metrics(groups):
-        rows = [("recipe", "seed", "status", "steps", heading(metric), "train loss", "folder")]
-        rows += [_run_row(g, r) for g in groups if g.metric == metric for r in g.runs]
+        shown = [(g, r) for g in groups if g.metric == metric for r in g.runs]
+        items = " or ".join(dict.fromkeys(r.rate[0] for _, r in shown))
+        rows = [("recipe", "seed", "status", "steps", heading(metric), "train loss", f"{items} per s", "folder")]
+        rows += [_run_row(g, r) for g, r in shown]
         found.append(rows)
     return found
 
@@ -123,5 +125,6 @@ def _run_row(group: Group, run: Run) -> tuple[str, ...]:
         str(run.num_steps),
         measured(None if math.isnan(run.result) else run.result, None),
         plain(run.train_loss, 4),
+        plain(run.rate[1], 0),
         str(run.path),
     )

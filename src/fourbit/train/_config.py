@@ -52,6 +52,9 @@ OPTIMIZATION = Parameter(group=Group("Optimization", sort_key=2))
 EXECUTION = Parameter(group=Group("Execution", sort_key=3))
 RECORDS = Parameter(group=Group("Records", sort_key=4))
 
+DEFAULT_LENGTH = 35
+"""Tokens of a row of text where neither the user nor the network says how many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -71,8 +74,9 @@ class Settings:
     mirror: Annotated[bool, TASK, Parameter(negative="")] = False
     """Mirror your own training images at random."""
     tokenizer: Annotated[str | None, TASK] = None
-    """Tokens of your own text: characters, bytes, words, or the path of a tokenizer.json; None: characters. For your own
-    translations the path of a tokenizer.json; None: one is made."""
+    """Tokens of a text: characters, bytes, words, bpe (bpe:4096: pieces of words, learned from the training text), or the path
+    of a tokenizer.json; None: characters, or what the data set is known for. For your own translations the path of a
+    tokenizer.json; None: one is made."""
     epochs: Annotated[int, TASK, WHOLE] = 5
     """Passes over the training data."""
     max_steps: Annotated[int | None, TASK, WHOLE] = None
@@ -85,29 +89,31 @@ class Settings:
     """Evaluate on the first so many batches only. None: on all test data."""
     augment: Annotated[bool, TASK] = True
     """Shift and mirror training images as the data set prescribes."""
-    sequence_length: Annotated[int, TASK, WHOLE] = 35
-    """Tokens of a row of text per forward pass; gradients do not go back further."""
+    sequence_length: Annotated[int | None, TASK, WHOLE] = None
+    """Tokens of a row of text per forward pass; gradients do not go back further. None: the context of gpt, else 35."""
     beam_size: Annotated[int, TASK, WHOLE] = 1
     """Translations of a test sentence that are followed at a time; 1 is greedy."""
 
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"], OPTIMIZATION] = "sgd"
-    """Update rule."""
+    optimizer: Annotated[Literal["sgd", "adam", "adamw", "muon"], OPTIMIZATION] = "sgd"
+    """Update rule. muon: Muon for the matrices of hidden layers, AdamW for all else; it multiplies in bfloat16, which takes
+    seconds a step on CPUs that do not."""
     lr: Annotated[float | None, OPTIMIZATION] = None
-    """Learning rate. None: 0.1 for sgd, 0.001 for adam and adamw."""
+    """Learning rate. None: 0.1 for sgd, 0.001 for the others."""
     momentum: Annotated[float, OPTIMIZATION] = 0.9
     """Momentum of sgd."""
     nesterov: Annotated[bool, OPTIMIZATION] = False
     """Nesterov's momentum, for sgd."""
     beta2: Annotated[float, OPTIMIZATION] = 0.999
-    """Decay of the squared gradients of adam and adamw, per step."""
+    """Decay of the squared gradients of adam, adamw and muon's AdamW, per step."""
     weight_decay: Annotated[float, OPTIMIZATION] = 1e-4
     """Weight decay."""
     alpha_weight_decay: Annotated[float | None, OPTIMIZATION] = None
     """Weight decay of the clip values of PACT. None: as of the weights."""
     alpha_lr_factor: Annotated[float, OPTIMIZATION] = 1.0
     """Learning rate of the clip values of PACT over that of the weights; 0: they stay what the first batch made them."""
-    schedule: Annotated[Literal["step", "cosine", "inverse_sqrt", "constant"], OPTIMIZATION] = "step"
-    """How the learning rate falls: at milestones, along half a cosine to 0, with the root of the steps, or not at all."""
+    schedule: Annotated[Literal["step", "cosine", "wsd", "inverse_sqrt", "constant"], OPTIMIZATION] = "step"
+    """How the learning rate falls: at milestones, along half a cosine to 0, in a straight line to 0 at the end (warm-up,
+    stable, decay), with the root of the steps, or not at all."""
     milestones: Annotated[tuple[float, ...], OPTIMIZATION, Parameter(converter=_fractions, n_tokens=1, negative="")] = (
         0.5,
         0.75,
@@ -115,6 +121,8 @@ class Settings:
     """Where the step schedule decays, as fractions of the run, separated by commas."""
     lr_decay: Annotated[float, OPTIMIZATION] = 0.1
     """Factor at each milestone."""
+    decay_share: Annotated[float, OPTIMIZATION] = 0.2
+    """Share of the run over which wsd falls."""
     warmup_steps: Annotated[int, OPTIMIZATION, WHOLE] = 0
     """Steps over which the learning rate first rises in proportion."""
     label_smoothing: Annotated[float, OPTIMIZATION] = 0.0
@@ -154,6 +162,8 @@ class Settings:
     """Epochs between two checkpoints; 0: only at the end or when interrupted."""
     keep_every: Annotated[int, RECORDS, WHOLE] = 0
     """Epochs between two checkpoints that stay, in checkpoints/epoch-N; 0: only the newest one stays, in checkpoint."""
+    sample_tokens: Annotated[int, RECORDS, WHOLE] = 100
+    """Tokens that a language model writes at the end of its training, to sample.txt; 0: none."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
     """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
     tensorboard: Annotated[bool, RECORDS] = True

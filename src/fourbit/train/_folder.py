@@ -22,11 +22,11 @@ except ImportError:  # Windows, where nothing guards a folder
 from fourbit import _files
 from fourbit._version import __version__
 from fourbit.errors import UserError
-from fourbit.train._config import TrainConfig
+from fourbit.train._config import DEFAULT_LENGTH, TrainConfig
 
 MAY_DIFFER = frozenset(
     {"out", "data_dir", "progress", "tensorboard", "threads", "tune_malloc", "log_every", "observe_every"}
-    | {"checkpoint_every", "keep_every", "on_nonfinite", "workers"}
+    | {"checkpoint_every", "keep_every", "sample_tokens", "on_nonfinite", "workers"}
 )
 """Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""
 
@@ -155,6 +155,11 @@ class RunFolder:
             while rest:
                 rest = rest[file.write(rest) :]
 
+    def write_sample(self, text: str) -> None:
+        """Write sample.txt: what the network says or draws at the end."""
+        if self.active:
+            replace_file(self.path / "sample.txt", text.encode())
+
     def _write_config(self, config: TrainConfig, data: str) -> None:
         self._write("config.json", config.as_dict() | {DATA: data, "fourbit_version": __version__})
 
@@ -198,7 +203,7 @@ def require_same(path: Path, config: TrainConfig) -> None:
     written, now = read_json(path / "config.json"), config.as_dict()
     if "recipe" not in written:
         raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
-    before = TrainConfig().as_dict() | written
+    before = TrainConfig().as_dict() | {"sequence_length": DEFAULT_LENGTH} | written
     extends = before.get("schedule") == config.schedule and config.schedule in ("constant", "inverse_sqrt")
     free = MAY_DIFFER | (LENGTH if extends else frozenset())
     for field, value in now.items():

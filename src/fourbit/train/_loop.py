@@ -205,8 +205,18 @@ class Loop:
             seconds=state.seconds,
             skipped=state.skipped,
         )
+        if known and self.recorder.folder.active:
+            self._sample()
         self.recorder.final(result, self.session.steps_per_epoch)
         return result
+
+    def _sample(self) -> None:
+        """Write what the task has to show of the network."""
+        session = self.session
+        with torch.no_grad(), session.autocast():
+            text = session.task.sample(session.bare.eval())
+        if text is not None:
+            self.recorder.folder.write_sample(text)
 
     def _diverge(self) -> None:
         """Note the step that could not be done; the checkpoint stays the one before."""

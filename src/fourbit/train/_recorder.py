@@ -50,8 +50,9 @@ class Recorder:
         layers = scales(model)
         kept: dict[str, Any] = {"scales": layers} if layers else {}
         kept |= {} if loss_scale is None else {"loss_scale": loss_scale}
-        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, images_per_s=rate, **kept)
-        self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "images_per_s": rate})
+        rates = {f"{self.metric.items}_per_s": rate}
+        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, **rates, **kept)
+        self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, **rates})
         exponents = {f"grad_scale_exponent/{name}": layer["g_exponent"] for name, layer in layers.items()}
         self.board.scalars(state.step, exponents | ({} if loss_scale is None else {"loss_scale": loss_scale}))
         state.window = Tally()
@@ -59,7 +60,9 @@ class Recorder:
 
     def diverged_step(self, state: LoopState, lr: float) -> None:
         """The line of a step that was given up because of NaN or infinity."""
-        self._step_line(state.step + 1, state.epoch, loss=None, accuracy=None, lr=lr, images_per_s=None)
+        self._step_line(
+            state.step + 1, state.epoch, loss=None, accuracy=None, lr=lr, **{f"{self.metric.items}_per_s": None}
+        )
 
     def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
         """The lines "layers" and, where there are histograms, "histograms"."""

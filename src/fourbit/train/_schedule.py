@@ -2,6 +2,7 @@
 
     step        lr * lr_decay^(milestones passed)
     cosine      lr * (1 + cos(pi * t)) / 2,     t from 0 after the warm-up to 1 at the end
+    wsd         lr * min(1, (total_steps - step) / (decay_share * total_steps))
     inverse_sqrt  lr * sqrt(w / (step + 1)) once step + 1 > w, the warm-up steps or 1
     constant    lr
 
@@ -29,6 +30,8 @@ def learning_rate(config: Settings, lr: float, step: int, total_steps: int) -> f
         factor *= config.lr_decay**passed
     elif config.schedule == "cosine" and step >= warmup:
         factor *= (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    elif config.schedule == "wsd":
+        factor *= min(1.0, (total_steps - step) / (config.decay_share * total_steps))
     elif config.schedule == "inverse_sqrt" and step >= warmup:
         factor *= math.sqrt(max(1, warmup) / (step + 1))
     return lr * factor

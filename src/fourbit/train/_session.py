@@ -23,6 +23,7 @@ from fourbit.errors import UserError
 from fourbit.recipes import LossScaler, Scheduler
 from fourbit.train._config import TrainConfig
 from fourbit.train._environment import prepare_process
+from fourbit.train._muon import MuonWithAdamW, hidden_matrices
 from fourbit.train.tasks import Batch, Task, make_task
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def _steps_per_epoch(config: TrainConfig, task: Task, num_processes: int) -> int
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     groups = recipes.param_groups(model, config.weight_decay, config.alpha_weight_decay)
     assert config.lr is not None
+    if config.optimizer == "muon":
+        return MuonWithAdamW(groups, hidden_matrices(model), config.lr, (0.9, config.beta2))
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]

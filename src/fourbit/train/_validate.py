@@ -12,12 +12,13 @@ import re
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 from fourbit.errors import UserError, unknown
-from fourbit.train._config import CompareConfig, Settings, TrainConfig
+from fourbit.train._config import DEFAULT_LENGTH, CompareConfig, Settings, TrainConfig
 
-DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}
+DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3}
 MIN_EVAL_BATCH_SIZE = 256
 
 _AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
@@ -42,6 +43,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_lr_factor": _NOT_NEGATIVE,
     "milestones": (lambda v: all(0 < f < 1 for f in v) and list(v) == sorted(v), "ascending fractions between 0 and 1"),
     "lr_decay": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    "decay_share": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "warmup_steps": _NOT_NEGATIVE,
     "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     "gradient_clip": _POSITIVE,
@@ -53,6 +55,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "observe_every": _NOT_NEGATIVE,
     "checkpoint_every": _NOT_NEGATIVE,
     "keep_every": _NOT_NEGATIVE,
+    "sample_tokens": _NOT_NEGATIVE,
 }
 """Ranges; a field that is None is not tested."""
 
@@ -74,6 +77,7 @@ def validated(config: TrainConfig) -> TrainConfig:
     _check_device(config.device)
     return dataclasses.replace(
         config,
+        sequence_length=_sequence_length(config),
         eval_batch_size=config.eval_batch_size or _eval_batch_size(config),
         lr=DEFAULT_LR[config.optimizer] if config.lr is None else config.lr,
         alpha_weight_decay=config.weight_decay if config.alpha_weight_decay is None else config.alpha_weight_decay,
@@ -104,6 +108,19 @@ def _eval_batch_size(config: TrainConfig) -> int:
     return max(config.batch_size, MIN_EVAL_BATCH_SIZE if models.kind_of(config.model) == "image" else 0)
 
 
+def _sequence_length(config: TrainConfig) -> int:
+    from fourbit import models
+
+    context, length = models.context_of(config.model), config.sequence_length
+    if context is not None and length is not None and length > context:
+        name, _, _ = config.model.partition("?")
+        raise UserError(
+            f"sequence_length is {length}, but {config.model} reads {context} tokens: give fewer, or a larger context, as in "
+            f"{name}?context={length}."
+        )
+    return length or context or DEFAULT_LENGTH
+
+
 def _check_choices(config: Settings) -> None:
     hints = typing.get_type_hints(type(config))
     for field, hint in hints.items():
@@ -119,6 +136,11 @@ def _check_names(config: TrainConfig) -> None:
         ("recipe", config.recipe, recipes.names()),
     )
     models.kind_of(config.model)
+    if config.data not in data.names() and Path(config.data).exists():
+        raise UserError(
+            f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir "
+            f"{config.data}, or images, speech or translation."
+        )
     for kind, name, names in catalogues:
         if name not in names and not (kind == "data set" and data.is_hub(name)):
             raise unknown(kind, name, names)
@@ -157,8 +179,6 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _default_out(config: TrainConfig) -> Any:
-    from pathlib import Path
-
+def _default_out(config: TrainConfig) -> Path:
     model, data = (re.sub(r"[^\w.-]+", "_", name) for name in (config.model, config.data))
     return Path("runs") / f"{model}-{data}-{config.recipe}-seed{config.seed}"

@@ -60,6 +60,10 @@ class Task(ABC):
         """A score of all items, from what `evaluate` found; None where there is no such score."""
         return None
 
+    def sample(self, model: nn.Module) -> str | None:
+        """What the trained network produces, to be looked at; None where that is nothing to look at."""
+        return None
+
     def check(self) -> None:
         """Raise a UserError for what would fail only after training: an evaluation that cannot begin."""
         return

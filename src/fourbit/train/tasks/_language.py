@@ -16,16 +16,22 @@ from fourbit.train._config import TrainConfig
 from fourbit.train.tasks._base import Batch, Task, counts_of
 from fourbit.train.tasks._metric import PERPLEXITY
 
+PROMPT = 32
+"""Tokens of test text that a sample goes on from."""
+TEMPERATURE = 0.8
+
 
 class LanguageModelling(Task):
-    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of the network goes from window to
-    window, but gradients do not."""
+    """The next token after each: cross entropy, perplexity = exp(mean loss). The state of a recurrent network goes from window
+    to window, but gradients do not; other networks are trained on sequences in random order."""
 
     metric = PERPLEXITY
 
     def __init__(self, config: TrainConfig, data: TextData, device: torch.device, rank: int, world: int):
         super().__init__(config, device, rank, world)
         self.data = data
+        assert config.sequence_length is not None
+        self.length, self.recurrent = config.sequence_length, models.is_recurrent(config.model)
         self._carried: dict[str, tuple[Tensor, ...]] = {}
 
     def build(self) -> nn.Module:
@@ -33,16 +39,22 @@ class LanguageModelling(Task):
         return models.build(self.config.model, num_classes=len(self.data.vocabulary))
 
     def num_batches(self) -> int:
-        """Windows, the last shorter one among them."""
-        return datasets.num_windows(self.data, "train", self.config.batch_size, self.config.sequence_length)
+        """Windows, the last shorter one among them; of sequences, whole batches only."""
+        if self.recurrent:
+            return datasets.num_windows(self.data, "train", self.config.batch_size, self.length)
+        return datasets.num_sequences(self.data, self.config.batch_size, self.length)
 
     def batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Windows in the order of the text; every process takes each n-th row."""
+        """Windows in the order of the text, or sequences; every process takes each n-th row."""
         config, size = self.config, self.config.batch_size if split == "train" else self.config.eval_batch_size
         assert size is not None
         if start == 0:
             self._carried.pop(split, None)
-        for batch in datasets.windows(self.data, split, size, config.sequence_length, start):
+        if split == "train" and not self.recurrent:
+            found = datasets.sequences(self.data, size, self.length, config.seed, epoch, start)
+        else:
+            found = datasets.windows(self.data, split, size, self.length, start)
+        for batch in found:
             x, y = (t[:, self.rank :: self.world] if self.world > 1 else t for t in batch)
             yield x.to(self.device), y.to(self.device)
 
@@ -60,7 +72,24 @@ class LanguageModelling(Task):
         """There is a window of test text."""
         size = self.config.eval_batch_size
         assert size is not None
-        datasets.num_windows(self.data, "test", size, self.config.sequence_length)
+        datasets.num_windows(self.data, "test", size, self.length)
+
+    def sample(self, model: nn.Module) -> str | None:
+        """The first tokens of the test text, a line of three dashes, and what the network writes next, drawn with temperature
+        0.8."""
+        if not self.config.sample_tokens:
+            return None
+        random = torch.Generator().manual_seed(self.config.seed)
+        prompt = self.data.test[:PROMPT].tolist()
+        tokens, state, rest = list(prompt), None, list(prompt)
+        for _ in range(self.config.sample_tokens):
+            if not self.recurrent:
+                state, rest = None, tokens[-self.length :]
+            logits, state = model(torch.tensor(rest, device=self.device).unsqueeze(1), state)
+            shares = (logits[-1, 0].double().cpu() / TEMPERATURE).softmax(-1)
+            rest = [int(torch.multinomial(shares, 1, generator=random))]
+            tokens += rest
+        return f"{self.data.text(prompt)}\n---\n{self.data.text(tokens[len(prompt) :])}\n"
 
     def snapshot(self) -> Callable[[], None]:
         """The state behind the last window of each split."""
