@@ -8,6 +8,7 @@ reference runs.
     moments     x                                              means of x^2 and |x|, and max|x|
     round       quantizers.Request, scale                      quantizers.Rounded
     round_pair  two Requests of one tensor, scale              two Rounded
+    round_tiles a Request with tiles, not yet rotated          quantizers.TilesRounded
     unpack      quantizers.Packed, dtype                       tensor
     gemm        ops.Gemm without accumulation                  ops.Raw
     accumulate  [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
@@ -43,6 +44,7 @@ OPERATIONS = (
     "moments",
     "round",
     "round_pair",
+    "round_tiles",
     "unpack",
     "gemm",
     "accumulate",

@@ -183,6 +183,7 @@ class Request:
         key: stream key of the random words.
         save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
         carrier: also return q itself.
+        wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
         rotation: of x along its last axis, before anything else.
     """
 
@@ -195,6 +196,7 @@ class Request:
     save: bool = False
     carrier: bool = True
     rotation: Rotation | None = None
+    wide: bool = False
 
 
 class Rounded(NamedTuple):
@@ -209,6 +211,24 @@ class Rounded(NamedTuple):
     amax: Tensor | float
     packed: Packed | None = None
     mask: Tensor | None = None
+
+
+class TilesRounded(NamedTuple):
+    """An operand [groups, rows, spots, sums] in blocks, its axes in the order of x's, or in another.
+
+    Attributes:
+        q: numbers times the scale of their block.
+        scale: of the tensor, 0-d.
+        each: the whole scale of each tile, of `scale_shape`.
+        amax: max|x| of all, rotated.
+        packed: where it is to be saved: the codes, with the scales of blocks.
+    """
+
+    q: Tensor
+    scale: Tensor
+    each: Tensor
+    amax: float
+    packed: Packed | None
 
 
 class Quantized(NamedTuple):
@@ -248,6 +268,11 @@ def scale_of(request: Request) -> Tensor:
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
+    if request.tile is not None:
+        found: TilesRounded | None = backends.dispatch("round_tiles", request)
+        if found is not None:
+            tensor = QTensor(found.q, found.scale, request.format, (found.each, request.tile))
+            return Quantized(tensor, found.amax, found.packed)
     if request.rotation is not None:
         request = replace(request, x=request.rotation.apply(request.x), rotation=None)
     if request.tile is not None:
@@ -318,7 +343,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     if request.save and spec.samples == 1 and is_packable(format):
         packed = replace(pack(codes.nan_to_num(0.0), format), blocks=tiled.blocks)  # the scale says NaN
     if tiled.blocks is not None:
-        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format)
+        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
         codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
     tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
     return Quantized(tensor, tiled.amax, packed, mask)
