@@ -298,6 +298,7 @@ __attribute__((noinline)) void load_panel(const Panels& panels, const Place& p, 
   const T* x = static_cast<const T*>(t.x) + p.group * t.x_steps[0] + p.spot * t.x_steps[2] + p.line * step + p.column;
   alignas(64) T room[kMostWidth];
   for (int i = 0; i < p.lines; ++i) {
+    for (int c = 0; c < width; c += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i * step + width + c);  // the next panel
     float* out = w.numbers + i * width;
     const T* from = whole_line(x + i * step, p.line + i < x_lines ? have : 0, width, room);
     w.line[i] = t.rotation ? out : widened(from, from != room, out, width);
@@ -315,26 +316,30 @@ __attribute__((noinline)) void load_panel(const Panels& panels, const Place& p, 
 // ---- scales ----
 
 // The largest magnitude of each tile, and of all.
-__attribute__((noinline)) void measure_panel(const Panels& panels, const Place& p, Work& w, Ints& top) {
+__attribute__((noinline)) Ints measure_panel(const Panels& panels, const Place& p, Work& w, Ints top) {
   const int width = panels.width, across = panels.tiles_across(), each = panels.tile_columns;
   alignas(64) int32_t largest[kMostWidth];
   for (int first = 0, row = 0; first < p.lines; first += panels.tile_lines, ++row) {
     const int end = min_of(first + panels.tile_lines, p.lines);
     int32_t* to = each == 1 ? reinterpret_cast<int32_t*>(w.amax) + row * width : largest;
-    for (int c = 0; c < width; c += kVector) {
-      Ints m = magnitudes(read(w.line[first] + c));
-      for (int i = first + 1; i < end; ++i) m = larger(m, magnitudes(read(w.line[i] + c)));
-      std::memcpy(to + c, &m, sizeof m);
-      top = larger(top, m);
+    for (int c = 0; c < width; c += 2 * kVector) {
+      Ints a{}, b{};
+      for (int i = first; i < end; ++i) {
+        a = larger(a, magnitudes(read(w.line[i] + c)));
+        b = larger(b, magnitudes(read(w.line[i] + c + kVector)));
+      }
+      std::memcpy(to + c, &a, sizeof a);
+      std::memcpy(to + c + kVector, &b, sizeof b);
+      top = larger(top, larger(a, b));
     }
     if (each == 1) continue;
     for (int tile = 0; tile < across; tile += kVector) {
       Ints r[kVector];
+#pragma GCC unroll 16
       for (int j = 0; j < kVector; ++j) {
-        r[j] = Ints{};
-        if (tile + j >= across) continue;
-        const int32_t* of = largest + (tile + j) * each;
-        for (int c = 0; c < each; c += kVector) {
+        const int32_t* of = largest + min_of(tile + j, across - 1) * each;
+        std::memcpy(&r[j], of, sizeof r[j]);
+        for (int c = kVector; c < each; c += kVector) {
           Ints m;
           std::memcpy(&m, of + c, sizeof m);
           r[j] = larger(r[j], m);
@@ -344,6 +349,7 @@ __attribute__((noinline)) void measure_panel(const Panels& panels, const Place& 
       std::memcpy(w.amax + row * across + tile, &found, static_cast<size_t>(min_of(kVector, across - tile)) * 4);
     }
   }
+  return top;
 }
 
 // Unbiased exponents of numbers that are not zero.
@@ -583,7 +589,7 @@ void round_panels(int64_t begin, int64_t end, int thread, void* task) {
     const int num = panels.tile_rows_of(p) * across;
     float* kept = k.kept ? k.kept + panel * panels.tiles() : nullptr;
     const size_t bytes = sizeof(float) * static_cast<size_t>(num);
-    if (k.measures || !kept) measure_panel(panels, p, w, top);
+    if (k.measures || !kept) top = measure_panel(panels, p, w, top);
     if (k.measures) {
       std::memcpy(kept, w.amax, bytes);
       continue;
