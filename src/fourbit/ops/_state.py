@@ -31,11 +31,17 @@ from fourbit.quantizers import (
     best_clip_value,
     exponent_scale,
     has_integer_codes,
+    is_packable,
     request_for,
     run,
     run_pair,
     stream_key,
 )
+
+
+def _is_wide(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether numbers times the scales of their blocks are wanted in float32: a CPU multiplies them so, and keeps their codes."""
+    return x.device.type == "cpu" and is_packable(spec.format)
 
 
 def _in_backward() -> bool:
@@ -158,7 +164,7 @@ class LayerState(StoredState):
         if spec.scaling.stored_kind == "alpha":
             format, stored = self._clip(slot[0], x, spec)
         key, rotation = self._key(slot, spec), self._rotation(slot)
-        request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation)
+        request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
         result = run(request)
         self._saw(slot, request, result)
         return result
@@ -305,7 +311,8 @@ class LayerState(StoredState):
         if spec.scaling.stored_kind == "exponent":
             stored = exponent if exponent is not None else self._exponent()
         rotation = self._rotation(slot)
-        return request_for(g, spec, self.spec.tile(slot), stored, self._key(slot, spec), rotation=rotation)
+        tile, key = self.spec.tile(slot), self._key(slot, spec)
+        return request_for(g, spec, tile, stored, key, rotation=rotation, wide=_is_wide(g, spec))
 
     def _exponent(self) -> Tensor:
         assert self.g_exponent is not None
@@ -313,7 +320,7 @@ class LayerState(StoredState):
 
     def _saw(self, slot: str, request: Request, result: Quantized) -> None:
         if not isinstance(result.amax, float):
-            self.nonfinite["xwg".index(slot[0])] += (~result.tensor.scale.isfinite()).any()  # NaN data make a NaN scale
+            self.nonfinite["xwg".index(slot[0])] += (~result.amax.isfinite()).any()
         elif not math.isfinite(result.amax):
             self.nonfinite["xwg".index(slot[0])] += 1
         if self.observer is not None:

@@ -453,7 +453,8 @@ def request_for(
     format: Format | None = None,
     save: bool = False,
     rotation: Rotation | None = None,
+    wide: bool = False,
 ) -> Request:
     """The request to round `x`; with scales for parts of it, an operand [groups, rows, spots, sums] cut into such tiles."""
     tile = None if tile is None or tile.is_tensor else tile
-    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation)
+    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation, wide=wide)
