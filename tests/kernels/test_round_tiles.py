@@ -59,8 +59,11 @@ def both(request: Request) -> tuple[Quantized, Quantized]:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7e9), b.nan_to_num(7e9)) and bool(
-        (a.isnan() == b.isnan()).all()
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.nan_to_num(7e9), b.nan_to_num(7e9))
+        and bool((a.isnan() == b.isnan()).all())
     )
 
 

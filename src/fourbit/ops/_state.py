@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,11 +154,12 @@ class LayerState(StoredState):
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
         self._piece += 1
 
-    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False) -> Quantized:
+    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False, carrier: bool = True) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it.
 
         Args:
             x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
+            carrier: False: the numbers themselves are not needed where there are packed codes of them.
         """
         format: Format | None = None
         stored: Tensor | None = None
@@ -165,6 +167,8 @@ class LayerState(StoredState):
             format, stored = self._clip(slot[0], x, spec)
         key, rotation = self._key(slot, spec), self._rotation(slot)
         request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
+        if not carrier and self.observer is None and spec.in_tiles:
+            request = replace(request, carrier=False)
         result = run(request)
         self._saw(slot, request, result)
         return result

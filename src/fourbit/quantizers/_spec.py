@@ -182,7 +182,7 @@ class Request:
         stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
         key: stream key of the random words.
         save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
-        carrier: also return q itself.
+        carrier: also return q itself; what is not saved in codes is returned in any case.
         wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
         rotation: of x along its last axis, before anything else.
     """
@@ -217,14 +217,14 @@ class TilesRounded(NamedTuple):
     """An operand [groups, rows, spots, sums] in blocks, its axes in the order of x's, or in another.
 
     Attributes:
-        q: numbers times the scale of their block.
+        q: numbers times the scale of their block; None where only the codes are wanted.
         scale: of the tensor, 0-d.
         each: the whole scale of each tile, of `scale_shape`.
         amax: max|x| of all, rotated.
         packed: where it is to be saved: the codes, with the scales of blocks.
     """
 
-    q: Tensor
+    q: Tensor | None
     scale: Tensor
     each: Tensor
     amax: float
@@ -271,7 +271,8 @@ def run(request: Request) -> Quantized:
     if request.tile is not None:
         found: TilesRounded | None = backends.dispatch("round_tiles", request)
         if found is not None:
-            tensor = QTensor(found.q, found.scale, request.format, (found.each, request.tile))
+            q = request.x.new_empty(0) if found.q is None else found.q
+            tensor = QTensor(q, found.scale, request.format, (found.each, request.tile))
             return Quantized(tensor, found.amax, found.packed)
     if request.rotation is not None:
         request = replace(request, x=request.rotation.apply(request.x), rotation=None)

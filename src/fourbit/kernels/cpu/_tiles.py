@@ -159,7 +159,10 @@ def round_tiles(request: Request) -> TilesRounded | None:
     shape = torch.Size((*x.shape[:3], -(-x.shape[3] // size) * size))
     n = shape.numel()
     narrow = fits_bfloat16(format, scaling.format) and not request.wide
-    out = _as_x_lies(x, shape, torch.bfloat16 if narrow else torch.float32, turned)
+    steps = _as_x_lies(x, shape, turned)
+    out = None
+    if request.carrier or not request.save:
+        out = torch.empty_strided(shape, steps, dtype=torch.bfloat16 if narrow else torch.float32)
     of_tiles = scale_shape(shape, tile)
     each = x.new_empty(of_tiles, dtype=torch.float32)
     scale_codes = x.new_empty(of_tiles, dtype=torch.uint8)
@@ -186,7 +189,9 @@ def round_tiles(request: Request) -> TilesRounded | None:
     arguments.rule = RULE_OF[request.spec.rounding]
     if request.spec.rounding.draws and request.key is not None:
         arguments.key = stream_key(request.key, 0)
-    arguments.out, arguments.out_dtype, arguments.out_steps[:] = fresh(out), c.CODES[out.dtype], out.stride()
+    arguments.out_steps[:] = steps
+    if out is not None:
+        arguments.out, arguments.out_dtype = fresh(out), c.CODES[out.dtype]
     packed = codes = None
     if request.save:
         packed = x.new_empty(packed_bytes(n), dtype=torch.uint8)
@@ -198,19 +203,19 @@ def round_tiles(request: Request) -> TilesRounded | None:
     amax = kernels().round_tiles(ctypes.byref(arguments))
     scale = torch.tensor(arguments.decode, dtype=torch.float32) / scaling.prescale
     blocks = BlockScales(scale_codes, scaling.format, tile)
-    saved = None if packed is None else as_packed(packed, shape, out.stride(), format, blocks)
+    saved = None if packed is None else as_packed(packed, shape, steps, format, blocks)
     return TilesRounded(out, scale, each, amax, saved)
 
 
-def _as_x_lies(x: Tensor, shape: torch.Size, dtype: torch.dtype, turned: bool) -> Tensor:
-    """Memory for a result of that shape, its axes in the order of x's."""
+def _as_x_lies(x: Tensor, shape: torch.Size, turned: bool) -> tuple[int, ...]:
+    """The strides of a result of that shape, its axes in the order of x's."""
     first = 1 if turned else 3
     order = sorted(range(4), key=lambda axis: (axis != first, x.stride(axis), x.shape[axis]))
     strides, step = [0] * 4, 1
     for axis in order:
         strides[axis] = step
         step *= shape[axis]
-    return torch.empty_strided(shape, strides, dtype=dtype)
+    return tuple(strides)
 
 
 @lru_cache(maxsize=64)

@@ -495,6 +495,7 @@ __attribute__((noinline)) void round_line(const RoundTiles& r, const float* x, i
       if (!r.codes) pack_codes(q, r.packed + (at + c) / 2);
       else std::memcpy(r.codes + at + c, q, static_cast<size_t>(here));
     }
+    if (!r.out) continue;
     FOURBIT_EACH(v) y[v] *= scales_at<wide>(block, c + v * kVector, shift);
     Target<O> target(static_cast<O*>(r.out) + at + c, here);
     write_exactly(target.block(), y);

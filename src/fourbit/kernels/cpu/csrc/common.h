@@ -133,7 +133,7 @@ struct RoundTiles {
   int32_t zero;            // position of zero
   int32_t rule;            // 0: nearest; 1: stochastic
   uint64_t key;
-  void* out;               // block * q
+  void* out;               // block * q, or null
   int32_t out_dtype;
   int64_t out_steps[4];
   uint8_t* packed;         // or null
