@@ -41,7 +41,7 @@ from fourbit.quantizers import (
 
 
 def _is_wide(x: Tensor, spec: QuantSpec) -> bool:
-    """Whether numbers times the scales of their blocks are wanted in float32: a CPU multiplies them so, and keeps their codes."""
+    """Whether numbers times the scales of blocks are wanted in float32: a CPU multiplies them so, and keeps codes."""
     return x.device.type == "cpu" and is_packable(spec.format)
 
 
@@ -323,7 +323,7 @@ class LayerState(StoredState):
         return self.g_exponent
 
     def _saw(self, slot: str, request: Request, result: Quantized) -> None:
-        if not isinstance(result.amax, float):
+        if isinstance(result.amax, Tensor):
             self.nonfinite["xwg".index(slot[0])] += (~result.amax.isfinite()).any()
         elif not math.isfinite(result.amax):
             self.nonfinite["xwg".index(slot[0])] += 1

@@ -20,7 +20,7 @@ from fourbit.backends import Status
 from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 12
+ABI = 13
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")

@@ -1,14 +1,15 @@
-"""Operands whose tiles have scales, on the CPU: rotated, scaled and rounded from one read (two, where the tensor has a scale as well), and
-their codes as numbers again.
+"""Operands whose tiles have scales, on the CPU: rotated, scaled and rounded from one read (two, where the tensor has a scale as
+well), and their codes as numbers again.
 
     elements    grids of integers below 16 in units of the smallest magnitude: E2M1, E1M2, signed integers of 4 bits
-    scales      powers of two from 2^-127 to 2^127 by the rules "floor" and "ceil"; small floats with subnormals to "nearest", of one
-                level or two, with one target or the better of two
+    scales      powers of two from 2^-127 to 2^127 by the rules "floor" and "ceil"; small floats with subnormals to "nearest",
+                of one level or two, with one target or the better of two
     tiles       of 1, 16 or 32 rows by 16, 32, 64 or 128 along the sums
     rounding    to nearest, stochastic (with one target)
     rotations   up to 128
 
-Numbers along the sums may lie next to each other, or those along the rows: nothing is transposed, and the result lies as x does.
+Numbers along the sums may lie next to each other, or those along the rows: nothing is transposed, and the result lies as x
+does.
 """
 
 from __future__ import annotations

@@ -380,7 +380,8 @@ __attribute__((noinline)) void scale_tiles(const RoundTiles& r, int which, int n
     }
     b = magnitudes(largest) < 0x7F800000 ? b : as_floats(all_ints(0x7FC00000));
     write(block + i, b);
-    const Floats factor = 1.0f / (b * r.decode) * r.prescale;
+    const Floats most = all_floats(std::numeric_limits<float>::max());
+    const Floats factor = smaller(most, 1.0f / (b * r.decode)) * r.prescale;  // NaN stays
     write(inverse + i, b == 0.0f ? Floats{} : factor);
   }
 }
