@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fourbit as fb
 from fourbit import backends
 from fourbit import formats as f
 from fourbit.quantizers import (
@@ -84,6 +86,7 @@ def require_same(request: Request) -> Quantized:
         with backends.without():
             assert same(numbers, reference.packed.unpack(dtype))
             assert same(numbers, packed.unpack(dtype))
+        assert same(numbers, reference.packed.unpack(dtype))
     return ours
 
 
@@ -169,6 +172,37 @@ def test_the_result_lies_as_the_operand_does(isa: str, turned: bool) -> None:
     found = run(request_of(x, spec_of(NV, Block(16))))
     assert found.tensor.q.stride() == x.stride()
     assert found.packed is not None and found.packed.stride == x.stride()
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
+def test_numbers_come_in_float32_or_not_at_all_where_that_is_asked_for(isa: str, turned: bool) -> None:
+    for shape in SHAPES:
+        request = request_of(operand(shape, turned), spec_of(NV, Block(16)))
+        narrow, wide = run(request), require_same(replace(request, wide=True))
+        assert narrow.tensor.q.dtype == torch.bfloat16 and wide.tensor.q.dtype == torch.float32
+        assert torch.equal(narrow.tensor.q.float(), wide.tensor.q)
+        codes = run(replace(request, carrier=False))
+        assert codes.tensor.q.numel() == 0 and codes.packed is not None and narrow.packed is not None
+        assert torch.equal(codes.packed.data, narrow.packed.data)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-4over6", "mxfp4-rht-sr", "mxfp4-amd", "tetrajet", "ufp4"])
+def test_layers_train_as_without_kernels(isa: str, recipe: str) -> None:
+    """Products are torch's, in float32, of the same numbers; their sums may go in another order."""
+    found = []
+    for kernels in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), *(nn.Linear(64, 64) for _ in range(4))
+        )
+        fb.convert(model, recipe)
+        x = torch.randn(40, 64, requires_grad=True)
+        with nullcontext() if kernels else backends.without():
+            model(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert a is not None and b is not None
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_several_threads_write_the_same(isa: str) -> None:
