@@ -82,6 +82,7 @@ def require_same(request: Request) -> Quantized:
     assert torch.equal(packed.blocks.data, reference.packed.blocks.data)
     assert packed.blocks.tile == reference.packed.blocks.tile
     for dtype in (torch.float32, torch.bfloat16):
+        assert backends.dispatch("unpack_tiles", packed, dtype) is not None
         numbers = packed.unpack(dtype)
         with backends.without():
             assert same(numbers, reference.packed.unpack(dtype))

@@ -49,7 +49,7 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The grid values, times their block's scale, in the original shape and order of axes."""
-        found = backends.dispatch("unpack", self, dtype)
+        found = backends.dispatch("unpack" if self.blocks is None else "unpack_tiles", self, dtype)
         if found is not None:
             return found
         if self.blocks is not None:

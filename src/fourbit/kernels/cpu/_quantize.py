@@ -274,8 +274,6 @@ def _by_table(request: Request, scale: Tensor) -> Rounded | None:
 @backends.register("unpack", "cpu")
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """Packed integers as int8, uint8, bfloat16 or float32."""
-    if packed.blocks is not None:
-        return None
     if dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
         return None
     if not packed.data.is_cpu or packed.grid is not None:

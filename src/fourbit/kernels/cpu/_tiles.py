@@ -227,7 +227,7 @@ def _numbers(values: tuple[float, ...], length: int) -> Tensor:
     return table
 
 
-@backends.register("unpack", "cpu")
+@backends.register("unpack_tiles", "cpu")
 def unpack_tiles(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """Codes as numbers times the scales of their tiles."""
     blocks = packed.blocks

@@ -167,13 +167,7 @@ def _round_transposed(
 @backends.register("unpack", "cuda")
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """Packed codes as numbers of any dtype that holds them."""
-    if (
-        not takes(packed.data)
-        or packed.grid is not None
-        or packed.blocks is not None
-        or packed.shape.numel() == 0
-        or kernels() is None
-    ):
+    if not takes(packed.data) or packed.grid is not None or packed.shape.numel() == 0 or kernels() is None:
         return None
     wanted = (torch.int8, torch.uint8, *DTYPES)
     if dtype not in wanted and not (dtype is torch.float8_e4m3fn and capability(packed.data.device) >= (8, 9)):
