@@ -74,6 +74,8 @@ WAYS = {
         Way("ours ibm2020, bf16 autocast", "ours", _recipe("ibm2020"), autocast=True),
         Way("ours luq", "ours", _recipe("luq")),
         Way("ours int4-fwd", "ours", _recipe("int4-fwd")),
+        Way("ours nvfp4", "ours", _recipe("nvfp4")),
+        Way("ours mxfp4-rht-sr", "ours", _recipe("mxfp4-rht-sr")),
         Way("ours ibm2020, not fused", "ours", _recipe("ibm2020", fuse=False)),
         Way("ours ibm2020, no kernels", "reference", _recipe("ibm2020"), kernels=False),
         Way("naive fake-quant", "naive", _four_bit_layers(_naive.convert)),

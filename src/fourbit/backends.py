@@ -4,15 +4,17 @@ Each operation below has a reference in plain PyTorch, which defines the numbers
 compute the same faster, on the tensors for which it can; the first one that takes a call gets it, otherwise the
 reference runs.
 
-    operation   arguments                                      result
-    moments     x                                              means of x^2 and |x|, and max|x|
-    round       quantizers.Request, scale                      quantizers.Rounded
-    round_pair  two Requests of one tensor, scale              two Rounded
-    unpack      quantizers.Packed, dtype                       tensor
-    gemm        ops.Gemm without accumulation                  ops.Raw
-    accumulate  [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
-    epilogue    ops.Raw, ops.Finish                            tensor, sum of what was clipped
-    product     ops.Gemm, ops.Finish                           both at once, where that is faster
+    operation     arguments                                      result
+    moments       x                                              means of x^2 and |x|, and max|x|
+    round         quantizers.Request, scale                      quantizers.Rounded
+    round_pair    two Requests of one tensor, scale              two Rounded
+    round_tiles   a Request with tiles, not yet rotated          quantizers.TilesRounded
+    unpack        quantizers.Packed, dtype                       tensor
+    unpack_tiles  likewise, with scales of blocks                tensor
+    gemm          ops.Gemm without accumulation                  ops.Raw
+    accumulate    [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
+    epilogue      ops.Raw, ops.Finish                            tensor, sum of what was clipped
+    product       ops.Gemm, ops.Finish                           both at once, where that is faster
 
 and, without a reference, because the modules themselves are one:
 
@@ -43,7 +45,9 @@ OPERATIONS = (
     "moments",
     "round",
     "round_pair",
+    "round_tiles",
     "unpack",
+    "unpack_tiles",
     "gemm",
     "accumulate",
     "epilogue",

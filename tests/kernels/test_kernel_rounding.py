@@ -115,7 +115,9 @@ def test_every_kernel_belongs_to_an_operation_that_is_tested_here():
         "lstm_backward",
         "lstm_run",
         "lstm_run_back",
-    }  # in test_cpu_accumulate.py, test_chain_numbers.py and test_cpu_lstm.py
+        "round_tiles",
+        "unpack_tiles",
+    }  # in test_cpu_accumulate.py, test_chain_numbers.py, test_cpu_lstm.py and test_round_tiles.py
     assert {kernel.operation for kernel in backends.kernels()} <= tested
 
 

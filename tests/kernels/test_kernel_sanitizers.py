@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_kernels_run_clean_under_the_sanitizers(environment):
-    names = "kernel_bounds", "kernel_rounding", "kernel_products", "cpu_convolve", "cpu_lstm"
+    names = "kernel_bounds", "kernel_rounding", "kernel_products", "cpu_convolve", "cpu_lstm", "round_tiles"
     tests = [str(HERE / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", *tests]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)

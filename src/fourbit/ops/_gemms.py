@@ -94,7 +94,7 @@ def fprop(
     y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
     x_codes = x_saved
     if spec.x_wgrad is not REUSE and over is None and state.with_gradients:
-        _, x_saved, _ = _forward_operand("x_wgrad", x, contraction, state, x_codes)
+        x_saved = _saved_operand("x_wgrad", x, contraction, state, x_codes)
     if isinstance(w, Weight):
         state.next_piece()
     x_layout = over.layout if over is not None else Layout.of(x)
@@ -108,7 +108,7 @@ def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> W
     fprop, saved, mask = _forward_operand("w_fprop", w, contraction, state)
     codes = saved
     if spec.w_dgrad is not REUSE and state.with_gradients:
-        _, saved, _ = _forward_operand("w_dgrad", w, contraction, state, codes)
+        saved = _saved_operand("w_dgrad", w, contraction, state, codes)
     return Weight(fprop, saved, codes, mask, Layout.of(w))
 
 
@@ -128,20 +128,13 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
 
 
 def _forward_operand(
-    slot: str, t: Tensor, contraction: Contraction, state: LayerState, of_fprop: Operand | None = None
+    slot: str, t: Tensor, contraction: Contraction, state: LayerState
 ) -> tuple[Operand, Operand, Tensor | None]:
-    """The operand for a product, as it is saved for backward, and the mask where clipping needs one.
-
-    Args:
-        of_fprop: what fprop had of the operand, for a slot that quantizes that.
-    """
+    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
     spec = state.spec.resolved(slot)
     if spec is None:
         state.count_nonfinite(slot, t)
         return Operand(t), Operand(t), None
-    if spec.source == "fprop" and of_fprop is not None:
-        kept = of_fprop.natural(contraction, slot[0])
-        t = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
     if not spec.needs_orientation:
         quantized = state.quantize(slot, t, spec, save=True)
         return *_kept(quantized, spec), quantized.mask
@@ -149,6 +142,25 @@ def _forward_operand(
     quantized = state.quantize(slot, m, spec, save=True)
     _, saved = _kept(quantized, spec, orientation)
     return saved._replace(q=quantized.tensor.q).natural(contraction, slot[0]), saved, quantized.mask
+
+
+def _saved_operand(slot: str, t: Tensor, contraction: Contraction, state: LayerState, of_fprop: Operand) -> Operand:
+    """The operand of a product of the backward pass, as it is saved.
+
+    Args:
+        of_fprop: what fprop had of the operand, for a slot that quantizes that.
+    """
+    spec = state.spec.resolved(slot)
+    if spec is None:
+        state.count_nonfinite(slot, t)
+        return Operand(t)
+    if spec.source == "fprop":
+        kept = of_fprop.natural(contraction, slot[0])
+        t = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
+    if not spec.needs_orientation:
+        return _kept(state.quantize(slot, t, spec, save=True), spec)[1]
+    m, orientation = oriented(slot, t, contraction, state.spec)
+    return _kept(state.quantize(slot, m, spec, save=True, carrier=False), spec, orientation)[1]
 
 
 def _kept(

@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,11 +32,17 @@ from fourbit.quantizers import (
     best_clip_value,
     exponent_scale,
     has_integer_codes,
+    is_packable,
     request_for,
     run,
     run_pair,
     stream_key,
 )
+
+
+def _is_wide(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether numbers times the scales of blocks are wanted in float32: a CPU multiplies them so, and keeps codes."""
+    return x.device.type == "cpu" and is_packable(spec.format)
 
 
 def _in_backward() -> bool:
@@ -147,11 +154,12 @@ class LayerState(StoredState):
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
         self._piece += 1
 
-    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False) -> Quantized:
+    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False, carrier: bool = True) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it.
 
         Args:
             x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
+            carrier: False: the numbers themselves are not needed where there are packed codes of them.
         """
         format: Format | None = None
         stored: Tensor | None = None
@@ -159,7 +167,9 @@ class LayerState(StoredState):
         if spec.scaling.stored_kind == "alpha":
             x, rotation = (x if rotation is None else rotation.apply(x)), None
             format, stored = self._clip(slot[0], x, spec)
-        request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation)
+        request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
+        if not carrier and self.observer is None and spec.in_tiles:
+            request = replace(request, carrier=False)
         result = run(request)
         self._saw(slot, request, result)
         return result
@@ -306,7 +316,8 @@ class LayerState(StoredState):
         if spec.scaling.stored_kind == "exponent":
             stored = exponent if exponent is not None else self._exponent()
         rotation = self._rotation(slot)
-        return request_for(g, spec, self.spec.tile(slot), stored, self._key(slot, spec), rotation=rotation)
+        tile, key = self.spec.tile(slot), self._key(slot, spec)
+        return request_for(g, spec, tile, stored, key, rotation=rotation, wide=_is_wide(g, spec))
 
     def _exponent(self) -> Tensor:
         assert self.g_exponent is not None
@@ -314,8 +325,7 @@ class LayerState(StoredState):
 
     def _saw(self, slot: str, request: Request, result: Quantized) -> None:
         if isinstance(result.amax, Tensor):
-            told = result.tensor.scale if result.tensor.each is None else result.amax
-            self.nonfinite["xwg".index(slot[0])] += (~told.isfinite()).any()  # NaN data make a NaN scale
+            self.nonfinite["xwg".index(slot[0])] += (~result.amax.isfinite()).any()
         elif not math.isfinite(result.amax):
             self.nonfinite["xwg".index(slot[0])] += 1
         if self.observer is not None:

@@ -1,6 +1,7 @@
 """From a tensor to numbers of a format and back: rounding rules, scales, random words."""
 
 from fourbit.quantizers._blocks import BlockScale as BlockScale
+from fourbit.quantizers._blocks import codes_of_scales as codes_of_scales
 from fourbit.quantizers._blocks import fits_bfloat16 as fits_bfloat16
 from fourbit.quantizers._blocks import scale_fits_byte as scale_fits_byte
 from fourbit.quantizers._packed import BLOCK as BLOCK
@@ -40,6 +41,7 @@ from fourbit.quantizers._spec import Quantized as Quantized
 from fourbit.quantizers._spec import QuantSpec as QuantSpec
 from fourbit.quantizers._spec import Request as Request
 from fourbit.quantizers._spec import Rounded as Rounded
+from fourbit.quantizers._spec import TilesRounded as TilesRounded
 from fourbit.quantizers._spec import carrier_dtype as carrier_dtype
 from fourbit.quantizers._spec import quantize as quantize
 from fourbit.quantizers._spec import quantize_pair as quantize_pair

@@ -288,6 +288,11 @@ def scale_fits_byte(format: Format | None) -> bool:
     return format is not None and format.bits <= 8 and _codes_of(format)[1]
 
 
+def codes_of_scales(format: Format) -> Tensor:
+    """The code of each grid value, then that of NaN, uint8."""
+    return _codes_of(format)[0]
+
+
 @lru_cache(maxsize=64)
 def _codes_of(format: Format) -> tuple[Tensor, bool]:
     """The code of each grid value, then that of NaN, uint8; whether there is one."""

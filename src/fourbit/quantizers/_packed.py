@@ -49,11 +49,11 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The grid values, times their block's scale, in the original shape and order of axes."""
-        if self.blocks is not None:
-            return self.blocks.times(replace(self, blocks=None).unpack(torch.float32)).to(dtype)
-        found = backends.dispatch("unpack", self, dtype)
+        found = backends.dispatch("unpack" if self.blocks is None else "unpack_tiles", self, dtype)
         if found is not None:
             return found
+        if self.blocks is not None:
+            return self.blocks.times(replace(self, blocks=None).unpack(torch.float32)).to(dtype)
         pairs = self.data.view(-1, BLOCK // 2)
         q = torch.cat([pairs & 15, pairs >> 4], 1).view(-1)
         if self.grid is not None:

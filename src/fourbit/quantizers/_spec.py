@@ -182,7 +182,8 @@ class Request:
         stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
         key: stream key of the random words.
         save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
-        carrier: also return q itself.
+        carrier: also return q itself; what is not saved in codes is returned in any case.
+        wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
         rotation: of x along its last axis, before anything else.
     """
 
@@ -195,6 +196,7 @@ class Request:
     save: bool = False
     carrier: bool = True
     rotation: Rotation | None = None
+    wide: bool = False
 
 
 class Rounded(NamedTuple):
@@ -209,6 +211,24 @@ class Rounded(NamedTuple):
     amax: Tensor | float
     packed: Packed | None = None
     mask: Tensor | None = None
+
+
+class TilesRounded(NamedTuple):
+    """An operand [groups, rows, spots, sums] in blocks, its axes in the order of x's, or in another.
+
+    Attributes:
+        q: numbers times the scale of their block; None where only the codes are wanted.
+        scale: of the tensor, 0-d.
+        each: the whole scale of each tile, of `scale_shape`.
+        amax: max|x| of all, rotated.
+        packed: where it is to be saved: the codes, with the scales of blocks.
+    """
+
+    q: Tensor | None
+    scale: Tensor
+    each: Tensor
+    amax: float
+    packed: Packed | None
 
 
 class Quantized(NamedTuple):
@@ -248,6 +268,12 @@ def scale_of(request: Request) -> Tensor:
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
+    if request.tile is not None:
+        found: TilesRounded | None = backends.dispatch("round_tiles", request)
+        if found is not None:
+            q = request.x.new_empty(0) if found.q is None else found.q
+            tensor = QTensor(q, found.scale, request.format, (found.each, request.tile))
+            return Quantized(tensor, found.amax, found.packed)
     if request.rotation is not None:
         request = replace(request, x=request.rotation.apply(request.x), rotation=None)
     if request.tile is not None:
@@ -318,7 +344,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     if request.save and spec.samples == 1 and is_packable(format):
         packed = replace(pack(codes.nan_to_num(0.0), format), blocks=tiled.blocks)  # the scale says NaN
     if tiled.blocks is not None:
-        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format)
+        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
         codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
     tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
     return Quantized(tensor, tiled.amax, packed, mask)
@@ -428,7 +454,8 @@ def request_for(
     format: Format | None = None,
     save: bool = False,
     rotation: Rotation | None = None,
+    wide: bool = False,
 ) -> Request:
     """The request to round `x`; with scales for parts of it, an operand [groups, rows, spots, sums] cut into such tiles."""
     tile = None if tile is None or tile.is_tensor else tile
-    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation)
+    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation, wide=wide)

@@ -11,3 +11,4 @@ if library() is not None:
     from fourbit.kernels.cpu import _norm as _norm
     from fourbit.kernels.cpu import _products as _products
     from fourbit.kernels.cpu import _quantize as _quantize
+    from fourbit.kernels.cpu import _tiles as _tiles

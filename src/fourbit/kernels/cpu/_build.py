@@ -28,7 +28,7 @@ X86 = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 }
-PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp")
+PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp", "blocks.cpp")
 ONCE = ("library.cpp",)
 INTEGERS = ("avx2_convolve.cpp", "avx2_multiply.cpp", "avx2_wgrad.cpp")
 INTEGER_ISAS = {"avx2": X86["avx2"], "avx_vnni": (*X86["avx2"], "-mavxvnni")}

@@ -20,7 +20,7 @@ from fourbit.backends import Status
 from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 
-ABI = 12
+ABI = 13
 """Must equal fourbit_abi() of the library: a build from older sources is not used."""
 
 _RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_get_num_threads", "omp_in_parallel")
@@ -75,6 +75,64 @@ TableRound = _structure(
     smallest=c_float,
 )
 Unpack = _structure("Unpack", packed=c_void_p, n=c_int64, is_signed=c_int32, out=c_void_p, out_dtype=c_int32)
+Tiles = _structure(
+    "Tiles",
+    x=c_void_p,
+    dtype=c_int32,
+    groups=c_int64,
+    rows=c_int64,
+    spots=c_int64,
+    sums=c_int64,
+    x_sums=c_int64,
+    x_steps=c_int64 * 4,
+    turned=c_int32,
+    tile_rows=c_int32,
+    tile_sums=c_int32,
+    rotation=c_int32,
+    signs=c_void_p,
+    factor=c_float,
+)
+RoundTiles = _structure(
+    "RoundTiles",
+    tiles=Tiles,
+    scale_rule=c_int32,
+    num_targets=c_int32,
+    target=c_float * 2,
+    factor=c_float * 2,
+    reach=c_float,
+    prescale=c_float,
+    scale_grid=FloatGrid,
+    code_of=c_void_p,
+    grid=FloatGrid,
+    per_unit=c_float,
+    positions=c_void_p,
+    zero=c_int32,
+    rule=c_int32,
+    key=c_uint64,
+    out=c_void_p,
+    out_dtype=c_int32,
+    out_steps=c_int64 * 4,
+    packed=c_void_p,
+    codes=c_void_p,
+    scale_codes=c_void_p,
+    each=c_void_p,
+    encode=c_float,
+    decode=c_float,
+    largest=c_float,
+)
+UnpackTiles = _structure(
+    "UnpackTiles",
+    tiles=Tiles,
+    packed=c_void_p,
+    is_signed=c_int32,
+    positions=c_void_p,
+    scale_codes=c_void_p,
+    scale_of=c_void_p,
+    out=c_void_p,
+    out_dtype=c_int32,
+    exact=c_int32,
+    steps=c_int64 * 4,
+)
 Epilogue = _structure(
     "Epilogue",
     **_tensor,
@@ -269,6 +327,8 @@ _RESULTS = {
     "accumulate": None,
     "lstm_forward": None,
     "lstm_backward": None,
+    "round_tiles": c_float,
+    "unpack_tiles": None,
 }
 
 _ARGUMENTS = {"pack_panels": [c_void_p, c_void_p]}
@@ -276,7 +336,7 @@ _ARGUMENTS = {"pack_panels": [c_void_p, c_void_p]}
 
 _ALLOCATING = (
     *("multiply", "pack_panels", "conv_fprop", "conv_wgrad", "conv_dgrad"),
-    *("norm_statistics", "norm_apply", "norm_backward"),
+    *("norm_statistics", "norm_apply", "norm_backward", "round_tiles"),
 )
 """Those that allocate memory: without it, they raise MemoryError."""
 
@@ -335,6 +395,8 @@ class Library:
     accumulate: Any
     lstm_forward: Any
     lstm_backward: Any
+    round_tiles: Any
+    unpack_tiles: Any
 
     def _check_memory(self, result: Any, *_: Any) -> Any:
         if self._out_of_memory():

@@ -102,6 +102,61 @@ struct Unpack {
   int32_t out_dtype;
 };
 
+// An operand [groups, rows, spots, sums] whose tiles of tile_rows x tile_sums numbers (powers of two; sums 16 to 128) share a scale.
+// `turned`: neighbours in memory are rows, otherwise sums. Blocks of `rotation` neighbours along the sums are multiplied by `signs`
+// (null: 1), Sylvester's matrix and `factor`; the sums are whole blocks then, of which x has the first x_sums.
+struct Tiles {
+  const void* x;
+  int32_t dtype;
+  int64_t groups, rows, spots, sums, x_sums;
+  int64_t x_steps[4];   // between neighbours along each axis
+  int32_t turned, tile_rows, tile_sums;
+  int32_t rotation;     // 0: none
+  const float* signs;
+  float factor;
+};
+
+// x ~ decode / prescale * (block * q): q on `grid`, one block for each tile on scale_grid. See fourbit.quantizers.BlockScale.
+struct RoundTiles {
+  Tiles tiles;
+  int32_t scale_rule;      // 0: floor; 1: ceil (both of powers of two); 2: nearest
+  int32_t num_targets;     // 1 or 2
+  float target[2];
+  float factor[2];         // of one target: 1 / target; of two: target[0] / target
+  float reach;             // two levels: the largest block scale times target[0]; 0: one level
+  float prescale;
+  FloatGrid scale_grid;
+  const uint8_t* code_of;  // of scale formats, by the place of a number among those that are not negative; [255] is NaN's
+  FloatGrid grid;
+  float per_unit;          // 1 / smallest magnitude: numbers times it are integers below 16
+  const int8_t* positions; // on the grid, from zero on, by that integer; null: the integers themselves are the codes
+  int32_t zero;            // position of zero
+  int32_t rule;            // 0: nearest; 1: stochastic
+  uint64_t key;
+  void* out;               // block * q, or null
+  int32_t out_dtype;
+  int64_t out_steps[4];
+  uint8_t* packed;         // or null
+  int8_t* codes;           // room for a byte per element, where lines of out are not whole blocks; or null
+  uint8_t* scale_codes;    // [groups, tiles of rows, spots, tiles of sums]
+  float* each;             // decode * block / prescale, likewise
+  float encode, decode, largest;  // results: 1 / decode, and max|x| (with two levels)
+};
+
+// Packed codes of an operand as numbers times the scales of their tiles.
+struct UnpackTiles {
+  Tiles tiles;             // without x
+  const uint8_t* packed;
+  int32_t is_signed;       // of integers
+  const float* positions;  // 16 numbers by their codes; null: integers
+  const uint8_t* scale_codes;
+  const float* scale_of;   // 256 scales by their codes
+  void* out;
+  int32_t out_dtype;
+  int32_t exact;           // whether out_dtype holds every number
+  int64_t steps[4];        // of out
+};
+
 // What follows a matrix product: out = post * round(scale * y), zero where the mask is not set; y is float32, bfloat16,
 // int32, or two int32 (256 * high + y). Returns the sum over masked elements of out (before masking) * sign(code).
 struct Epilogue {
@@ -344,6 +399,8 @@ struct Table {
   void (*accumulate)(const Accumulate*);
   void (*lstm_forward)(const LstmForward*);
   void (*lstm_backward)(const LstmBackward*);
+  float (*round_tiles)(RoundTiles*);           // returns amax
+  void (*unpack_tiles)(const UnpackTiles*);
 };
 
 void portable_accumulate(const Accumulate*);

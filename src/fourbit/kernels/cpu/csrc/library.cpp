@@ -147,7 +147,7 @@ using namespace fourbit;
 
 #define FOURBIT_API extern "C" __attribute__((visibility("default")))
 
-FOURBIT_API int32_t fourbit_abi() { return 12; }
+FOURBIT_API int32_t fourbit_abi() { return 13; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -200,6 +200,8 @@ FOURBIT_GUARDED(float, norm_backward, NormBackward*, table->norm_backward(t))
 FOURBIT_GUARDED(void, accumulate, const Accumulate*, table->accumulate(t))
 FOURBIT_GUARDED(void, lstm_forward, const LstmForward*, table->lstm_forward(t))
 FOURBIT_GUARDED(void, lstm_backward, const LstmBackward*, table->lstm_backward(t))
+FOURBIT_GUARDED(float, round_tiles, RoundTiles*, table->round_tiles(t))
+FOURBIT_GUARDED(void, unpack_tiles, const UnpackTiles*, table->unpack_tiles(t))
 // 0: not with the instruction set in use, or not these arguments.
 #define FOURBIT_PRODUCT(result, name, argument) \
   FOURBIT_GUARDED(result, name, argument, isa->products->name ? isa->products->name(t) : 0)

@@ -16,6 +16,8 @@ float norm_apply(const NormApply* a);
 float norm_backward(NormBackward* b);
 void lstm_forward(const LstmForward* task);
 void lstm_backward(const LstmBackward* task);
+float round_tiles(RoundTiles* r);
+void unpack_tiles(const UnpackTiles* u);
 }  // namespace FOURBIT_ISA
 
 namespace {

@@ -13,6 +13,7 @@ namespace fourbit {
 extern const Table FOURBIT_JOIN(FOURBIT_ISA, _table) = {
     clip,  log_round, float_round,               table_round,                unpack, epilogue,
     split, moments,   FOURBIT_ISA::norm_statistics, FOURBIT_ISA::norm_apply, FOURBIT_ISA::norm_backward,
-    FOURBIT_JOIN(FOURBIT_ISA, _accumulate), FOURBIT_ISA::lstm_forward, FOURBIT_ISA::lstm_backward};
+    FOURBIT_JOIN(FOURBIT_ISA, _accumulate), FOURBIT_ISA::lstm_forward, FOURBIT_ISA::lstm_backward,
+    FOURBIT_ISA::round_tiles, FOURBIT_ISA::unpack_tiles};
 
 }  // namespace fourbit

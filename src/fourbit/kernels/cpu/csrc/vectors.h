@@ -444,5 +444,97 @@ FOURBIT_INLINE Floats look_up_16(const float* entries, Ints index) {
 #endif
 }
 
+// ---- operands in tiles: lanes that change places, words of two vectors, codes by position ----
+
+// Numbers whose lanes differ in the bit `half` change places.
+template <int half>
+FOURBIT_INLINE Floats swapped(Floats x) {
+#if defined(__AVX512F__)
+  if (half == 1) return _mm512_permute_ps(x, 0xB1);
+  if (half == 2) return _mm512_permute_ps(x, 0x4E);
+  return _mm512_shuffle_f32x4(x, x, half == 4 ? 0xB1 : 0x4E);
+#elif defined(__AVX2__)
+  if (half == 1) return _mm256_permute_ps(x, 0xB1);
+  if (half == 2) return _mm256_permute_ps(x, 0x4E);
+  return _mm256_permute2f128_ps(x, x, 1);
+#else
+  Floats y;
+  for (int j = 0; j < kVector; ++j) y[j] = x[j ^ half];
+  return y;
+#endif
+}
+
+// The integers below x, or x, for |x| < 2^22.
+FOURBIT_INLINE Floats floors(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, 9);
+#elif defined(__AVX2__)
+  return _mm256_floor_ps(x);
+#else
+  const Floats near = (x + 12582912.0f) - 12582912.0f;
+  return near > x ? near - 1.0f : near;
+#endif
+}
+
+// The lower and upper halves of the words of two vectors of pairs.
+FOURBIT_INLINE void word_halves(Pairs a, Pairs b, Words& low, Words& high) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  low = (Words)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b);
+  high = (Words)_mm512_permutex2var_epi32((__m512i)a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), (__m512i)b);
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)a, y = (__m256)b;
+  low = (Words)_mm256_permute4x64_epi64((__m256i)_mm256_shuffle_ps(x, y, 0x88), 0xD8);
+  high = (Words)_mm256_permute4x64_epi64((__m256i)_mm256_shuffle_ps(x, y, 0xDD), 0xD8);
+#else
+  for (int j = 0; j < kVector; ++j) {
+    const uint64_t z = j < kVector / 2 ? a[j] : b[j - kVector / 2];
+    low[j] = static_cast<uint32_t>(z);
+    high[j] = static_cast<uint32_t>(z >> 32);
+  }
+#endif
+}
+
+// The largest of each of kVector vectors.
+FOURBIT_INLINE Ints largest_of_each(const Ints* r) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  auto two = [](Ints a, Ints b) {
+    return _mm256_max_epi32(_mm256_unpacklo_epi32((__m256i)a, (__m256i)b), _mm256_unpackhi_epi32((__m256i)a, (__m256i)b));
+  };
+  auto four = [](__m256i a, __m256i b) { return _mm256_max_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)); };
+  const __m256i first = four(two(r[0], r[1]), two(r[2], r[3])), second = four(two(r[4], r[5]), two(r[6], r[7]));
+  return (Ints)_mm256_max_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+#else
+  Ints top;
+  for (int i = 0; i < kVector; ++i) {
+#if defined(__AVX512F__)
+    top[i] = _mm512_reduce_max_epi32((__m512i)r[i]);
+#else
+    top[i] = r[i][0];
+    for (int j = 1; j < kVector; ++j) top[i] = r[i][j] > top[i] ? r[i][j] : top[i];
+#endif
+  }
+  return top;
+#endif
+}
+
+// The signed positions of 64 integers of magnitudes below 16 on a grid that has table[magnitude] as its positions from zero on.
+FOURBIT_INLINE void to_positions(int8_t* n, const int8_t* table, int8_t zero) {
+#if defined(__AVX2__)
+  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  for (int i = 0; i < 2; ++i) {
+    __m256i* at = reinterpret_cast<__m256i*>(n + 32 * i);
+    const __m256i number = _mm256_loadu_si256(at);
+    const __m256i position = _mm256_sign_epi8(_mm256_shuffle_epi8(entries, _mm256_abs_epi8(number)), number);
+    _mm256_storeu_si256(at, _mm256_add_epi8(position, _mm256_set1_epi8(zero)));
+  }
+#else
+  for (int j = 0; j < kBlock; ++j) {
+    const int8_t position = table[(n[j] < 0 ? -n[j] : n[j]) & 15];
+    n[j] = static_cast<int8_t>((n[j] < 0 ? -position : position) + zero);
+  }
+#endif
+}
+
 }  // namespace
 }  // namespace fourbit
