@@ -36,8 +36,8 @@ SPECS: dict[str, LayerSpec] = {
     "FP8 gradients": catalog.FP8_GRADIENTS,
     "FP16": catalog.FP16,
     "INT4 forward": catalog.INT4_FORWARD,
-    "LUQ": catalog._luq(),
-    "LUQ, two samples": catalog._luq(samples=2),
+    "LUQ": fb.recipes.get("luq").rules[-1].spec,
+    "LUQ, two samples": fb.recipes.get("luq-smp2").rules[-1].spec,
     "channel GradScale": replace(
         catalog.TPR,
         g_dgrad=replace(catalog.TPR.g_dgrad, granularity="channel"),

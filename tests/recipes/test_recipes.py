@@ -18,7 +18,7 @@ from fourbit.errors import UserError
 from fourbit.quantizers import Amax, QuantSpec
 
 # On a network without attention "ibm2020-attention" is "ibm2020", tests/nn/test_attention.py has it; with phases a recipe is
-# another one before they begin, test_schedule.py has them.
+# another one before they begin, test_phases.py has them.
 RECIPES = [n for n in fb.recipes.names() if n != "ibm2020-attention" and not fb.recipes.get(n).phases]
 GOLDEN = Path(__file__).parent / "golden.json"
 
