@@ -151,7 +151,8 @@ void quantizers(size_t n, bool narrow) {
     for (int32_t num = 1; num <= 2; ++num) {
       Line line(text("log_round", {size, narrow, rule, num}));
       std::vector<uint16_t> even(n), odd(n);
-      LogRound r{x, dtype, size, 0.7f, num, {kLogGrids[num == 1 ? 2 : 0], kLogGrids[1]}, {even.data(), odd.data()}, {5, 6}, rule};
+      LogRound r{x,         dtype,  size, 0.7f, num, {kLogGrids[num == 1 ? 2 : 0], kLogGrids[1]}, {even.data(), odd.data()},
+                 kBFloat16, {5, 6}, rule};
       line.add(fourbit_log_round(&r));
       line.add(even);
       line.add(odd);
