@@ -12,6 +12,7 @@ from torch import Tensor
 import fourbit as fb
 from fourbit import backends, recipes
 from fourbit.ops import SLOTS, LayerSpec
+from fourbit.recipes.catalog import variants
 
 pytestmark = needs_library
 
@@ -42,7 +43,9 @@ FEW = [
 """Fast products of all pairs of formats are in test_kernel_products.py, and quantizers are the same for exact ones."""
 SPECS = [
     spec
-    for spec in dict.fromkeys(r.spec for name in recipes.names() for r in recipes.get(name).rules)
+    for spec in dict.fromkeys(
+        r.spec for name in recipes.names() if name not in variants.NAMES for r in recipes.get(name).rules
+    )
     if spec is not None
     and not any(map(spec.transform, SLOTS))  # rotations want features of their size: test_round_tiles.py
 ]

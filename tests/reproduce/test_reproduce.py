@@ -13,6 +13,7 @@ import torch
 from fourbit import data, models, recipes
 from fourbit.cli import main
 from fourbit.errors import UserError
+from fourbit.ops import SLOTS
 from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
 from fourbit.reproduce._statistics import paired, sentence
 from fourbit.reproduce._table import Column, best_of, best_table, described, sentences, table_of
@@ -170,8 +171,44 @@ def test_the_pairs_that_answer_a_question_are_compared():
 
 
 def test_every_pair_is_of_columns_of_its_row():
-    questions = rows_of("questions").values()
-    assert all(row.pairs and {r for pair in row.pairs for r in pair} <= set(row.columns) for row in questions)
+    ours = [*rows_of("questions").values(), *rows_of("debates").values()]
+    assert all(row.pairs and {r for pair in row.pairs for r in pair} <= set(row.columns) for row in ours)
+
+
+def test_a_debate_shares_the_runs_of_its_network(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "input.txt").write_text("".join(f"line {i} of a play, {i * i}\n" for i in range(400)))
+    changes = {"tensorboard": False, "progress": False, "data_dir": text, "out": tmp_path, "scale": "smoke"}
+    done = reproduce("debates", "gemms", columns=("fp32", "mxfp4-ceil"), **changes)
+    assert done.runs == tmp_path / "networks-smoke" / "gpt" and "test perplexity" in done.text
+    other = reproduce("debates", "rounding", columns=("fp32",), table_only=True, **changes)
+    assert "| `mxfp4-ceil` |" in other.text and "mxfp4-ceil-fprop" not in other.text.split("\n\n")[2]
+
+
+def test_variants_differ_from_their_base_in_what_their_name_says():
+    base = recipes.get("mxfp4-ceil").rules[-1].spec
+    for name, slots in (
+        ("fprop", ("x_fprop", "w_fprop")),
+        ("dgrad", ("g_dgrad", "w_dgrad")),
+        ("wgrad", ("g_wgrad", "x_wgrad")),
+    ):
+        alone = recipes.get(f"mxfp4-ceil-{name}").rules[-1].spec
+        turned = recipes.get(f"mxfp4-ceil-rht-{name}").rules[-1].spec
+        for slot in SLOTS:
+            assert getattr(alone, slot) == (getattr(base, slot) if slot in slots else None)
+            assert (getattr(turned, slot).transform is not None) == (slot in slots)
+    drawn = {
+        "sr": SLOTS,
+        "sr-fprop": ("x_fprop", "w_fprop"),
+        "sr-backward": ("g_dgrad", "w_dgrad", "g_wgrad", "x_wgrad"),
+        "sr-g": ("g_dgrad", "g_wgrad"),
+        "sr-g-dgrad": ("g_dgrad",),
+        "sr-g-wgrad": ("g_wgrad",),
+    }
+    for name, slots in drawn.items():
+        spec = recipes.get(f"mxfp4-ceil-{name}").rules[-1].spec
+        assert tuple(s for s in SLOTS if getattr(spec, s).stochastic) == tuple(s for s in SLOTS if s in slots)
 
 
 def test_no_difference_is_drawn_from_the_seeds_that_survived():

@@ -153,8 +153,8 @@ def reproduce(
     Started again, the command goes on where it was.
 
     Args:
-        what: list: show everything there is. table1, table2, table3, questions: run a row of that table. Or a figure: fig1a,
-            fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
+        what: list: show everything there is. table1, table2, table3, questions, debates: run a row of that table. Or a
+            figure: fig1a, fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
         row: Row, as the list calls it.
         scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
         seeds: Seeds, separated by commas. None: 0.
@@ -165,8 +165,8 @@ def reproduce(
         progress: Show a progress bar, if the output is a terminal.
         table_only: Train nothing: write the table of a row from the runs that lie in --out and are finished, of all seeds;
             --columns adds recipes to the row's.
-        out: Folder; each row and each figure has a folder of its own in it. The runs of figures and questions, which share
-            them, are in networks-SCALE.
+        out: Folder; each row and each figure has a folder of its own in it. The runs of figures, questions and debates,
+            which share them, are in networks-SCALE.
     """
     from fourbit.reproduce import reproduce as run
     from fourbit.reproduce import rows_of
@@ -216,11 +216,11 @@ def reproduce(
 
 def _list_reproductions() -> int:
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce._row import COLUMNS, SCALES, SHORT, TABLES, TITLES
+    from fourbit.reproduce._row import COLUMNS, OWN, SCALES, SHORT, TABLES, TITLES
     from fourbit.reproduce.figures import FIGURES, PAPER
     from fourbit.reproduce.figures import title as figure_title
 
-    for name in TABLES[:-1]:
+    for name in (t for t in TABLES if t not in OWN):
         rows = rows_of(name).values()
         metrics = {r.metric for r in rows}
         table = (
@@ -237,10 +237,11 @@ def _list_reproductions() -> int:
         show(table)
     say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
     say("Scales: " + ", ".join(SCALES))
-    table = make_table("questions --row", TITLES["questions"], "recipes")
-    for r in rows_of("questions").values():
-        table.add_row(r.name, r.title, ", ".join(r.columns))
-    show(table)
+    for name in OWN:
+        table = make_table(f"{name} --row", TITLES[name], "recipes")
+        for r in rows_of(name).values():
+            table.add_row(r.name, r.title, ", ".join(r.columns))
+        show(table)
     table = make_table("figure", "what it shows", "in the paper")
     for name in FIGURES:
         table.add_row(name, figure_title(name), PAPER.get(name, "-"))

@@ -9,10 +9,18 @@ from typing import Any, Literal
 from fourbit.errors import UserError, unknown
 
 ScaleName = Literal["paper", "small", "smoke"]
-TableName = Literal["table1", "table2", "table3", "questions"]
+TableName = Literal["table1", "table2", "table3", "questions", "debates"]
 SCALES: tuple[ScaleName, ...] = ("paper", "small", "smoke")
-TABLES: tuple[TableName, ...] = ("table1", "table2", "table3", "questions")
-TITLES = {"table1": "CIFAR-10", "table2": "ImageNet", "table3": "speech and text", "questions": "beyond the paper"}
+TABLES: tuple[TableName, ...] = ("table1", "table2", "table3", "questions", "debates")
+OWN: tuple[TableName, ...] = ("questions", "debates")
+"""Tables of our own, whose rows share the runs of a network."""
+TITLES = {
+    "table1": "CIFAR-10",
+    "table2": "ImageNet",
+    "table3": "speech and text",
+    "questions": "beyond the paper",
+    "debates": "on which papers contradict one another",
+}
 
 COLUMNS: dict[str, str] = {
     "fp32": "FP32",
@@ -46,6 +54,7 @@ class TableRow:
         higher_is_better: otherwise lower is.
         rates: learning rates to run every column with, instead of the one of `scales`.
         pairs: recipes whose difference answers the row's question; every column is compared with FP32 anyway.
+        network: of a table of our own, the name of the folder that shares the runs; "": the model's.
     """
 
     table: TableName
@@ -60,6 +69,7 @@ class TableRow:
     higher_is_better: bool = True
     rates: tuple[float, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
+    network: str = ""
 
     def settings(self, scale: str) -> dict[str, Any]:
         """Fields of `fourbit.train.Settings`.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce._row import ScaleName, TableName, TableRow, said_of
+from fourbit.reproduce._row import OWN, ScaleName, TableName, TableRow, said_of
 from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
 from fourbit.reproduce.catalog import rows_of
@@ -50,7 +50,7 @@ def reproduce(
         seeds: one run per column and seed.
         columns: recipes, some of the row's or any others to compare; (): all of the row's.
         data_dir: folder of the data set.
-        out: the row gets the folder TABLE-ROW-SCALE in it; the runs of questions are in networks-SCALE.
+        out: the row gets the folder TABLE-ROW-SCALE in it; the runs of questions and debates are in networks-SCALE.
         threads: CPU threads.
         table_only: train nothing, and write the table of the runs that lie there and are finished, with all their seeds.
         settings: other fields of `fourbit.train.Settings`, instead of the row's.
@@ -121,17 +121,18 @@ def reproduce(
 
 
 def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float | None) -> Path:
-    """Of a row of the paper its own; questions and figures share the runs of a network."""
-    if row.table != "questions":
+    """Of a row of the paper its own; questions, debates and figures share the runs of a network."""
+    if row.table not in OWN:
         return out / f"{row.table}-{row.name}-{scale}"
-    shared = out / f"networks-{scale}" / model
-    return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{model}-lr-{rate:g}")
+    name = row.network or model
+    shared = out / f"networks-{scale}" / name
+    return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{name}-lr-{rate:g}")
 
 
 def _wanted(plan: CompareConfig, row: TableRow) -> tuple[str, ...]:
     """Recipes of the table: the row's, the plan's, and, in a folder that belongs to the row alone, whatever lies there."""
     wanted = dict.fromkeys((*row.columns, *plan.recipes))
-    if row.table != "questions":
+    if row.table not in OWN:
         from fourbit import recipes
 
         lying = {path.name.rpartition("-seed")[0] for path in plan.out.glob("*-seed*")}

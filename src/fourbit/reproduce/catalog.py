@@ -1,14 +1,15 @@
-"""Every row that can be reproduced: Tables 1 to 3 (`paper`), and a table of questions that the paper leaves open
-(`questions`)."""
+"""Every row that can be reproduced: Tables 1 to 3 (`paper`), questions that the paper leaves open (`questions`), and questions
+on which papers contradict one another (`debates`)."""
 
 from __future__ import annotations
 
 from fourbit.errors import unknown
 from fourbit.reproduce._row import TABLES, TableRow
+from fourbit.reproduce.debates import DEBATES
 from fourbit.reproduce.paper import PAPER
 from fourbit.reproduce.questions import QUESTIONS
 
-ROWS: tuple[TableRow, ...] = (*PAPER, *QUESTIONS)
+ROWS: tuple[TableRow, ...] = (*PAPER, *QUESTIONS, *DEBATES)
 
 
 def rows_of(table: str) -> dict[str, TableRow]:

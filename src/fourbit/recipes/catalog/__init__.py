@@ -2,6 +2,7 @@
 
 paper      the paper's method, its variations, and LUQ
 blocks     block-scaled 4-bit formats: MXFP4, NVFP4 and what follows them
+variants   block-scaled recipes that differ in one thing each, for experiments
 baselines  8 bits, and 4 bits in the forward pass alone
 """
 
@@ -19,6 +20,7 @@ from fourbit.recipes.catalog.paper import LUQ as LUQ
 from fourbit.recipes.catalog.paper import TPR as TPR
 from fourbit.recipes.catalog.blocks import MXFP4 as MXFP4
 from fourbit.recipes.catalog.blocks import NVFP4 as NVFP4
+from fourbit.recipes.catalog.variants import MXFP4_CEIL as MXFP4_CEIL
 from fourbit.recipes.catalog.baselines import MXFP8 as MXFP8
 
 

@@ -60,6 +60,15 @@ def _turned(spec: QuantSpec, by: Hadamard) -> QuantSpec:
     return replace(spec, transform=by)
 
 
+def block_rules(spec: LayerSpec, high: Selector) -> tuple[Rule, ...]:
+    """`spec` for all layers but those that stay in high precision."""
+    return (
+        Rule(None, where=high, label="high precision"),
+        Rule(None, when=depthwise(), optional=True, label="depthwise"),
+        Rule(spec, label="4-bit"),
+    )
+
+
 def _recipe(
     name: str,
     summary: str,
@@ -68,12 +77,7 @@ def _recipe(
     high: Selector | None = None,
     phases: tuple[Phase, ...] = (),
 ) -> Recipe:
-    rules = (
-        Rule(None, where=high or last(1), label="high precision"),
-        Rule(None, when=depthwise(), optional=True, label="depthwise"),
-        Rule(spec, label="4-bit"),
-    )
-    return CATALOG.add(name, Recipe(name, rules, summary, source, phases))
+    return CATALOG.add(name, Recipe(name, block_rules(spec, high or last(1)), summary, source, phases))
 
 
 _RHT64 = Hadamard(64, "fresh")
