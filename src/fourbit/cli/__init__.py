@@ -19,7 +19,7 @@ from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs
 from fourbit.cli._app import EXIT_USER_ERROR, app
 from fourbit.cli._hardware import hardware
-from fourbit.cli._terminal import interrupted, interruptible_imports, program, say
+from fourbit.cli._terminal import interrupted, interruptible_imports, is_first_process, program, say
 from fourbit.errors import UserError
 
 app.command(hardware)
@@ -72,4 +72,5 @@ def _failed(error: Exception, command: str) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"fourbit: warning: {message}", file=sys.stderr)
+    if is_first_process():
+        print(f"fourbit: warning: {message}", file=sys.stderr)

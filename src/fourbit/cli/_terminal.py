@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of several processes (torchrun) that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print a text."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun), the first one speaks
+    if is_first_process():
         print(text)
 
 
