@@ -1,7 +1,8 @@
 """The command line: `fourbit train`, `compare`, `report`, and commands that show what there is to choose from.
 
 Each command is a thin wrapper around the library, in the module of its group. Whatever a user can get wrong ends in one
-line on standard error and exit code 2; an interrupted run in 130. Torch is imported only by the commands that need it.
+line on standard error and exit code 2. Ctrl-C ends in 130 and SIGTERM in 143; a run that trains is saved before. Torch is
+imported only by the commands that need it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
+from fourbit._interrupt import interrupted
 from fourbit.cli import _catalogues as _catalogues
 from fourbit.cli import _conform as _conform
 from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs
 from fourbit.cli._app import EXIT_USER_ERROR, app
 from fourbit.cli._hardware import hardware
-from fourbit.cli._terminal import interrupted, interruptible_imports, is_first_process, program, say
+from fourbit.cli._interrupts import interruptible_imports
+from fourbit.cli._terminal import is_first_process, program, say
 from fourbit.errors import UserError
 
 app.command(hardware)
@@ -39,7 +42,7 @@ def doctor() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of the user are one line on standard error."""
-    with warnings.catch_warnings(), interruptible_imports():
+    with warnings.catch_warnings(), interruptible_imports() as interrupts:
         warnings.showwarning = _show_warning
         try:
             code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return interrupted()
         except Exception as error:
+            if interrupts.seen:  # what a library made of it
+                return interrupted()
             return _failed(error, (arguments or sys.argv[1:] or [""])[0])
 
 
