@@ -7,10 +7,13 @@ imported only by the commands that need it.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from cyclopts import CycloptsError
 
@@ -68,12 +71,30 @@ def _failed(error: Exception, command: str) -> int:
         text = f"{text}{'' if text.endswith('?') else '.'} See {page}."
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("", "fourbit"):
         text = f"this command needs {error.name}: pip install 'fourbit[train]'"
+    elif _is_out_of_memory(error):
+        text = (
+            f"there was not enough memory ({text or 'none was left'}): use a smaller --batch-size, a smaller network or fewer "
+            "--workers; a run goes on from its last checkpoint (train: with --resume)."
+        )
     elif isinstance(error, OSError):
         text = f"{error.filename or 'a file'}: {error.strerror or error}."
     elif not isinstance(error, UserError):
         raise error
-    print(f"fourbit: {text}", file=sys.stderr)
+    with suppress(OSError):  # standard error may lie on a full disk
+        print(f"fourbit: {text}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|could not create a (memory|primitive)", re.I
+)
+"""What torch, its libraries and the system say."""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

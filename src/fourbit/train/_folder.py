@@ -53,14 +53,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = "; the last checkpoint is intact" if (path.parent / "checkpoint").exists() else ""
         if error.errno in _files.FULL:
-            kept = "; the last checkpoint is intact" if (path.parent / "checkpoint").exists() else ""
             raise UserError(
                 f"the disk is full: {path} could not be written{kept}; free some space and go on "
                 "(train: with --resume, compare: with the same command)."
             ) from error
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): check the folder, or choose another --out."
+            f"{path} could not be written ({error.strerror or error}){kept}: check the folder, or choose another --out."
         ) from error
 
 
