@@ -157,6 +157,8 @@ def attack(name: str, kills: int, kind: str, folder: Path, draw: random.Random) 
         log = Path(f"{victim}.log").read_text()
         if code in (CODES[kind], -getattr(signal, f"SIG{kind}")) and "Traceback" not in log:
             counts["kills"] += 1
+            if counts["kills"] % 10 == 0:
+                print(f"{name}: {counts}", file=sys.stderr, flush=True)
             continue
         if code or "Traceback" in log:
             print(f"{name}: exit code {code}\n{log}", flush=True)

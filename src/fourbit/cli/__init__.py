@@ -86,7 +86,9 @@ def _failed(error: Exception, command: str) -> int:
 
 
 _NO_MEMORY = re.compile(
-    "out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|could not create a (memory|primitive)", re.I
+    "out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|could not create a (memory|primitive)|"
+    "size calculation overflowed",
+    re.IGNORECASE,
 )
 """What torch, its libraries and the system say."""
 

@@ -14,7 +14,7 @@ from fourbit.cli._app import EXIT_USER_ERROR, app
 from fourbit.cli._terminal import make_table, program, say, show
 from fourbit.errors import UserError, unknown
 from fourbit.train import CompareConfig, TrainConfig
-from fourbit.train._config import whole_numbers, words
+from fourbit.train._config import WHOLE, whole_numbers, words
 
 if TYPE_CHECKING:
     from fourbit.reproduce._row import TableName
@@ -103,7 +103,7 @@ def fidelity(
         "ibm2020-luq",
     ),
     data_dir: Path | None = None,
-    threads: int | None = None,
+    threads: Annotated[int | None, WHOLE] = None,
     progress: bool = True,
     markdown: Path | None = None,
 ) -> None:
@@ -152,7 +152,7 @@ def reproduce(
     seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (),
     columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
     data_dir: Path | None = None,
-    threads: int | None = None,
+    threads: Annotated[int | None, WHOLE] = None,
     progress: bool = True,
     table_only: Annotated[bool, Parameter(negative="")] = False,
     out: Path = Path("runs/reproduce"),
