@@ -170,7 +170,10 @@ def test_compare_prints_a_table_and_skips_what_is_done(capsys):
     assert {p.name for p in Path("c").iterdir()} == {"fp32-seed0", "int4-fwd-seed0", "table.md", "table.json"}
 
 
-def test_ctrl_c_saves_and_the_printed_command_goes_on(capsys):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_has_a_code_of_its_own_and_the_printed_command_goes_on(capsys, number, code):
     command = [sys.executable, "-m", "fourbit", "train", *DIGITS, "--batch-size", "32", "--max-steps", "250"]
     command += ["--epochs", "50", "--threads", "1", "--out", "a folder", "--log-every", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -178,9 +181,9 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(capsys):
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     printed = next(line.strip() for line in out.splitlines() if " train --model" in line)
     assert "--resume" in printed
@@ -222,6 +225,53 @@ def test_ctrl_c_during_an_import_exits_with_130_whatever_the_module_makes_of_it(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "fourbit: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["cyclopts", "fourbit.cli", "typing"])
+def test_ctrl_c_before_the_first_command_is_known_has_no_traceback(tmp_path, module):
+    """The program's own imports; the start of Python itself is Python's."""
+    code = f"""
+import importlib.abc, signal, sys
+class Meet(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Meet())
+from fourbit.__main__ import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "fourbit: interrupted\n")
+
+
+def test_the_second_ctrl_c_ends_the_process_whatever_goes_on():
+    code = """
+import signal, sys, fourbit.formats
+from fourbit.cli import main
+def stubborn(name):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)
+    print("went on", flush=True)
+fourbit.formats.get = stubborn
+sys.exit(main(["formats", "int4"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fourbit: interrupted\n")
+
+
+def test_what_a_library_makes_of_ctrl_c_is_no_traceback(capfd, monkeypatch):
+    def swallows(name: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("the callback failed") from error
+
+    monkeypatch.setattr("fourbit.formats.get", swallows)
+    assert main(["formats", "int4"]) == 130
+    assert capfd.readouterr().err == "fourbit: interrupted\n"
 
 
 @pytest.mark.parametrize(

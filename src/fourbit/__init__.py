@@ -9,14 +9,13 @@ Importing the package costs nothing: every name below is loaded when it is first
 torch at all.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from fourbit._version import __version__ as __version__
 
+TYPE_CHECKING = False  # typing's own costs time, in which Ctrl-C would have a traceback
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from fourbit import backends as backends
     from fourbit import conform as conform
     from fourbit import formats as formats
@@ -100,7 +99,9 @@ _PACKAGES = (
 __all__ = ["__version__", *_PACKAGES, *_HOME]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name in _PACKAGES:
         return importlib.import_module(f"fourbit.{name}")
     if name in _HOME:

@@ -1,7 +1,17 @@
-"""`python -m fourbit`, and `torchrun --nproc-per-node 2 -m fourbit train ...` for several processes."""
+"""`fourbit`, `python -m fourbit`, and `torchrun --nproc-per-node 2 -m fourbit train ...` for several processes."""
 
 import sys
 
-from fourbit.cli import main
+from fourbit._interrupt import leave_at_once
 
-sys.exit(main())
+
+def run() -> None:
+    """The program."""
+    leave_at_once()
+    from fourbit.cli import main
+
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

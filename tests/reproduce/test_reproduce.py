@@ -81,10 +81,9 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
     assert "taken seed by seed" not in done.text  # every column has one seed
     two = reproduce("questions", "radix", columns=("fp32",), seeds=(1,), **changes)
     assert "Differences are taken seed by seed, over the seeds that both columns have." in two.text
-    RunFolder(tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4").create(
-        TrainConfig(data="digits"), {}, "x"
-    )
-    edited = tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4" / "config.json"
+    folder = tmp_path / "networks-smoke" / "digits_cnn" / "ibm2020-radix8-seed4"
+    RunFolder(folder, data="x").create(TrainConfig(data="digits"), {})
+    edited = folder / "config.json"
     edited.write_text(edited.read_text().replace('"data_identity": "x",', ""))  # of another program under way
     other = reproduce("questions", "radix", columns=("fp32",), **changes)
     assert (

@@ -207,7 +207,7 @@ def test_runs_of_other_data_are_not_mixed_in(small, texts, monkeypatch):
 def test_what_was_found_before_is_collected(small):
     compare(small(recipes=("fp32", "int4-fwd"), seeds=(0,)))
     compare(small(recipes=("fp32",), seeds=(1,)))
-    RunFolder(small().out / "fp32-seed7").create(small().run("fp32", 7), {}, "x")  # under way
+    RunFolder(small().out / "fp32-seed7", data="x").create(small().run("fp32", 7), {})  # under way
     (small().out / "notes").mkdir()
     (small().out / "fp32-seedling").mkdir()
     edited = small().out / "fp32-seed7" / "config.json"

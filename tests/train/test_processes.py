@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +41,34 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert one["step"] == two["step"] and two["stopped"] == "done"
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
     assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.006)
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_worker_that_is_killed_ends_the_others_and_the_run_goes_on_with_another_number(tmp_path):
+    command = [*("3" if word == "1" and COMMAND[n - 1] == "--epochs" else word for n, word in enumerate(COMMAND))]
+    command += ["--observe-every", "0", "--log-every", "1"]
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    two = [*command, "--out", str(tmp_path / "two")]
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fourbit")
+    process = subprocess.Popen([sys.executable, "-m", *launcher, *two], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "two" / "checkpoint" / "state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert main([*two, "--resume"]) == 0
+    one, two = (final(tmp_path / name) for name in ("one", "two"))
+    assert one["step"] == two["step"] and two["stopped"] == "done"
+    # Two processes normalize batches of half the size, so the first epoch is a little different.
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=0.03)

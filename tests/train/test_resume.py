@@ -101,6 +101,10 @@ def test_a_checkpoint_that_has_gone_is_an_error_and_not_a_fresh_start(make_confi
     config = make_config(epochs=2)
     train(config)
     shutil.rmtree(config.out / "checkpoint")
+    with pytest.warns(UserWarning, match="is missing or unreadable.*going on from the one before it"):
+        train(config, resume=True)
+    for name in ("checkpoint", "checkpoint.old"):
+        shutil.rmtree(config.out / name)
     with pytest.raises(UserError, match="no checkpoint any more"):
         train(config, resume=True)
 
@@ -197,6 +201,17 @@ def test_a_run_of_a_version_without_the_newer_fields_goes_on(make_config, signal
     assert train(config, resume=True).stopped == "done"
     without_newer_fields(config.out)
     assert summarize([config.out])[0].n == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint", "checkpoint/model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_written_through(make_config, tmp_path, name):
+    config = make_config(epochs=1)
+    train(config)
+    inside, outside = config.out / name, tmp_path / "elsewhere"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    with pytest.raises(UserError, match="is a link that leads out of the run's folder"):
+        train(config, resume=True)
 
 
 def test_a_config_of_another_program_is_no_run(make_config):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fourbit._files import problem, replace_file
 from fourbit.cli._app import app
 from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError
+from fourbit.train._config import WHOLE
 
 if TYPE_CHECKING:
     from fourbit.conform import Report
@@ -23,7 +24,7 @@ def conform(
     format: str | None = None,
     rounding: Literal["nearest", "stochastic"] | None = None,
     linear: str | None = None,
-    samples: int | None = None,
+    samples: Annotated[int | None, WHOLE] = None,
     out: Path | None = None,
 ) -> int:
     """Hold a quantizer against the definition of its block format; exit code 1 if a check fails.

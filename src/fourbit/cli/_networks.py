@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from fourbit.cli._app import app
 from fourbit.cli._terminal import say
 from fourbit.errors import UserError
+from fourbit.train._config import WHOLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 @app.command
 def explain(
-    *, model: str = "resnet20", recipe: str = "ibm2020", input: str | None = None, classes: int | None = None
+    *,
+    model: str = "resnet20",
+    recipe: str = "ibm2020",
+    input: str | None = None,
+    classes: Annotated[int | None, WHOLE] = None,
 ) -> None:
     """Show what a recipe does to each layer of a network, and the share of the work in each precision.
 
@@ -39,8 +44,8 @@ def memory(
     model: str = "resnet20",
     recipe: str = "ibm2020",
     input: str | None = None,
-    batch_size: int = 128,
-    classes: int | None = None,
+    batch_size: Annotated[int, WHOLE] = 128,
+    classes: Annotated[int | None, WHOLE] = None,
 ) -> None:
     """Show what each layer of a network keeps for its backward pass, against FP32 and bf16.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import Parameter
 
-from fourbit._files import problem
+from fourbit._files import problem, replace_file
+from fourbit._interrupt import EXIT_INTERRUPTED, EXIT_TERMINATED
 from fourbit.cli._app import EXIT_USER_ERROR, app
-from fourbit.cli._terminal import EXIT_INTERRUPTED, make_table, program, say, show
+from fourbit.cli._terminal import make_table, program, say, show
 from fourbit.errors import UserError, unknown
 from fourbit.train import CompareConfig, TrainConfig
-from fourbit.train._config import whole_numbers, words
+from fourbit.train._config import WHOLE, whole_numbers, words
 
 if TYPE_CHECKING:
     from fourbit.reproduce._row import TableName
@@ -41,7 +43,7 @@ def train(
         say(
             f"stopped after step {result.step}; the run goes on with:\n  {config.command('--resume', program=program())}"
         )
-        return EXIT_INTERRUPTED
+        return _exit_code()
     metric = metric_of(config)
     value = metric.of(result.test_loss, result.test_accuracy, result.test_score)
     found = f"test {metric.name} {'unknown' if value is None else metric.text(value)}"
@@ -49,6 +51,13 @@ def train(
     say(f"{result.stopped}: {found} after {result.step} steps{skipped}, {result.seconds:.1f} s")
     say(f"folder: {result.folder}")
     return 0
+
+
+def _exit_code() -> int:
+    """Of a run that was stopped: which signal did it."""
+    from fourbit.train._signals import StopRequest
+
+    return EXIT_TERMINATED if StopRequest.last == signal.SIGTERM else EXIT_INTERRUPTED
 
 
 @app.command
@@ -64,7 +73,7 @@ def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None)
     comparison = run(config)
     if comparison.interrupted:
         say(f"stopped; the comparison goes on with:\n  {config.command(program=program())}")
-        return EXIT_INTERRUPTED
+        return _exit_code()
     say(f"folder: {comparison.folder}")
     return 0 if any(row.values for row in comparison.rows) else EXIT_USER_ERROR
 
@@ -94,7 +103,7 @@ def fidelity(
         "ibm2020-luq",
     ),
     data_dir: Path | None = None,
-    threads: int | None = None,
+    threads: Annotated[int | None, WHOLE] = None,
     progress: bool = True,
     markdown: Path | None = None,
 ) -> None:
@@ -129,7 +138,7 @@ def fidelity(
         lines = ["| layer | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         try:
-            markdown.write_text("\n".join(lines) + "\n")
+            replace_file(markdown, ("\n".join(lines) + "\n").encode())
         except OSError as error:
             raise UserError(f"the table could not be written to {markdown}: {problem(error, markdown)}.") from error
 
@@ -143,7 +152,7 @@ def reproduce(
     seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (),
     columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
     data_dir: Path | None = None,
-    threads: int | None = None,
+    threads: Annotated[int | None, WHOLE] = None,
     progress: bool = True,
     table_only: Annotated[bool, Parameter(negative="")] = False,
     out: Path = Path("runs/reproduce"),
@@ -209,7 +218,7 @@ def reproduce(
         done = None
     if done is None or done.interrupted:
         say("stopped; the same command goes on with it.")
-        return EXIT_INTERRUPTED
+        return _exit_code()
     say(f"{done.text}\nfolder: {done.folder}" + (f"\nruns: {done.runs}" if done.runs != done.folder else ""))
     return 0
 

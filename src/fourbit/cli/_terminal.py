@@ -1,28 +1,26 @@
-"""The command line's dealings with the terminal: what is printed, what is typed again, and Ctrl-C."""
+"""The command line's dealings with the terminal: what is printed, and what is typed again."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXIT_INTERRUPTED = 130
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes (torchrun) that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
     """Print a text."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun), the first one speaks
+    if is_first_process():
         print(text)
 
 
@@ -50,35 +48,3 @@ def program() -> str:
     if called.name != "fourbit":  # python -m fourbit
         return "fourbit" if found else f"{shlex.quote(sys.executable)} -m fourbit"
     return "fourbit" if found and os.path.realpath(found) == os.path.realpath(called) else shlex.quote(str(called))
-
-
-def interrupted() -> int:
-    """Say that Ctrl-C was pressed; returns the exit code."""
-    os.write(sys.stderr.fileno(), b"fourbit: interrupted\n")  # also in a signal handler, unlike print
-    return EXIT_INTERRUPTED
-
-
-@contextmanager
-def interruptible_imports() -> Iterator[None]:
-    """While this is active, Ctrl-C in the middle of an import ends the process at once, and elsewhere is as ever.
-
-    Large libraries swallow a KeyboardInterrupt while they load, or turn it into errors of their own. Nothing is lost,
-    since no file is written during an import.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-                os._exit(interrupted())
-            frame = frame.f_back
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fourbit._files import replace_file
 from fourbit.errors import UserError, unknown
 from fourbit.reproduce._row import OWN, ScaleName, TableName, TableRow, said_of
 from fourbit.reproduce._sizes import require_whole
@@ -113,8 +114,8 @@ def reproduce(
     text = "\n\n".join(parts) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "reproduced.md").write_text(text)
-        (folder / "reproduced.json").write_text(json.dumps(content, indent=2) + "\n")
+        replace_file(folder / "reproduced.md", text.encode())
+        replace_file(folder / "reproduced.json", (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"the table could not be written to {folder}: {error.strerror or error}.") from error
     return Reproduction(chosen, folder, _runs_folder(chosen, scale, out, values["model"], None), text, False)

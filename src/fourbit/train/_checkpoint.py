@@ -4,11 +4,12 @@
     training.safetensors    optimizer state ("optimizer.<parameter>.<name>") and random generators ("rng.<device>")
     state.json              counters, memory layout of the tensors, and length and checksum of the other two files
 
-A new checkpoint is written beside the old one, flushed to the disk, and only then takes its name:
+A new checkpoint is written beside the old one, flushed to the disk, and only then takes its name; the one before is kept:
 
     checkpoint.new/ complete  ->  checkpoint/ becomes checkpoint.old/  ->  checkpoint.new/ becomes checkpoint/
 
-so that at every moment one of the three is complete. state.json is written last: without it a folder counts for nothing.
+so that at every moment one of the three is complete. state.json is written last and removed first: without it a folder
+counts for nothing. Where the newest one is damaged, or of another run, a run goes on from the one before, and says so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit._files import sync_folder
 from fourbit.errors import UserError
 from fourbit.nn import upgraded
 from fourbit.train._folder import writing
@@ -42,31 +45,75 @@ class Checkpoint:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(path: Path, checkpoint: Checkpoint) -> None:
+def save(path: Path, checkpoint: Checkpoint, *, keep_last: bool = True) -> None:
     """Write a checkpoint to the folder `path`, replacing the one that is there when this one is complete.
 
+    Args:
+        keep_last: keep the one that was there, as `path`.old.
+
     Raises:
-        UserError: it could not be written (disk full, no permission); the old one is still there.
+        UserError: it could not be written (disk full, no permission); the one before is still there.
     """
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    new, old = _beside(path)
     with writing(path):
         try:
             _write_folder(new, checkpoint)
         except OSError:
-            shutil.rmtree(new, ignore_errors=True)
+            _remove(new)
             raise
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
-        _sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _rotate(path)
+        if not keep_last:
+            _remove(old)
 
 
-def find(path: Path) -> Path | None:
-    """The newest complete checkpoint for `path`, also where saving was cut off between two renames; None: there is none."""
-    candidates = (path, path.with_name(path.name + ".new"), path.with_name(path.name + ".old"))
-    return next((c for c in candidates if (c / "state.json").is_file()), path if path.exists() else None)
+def exists(path: Path) -> bool:
+    """Whether anything was saved at `path`."""
+    return path.exists() or any((folder / "state.json").is_file() for folder in _beside(path))
+
+
+def newest(path: Path, check: Callable[[Checkpoint], None]) -> tuple[Path, Checkpoint] | None:
+    """The newest whole checkpoint for `path`, and where it lies; None: there is none at all.
+
+    Args:
+        check: raises a UserError for a checkpoint that belongs elsewhere.
+
+    Raises:
+        UserError: none is whole; the message is about the newest one.
+    """
+    new, old = _beside(path)
+    first: UserError | None = None
+    for folder in (new, path, old):
+        if not (folder / "state.json").is_file() and not (folder == path and exists(path)):
+            continue  # was never completed
+        try:
+            found = load(folder)
+            check(found)
+        except UserError as error:
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(f"{str(first).partition(': ')[0]}: going on from the one before it, {folder}.", stacklevel=2)
+        return folder, found
+    if first is not None:
+        raise first
+    return None
+
+
+def adopt(path: Path, found: Path) -> None:
+    """Make the checkpoint that `newest` found the one at `path`, and remove what a killed process left, or a damaged disk.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    new, old = _beside(path)
+    with writing(path):
+        if found == new:
+            _rotate(path)
+        elif found == old:
+            _remove(path)
+            os.rename(old, path)
+            sync_folder(path.parent)
+        _remove(new)
 
 
 def load(path: Path) -> Checkpoint:
@@ -123,7 +170,7 @@ def restore_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: P
 def _write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save as serialise
 
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir(parents=True)
     checksums = {}
     for name, tensors in zip(FILES, (checkpoint.model, checkpoint.training), strict=True):
@@ -135,7 +182,28 @@ def _write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(content, allow_nan=True)
     document = {"fourbit_checkpoint": VERSION, "checksum": _checksum(text.encode()), "content": content}
     _write(folder / "state.json", json.dumps(document).encode())
-    _sync_folder(folder)
+    sync_folder(folder)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the next checkpoint is written, and where the last one is kept."""
+    return path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+
+
+def _rotate(path: Path) -> None:
+    """Give a complete checkpoint its name, and the one before it the name of the last."""
+    new, old = _beside(path)
+    if path.exists():
+        _remove(old)
+        os.rename(path, old)
+    os.rename(new, path)
+    sync_folder(path.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, so that what is left if this is cut off does not count as one."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -143,18 +211,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames durable, where the system lets one open a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(data: bytes) -> str:

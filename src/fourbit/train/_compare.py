@@ -199,7 +199,7 @@ def _retries(config: TrainConfig, known: Result) -> bool:
     """Whether a run that diverged is asked to treat NaN in another way now, and can go on."""
     assert config.out is not None
     other = read_json(config.out / "config.json").get("on_nonfinite") != config.on_nonfinite
-    begins = _checkpoint.find(RunFolder(config.out).checkpoint) is not None or not records(config.out, "epoch")
+    begins = _checkpoint.exists(RunFolder(config.out).checkpoint) or not records(config.out, "epoch")
     return known.stopped == "diverged" and other and begins
 
 

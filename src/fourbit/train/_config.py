@@ -20,9 +20,17 @@ from cyclopts import Group, Parameter, Token
 def _whole(type_: Any, tokens: Sequence[Token]) -> int:
     """A whole number; 1.5 is an error and not 2."""
     try:
-        return int(tokens[0].value)
+        return whole_number(tokens[0].value)
     except ValueError:
-        raise ValueError(f'"{tokens[0].value}" is not a whole number') from None
+        raise ValueError(f'"{tokens[0].value}" is not a whole number below 2^63') from None
+
+
+def whole_number(text: str) -> int:
+    """A whole number that fits into 64 bits."""
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError
+    return value
 
 
 def _fractions(type_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
@@ -41,7 +49,7 @@ def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 def whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
     try:
-        return tuple(int(part) for part in words(type_, tokens))
+        return tuple(whole_number(part) for part in words(type_, tokens))
     except ValueError:
         raise ValueError(f'"{tokens[0].value}" is not a list of whole numbers such as 0,1,2') from None
 
@@ -54,6 +62,10 @@ RECORDS = Parameter(group=Group("Records", sort_key=4))
 
 DEFAULT_LENGTH = 35
 """Tokens of a row of text where neither the user nor the network says how many."""
+
+
+MAX_THREADS = 4096
+"""More than any machine has cores."""
 
 
 @dataclass(frozen=True, kw_only=True)

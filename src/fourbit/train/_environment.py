@@ -78,7 +78,7 @@ def _commit() -> str | None:
     here = Path(__file__).resolve()
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(here.parent), *args]
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fourbit import recipes
 from fourbit.errors import UserError
 from fourbit.ops import REUSE
+from fourbit.train._config import MAX_THREADS
 from fourbit.train._display import make_console
 from fourbit.train._load import load
 
@@ -67,8 +68,8 @@ def fidelity(
 ) -> dict[str, dict[str, Fidelity]]:
     """See `fourbit.train.gradient_fidelity`."""
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"threads is {threads}, but must be at least 1.")
+        if not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads is {threads}, but must be 1 to {MAX_THREADS}.")
         torch.set_num_threads(threads)
     console = make_console()
     found: dict[str, dict[str, Fidelity]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = "; the last checkpoint is intact" if (path.parent / "checkpoint").exists() else ""
         if error.errno in _files.FULL:
-            kept = "; the last checkpoint is intact" if (path.parent / "checkpoint").exists() else ""
             raise UserError(
                 f"the disk is full: {path} could not be written{kept}; free some space and go on "
                 "(train: with --resume, compare: with the same command)."
             ) from error
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): check the folder, or choose another --out."
+            f"{path} could not be written ({error.strerror or error}){kept}: check the folder, or choose another --out."
         ) from error
 
 
@@ -71,10 +71,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 class RunFolder:
-    """A run's files. Make one with `create` or `reopen`; `active` False (other processes than the first) writes nothing."""
+    """A run's files. Make one with `create` or `reopen`; `active` False (other processes than the first) writes nothing.
 
-    def __init__(self, path: Path, active: bool = True):
-        self.path, self.active = path, active
+    `data`: `fourbit.data.identity` of the data, for a run that trains.
+    """
+
+    def __init__(self, path: Path, active: bool = True, data: str = ""):
+        self.path, self.active, self.data = path, active, data
 
     @property
     def checkpoint(self) -> Path:
@@ -111,11 +114,8 @@ class RunFolder:
         finally:
             os.close(place)
 
-    def create(self, config: TrainConfig, environment: dict[str, Any], data: str) -> None:
+    def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Start a new run.
-
-        Args:
-            data: `fourbit.data.identity` of the data.
 
         Raises:
             UserError: the folder is not empty, or cannot be written.
@@ -125,23 +125,26 @@ class RunFolder:
         require_free(self.path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._write_config(config, data)
+        self._write_config(config)
         self._write("env.json", environment)
         self._truncate(0)
 
-    def reopen(self, config: TrainConfig, environment: dict[str, Any], data: str, metrics_bytes: int) -> None:
+    def reopen(self, config: TrainConfig, environment: dict[str, Any], metrics_bytes: int) -> None:
         """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
         if not self.active:
             return
         first = read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
         first.setdefault("resumed", []).append(environment)
         self._write("env.json", first)
-        self._write_config(config, data)
+        self._write_config(config)
         self._truncate(metrics_bytes)
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, to cut it back to on resume."""
-        return os.path.getsize(self.path / "metrics.jsonl")
+        """Length of metrics.jsonl, to cut it back to on resume; that much of it is on the disk."""
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def record(self, kind: str, step: int, **fields: Any) -> None:
         """Append a line to metrics.jsonl."""
@@ -160,8 +163,8 @@ class RunFolder:
         if self.active:
             replace_file(self.path / "sample.txt", text.encode())
 
-    def _write_config(self, config: TrainConfig, data: str) -> None:
-        self._write("config.json", config.as_dict() | {DATA: data, "fourbit_version": __version__})
+    def _write_config(self, config: TrainConfig) -> None:
+        self._write("config.json", config.as_dict() | {DATA: self.data, "fourbit_version": __version__})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         replace_file(self.path / name, (json.dumps(finite(content), indent=2) + "\n").encode())
@@ -185,7 +188,7 @@ def require_free(path: Path) -> None:
     Raises:
         UserError: it exists and is not an empty folder.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(item.suffix != ".tmp" for item in path.iterdir()):  # .tmp: killed before it began
         resume = ", or add --resume to go on with the run in it" if has_run(path) else ""
         raise UserError(f"{path} is not empty: choose another --out{resume}.")
     if path.exists() and not path.is_dir():
@@ -200,6 +203,7 @@ def require_same(path: Path, config: TrainConfig) -> None:
     """
     if not has_run(path):
         raise UserError(f"there is no run to go on with in {path}: check --out, or leave out --resume to start one.")
+    _require_no_links(path)
     written, now = read_json(path / "config.json"), config.as_dict()
     if "recipe" not in written:
         raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
@@ -212,6 +216,35 @@ def require_same(path: Path, config: TrainConfig) -> None:
                 f"the run in {path} was made with {field} {_shown(before.get(field))}, not {_shown(value)}: "
                 "repeat its settings to resume it, or choose another --out."
             )
+
+
+def run_of(config: TrainConfig, data: str) -> dict[str, Any]:
+    """What makes a run this one and no other, for its checkpoints."""
+    fixed = {k: v for k, v in config.as_dict().items() if k not in MAY_DIFFER | LENGTH}
+    return fixed | ({DATA: data} if data else {})
+
+
+def require_own(checkpoint: Mapping[str, Any], config: TrainConfig, data: str, path: Path) -> None:
+    """Check that what a checkpoint holds besides tensors is of this run. Earlier versions did not note it: then all is well.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    own, written = run_of(config, data), checkpoint.get("run")
+    for field, value in written.items() if isinstance(written, dict) else ():
+        if field in own and own[field] != value:
+            raise UserError(
+                f"the checkpoint in {path} is of another run, with {field} {_shown(value)}, not {_shown(own[field])}: restore "
+                "this run's own, or start anew with another --out."
+            )
+
+
+def _require_no_links(path: Path) -> None:
+    """Reject a run folder whose files are elsewhere: going on with it would write there."""
+    inside = path.resolve()
+    for item in (*path.iterdir(), *path.glob("checkpoint*/*")):
+        if item.is_symlink() and not item.resolve().is_relative_to(inside):
+            raise UserError(f"{item} is a link that leads out of the run's folder: put the file itself there.")
 
 
 def require_same_data(path: Path, config: TrainConfig, data: str) -> None:

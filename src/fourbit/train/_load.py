@@ -15,7 +15,7 @@ from fourbit.errors import UserError
 from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
-from fourbit.train._folder import RunFolder, has_run, read_json, require_same_data
+from fourbit.train._folder import RunFolder, has_run, read_json, require_own, require_same_data
 from fourbit.train.tasks import Task, make_task
 
 
@@ -36,11 +36,12 @@ def load(
     config = _config_of(folder)
     config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)
     run = RunFolder(folder, active=False)
-    path = _checkpoint.find(run.checkpoint if epoch is None else run.kept_checkpoint(epoch))
-    if path is None:
+    place = run.checkpoint if epoch is None else run.kept_checkpoint(epoch)
+    found = _checkpoint.newest(place, lambda c: require_own(c.state, config, "", place))
+    if found is None:
         which = "" if epoch is None else f" of epoch {epoch}"
         raise UserError(f"{folder} has no checkpoint{which}: name another run, or another epoch.")
-    checkpoint = _checkpoint.load(path)
+    path, checkpoint = found
     task = make_task(config, torch.device("cpu"), 0, 1)
     require_same_data(folder, config, datasets.identity(task.data))
     model = task.build()

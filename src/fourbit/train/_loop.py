@@ -22,6 +22,7 @@ from fourbit.errors import NonFiniteError
 from fourbit.nn import observe, quantized_layers, synchronize
 from fourbit.train import _checkpoint
 from fourbit.train._checkpoint import Checkpoint
+from fourbit.train._folder import run_of
 from fourbit.train._guard import Guard
 from fourbit.train._recorder import Recorder
 from fourbit.train._result import Result, Stopped
@@ -82,9 +83,11 @@ class Loop:
             "loop": state.as_dict(),
             "scaler": session.scaler.state_dict() if session.scaler else None,
             "metrics_bytes": folder.metrics_bytes(),
+            "run": run_of(session.config, folder.data),
         }
         training = optimizer_tensors(session.optimizer) | rng_tensors(session.device) | carried
-        _checkpoint.save(path or folder.checkpoint, Checkpoint(session.bare.state_dict(), training, values))
+        checkpoint = Checkpoint(session.bare.state_dict(), training, values)
+        _checkpoint.save(path or folder.checkpoint, checkpoint, keep_last=path is None)
 
     def _train_epoch(self) -> None:
         """The rest of the epoch, until it is over, the run is over, or a stop is requested."""

@@ -11,7 +11,7 @@ from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
 from fourbit.train._environment import describe
-from fourbit.train._folder import RunFolder, last_record, require_free, require_same, require_same_data
+from fourbit.train._folder import RunFolder, last_record, require_free, require_own, require_same, require_same_data
 from fourbit.train._loop import Loop
 from fourbit.train._recorder import Recorder
 from fourbit.train._result import Result
@@ -49,22 +49,22 @@ def run(
         if other is not None:
             require_same_data(other, config, identity)
     main = session.accelerator.is_main_process
-    folder = RunFolder(config.out, active=main)
+    folder = RunFolder(config.out, main, identity)
     with folder.held():
-        return _train(session, folder, resume, title, identity)
+        return _train(session, folder, resume, title)
 
 
-def _train(session: Session, folder: RunFolder, resume: bool, title: str, identity: str) -> Result:
+def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Result:
     config, main = session.config, folder.active
-    state = _resume(session, folder, identity) if resume else None
+    state = _resume(session, folder) if resume else None
     if state is not None and state.step >= session.total_steps and (ended := finished(folder)) is not None:
         return ended
     if state is None:
         state = LoopState()
         if resume:
-            folder.reopen(config, _environment(session), identity, metrics_bytes=0)
+            folder.reopen(config, _environment(session), metrics_bytes=0)
         else:
-            folder.create(config, _environment(session), identity)
+            folder.create(config, _environment(session))
     board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
@@ -93,21 +93,22 @@ def finished(folder: RunFolder) -> Result | None:
     )
 
 
-def _resume(session: Session, folder: RunFolder, identity: str) -> LoopState | None:
+def _resume(session: Session, folder: RunFolder) -> LoopState | None:
     """Load the checkpoint into the session; None if the run was interrupted before the first one.
 
     Raises:
         UserError: a checkpoint that is damaged, of another model, or of a longer run.
     """
-    path = _checkpoint.find(folder.checkpoint)
-    if path is None:
+    place = folder.checkpoint
+    found = _checkpoint.newest(place, lambda c: require_own(c.state, session.config, folder.data, place))
+    if found is None:
         line, every = last_record(folder.path, "epoch"), session.config.checkpoint_every
         if every and line is not None and line["epoch"] >= every:  # epochs count from 0: one was saved before this one
             raise UserError(
                 f"{folder.path} has finished epochs but no checkpoint any more: start anew with another --out."
             )
         return None
-    checkpoint = _checkpoint.load(path)
+    path, checkpoint = found
     try:
         state = LoopState.from_dict(checkpoint.state["loop"])
         _checkpoint.restore_model(session.bare, checkpoint.model, path)
@@ -128,7 +129,10 @@ def _resume(session: Session, folder: RunFolder, identity: str) -> LoopState | N
         )
     if state.step >= session.total_steps and finished(folder) is not None:
         return state
-    folder.reopen(session.config, _environment(session), identity, metrics_bytes)
+    session.accelerator.wait_for_everyone()  # they have all read it
+    if folder.active:
+        _checkpoint.adopt(place, path)
+    folder.reopen(session.config, _environment(session), metrics_bytes)
     return state
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager: while it is active, `requested` becomes True at the first signal.
+    """Context manager: while it is active, `requested` becomes True at the first signal, and `StopRequest.last` which it was.
 
     >>> with StopRequest() as stop:
     ...     signal.raise_signal(signal.SIGINT)
     ...     print(stop.requested)
     True
     """
+
+    last: ClassVar[int | None] = None
 
     def __init__(self) -> None:
         self.requested = False
@@ -43,3 +45,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        StopRequest.last = number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourbit.errors import UserError, unknown
-from fourbit.train._config import DEFAULT_LENGTH, CompareConfig, Settings, TrainConfig
+from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, CompareConfig, Settings, TrainConfig
+from fourbit.train._types import hints_of, require_types
 
 DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3}
 MIN_EVAL_BATCH_SIZE = 256
@@ -49,7 +51,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_clip": _POSITIVE,
     "loss_scale_interval": _AT_LEAST_1,
     "grad_accumulation": _AT_LEAST_1,
-    "threads": _AT_LEAST_1,
+    "threads": (lambda v: 1 <= v <= MAX_THREADS, f"1 to {MAX_THREADS}"),
     "workers": _NOT_NEGATIVE,
     "log_every": _AT_LEAST_1,
     "observe_every": _NOT_NEGATIVE,
@@ -66,10 +68,11 @@ def validated(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: a value out of range, an unknown name, or fields that contradict each other.
     """
+    require_types(config)
     _check_choices(config)
     for field, (test, words) in RULES.items():
         value = getattr(config, field)
-        if value is not None and not _holds(test, value):
+        if value is not None and not test(value):
             raise UserError(f"{field} is {_shown(value)}, but must be {words}.")
     if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
         raise UserError("nesterov needs optimizer sgd and a momentum above 0: set them, or leave nesterov out.")
@@ -91,6 +94,7 @@ def validated_comparison(config: CompareConfig) -> list[TrainConfig]:
     Raises:
         UserError: as `validated`; no recipe or seed; one that is listed twice; a recipe that does not fit the model.
     """
+    require_types(config)
     for field, names in (("recipes", config.recipes), ("seeds", config.seeds)):
         if not names:
             raise UserError(f"{field} is empty: name at least one, several separated by commas.")
@@ -122,8 +126,7 @@ def _sequence_length(config: TrainConfig) -> int:
 
 
 def _check_choices(config: Settings) -> None:
-    hints = typing.get_type_hints(type(config))
-    for field, hint in hints.items():
+    for field, hint in hints_of(type(config)).items():
         if typing.get_origin(hint) is Literal and getattr(config, field) not in typing.get_args(hint):
             raise unknown(field, getattr(config, field), typing.get_args(hint))
 
@@ -136,7 +139,7 @@ def _check_names(config: TrainConfig) -> None:
         ("recipe", config.recipe, recipes.names()),
     )
     models.kind_of(config.model)
-    if config.data not in data.names() and Path(config.data).exists():
+    if config.data not in data.names() and os.path.exists(config.data):
         raise UserError(
             f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir "
             f"{config.data}, or images, speech or translation."
@@ -166,13 +169,6 @@ def _check_recipes_fit(config: CompareConfig) -> None:
         model = models.build(config.model, num_classes=10)
     for recipe in config.recipes:
         recipes.explain(model, recipe)
-
-
-def _holds(test: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return bool(test(value))
-    except TypeError:
-        return False
 
 
 def _shown(value: Any) -> str:

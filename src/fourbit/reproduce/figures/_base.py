@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fourbit._files import replace_file
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
 from fourbit.reproduce._row import SCALES, ScaleName, said_of
@@ -90,8 +92,10 @@ class Studio:
         """Save a picture; the line that shows it in Markdown."""
         from fourbit.report import DPI
 
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
         with _writing(self.folder):
-            figure.savefig(self.folder / f"{name}.png", dpi=DPI)
+            replace_file(self.folder / f"{name}.png", buffer.getvalue())
         return f"![{name}]({name}.png)"
 
 
@@ -167,7 +171,7 @@ def draw(
             folder.rmdir()  # if there is nothing in it
         raise
     with _writing(folder):
-        (folder / f"{name}.md").write_text(text)
+        replace_file(folder / f"{name}.md", text.encode())
     return Drawn(name, folder, studio.runs if studio.trained else folder, text)
 
 
