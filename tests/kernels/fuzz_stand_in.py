@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from fourbit.kernels.cpu import _convolutions, _lstm, _matrices, library
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu._library import Library
 
 
 def _read(address: int | None, size: int) -> None:
@@ -106,7 +106,7 @@ def _check_geometry(t: Any, stride_height: int, stride_width: int, multiple: int
 def standing_in() -> Iterator[bool]:
     """Whether the products of the block are a stand-in's."""
     loaded = library()
-    assert isinstance(loaded, c.Library)
+    assert isinstance(loaded, Library)
     if loaded.has_products:
         yield False
         return

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourbit import formats
 from fourbit.formats import FloatFormat
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import _table, float_grid, kernels, log_grid
 
 pytestmark = [

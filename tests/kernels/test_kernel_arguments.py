@@ -17,8 +17,9 @@ from kernel_cases import needs_library, threads
 from fourbit import formats, kernels
 from fourbit.errors import UserError
 from fourbit.kernels import _check
-from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu._build import FLAGS, HERE, BuildError, compiler
+from fourbit.kernels.cpu import _structures as c
+from fourbit.kernels.cpu._build import FLAGS, HERE, BuildError, abi_flag, compiler
+from fourbit.kernels.cpu._library import Library
 from fourbit.kernels.cuda import _device, _products, _quantize
 from fourbit.ops import Finish, Layout, Raw
 from fourbit.quantizers import FixedScale, Packed, QuantSpec, Request
@@ -176,11 +177,12 @@ def test_a_kernel_without_memory_is_a_memory_error_and_not_the_end_of_the_proces
     built = tmp_path / "failing.so"
     sources = (str(HERE / "csrc" / "library.cpp"), str(tmp_path / "failing.cpp"))
     try:
-        command = [*compiler().split(), *FLAGS, "-O0", f"-I{HERE / 'csrc'}", "-shared", *sources, "-o", str(built)]
+        flags = (*FLAGS, abi_flag(), "-O0", f"-I{HERE / 'csrc'}", "-shared")
+        command = [*compiler().split(), *flags, *sources, "-o", str(built)]
     except BuildError as error:
         pytest.skip(str(error))
     subprocess.run(command, check=True)
-    library = c.Library(built)
+    library = Library(built)
     with threads(num_threads):
         for _ in range(2):
             with pytest.raises(MemoryError, match="fourbit got no memory"):

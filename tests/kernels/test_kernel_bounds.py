@@ -20,7 +20,7 @@ from kernel_cases import needs_library, numbers, threads
 from torch import Tensor
 
 from fourbit import formats
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu import library
 from fourbit.kernels.cpu._quantize import _table, float_grid, log_grid
 

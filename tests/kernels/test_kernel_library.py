@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fourbit as fb
 from fourbit import backends
-from fourbit.kernels.cpu import _library as c
-from fourbit.kernels.cpu import library
+from fourbit.kernels.cpu import _library, library
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._build import DOT_PRODUCT_FLAGS, HERE, INTEGER_ISAS, X86, BuildError, build, compiler
 from fourbit.quantizers import Amax, QuantSpec, Rounding, quantize, quantize_pair
 
@@ -77,7 +77,7 @@ def test_another_value_of_the_switch_is_one_warning_and_changes_nothing():
 def why_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Why this file is not used: what the one warning says then, as where there is none."""
     monkeypatch.setenv("FOURBIT_CPU_LIBRARY", str(path))
-    loaded, reason = c._load.__wrapped__()
+    loaded, reason = _library._load.__wrapped__()
     assert loaded is None
     return reason
 
@@ -156,17 +156,27 @@ def test_no_entry_runs_products_where_there_are_none(isa):
         a, b = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(32, 32, dtype=torch.int8)
         out, panels = torch.full((4, 32), 7.0), torch.full((2048,), 7, dtype=torch.int32)
         for integers in (0, 1):
-            product = c.MatMul(a.data_ptr(), 0, b.data_ptr(), out.data_ptr(), 4, 32, 32, scale=1.0, post=1.0)
+            product = c.MatMul(a=a.data_ptr(), b=b.data_ptr(), out=out.data_ptr(), rows=4, columns=32, depth=32)
+            product.scale = product.post = 1.0
             product.integers, product.panels = integers, panels.data_ptr()
             assert loaded.panel_count(ctypes.byref(product)) == 0
             assert loaded.pack_panels(ctypes.byref(product), panels.data_ptr()) == 0
             assert loaded.multiply(ctypes.byref(product)) == 0
-        shape = (1, 1, 2, 16, 1, 2, 16, 1, 1, 0, 0, 1, 1)  # of one row of two pixels
-        addresses = a.data_ptr(), b.data_ptr(), out.data_ptr()
-        fprop = c.ConvFprop(*addresses, 0, 1.0, c.FloatGrid(), *shape)
+        row = {
+            "num": 1,
+            "height": 1,
+            "width": 2,
+            "in_channels": 16,
+            "out_height": 1,
+            "out_width": 2,
+            "out_channels": 16,
+        }
+        row |= {"kernel_height": 1, "kernel_width": 1, "stride_height": 1, "stride_width": 1}
+        at_a, at_b, at_out = a.data_ptr(), b.data_ptr(), out.data_ptr()
+        fprop = c.ConvFprop(x=at_a, w=at_b, out=at_out, scale=1.0, **row)
         assert loaded.conv_fprop(ctypes.byref(fprop)) == 0
-        assert loaded.conv_wgrad(ctypes.byref(c.ConvWgrad(*addresses, *shape))) == 0
-        assert loaded.conv_dgrad(ctypes.byref(c.ConvDgrad(*addresses, 0, *shape))) == 0
+        assert loaded.conv_wgrad(ctypes.byref(c.ConvWgrad(x=at_a, g=at_b, dw=at_out, **row))) == 0
+        assert loaded.conv_dgrad(ctypes.byref(c.ConvDgrad(g=at_a, w=at_b, out=at_out, **row))) == 0
         assert bool((out == 7).all() and (panels == 7).all())
 
 
@@ -175,7 +185,7 @@ def test_an_instruction_set_that_is_not_there_is_not_used():
     loaded = library()
     assert loaded is not None
     before = loaded.isa
-    for name in {*c.ISAS, "sse9"} - set(isas()):
+    for name in {*_library.ISAS, "sse9"} - set(isas()):
         assert not loaded.use_isa(name) and loaded.isa == before
 
 
@@ -189,8 +199,8 @@ def test_the_environment_chooses_the_instruction_set_of_a_process():
 @pytest.mark.parametrize("isa", isas())
 def test_every_instruction_set_of_the_processor_can_be_chosen(isa, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FOURBIT_CPU_ISA", isa)
-    with instruction_set(c.library().isa):  # the file is loaded once in a process: this comes back afterwards
-        loaded, _ = c._load.__wrapped__()
+    with instruction_set(library().isa):  # the file is loaded once in a process: this comes back afterwards
+        loaded, _ = _library._load.__wrapped__()
         assert loaded is not None and loaded.isa == isa
         assert loaded.has_products == (isa in ("avx2", "avx_vnni", "dot_product"))
 
@@ -210,12 +220,12 @@ def test_an_unknown_instruction_set_in_the_environment_is_refused_in_one_sentenc
 @needs_library
 def test_an_instruction_set_that_the_processor_lacks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FOURBIT_CPU_ISA", "avx512")
-    monkeypatch.setattr(c.Library, "use_isa", lambda self, name: False)
+    monkeypatch.setattr(_library.Library, "use_isa", lambda self, name: False)
     with pytest.raises(
         fb.errors.UserError,
         match=r"^FOURBIT_CPU_ISA is avx512, which this processor or build does not have: leave it out",
     ):
-        c._load.__wrapped__()
+        _library._load.__wrapped__()
 
 
 def test_importing_the_package_loads_no_library():

@@ -86,7 +86,7 @@ def test_the_sanitizer_would_find_an_output_that_is_too_short(environment):
     """Otherwise the test above would prove nothing."""
     code = (
         "import ctypes, torch\n"
-        "from fourbit.kernels.cpu import _library as c, library\n"
+        "from fourbit.kernels.cpu import _structures as c, library\n"
         "x, out = torch.ones(128), torch.empty(127, dtype=torch.int8)\n"
         "library().clip(ctypes.byref(c.Clip(x=x.data_ptr(), n=128, inv_scale=1, low=-7, high=7, codes=out.data_ptr())))\n"
     )

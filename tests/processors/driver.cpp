@@ -9,25 +9,6 @@
 
 using namespace fourbit;
 
-extern "C" {
-int32_t fourbit_use_isa(const char*);
-float fourbit_clip(const Clip*);
-float fourbit_log_round(const LogRound*);
-float fourbit_float_round(const FloatRound*);
-float fourbit_table_round(const TableRound*);
-void fourbit_unpack(const Unpack*);
-double fourbit_epilogue(const Epilogue*);
-void fourbit_split(const Split*);
-void fourbit_moments(const void*, int32_t, int64_t, Moments*);
-void fourbit_norm_statistics(const NormStatistics*);
-float fourbit_norm_apply(const NormApply*);
-float fourbit_norm_backward(NormBackward*);
-void fourbit_accumulate(const Accumulate*);
-void fourbit_lstm_forward(const LstmForward*);
-void fourbit_lstm_backward(const LstmBackward*);
-int32_t fourbit_multiply(MatMul*);
-}
-
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

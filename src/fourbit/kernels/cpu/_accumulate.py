@@ -7,7 +7,6 @@ whole product over changes nothing. Lanes are padded to panels of 16, 32 or 64.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.kernels._check import pointer, require
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Accumulation
 from fourbit.quantizers import Rounding
@@ -49,22 +48,22 @@ def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None
     columns_GPKW = padded.unflatten(2, (num_panels, width)).transpose(1, 2).contiguous()
     out = left.new_empty(G, num_rows, num_panels * width, dtype=torch.float32)
     require(G * num_rows * num_panels * width * (K + 1) < 2**63, "a product of fewer than 2^63 additions")
-    arguments: Any = c.Accumulate(
-        pointer(rows_GMK, "rows", torch.float32, G * num_rows * K, torch.contiguous_format),
-        pointer(columns_GPKW, "columns", torch.float32, G * num_panels * K * width, torch.contiguous_format),
-        pointer(out, "out", torch.float32, G * num_rows * num_panels * width, torch.contiguous_format),
-        G,
-        num_rows,
-        num_panels,
-        K,
-        min(accumulation.chunk or K, K),
-        width,
-        grid,
-        int(accumulation.stochastic),
-        key if accumulation.stochastic and key is not None else 0,
-        M * N,
-        1 if turned else N,
-        N if turned else 1,
+    arguments = c.Accumulate(
+        rows=pointer(rows_GMK, "rows", torch.float32, G * num_rows * K, torch.contiguous_format),
+        columns=pointer(columns_GPKW, "columns", torch.float32, G * num_panels * K * width, torch.contiguous_format),
+        out=pointer(out, "out", torch.float32, G * num_rows * num_panels * width, torch.contiguous_format),
+        groups=G,
+        num_rows=num_rows,
+        panels=num_panels,
+        depth=K,
+        chunk=min(accumulation.chunk or K, K),
+        width=width,
+        grid=grid,
+        stochastic=accumulation.stochastic,
+        key=key if accumulation.stochastic and key is not None else 0,
+        group_step=M * N,
+        row_step=1 if turned else N,
+        lane_step=N if turned else 1,
     )
     kernels().accumulate(ctypes.byref(arguments))
     y = out[:, :, :num_lanes]

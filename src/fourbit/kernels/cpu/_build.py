@@ -7,8 +7,10 @@ library chooses at load time, so what is built on one x86 machine runs on anothe
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_kernels.so"
+HEADER = HERE / "csrc" / "common.h"
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 EXACT = ("-ffp-contract=off",)
@@ -52,6 +55,21 @@ def compiler() -> str:
     raise BuildError(f"no C++ compiler found ({named or 'c++, g++, clang++'}): install one, or set CXX")
 
 
+def declarations(header: str) -> str:
+    """What a header says, without its comments and with single spaces."""
+    return " ".join(re.sub(r"//[^\n]*", "", header).split())
+
+
+def abi_of(header: str) -> int:
+    """The number by which a library and what calls it know that they were made from the same declarations."""
+    return int.from_bytes(hashlib.sha256(declarations(header).encode()).digest()[:8], "big")
+
+
+def abi_flag() -> str:
+    """What library.cpp is compiled with: `fourbit_abi` returns it."""
+    return f"-DFOURBIT_ABI={abi_of(HEADER.read_text())}u"
+
+
 def build(target: Path = LIBRARY, extra: Sequence[str] = (), machine: str = "") -> Path:
     """Compile the library to `target`, replacing it at once when everything is done.
 
@@ -66,7 +84,8 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = (), machine: str = "") 
         raise BuildError("the CPU kernels are not built on Windows: use WSL for the fast path")
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64", "i686")
     isas = X86 if x86 else {"portable": ()}
-    command = [*compiler().split(), *FLAGS, *EXACT, *(("-DFOURBIT_X86",) if x86 else ()), *extra]
+    defines = (abi_flag(), *(("-DFOURBIT_X86",) if x86 else ()))
+    command = [*compiler().split(), *FLAGS, *EXACT, *defines, *extra]
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(source, isa, flags) for source in PER_ISA for isa, flags in isas.items()]
         jobs += [(source, "", ()) for source in ONCE]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourbit.kernels._check import CHANNELS_LAST, pointer
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._matrices import has_bfloat16, has_int8, int8, integers_of, multiply
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
 from fourbit.ops import Convolution, Gemm, Layout, Operand, Raw
@@ -90,9 +90,30 @@ def _geometry_fits(con: Convolution, kernel: Sequence[int]) -> bool:
     return min(con.stride) >= 1 and min(con.padding) >= 0
 
 
+def _geometry(con: Convolution, x: Sequence[int], w: Sequence[int], out: Sequence[int]) -> dict[str, int]:
+    """The fields of a structure that say how x [N, C, H, W] and w [O, C, Y, X] become images of size `out`."""
+    num, in_channels, height, width = x
+    out_channels, _, kernel_height, kernel_width = w
+    return {
+        "num": num,
+        "height": height,
+        "width": width,
+        "in_channels": in_channels,
+        "out_height": out[0],
+        "out_width": out[1],
+        "out_channels": out_channels,
+        "kernel_height": kernel_height,
+        "kernel_width": kernel_width,
+        "pad_height": con.padding[0],
+        "pad_width": con.padding[1],
+        "stride_height": con.stride[0],
+        "stride_width": con.stride[1],
+    }
+
+
 def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int]) -> Raw | None:
     """Scaled, rounded and in 16-bit codes where the taker knows them. Where bfloat16 is multiplied: unsigned activations."""
-    num, in_channels, height, width = x.shape
+    num, in_channels, *_ = x.shape
     out_channels, _, *kernel = w.shape
     of = integers_of(g.a.format, g.b.format, x.dtype)
     if of is None:
@@ -109,16 +130,14 @@ def _own_forward(g: Gemm, con: Convolution, x: Tensor, w: Tensor, size: list[int
     y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
     x, w = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, w))
     arguments = c.ConvFprop(
-        pointer(x, "x", x.dtype, x.numel(), CHANNELS_LAST),
-        pointer(w, "w", torch.int8, w.numel(), CHANNELS_LAST),
-        pointer(
-            y, "out", torch.int16 if halves else torch.float32, num * out_channels * math.prod(size), CHANNELS_LAST
-        ),
-        halves,
-        scale if halves else 1.0,
-        float_grid(g.output) if halves else c.FloatGrid(),
-        *(num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride),
-        of or c.Integers(),
+        x=pointer(x, "x", x.dtype, x.numel(), CHANNELS_LAST),
+        w=pointer(w, "w", torch.int8, w.numel(), CHANNELS_LAST),
+        out=pointer(y, "out", y.dtype, num * out_channels * math.prod(size), CHANNELS_LAST),
+        halves=halves,
+        scale=scale if halves else 1.0,
+        grid=float_grid(g.output) if halves else c.FloatGrid(),
+        of=of or c.Integers(),
+        **_geometry(con, x.shape, w.shape, size),
     )
     return Raw(y, rounded=halves) if kernels().conv_fprop(ctypes.byref(arguments)) else None
 
@@ -174,26 +193,24 @@ def _gradient(g: Gemm, con: Convolution, of: Any) -> Raw | None:
     if len(other) != 4 or len(g.layout.shape) != 4 or not isinstance(g.a.q, Tensor):
         return None
     x_shape, w_shape = (g.layout.shape, other) if g.which == "dgrad" else (other, g.layout.shape)
-    num, in_channels, height, width = x_shape
+    num, in_channels, *pixels = x_shape
     out_channels, _, *kernel = w_shape
     if not _geometry_fits(con, kernel) or w_shape[1] != in_channels:
         return None
-    size = [
-        (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), con.padding, kernel, con.stride, strict=True)
-    ]
+    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(pixels, con.padding, kernel, con.stride, strict=True)]
     shape = (num, out_channels, *size)
     if min(*shape, *x_shape) < 1 or tuple(g.a.q.shape) != shape:
         return None  # the reference says what is wrong
     gradient = g.a.q.contiguous(memory_format=CHANNELS_LAST)
     operand = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
     y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
-    geometry = (num, height, width, in_channels, *size, out_channels, *kernel, *con.padding, *con.stride, of)
+    geometry = _geometry(con, x_shape, w_shape, size)
     at = pointer(gradient, "g", gradient.dtype, gradient.numel(), CHANNELS_LAST)
     other_at = pointer(operand, "x or w", torch.int8, other.numel(), CHANNELS_LAST)
     out = pointer(y, "out", torch.float32, g.layout.shape.numel(), CHANNELS_LAST)
     if g.which == "dgrad":
-        arguments = c.ConvDgrad(at, other_at, out, c.CODES[torch.float32], *geometry)
+        arguments = c.ConvDgrad(g=at, w=other_at, out=out, out_dtype=c.CODES[torch.float32], of=of, **geometry)
         done = kernels().conv_dgrad(ctypes.byref(arguments))
     else:
-        done = kernels().conv_wgrad(ctypes.byref(c.ConvWgrad(other_at, at, out, *geometry)))
+        done = kernels().conv_wgrad(ctypes.byref(c.ConvWgrad(x=other_at, g=at, dw=out, of=of, **geometry)))
     return Raw(y) if done else None

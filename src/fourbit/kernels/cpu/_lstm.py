@@ -18,7 +18,7 @@ from fourbit.kernels._check import (
     require,
     require_disjoint,
 )
-from fourbit.kernels.cpu import _library as lib
+from fourbit.kernels.cpu import _structures as lib
 from fourbit.kernels.cpu._matrices import operands_of, panels
 from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
 from fourbit.ops import LstmBackward, LstmForward
@@ -56,9 +56,16 @@ def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -
     require_disjoint(kept, "kept", [(gates_x, "gates_x"), (gates_h, "gates_h"), (cell, "cell")])
     h, new = torch.empty_like(cell), torch.empty_like(cell)
     n = rows * size
-    gates = (_address(t, name, 4 * n) for t, name in ((gates_x, "gates_x"), (gates_h, "gates_h")))
-    states = (_address(h, "h", n), _address(new, "new_c", n))
-    task: Any = lib.LstmForward(*gates, _address(cell, "c", n), _address(kept, "kept", 4 * n), *states, rows, size)
+    task = lib.LstmForward(
+        gates_x=_address(gates_x, "gates_x", 4 * n),
+        gates_h=_address(gates_h, "gates_h", 4 * n),
+        c=_address(cell, "c", n),
+        kept=_address(kept, "kept", 4 * n),
+        h=_address(h, "h", n),
+        new_c=_address(new, "new_c", n),
+        rows=rows,
+        size=size,
+    )
     kernels().lstm_forward(ctypes.byref(task))
     return h, new
 
@@ -69,12 +76,21 @@ def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tens
     if not _takes(dh, dc, gates, cell, new, out):
         return None
     rows, size = _sizes(cell, (gates, out))
-    read = ((dh, "dh", 1), (dc, "dc", 1), (gates, "gates", 4), (cell, "c", 1), (new, "new_c", 1))
-    require_disjoint(out, "out", [(t, name) for t, name, _ in read])
+    read = [(dh, "dh"), (dc, "dc"), (gates, "gates"), (cell, "c"), (new, "new_c")]
+    require_disjoint(out, "out", read)
     before = torch.empty_like(cell)
     n = rows * size
-    arrays = [_address(t, name, count * n) for t, name, count in read]
-    task: Any = lib.LstmBackward(*arrays, _address(out, "out", 4 * n), _address(before, "before", n), rows, size)
+    task = lib.LstmBackward(
+        dh=_address(dh, "dh", n),
+        dc=_address(dc, "dc", n),
+        gates=_address(gates, "gates", 4 * n),
+        c=_address(cell, "c", n),
+        new_c=_address(new, "new_c", n),
+        d_gates=_address(out, "out", 4 * n),
+        dc_before=_address(before, "before", n),
+        rows=rows,
+        size=size,
+    )
     kernels().lstm_backward(ctypes.byref(task))
     return before
 
@@ -117,12 +133,31 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     at_packed = pointer(packed, "packed", torch.uint8, sum(blocks) * BLOCK // 2)
     at_masks = 0 if masks is None else pointer(masks, "masks", torch.uint8, sum(blocks) * 8)
     rule, value = (0, 0.0) if bound is None else (RULES[bound.rule], float(bound.value))
-    clip: Any = lib.Clip(h, lib.CODES[torch.float32], 0, float(s.scale.reciprocal()), grid.low, grid.high, rule, value)
-    clip.codes = pointer(codes, "codes", codes.dtype, num * size)
+    clip: Any = lib.Clip(
+        x=h,
+        dtype=lib.CODES[torch.float32],
+        inv_scale=float(s.scale.reciprocal()),
+        low=grid.low,
+        high=grid.high,
+        mask_rule=rule,
+        bound=value,
+        codes=pointer(codes, "codes", codes.dtype, num * size),
+    )
     weight, into = pointer(w.q, "w", torch.int8, 4 * size * size), _address(gates_h, "gates_h", 4 * num * size)
-    product: Any = lib.MatMul(clip.codes, 0, weight, into, num, 4 * size, size, post=1.0, of=of)
-    product.scale = float(s.scale if w.scale is None else s.scale * w.scale)
-    product.rounds, product.integers, product.is_unsigned = output is not None, True, codes.dtype == torch.uint8
+    product: Any = lib.MatMul(
+        a=clip.codes,
+        b=weight,
+        out=into,
+        rows=num,
+        columns=4 * size,
+        depth=size,
+        scale=float(s.scale if w.scale is None else s.scale * w.scale),
+        rounds=output is not None,
+        post=1.0,
+        integers=True,
+        is_unsigned=codes.dtype == torch.uint8,
+        of=of,
+    )
     if output is not None:
         product.grid = output
     product.panels = panels(product, w.cache)
@@ -200,7 +235,9 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     left = pointer(rounded, "rounded", torch.bfloat16, 4 * num * size)
     log.grid[0], log.out[0], log.out_dtype = grid, left, lib.CODES[torch.bfloat16]
     weight = pointer(w.q, "w", torch.int8, 4 * size * size)
-    product: Any = lib.MatMul(left, 0, weight, dh, num, size, 4 * size, scale=1.0, post=1.0, of=of)
+    product: Any = lib.MatMul(
+        a=left, b=weight, out=dh, rows=num, columns=size, depth=4 * size, scale=1.0, post=1.0, of=of
+    )
     product.panels = panels(product, w.cache)
     float32 = lib.CODES[torch.float32]
     rest: Any = lib.Epilogue(x=dh, dtype=float32, rounds=output is not None, out=dh, out_dtype=float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourbit.formats import Format
 from fourbit.kernels._check import bits_of, codes_of, pointer, require
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Finish, Gemm, Operand, Raw
 from fourbit.quantizers import Packed, carrier_dtype
@@ -56,8 +56,8 @@ def _ranges(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any | Non
         return None
     if min(right) < -128 or max(right) > 127:
         return None
-    ends = (int(end) for side in (left, right) for end in (min(side), max(side)))
-    return c.Integers(c.CODES[dtype], unit, *ends)
+    ends = {"a_min": min(left), "a_max": max(left), "b_min": min(right), "b_max": max(right)}
+    return c.Integers(dtype=c.CODES[dtype], unit=unit, **{name: int(end) for name, end in ends.items()})
 
 
 def integers_of(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any | None:
@@ -145,13 +145,18 @@ def own_multiply(
     require(left.shape[0 if turned else 1] == depth, "a matrix with as many columns as the other has rows")
     y = left.new_empty(num_rows, columns, dtype=torch.float32)
     n = num_rows * columns
-    addresses = (
-        pointer(left, "a", left.dtype, num_rows * depth, torch.contiguous_format),
-        turned,
-        pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
-        pointer(y, "out", torch.float32, n, torch.contiguous_format),
+    arguments: Any = c.MatMul(
+        a=pointer(left, "a", left.dtype, num_rows * depth, torch.contiguous_format),
+        turned=turned,
+        b=pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
+        out=pointer(y, "out", torch.float32, n, torch.contiguous_format),
+        rows=num_rows,
+        columns=columns,
+        depth=depth,
+        scale=1.0,
+        post=1.0,
+        of=of,
     )
-    arguments: Any = c.MatMul(*addresses, num_rows, columns, depth, scale=1.0, post=1.0, of=of)
     if cache is not None:
         arguments.panels = panels(arguments, cache)
     codes = None
@@ -203,17 +208,20 @@ def own_integers(g: Gemm, finish: Finish | None = None) -> Tensor | None:
             return None
     x, w = x.contiguous(), int8(g.b).contiguous()
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
-    sizes = x.shape[:-1].numel(), w.shape[0], w.shape[1]
-    addresses = (
-        pointer(x, "a", x.dtype, x.numel(), torch.contiguous_format),
-        0,
-        pointer(w, "b", torch.int8, w.numel(), torch.contiguous_format),
-        pointer(y, "out", torch.float32, sizes[0] * sizes[1], torch.contiguous_format),
+    arguments: Any = c.MatMul(
+        a=pointer(x, "a", x.dtype, x.numel(), torch.contiguous_format),
+        b=pointer(w, "b", torch.int8, w.numel(), torch.contiguous_format),
+        out=pointer(y, "out", torch.float32, y.numel(), torch.contiguous_format),
+        rows=x.shape[:-1].numel(),
+        columns=w.shape[0],
+        depth=w.shape[1],
+        scale=1.0 if finish is None or finish.scale is None else float(finish.scale),
+        rounds=grid is not None,
+        post=1.0,
+        integers=True,
+        is_unsigned=x.dtype == torch.uint8,
+        of=of,
     )
-    arguments: Any = c.MatMul(*addresses, *sizes, scale=1.0, post=1.0, of=of)
-    arguments.integers, arguments.is_unsigned = True, x.dtype == torch.uint8
-    arguments.scale = 1.0 if finish is None or finish.scale is None else float(finish.scale)
-    arguments.rounds = grid is not None
     if grid is not None:
         arguments.grid = grid
     if cache is not None:
@@ -252,7 +260,12 @@ def _split(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     high, low = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x, dtype=torch.int8)
     n = x.numel()
-    address = pointer(x, "x", torch.bfloat16, n)
-    halves = (pointer(t, "half", torch.int8, n, like=x) for t in (high, low))
-    kernels().split(ctypes.byref(c.Split(address, n, unit, *halves)))
+    arguments = c.Split(
+        x=pointer(x, "x", torch.bfloat16, n),
+        n=n,
+        unit=unit,
+        high=pointer(high, "high", torch.int8, n, like=x),
+        low=pointer(low, "low", torch.int8, n, like=x),
+    )
+    kernels().split(ctypes.byref(arguments))
     return high, low

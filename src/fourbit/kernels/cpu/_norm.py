@@ -24,7 +24,7 @@ from fourbit.kernels._check import (
     pointer,
     require,
 )
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid, plan_of
 from fourbit.ops import Layout
 from fourbit.quantizers import (
@@ -123,7 +123,7 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
         act=a.act.clips,
         cap=a.act.cap,
         out=None if out is None else fresh(out),
-        passes=None if passes is None else fresh(passes),
+        pass_=None if passes is None else fresh(passes),
         clips=request is not None,
     )
     if a.normalized.format is not None:
@@ -174,7 +174,7 @@ def backward(b: NormBackward) -> NormGradients:
         is_signed=b.packed is not None and b.packed.signed,
         mask=bits_of(b.mask, "mask", n),
         out_grad=optional(b.do, "do", _F32, n, v),
-        passes=bits_of(b.passes, "passes", n),
+        pass_=bits_of(b.passes, "passes", n),
         act=b.act.clips,
         cap_clips=b.cap_clips,
         kept=kept,

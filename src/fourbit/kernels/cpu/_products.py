@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fourbit import backends
 from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, integer_gradient, pointwise
 from fourbit.kernels.cpu._matrices import int8, matrices, operands_of, own_integers, own_multiply, rows_of
 from fourbit.kernels.cpu._quantize import float_grid, kernels
@@ -137,24 +137,21 @@ def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
     n = y.numel()
     if high is not None:
         require_disjoint(out, "y", [(high, "high")])
-    clipped = kernels().epilogue(
-        ctypes.byref(
-            c.Epilogue(
-                pointer(y, "y", y.dtype, n),
-                c.CODES[y.dtype],
-                n,
-                None if high is None else pointer(high, "high", torch.int32, n, like=y),
-                scale,
-                grid is not None,
-                finish.keep_infinite,
-                grid or c.FloatGrid(),
-                1.0 if finish.late is None else float(finish.late),
-                bits_of(finish.mask, "mask", n),
-                None if codes is None else codes_of(codes.data, n),
-                codes is not None and codes.signed,
-                pointer(out, "out", out_dtype, n, like=y),
-                c.CODES[out_dtype],
-            )
-        )
+    arguments = c.Epilogue(
+        x=pointer(y, "y", y.dtype, n),
+        dtype=c.CODES[y.dtype],
+        n=n,
+        high=None if high is None else pointer(high, "high", torch.int32, n, like=y),
+        scale=scale,
+        rounds=grid is not None,
+        keep_infinite=finish.keep_infinite,
+        grid=grid or c.FloatGrid(),
+        post=1.0 if finish.late is None else float(finish.late),
+        mask=bits_of(finish.mask, "mask", n),
+        packed=None if codes is None else codes_of(codes.data, n),
+        is_signed=codes is not None and codes.signed,
+        out=pointer(out, "out", out_dtype, n, like=y),
+        out_dtype=c.CODES[out_dtype],
     )
+    clipped = kernels().epilogue(ctypes.byref(arguments))
     return out, torch.tensor(clipped, dtype=torch.float32) if codes is not None else None

@@ -18,7 +18,8 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.formats import FloatFormat, Format
 from fourbit.kernels._check import codes_of, fresh, is_plain, is_same, mask_bytes, packed_bytes, pointer
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
+from fourbit.kernels.cpu._library import Library, library
 from fourbit.quantizers import (
     Binary,
     Bound,
@@ -46,9 +47,9 @@ RULE_OF = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.UNDERFLOW: 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels() -> c.Library:
+def kernels() -> Library:
     """The loaded library."""
-    loaded = c.library()
+    loaded = library()
     assert loaded is not None
     return loaded
 
@@ -71,7 +72,9 @@ def float_grid(format: Format) -> Any | None:
     if lowest <= f.mantissa_bits or f.mantissa_bits > 20:
         return None
     smallest = 0.0 if f.subnormals else float(f.smallest)
-    return c.FloatGrid(f.mantissa_bits, lowest, smallest, f.min, f.max, _overflow(f))
+    return c.FloatGrid(
+        mantissa_bits=f.mantissa_bits, lowest=lowest, smallest=smallest, min=f.min, max=f.max, overflow=_overflow(f)
+    )
 
 
 def _overflow(format: Format) -> float:
@@ -101,7 +104,7 @@ def log_grid(format: Format) -> Any | None:
     start = float_bits(grid.threshold)
     if start & 0xFFFF:  # the kernels look at 16 bits
         return None
-    return c.LogGrid(start, float_bits(grid.smallest), float_bits(grid.largest), octaves)
+    return c.LogGrid(start=start, smallest=float_bits(grid.smallest), largest=float_bits(grid.largest), octaves=octaves)
 
 
 @lru_cache(maxsize=64)
@@ -201,17 +204,17 @@ def _clip(request: Request, scale: Tensor, plan: Plan, grid: Integers, bound: Bo
     packed = torch.empty(packed_bytes(n), dtype=torch.uint8) if request.save and plan.packs else None
     mask = None if bound is None else torch.empty(mask_bytes(n), dtype=torch.uint8)
     arguments = c.Clip(
-        pointer(x, "x", x.dtype, n),
-        c.CODES[x.dtype],
-        n,
-        _inverse(scale),
-        grid.low,
-        grid.high,
-        0 if bound is None else RULES[bound.rule],
-        0.0 if bound is None else float(bound.value),
-        None if q is None else fresh(q),
-        None if packed is None else fresh(packed),
-        None if mask is None else fresh(mask),
+        x=pointer(x, "x", x.dtype, n),
+        dtype=c.CODES[x.dtype],
+        n=n,
+        inv_scale=_inverse(scale),
+        low=grid.low,
+        high=grid.high,
+        mask_rule=0 if bound is None else RULES[bound.rule],
+        bound=0.0 if bound is None else float(bound.value),
+        codes=None if q is None else fresh(q),
+        packed=None if packed is None else fresh(packed),
+        mask=None if mask is None else fresh(mask),
     )
     amax = kernels().clip(ctypes.byref(arguments))
     saved = None if packed is None else Packed(packed, x.shape, x.stride(), request.format.min < 0)
@@ -223,8 +226,15 @@ def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[Plan, ...], scal
     rounding, (carrier, code, *_) = requests[0].spec.rounding, plans[0]
     outputs = [torch.empty_like(x, dtype=carrier) for _ in requests]
     n = x.numel()
-    arguments = c.LogRound(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale))
-    arguments.num, arguments.rule, arguments.out_dtype = len(requests), RULE_OF[rounding], code
+    arguments = c.LogRound(
+        x=pointer(x, "x", x.dtype, n),
+        dtype=c.CODES[x.dtype],
+        n=n,
+        inv_scale=_inverse(scale),
+        num=len(requests),
+        out_dtype=code,
+        rule=RULE_OF[rounding],
+    )
     for i, (plan, out, request) in enumerate(zip(plans, outputs, requests, strict=True)):
         arguments.grid[i] = plan.log
         arguments.out[i] = fresh(out)
@@ -239,7 +249,13 @@ def _float(request: Request, scale: Tensor, plan: Plan) -> Rounded:
     out = torch.empty_like(x, dtype=plan.carrier)
     n = x.numel()
     arguments = c.FloatRound(
-        pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, _inverse(scale), plan.binary, fresh(out), plan.code
+        x=pointer(x, "x", x.dtype, n),
+        dtype=c.CODES[x.dtype],
+        n=n,
+        inv_scale=_inverse(scale),
+        grid=plan.binary,
+        out=fresh(out),
+        out_dtype=plan.code,
     )
     return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
@@ -252,19 +268,19 @@ def _by_table(request: Request, scale: Tensor) -> Rounded | None:
         return None
     out = torch.empty_like(x, dtype=carrier_dtype(format))
     n, num_levels = x.numel(), len(format.grid)
-    arguments: Any = c.TableRound(
-        pointer(x, "x", x.dtype, n),
-        c.CODES[x.dtype],
-        n,
-        _inverse(scale),
-        pointer(boundaries, "boundaries", torch.float32, num_levels - 1),
-        pointer(levels, "levels", torch.float32, num_levels),
-        num_levels,
-        _overflow(format),
-        fresh(out),
-        c.CODES[out.dtype],
-        stream_key(request.key, 0) if rounding.draws and request.key is not None else 0,
-        RULE_OF[rounding],
+    arguments = c.TableRound(
+        x=pointer(x, "x", x.dtype, n),
+        dtype=c.CODES[x.dtype],
+        n=n,
+        inv_scale=_inverse(scale),
+        boundaries=pointer(boundaries, "boundaries", torch.float32, num_levels - 1),
+        levels=pointer(levels, "levels", torch.float32, num_levels),
+        num_levels=num_levels,
+        overflow=_overflow(format),
+        out=fresh(out),
+        out_dtype=c.CODES[out.dtype],
+        key=stream_key(request.key, 0) if rounding.draws and request.key is not None else 0,
+        rule=RULE_OF[rounding],
     )
     if rounding is Rounding.UNDERFLOW:
         arguments.zero, arguments.smallest = format.grid.index(0.0), format.smallest
@@ -280,8 +296,13 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
         return None
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     n = out.numel()
-    codes = codes_of(packed.data, n)
-    arguments = c.Unpack(codes, n, int(packed.signed), pointer(out, "out", dtype, n), c.CODES[dtype])
+    arguments = c.Unpack(
+        packed=codes_of(packed.data, n),
+        n=n,
+        is_signed=packed.signed,
+        out=pointer(out, "out", dtype, n),
+        out_dtype=c.CODES[dtype],
+    )
     kernels().unpack(ctypes.byref(arguments))
     return out
 
@@ -293,6 +314,5 @@ def moments(x: Tensor) -> Moments | None:
         return None
     x = readable(x)
     found, n = c.Moments(), x.numel()
-    address = ctypes.c_void_p(pointer(x, "x", x.dtype, n))
-    kernels().moments(address, c.CODES[x.dtype], ctypes.c_int64(n), ctypes.byref(found))
+    kernels().moments(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, ctypes.byref(found))
     return Moments(found.sum_square / x.numel(), found.sum_abs / x.numel(), found.amax)

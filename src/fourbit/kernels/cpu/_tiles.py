@@ -25,7 +25,7 @@ from torch import Tensor
 from fourbit import backends
 from fourbit.formats import Format
 from fourbit.kernels._check import codes_of, fresh, is_plain, packed_bytes, pointer
-from fourbit.kernels.cpu import _library as c
+from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import RULE_OF, float_grid, kernels, readable
 from fourbit.quantizers import (
     BlockScale,
@@ -70,7 +70,9 @@ def _elements(format: Format) -> _Elements | None:
     if any(n != int(n) or abs(n) > 15 for n in places):
         return None
     if isinstance(grid_of(format), Integers):
-        grid = c.FloatGrid(3, 3 + 127, 0.0, format.min, format.max, math.nan)  # below 16, the quantum is 1
+        grid = c.FloatGrid(
+            mantissa_bits=3, lowest=3 + 127, min=format.min, max=format.max, overflow=math.nan
+        )  # quantum 1 below 16
     else:
         grid = float_grid(format)
         if grid is None or grid.smallest or not math.isnan(grid.overflow):
@@ -115,10 +117,16 @@ def _is_turned(shape: torch.Size, stride: tuple[int, ...]) -> bool | None:
 
 
 def _tiles(shape: torch.Size, tile: Tile, turned: bool) -> Any:
-    tiles = c.Tiles()
-    tiles.groups, tiles.rows, tiles.spots, tiles.sums = shape
-    tiles.turned, tiles.tile_rows, tiles.tile_sums = turned, tile.rows, tile.sums
-    return tiles
+    groups, rows, spots, sums = shape
+    return c.Tiles(
+        groups=groups,
+        rows=rows,
+        spots=spots,
+        sums=sums,
+        turned=turned,
+        tile_rows=tile.rows,
+        tile_sums=tile.sums,
+    )
 
 
 def _takes(request: Request) -> bool:
@@ -176,18 +184,26 @@ def round_tiles(request: Request) -> TilesRounded | None:
         tiles.rotation, tiles.factor = size, to_float32(1.0 / math.sqrt(size))
         tiles.signs = None if signs is None else pointer(signs, "signs", torch.float32, size)
     targets = scaling.targets or (format.max,)
-    arguments: Any = c.RoundTiles(tiles, _SCALE_RULES[scaling.rounding], len(targets))
+    arguments: Any = c.RoundTiles(
+        tiles=tiles,
+        scale_rule=_SCALE_RULES[scaling.rounding],
+        num_targets=len(targets),
+        reach=0.0 if scaling.tensor_bound is None else scaling.tensor_bound * targets[0],
+        prescale=scaling.prescale,
+        scale_grid=float_grid(scaling.format) or c.FloatGrid(),
+        code_of=pointer(code_of, "code_of", torch.uint8, 256),
+        grid=elements.grid,
+        per_unit=elements.per_unit,
+        zero=elements.zero,
+        rule=RULE_OF[request.spec.rounding],
+        scale_codes=fresh(scale_codes),
+        each=fresh(each),
+    )
     for i, target in enumerate(targets):
         arguments.target[i] = target
         arguments.factor[i] = to_float32(1 / target) if len(targets) == 1 else to_float32(targets[0] / target)
-    arguments.reach = 0.0 if scaling.tensor_bound is None else scaling.tensor_bound * targets[0]
-    arguments.prescale = scaling.prescale
-    arguments.scale_grid = float_grid(scaling.format) or c.FloatGrid()
-    arguments.code_of = pointer(code_of, "code_of", torch.uint8, 256)
-    arguments.grid, arguments.per_unit, arguments.zero = elements.grid, elements.per_unit, elements.zero
     if elements.positions is not None:
         arguments.positions = pointer(elements.positions, "positions", torch.int8, 16)
-    arguments.rule = RULE_OF[request.spec.rounding]
     if request.spec.rounding.draws and request.key is not None:
         arguments.key = stream_key(request.key, 0)
     arguments.out_steps[:] = steps
@@ -200,7 +216,6 @@ def round_tiles(request: Request) -> TilesRounded | None:
         if shape[1 if turned else 3] % 64:
             codes = x.new_empty(n, dtype=torch.int8)
             arguments.codes = fresh(codes)
-    arguments.scale_codes, arguments.each = fresh(scale_codes), fresh(each)
     amax = kernels().round_tiles(ctypes.byref(arguments))
     scale = torch.tensor(arguments.decode, dtype=torch.float32) / scaling.prescale
     blocks = BlockScales(scale_codes, scaling.format, tile)
@@ -241,12 +256,18 @@ def unpack_tiles(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     scales = _numbers(tuple(blocks.format.values), 256)
     num = math.prod(scale_shape(packed.shape, blocks.tile))
-    arguments: Any = c.UnpackTiles(_tiles(packed.shape, blocks.tile, turned), codes_of(packed.data, out.numel()))
-    arguments.is_signed, arguments.exact = packed.signed, dtype == torch.float32
+    arguments: Any = c.UnpackTiles(
+        tiles=_tiles(packed.shape, blocks.tile, turned),
+        packed=codes_of(packed.data, out.numel()),
+        is_signed=packed.signed,
+        scale_codes=pointer(blocks.data, "scales", torch.uint8, num, torch.contiguous_format),
+        scale_of=pointer(scales, "scale_of", torch.float32, 256),
+        out=fresh(out),
+        out_dtype=c.CODES[dtype],
+        exact=dtype == torch.float32,
+    )
+    arguments.steps[:] = packed.stride
     if packed.grid is not None:
         arguments.positions = pointer(_numbers(packed.grid, 16), "grid", torch.float32, 16)
-    arguments.scale_codes = pointer(blocks.data, "scales", torch.uint8, num, torch.contiguous_format)
-    arguments.scale_of = pointer(scales, "scale_of", torch.float32, 256)
-    arguments.out, arguments.out_dtype, arguments.steps[:] = fresh(out), c.CODES[dtype], packed.stride
     kernels().unpack_tiles(ctypes.byref(arguments))
     return out

@@ -1,4 +1,7 @@
-// What every translation unit shares: element types, the thread team, and the table of kernels of one instruction set.
+// What every translation unit shares: element types, the thread team, the table of kernels of one instruction set, and the C ABI.
+//
+// Python reads the structures, Dtype and the functions behind FOURBIT_API from this file (_structures.py), so it keeps to a few
+// forms: a field is `type name, name[2];` or one pointer; a structure with function pointers is not for Python.
 //
 // The library has a plain C ABI, depends on no header of torch and links no OpenMP runtime: the caller hands over the entry
 // points of the runtime that torch has loaded (fourbit_set_threads), so that both share one team of threads.
@@ -10,6 +13,8 @@
 #define FOURBIT_JOIN2(a, b) a##b
 #define FOURBIT_JOIN(a, b) FOURBIT_JOIN2(a, b)
 #define FOURBIT_INLINE inline __attribute__((always_inline))
+#define FOURBIT_API extern "C" __attribute__((visibility("default")))
+#define FOURBIT_ALLOCATES  // marks functions of the C ABI that may run out of memory: see fourbit_out_of_memory
 
 namespace fourbit {
 
@@ -412,3 +417,41 @@ extern const Table avx2_table;
 extern const Table avx512_table;
 
 }  // namespace fourbit
+
+// ---- the C ABI ----
+
+// A number for the text of this header without its comments, computed by _build.py.
+FOURBIT_API uint64_t fourbit_abi();
+FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside);
+FOURBIT_API const char* fourbit_isa();
+// Use the kernels of another instruction set, while no kernel runs; 0 if this machine or build has none of that name.
+FOURBIT_API int32_t fourbit_use_isa(const char* name);
+// What the products and convolutions below multiply with the instruction set in use, now: 0 nothing, 1 integers (and bfloat16
+// numbers that are multiples of a unit), 2 integers, and bfloat16 by integers.
+FOURBIT_API int32_t fourbit_products();
+// Whether a call of this thread ran out of memory since the last question; what it returned then means nothing.
+FOURBIT_API int32_t fourbit_out_of_memory();
+
+FOURBIT_API float fourbit_clip(const fourbit::Clip*);
+FOURBIT_API float fourbit_log_round(const fourbit::LogRound*);
+FOURBIT_API float fourbit_float_round(const fourbit::FloatRound*);
+FOURBIT_API float fourbit_table_round(const fourbit::TableRound*);
+FOURBIT_API void fourbit_unpack(const fourbit::Unpack*);
+FOURBIT_API double fourbit_epilogue(const fourbit::Epilogue*);
+FOURBIT_API void fourbit_split(const fourbit::Split*);
+FOURBIT_API void fourbit_moments(const void* x, int32_t dtype, int64_t n, fourbit::Moments* out);
+FOURBIT_API FOURBIT_ALLOCATES void fourbit_norm_statistics(const fourbit::NormStatistics*);
+FOURBIT_API FOURBIT_ALLOCATES float fourbit_norm_apply(const fourbit::NormApply*);
+FOURBIT_API FOURBIT_ALLOCATES float fourbit_norm_backward(fourbit::NormBackward*);
+FOURBIT_API void fourbit_accumulate(const fourbit::Accumulate*);
+FOURBIT_API void fourbit_lstm_forward(const fourbit::LstmForward*);
+FOURBIT_API void fourbit_lstm_backward(const fourbit::LstmBackward*);
+FOURBIT_API FOURBIT_ALLOCATES float fourbit_round_tiles(fourbit::RoundTiles*);
+FOURBIT_API void fourbit_unpack_tiles(const fourbit::UnpackTiles*);
+// 0: not with the instruction set in use, or not these arguments.
+FOURBIT_API FOURBIT_ALLOCATES int32_t fourbit_multiply(fourbit::MatMul*);
+FOURBIT_API int64_t fourbit_panel_count(const fourbit::MatMul*);
+FOURBIT_API FOURBIT_ALLOCATES int32_t fourbit_pack_panels(const fourbit::MatMul*, uint32_t* out);
+FOURBIT_API FOURBIT_ALLOCATES int32_t fourbit_conv_fprop(const fourbit::ConvFprop*);
+FOURBIT_API FOURBIT_ALLOCATES int32_t fourbit_conv_wgrad(const fourbit::ConvWgrad*);
+FOURBIT_API FOURBIT_ALLOCATES int32_t fourbit_conv_dgrad(const fourbit::ConvDgrad*);

@@ -145,9 +145,7 @@ int parallel_always(int64_t n, Range range, void* task) { return run(n, 1, range
 
 using namespace fourbit;
 
-#define FOURBIT_API extern "C" __attribute__((visibility("default")))
-
-FOURBIT_API int32_t fourbit_abi() { return 13; }
+FOURBIT_API uint64_t fourbit_abi() { return FOURBIT_ABI; }
 
 FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_threads, void* num_threads, void* inside) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
@@ -159,7 +157,6 @@ FOURBIT_API void fourbit_set_threads(void* parallel, void* thread, void* max_thr
 
 FOURBIT_API const char* fourbit_isa() { return isa->name; }
 
-// Use the kernels of another instruction set, while no kernel runs; 0 if this machine or build has none of that name.
 FOURBIT_API int32_t fourbit_use_isa(const char* name) {
   for (const Isa& one : isas) {
     if (std::strcmp(name, one.name) || !one.is_there()) continue;
@@ -170,14 +167,11 @@ FOURBIT_API int32_t fourbit_use_isa(const char* name) {
   return 0;
 }
 
-// What the products and convolutions below multiply with the instruction set in use, now: 0 nothing, 1 integers (and bfloat16
-// numbers that are multiples of a unit), 2 integers, and bfloat16 by integers.
 FOURBIT_API int32_t fourbit_products() {
   if (!isa->products->multiply) return 0;
   return isa->products->integers_only ? 1 : 2;
 }
 
-// Whether a call of this thread ran out of memory since the last question; what it returned then means nothing.
 FOURBIT_API int32_t fourbit_out_of_memory() {
   const bool found = out_of_memory;
   out_of_memory = false;
@@ -202,7 +196,6 @@ FOURBIT_GUARDED(void, lstm_forward, const LstmForward*, table->lstm_forward(t))
 FOURBIT_GUARDED(void, lstm_backward, const LstmBackward*, table->lstm_backward(t))
 FOURBIT_GUARDED(float, round_tiles, RoundTiles*, table->round_tiles(t))
 FOURBIT_GUARDED(void, unpack_tiles, const UnpackTiles*, table->unpack_tiles(t))
-// 0: not with the instruction set in use, or not these arguments.
 #define FOURBIT_PRODUCT(result, name, argument) \
   FOURBIT_GUARDED(result, name, argument, isa->products->name ? isa->products->name(t) : 0)
 FOURBIT_PRODUCT(int32_t, multiply, MatMul*)
