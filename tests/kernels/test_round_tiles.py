@@ -220,6 +220,19 @@ def test_several_threads_write_the_same(isa: str) -> None:
         assert torch.equal(many.packed.data, one.packed.data)
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
+@pytest.mark.parametrize("wide", [False, True], ids=["bfloat16", "float32"])
+def test_results_larger_than_caches_are_those_of_their_parts(wide: bool, turned: bool) -> None:
+    """From 2^25 bytes on they are written past the caches."""
+    rows, sums = (4096, 2048) if wide else (4096, 4096)
+    x = torch.randn(1, sums, 1, rows).permute(0, 3, 2, 1) if turned else torch.randn(1, rows, 1, sums)
+    request = replace(request_of(x, spec_of(MX, Block(32))), wide=wide)
+    whole = run(request).tensor.q
+    for part in (slice(0, rows // 2), slice(rows // 2, rows)):
+        y = x[:, part].permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1) if turned else x[:, part]
+        assert torch.equal(whole[:, part], run(replace(request, x=y)).tensor.q)
+
+
 def test_what_the_kernels_have_not_got_is_left_to_the_reference() -> None:
     x = operand((1, 32, 1, 64), False)
     for spec in (

@@ -194,13 +194,13 @@ FOURBIT_INLINE Ints round_magnitude(Ints magnitude, const Half& h) {
   return smaller(larger(rounded, all_ints(h.smallest)), all_ints(h.largest));
 }
 
-// float_nearest of a format with subnormals: x + m - m rounds to multiples of the quantum.
+// float_nearest of a format with subnormals: x + m - m rounds to multiples of the quantum. What is beyond the largest number becomes
+// it first, and rounds to itself.
 FOURBIT_INLINE Floats with_subnormals(Floats s, const FloatGrid& g) {
-  const float most = 2.0f * g.max;
-  const Floats x = clamp(s, -most, most);
+  const Floats x = clamp(s, -g.max, g.max);
   const Ints exponent = larger(as_ints(x) & 0x7F800000, all_ints(g.lowest << 23));
   const Floats m = as_floats(wrapping_sum(exponent, all_ints(((23 - g.mantissa_bits) << 23) | 0x400000)));
-  return clamp((x + m) - m, -g.max, g.max);
+  return (x + m) - m;
 }
 
 FOURBIT_INLINE Floats without_subnormals(Floats s, const Half& h) {

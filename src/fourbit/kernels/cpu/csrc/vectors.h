@@ -99,7 +99,7 @@ FOURBIT_INLINE Floats clamp(Floats x, float low, float high) {
   return smaller(all_floats(high), larger(all_floats(low), x));
 }
 
-// The integers nearest to x, ties to even, for |x| < 2^22.
+// The integers nearest to x, ties to even, for |x| < 2^22; of NaN, one whose lowest 8 bits are 0.
 FOURBIT_INLINE Ints nearest_integers(Floats x) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtps_epi32(x);
@@ -108,7 +108,7 @@ FOURBIT_INLINE Ints nearest_integers(Floats x) {
 #else
   const Floats rounded = (x + 12582912.0f) - 12582912.0f;
   Ints n;
-  for (int j = 0; j < kVector; ++j) n[j] = static_cast<int32_t>(rounded[j]);
+  for (int j = 0; j < kVector; ++j) n[j] = rounded[j] == rounded[j] ? static_cast<int32_t>(rounded[j]) : 0;
   return n;
 #endif
 }
@@ -138,6 +138,17 @@ FOURBIT_INLINE Doubles add_square(Doubles sum, Doubles x) {
   return _mm256_fmadd_pd(x, x, sum);
 #else
   return sum + x * x;
+#endif
+}
+
+// x * signs + y where signs are 1 or -1: one rounding, that of the sum.
+FOURBIT_INLINE Floats add_signed(Floats x, Floats signs, Floats y) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, signs, y);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(x, signs, y);
+#else
+  return x * signs + y;
 #endif
 }
 
@@ -258,6 +269,35 @@ FOURBIT_INLINE void write_exactly(uint16_t* p, const Floats (&x)[kPerBlock]) {
 }
 
 FOURBIT_INLINE void write_exactly(float* p, const Floats (&x)[kPerBlock]) { write(p, x); }
+
+// The same for results that no cache will hold, past all of them: p on a boundary of a vector. stream_end() before others may read.
+FOURBIT_INLINE void stream_exactly(float* p, const Floats (&x)[kPerBlock]) {
+#if defined(__AVX512F__)
+  FOURBIT_EACH(v) _mm512_stream_ps(p + v * kVector, x[v]);
+#elif defined(__AVX2__)
+  FOURBIT_EACH(v) _mm256_stream_ps(p + v * kVector, x[v]);
+#else
+  write(p, x);
+#endif
+}
+
+FOURBIT_INLINE void stream_exactly(uint16_t* p, const Floats (&x)[kPerBlock]) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < kPerBlock / 2; ++i)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 2 * kVector * i), (__m512i)upper_halves(x[2 * i], x[2 * i + 1]));
+#elif defined(__AVX2__)
+  for (int i = 0; i < kPerBlock / 2; ++i)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 2 * kVector * i), (__m256i)upper_halves(x[2 * i], x[2 * i + 1]));
+#else
+  write_exactly(p, x);
+#endif
+}
+
+FOURBIT_INLINE void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 FOURBIT_INLINE void write(uint16_t* p, Halves x) { std::memcpy(p, &x, sizeof x); }
 
