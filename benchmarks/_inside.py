@@ -84,20 +84,20 @@ def profile(training: Training, steps: int = 3) -> dict[str, float]:
     The calls of this library's kernels are marked while it runs, because they are no operations of torch.
     """
     training()
-    dispatch = backends.dispatch
+    call = backends.Operation.__call__
 
-    def marked(operation: str, *arguments: Any) -> Any:
-        with torch.profiler.record_function(f"fourbit::{operation}"):
-            return dispatch(operation, *arguments)
+    def marked(operation: backends.Operation[..., Any], *arguments: Any) -> Any:
+        with torch.profiler.record_function(f"fourbit::{operation.name}"):
+            return call(operation, *arguments)
 
-    backends.dispatch = marked
+    backends.Operation.__call__ = marked
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
                 with torch.profiler.record_function("step"):
                     training()
     finally:
-        backends.dispatch = dispatch
+        backends.Operation.__call__ = call
     found = dict.fromkeys(CATEGORIES, 0.0)
     for event in profiler.key_averages():
         category = next(c for c, pattern in CATEGORIES.items() if re.search(pattern, event.key))

@@ -92,7 +92,7 @@ def _quantizers(n: int) -> dict[str, tuple[float, Callable[[], Any]]]:
         """Rounding with a scale that is there."""
         made = request(*arguments, **options)
         known = made.spec.scaling.of(Statistics(made.x), made.format, made.stored)
-        return lambda: backends.dispatch("round", made, known) or _round(made, known, Statistics(made.x))
+        return lambda: backends.OPERATIONS["round"](made, known) or _round(made, known, Statistics(made.x))
 
     def pair(x: Tensor) -> Callable[[], Any]:
         made = [request(x, f"fp4_r4_{phase}", GradScale(), exponent) for phase in ("even", "odd")]
@@ -101,7 +101,7 @@ def _quantizers(n: int) -> dict[str, tuple[float, Callable[[], Any]]]:
         def eager() -> list[Any]:
             return [_round(m, known, Statistics(x)) for m in made]
 
-        return lambda: backends.dispatch("round_pair", *made, known) or eager()
+        return lambda: backends.OPERATIONS["round_pair"](*made, known) or eager()
 
     target = torch.empty_like(x32)
     finish = Finish(scale, formats.FP16_169, False, None, torch.bfloat16, Layout.of(sums))

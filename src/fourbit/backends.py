@@ -1,31 +1,23 @@
 """Backends: interchangeable kernels behind definitions that are slow, plain and always there.
 
-Each operation below has a reference in plain PyTorch, which defines the numbers. A backend registers functions that
-compute the same faster, on the tensors for which it can; the first one that takes a call gets it, otherwise the
-reference runs.
+An `Operation` is declared once, beside its reference in plain PyTorch, which defines the numbers; or it says why it has none.
+A backend registers kernels that compute the same faster, on the tensors for which it can.
 
-    operation     arguments                                      result
-    moments       x                                              means of x^2 and |x|, and max|x|
-    round         quantizers.Request, scale                      quantizers.Rounded
-    round_pair    two Requests of one tensor, scale              two Rounded
-    round_tiles   a Request with tiles, not yet rotated          quantizers.TilesRounded
-    unpack        quantizers.Packed, dtype                       tensor
-    unpack_tiles  likewise, with scales of blocks                tensor
-    gemm          ops.Gemm without accumulation                  ops.Raw
-    accumulate    [G, M, K], [G, K, N], ops.Accumulation, key    float32 [G, M, N] (see ops.accumulate)
-    epilogue      ops.Raw, ops.Finish                            tensor, sum of what was clipped
-    product       ops.Gemm, ops.Finish                           both at once, where that is faster
+A kernel answers before it works. It is a function that is given the arguments, looks at their formats, shapes, dtypes and
+layouts only, and returns its plan: a function without arguments that does the work, or a sentence that says why it declines.
+So nothing is allocated, read or unpacked in vain, and one can ask why a layer is slow:
 
-and, without a reference, because the modules themselves are one:
+    ROUND: Operation[[Request, Tensor], Rounded] = Operation("round", reference="quantizers.run")
 
-    norm_supported   a tensor, format to round to or None      True, or None
-    norm_statistics  ops.NormStatistics                        ops.Normalized
-    norm_apply       ops.NormApply                             o, its codes, where the activation passes
-    norm_backward    ops.NormBackward                          gradients
-    lstm_forward     gates_x, gates_h, c, kept                 h', c'
-    lstm_backward    dh, dc, gates, c, c', out                 gradient of c
-    lstm_run         ops.LstmForward                           Rounded of each step's hidden state
-    lstm_run_back    ops.LstmBackward                          max|g| of each step, gradient of the clip value
+    @ROUND.kernel("cpu")
+    def plan_round(request, scale):
+        if not request.x.is_cpu:
+            return "the tensor is on another device"
+        return lambda: ...
+
+    rounded = ROUND(request, scale) or reference(request, scale)      the first kernel that takes the call; None: none does
+    ROUND.answers(request, scale)                                     {"cpu": "", "cuda": "the tensor is on ..."}
+    with backends.watching() as calls: ...                            how often which kernel did what, and why others did not
 
 Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
 """
@@ -34,45 +26,109 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
+from fourbit._registry import Registry
 from fourbit.errors import unknown
 
-OPERATIONS = (
-    "moments",
-    "round",
-    "round_pair",
-    "round_tiles",
-    "unpack",
-    "unpack_tiles",
-    "gemm",
-    "accumulate",
-    "epilogue",
-    "product",
-    "norm_supported",
-    "norm_statistics",
-    "norm_apply",
-    "norm_backward",
-    "lstm_forward",
-    "lstm_backward",
-    "lstm_run",
-    "lstm_run_back",
-)
+P = ParamSpec("P")
+R = TypeVar("R")
+Plan: TypeAlias = Callable[[], R] | str
+"""What a kernel answers: the work, or why it declines."""
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)
 """Imported at first use; they register what they have."""
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One function of a backend. It returns None for a call that it does not take."""
+class Kernel(Generic[P, R]):
+    """One kernel of a backend: its plans, and called, the result, or None where it declines."""
 
     operation: str
     backend: str
-    function: Callable[..., Any]
+    plan: Callable[P, Plan[R]]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:  # noqa: D102
+        work = self.plan(*args, **kwargs)
+        return None if isinstance(work, str) else work()
+
+
+class Operation(Generic[P, R]):
+    """Something that kernels may do.
+
+    Args:
+        name: for lists and tests.
+        reference: the function of this package that defines it; or, in parentheses, why there is none.
+    """
+
+    def __init__(self, name: str, reference: str):
+        self.name, self.reference = name, reference
+        self.kernels: list[Kernel[P, R]] = []
+        self._plans: tuple[Callable[P, Plan[R]], ...] | None = None
+        OPERATIONS.add(name, self)
+
+    def kernel(self, backend: str) -> Callable[[Callable[P, Plan[R]]], Kernel[P, R]]:
+        """Decorator: the function plans this operation on behalf of `backend`."""
+
+        def enter(plan: Callable[P, Plan[R]]) -> Kernel[P, R]:
+            found = Kernel(self.name, backend, plan)
+            self.kernels.append(found)
+            self._plans = None
+            return found
+
+        return enter
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """The result of the first enabled kernel that takes the call; None: use the reference."""
+        if _watched is not None:
+            return self._watched_call(_watched, *args, **kwargs)
+        for plan in self._enabled():
+            work = plan(*args, **kwargs)
+            if not isinstance(work, str):
+                return work()
+        return None
+
+    def answers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str]:
+        """What each enabled backend says to a call: "" where it would do it, otherwise why not. Nothing is computed."""
+        found: dict[str, str] = {}
+        for kernel in self._among_enabled():
+            work = kernel.plan(*args, **kwargs)
+            found[kernel.backend] = work if isinstance(work, str) else ""
+        return found
+
+    def _enabled(self) -> tuple[Callable[P, Plan[R]], ...]:
+        if self._plans is None:
+            self._plans = tuple(kernel.plan for kernel in self._among_enabled())
+        return self._plans
+
+    def _among_enabled(self) -> list[Kernel[P, R]]:
+        _load()
+        return [kernel for kernel in self.kernels if kernel.backend not in _disabled]
+
+    def _watched_call(self, calls: Counter[Call], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        for kernel in self._among_enabled():
+            work = kernel.plan(*args, **kwargs)
+            declined = work if isinstance(work, str) else ""
+            calls[Call(self.name, kernel.backend, declined)] += 1
+            if not isinstance(work, str):
+                return work()
+        return None
+
+
+OPERATIONS: Registry[Operation[..., Any]] = Registry("operation")
+"""By name, as they are declared."""
+
+
+class Call(NamedTuple):
+    """What a kernel answered: `declined` is empty where it did the work, otherwise why it did not."""
+
+    operation: str
+    backend: str
+    declined: str
 
 
 @dataclass(frozen=True)
@@ -88,25 +144,11 @@ class Status:
         return f"{self.name}: {self.detail}" if self.available else f"{self.name}: not available, {self.detail}"
 
 
-_kernels: dict[str, list[Kernel]] = {operation: [] for operation in OPERATIONS}
 _statuses: dict[str, Callable[[], Status]] = {}
 _disabled: set[str] = set()
-_active: dict[str, tuple[Callable[..., Any], ...]] = {}
+_watched: Counter[Call] | None = None
 _loaded = False
 _loading = threading.RLock()
-
-
-def register(operation: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function computes `operation` on behalf of `backend`, or returns None."""
-    if operation not in _kernels:
-        raise unknown("operation", operation, OPERATIONS)
-
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        _kernels[operation].append(Kernel(operation, backend, function))
-        _active.clear()
-        return function
-
-    return enter
 
 
 def register_backend(status: Callable[[], Status], name: str) -> None:
@@ -123,10 +165,10 @@ def _load() -> None:
             _loaded = True
 
 
-def kernels() -> list[Kernel]:
+def kernels() -> list[Kernel[..., Any]]:
     """Every registered kernel; the parity tests iterate over them."""
     _load()
-    return [kernel for found in _kernels.values() for kernel in found]
+    return [kernel for operation in OPERATIONS.values() for kernel in operation.kernels]
 
 
 def statuses() -> list[Status]:
@@ -135,18 +177,22 @@ def statuses() -> list[Status]:
     return [status() for status in _statuses.values()]
 
 
-def dispatch(operation: str, *arguments: Any) -> Any:
-    """The result of the first enabled kernel that takes the call; None: use the reference."""
-    functions = _active.get(operation)
-    if functions is None:
-        _load()
-        functions = tuple(k.function for k in _kernels[operation] if k.backend not in _disabled)
-        _active[operation] = functions
-    for function in functions:
-        result = function(*arguments)
-        if result is not None:
-            return result
-    return None
+@contextmanager
+def watching() -> Iterator[Counter[Call]]:
+    """Count what kernels answer while the block runs (process-wide): which did the work, and why others did not.
+
+    >>> import torch
+    >>> with watching() as calls:
+    ...     pass
+    >>> sorted(calls)
+    []
+    """
+    global _watched
+    before, _watched = _watched, Counter()
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 @contextmanager
@@ -162,10 +208,15 @@ def without(*names: str) -> Iterator[None]:
         raise unknown("backend", unknown_names[0], _statuses)
     before = set(_disabled)
     _disabled.update(names or _statuses)
-    _active.clear()
+    _forget()
     try:
         yield
     finally:
         _disabled.clear()
         _disabled.update(before)
-        _active.clear()
+        _forget()
+
+
+def _forget() -> None:
+    for operation in OPERATIONS.values():
+        operation._plans = None

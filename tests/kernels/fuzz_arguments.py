@@ -33,7 +33,7 @@ def call_kernel(f: Fuzz) -> tuple[str, str]:
     case = f.one(*CASES)
     f.for_kernels = case in (rounding, unpacking, moments, cells)
     operation, arguments, check = case(f)
-    kernel = next(k.function for k in backends.kernels() if (k.operation, k.backend) == (operation, "cpu"))
+    kernel = next(k for k in backends.kernels() if (k.operation, k.backend) == (operation, "cpu"))
     with standing_in() if case in (products, sequences) else contextlib.nullcontext(False) as zeros:
         try:
             found = kernel(*arguments)

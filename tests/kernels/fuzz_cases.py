@@ -19,7 +19,7 @@ from fourbit.ops import LSTM_CELL, Accumulation, Convolution, Finish, Gemm, Layo
 from fourbit.ops import LstmBackward as BackwardRun
 from fourbit.ops import LstmForward as ForwardRun
 from fourbit.ops._accumulation import accumulate
-from fourbit.ops._product import _finish, _multiply
+from fourbit.ops._product import _finish, reference_product
 from fourbit.quantizers import ClipValue, FixedScale, Packed, QuantSpec, Request, Rounded, run, scale_of
 
 Case = tuple[str, tuple[Any, ...], Callable[[Any], None]]
@@ -163,7 +163,7 @@ def products(f: Fuzz) -> Case:
     def check(found: Any) -> None:
         y = found.y if isinstance(found, Raw) else found[0]
         if isinstance(found, Raw) and not found.rounded and found.high is None:
-            same(y.to(torch.float32) * found.unit, _multiply(gemm))
+            same(y.to(torch.float32) * found.unit, reference_product(gemm))
 
     if f.one(True, False):
         n = 0 if layout is None else layout.shape.numel()
@@ -253,7 +253,7 @@ def normalizing(f: Fuzz) -> Case:
         return "norm_statistics", (statistics,), check
     normalized = None
     with contextlib.suppress(CLEAN):
-        normalized = backends.dispatch("norm_statistics", statistics)
+        normalized = backends.OPERATIONS["norm_statistics"](statistics)
     if normalized is None:
         normalized = Normalized(f.tensor(shape), output, f.tensor((4, channels)))
     n = math.prod(shape)

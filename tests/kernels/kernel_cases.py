@@ -79,16 +79,16 @@ def skip_if_none(taken: int) -> None:
 class Implementation:
     """A registered kernel, on one instruction set of the CPU."""
 
-    kernel: backends.Kernel
+    kernel: backends.Kernel[..., Any]
     isa: str | None
 
     def __call__(self, *arguments: Any) -> Any:
         """What the kernel returns."""
         with instruction_set(self.isa):
-            return self.kernel.function(*arguments)
+            return self.kernel(*arguments)
 
     def __str__(self) -> str:
-        return f"{self.kernel.backend}-{self.kernel.function.__name__}{f'-{self.isa}' if self.isa else ''}"
+        return f"{self.kernel.backend}-{self.kernel.plan.__name__}{f'-{self.isa}' if self.isa else ''}"
 
 
 def implementations(operation: str) -> list[Implementation]:

@@ -32,7 +32,7 @@ def isas():
 def kernel(a, b, accumulation: Accumulation, key: int | None = None) -> torch.Tensor:
     """What the kernel gives, and nothing else."""
     found = [k for k in backends.kernels() if (k.operation, k.backend) == ("accumulate", "cpu")]
-    y = found[0].function(a, b, accumulation, key)
+    y = found[0](a, b, accumulation, key)
     assert y is not None
     return y
 
@@ -118,7 +118,7 @@ def test_results_do_not_depend_on_the_number_of_threads_or_the_order_of_the_axes
 
 def test_what_the_kernel_does_not_take_is_left_to_the_reference():
     a, b = operands("int4", (1, 2, 5, 3))
-    function = next(k.function for k in backends.kernels() if k.operation == "accumulate" and k.backend == "cpu")
+    function = next(k for k in backends.kernels() if k.operation == "accumulate" and k.backend == "cpu")
     for accumulation in (Accumulation(rounding="truncate"), Accumulation("int8"), Accumulation("bfloat16")):
         assert function(a, b, accumulation, None) is None
         accumulate(a, b, accumulation)
@@ -128,7 +128,7 @@ def test_a_format_that_ends_near_float32_s_own_end_is_left_to_the_reference():
     """There the kernels' way of rounding, by adding 2^23 quanta, would overflow."""
     far = formats.FloatFormat("far", exponent_bits=7, mantissa_bits=3, exponent_bias=3)
     a = torch.randn(1, 3, 20) * 2.0 ** torch.randint(0, 120, (1, 3, 20))
-    function = next(k.function for k in backends.kernels() if k.operation == "accumulate" and k.backend == "cpu")
+    function = next(k for k in backends.kernels() if k.operation == "accumulate" and k.backend == "cpu")
     assert function(a, torch.ones(1, 20, 4), Accumulation(far), None) is None
     x = a.flatten()
     with backends.without():

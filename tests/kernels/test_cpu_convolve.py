@@ -95,7 +95,7 @@ def test_gradients_equal_the_exact_sums(case, products, exact_kernels):
     for which, other, like, format in (("dgrad", w, x, INT4_SYM), ("wgrad", x, w, UINT4)):
         operand = Operand(other.to(torch.int8), None, format)
         gemm = Gemm(which, con, gradient, operand, Layout.of(like), torch.float32, products)
-        raw = backends.dispatch("gemm", gemm)
+        raw = backends.OPERATIONS["gemm"](gemm)
         exact = getattr(con, which)(g.double(), other.double(), like.double())
         value = raw.y.double() if raw.high is None else (raw.y.double() + 256.0 * raw.high.double()) * raw.unit
         if which == "dgrad" and products == "fast" and exact_kernels.has_dot_product:
@@ -119,7 +119,7 @@ def test_gradients_of_integers_equal_the_exact_sums_in_every_geometry(case, num_
             operand = Operand(other.to(torch.int8), None, format)
             gemm = Gemm(which, con, gradient, operand, Layout.of(like), torch.float32, "fast")
             with threads(num_threads):
-                raw = backends.dispatch("gemm", gemm)
+                raw = backends.OPERATIONS["gemm"](gemm)
             exact = getattr(con, which)(gradient.q.double(), other.double(), like.double())
             assert torch.equal(raw.y, exact.float()) and raw.y.is_contiguous(memory_format=torch.channels_last)
 
@@ -133,7 +133,7 @@ def test_signed_activations_are_multiplied_exactly_too(case, num_threads, exact_
     gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), None, INT4_SYM), None, torch.float32, "exact")
     exact = con.fprop(a.q.double(), w.double()).float()
     with threads(num_threads):
-        raw, codes = (backends.dispatch("gemm", replace(gemm, output=output)) for output in (None, FP16_169))
+        raw, codes = (backends.OPERATIONS["gemm"](replace(gemm, output=output)) for output in (None, FP16_169))
     assert torch.equal(raw.y, exact)
     assert torch.equal(values_of(codes.y), round_to_format(exact * 0.1, FP16_169))
 
@@ -144,8 +144,8 @@ def test_forward_equals_the_exact_sums_rounded_at_once(case, exact_kernels):
     a = Operand(x.to(torch.uint8), torch.tensor(0.1), UINT4)
     gemm = Gemm("fprop", con, a, Operand(w.to(torch.int8), torch.tensor(0.03), INT4_SYM), None, torch.float32, "exact")
     exact = con.fprop(x.double(), w.double())
-    raw = backends.dispatch("gemm", gemm)
-    codes = backends.dispatch("gemm", replace(gemm, output=FP16_169))
+    raw = backends.OPERATIONS["gemm"](gemm)
+    codes = backends.OPERATIONS["gemm"](replace(gemm, output=FP16_169))
     assert not raw.rounded and torch.equal(raw.y.double(), exact)
     assert codes.rounded and codes.y.dtype == torch.int16
     assert torch.equal(values_of(codes.y), round_to_format(exact.float() * gemm.scale, FP16_169))
@@ -158,7 +158,7 @@ def test_signed_activations_and_scales_that_are_not_finite_are_not_rounded_at_on
         Operand(x.sub(8).to(torch.int8), None, INT4_SYM),
         Operand(x.to(torch.uint8), torch.tensor(torch.nan), UINT4),
     ):
-        raw = backends.dispatch("gemm", Gemm("fprop", con, a, weights, None, torch.float32, "exact", output=FP16_169))
+        raw = backends.OPERATIONS["gemm"](Gemm("fprop", con, a, weights, None, torch.float32, "exact", output=FP16_169))
         if a.format == INT4_SYM and not exact_kernels.has_dot_product:
             assert raw.rounded and raw.y.dtype == torch.int16
             continue
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_left_to_others(exact_kernels):
         gemm = Gemm(
             "wgrad", change, gradient, Operand(x.to(torch.int8), None, UINT4), Layout.of(w), torch.float32, "exact"
         )
-        assert backends.dispatch("gemm", gemm) is None
+        assert backends.OPERATIONS["gemm"](gemm) is None
 
 
 def test_a_normalization_takes_codes_as_it_takes_what_they_were_rounded_from(exact_kernels):
@@ -183,8 +183,8 @@ def test_a_normalization_takes_codes_as_it_takes_what_they_were_rounded_from(exa
     found = []
     for y, factor in ((multiply(gemm).y, scale), (multiply(replace(gemm, output=FP16_169)).y, 1.0)):
         norm = Norm(torch.full((32,), 1.5), torch.full((32,), 0.25), torch.zeros(32), torch.ones(32), 0.1, 1e-5)
-        normalized = backends.dispatch("norm_statistics", NormStatistics(y, factor, FP16_169, norm, True))
-        out = backends.dispatch("norm_apply", NormApply(normalized, None, Activation(True), None, True))[0]
+        normalized = backends.OPERATIONS["norm_statistics"](NormStatistics(y, factor, FP16_169, norm, True))
+        out = backends.OPERATIONS["norm_apply"](NormApply(normalized, None, Activation(True), None, True))[0]
         found.append((out, normalized.v, normalized.moments, norm.running_mean, norm.running_var))
     assert found[0][1].dtype == torch.int16
     for one, other in zip(*found, strict=True):

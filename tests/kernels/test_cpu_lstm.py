@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fourbit as fb
 from fourbit import backends, formats
 from fourbit.kernels.cpu import _lstm as cell
-from fourbit.ops import LSTM_CELL
+from fourbit.ops import LSTM_CELL, LSTM_RUN, LSTM_RUN_BACK
 from fourbit.recipes import catalog
 
 pytestmark = needs_library
@@ -148,21 +148,12 @@ def test_a_transposed_weight_is_not_read_as_if_it_lay_in_order():
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("poison", ["", "gradient", "state"])
 def test_all_steps_at_once_give_the_bits_of_single_steps(isa, spec, size, lengths, last_only, poison, monkeypatch):
-    calls = []
-    for name in ("lstm_run", "lstm_run_back"):
-        function = getattr(cell, name)
-
-        def spy(task, function=function, name=name):
-            done = function(task)
-            calls.append((name, done is not None))
-            return done
-
-        monkeypatch.setitem(backends._active, name, (spy,))
-    with instruction_set(isa):
+    with instruction_set(isa), backends.watching() as calls:
         at_once = trained(lengths, size, spec, poison, last_only)
-    assert {name for name, done in calls if done} == {"lstm_run", "lstm_run_back"}
-    monkeypatch.setitem(backends._active, "lstm_run", ())
-    monkeypatch.setitem(backends._active, "lstm_run_back", ())
+    assert {call.operation for call in calls if not call.declined} >= {"lstm_run", "lstm_run_back"}
+    for operation in (LSTM_RUN, LSTM_RUN_BACK):
+        monkeypatch.setattr(operation, "kernels", [])
+        monkeypatch.setattr(operation, "_plans", None)
     with instruction_set(isa):
         one_by_one = trained(lengths, size, spec, poison, last_only)
     for a, b in zip(at_once, one_by_one, strict=True):

@@ -47,7 +47,7 @@ pytestmark = [
 
 def kernel(operation: str):
     """The CPU's kernel of an operation."""
-    return next(k.function for k in backends.kernels() if (k.operation, k.backend) == (operation, "cpu"))
+    return next(k for k in backends.kernels() if (k.operation, k.backend) == (operation, "cpu"))
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from torch import Tensor
 from fourbit import backends, formats
 from fourbit.formats import Codebook, Format
 from fourbit.ops import Contraction, Convolution, Finish, Gemm, Layout, LinearMap, Matmul, Operand, Raw
-from fourbit.ops._product import _finish, _multiply, multiply, product
+from fourbit.ops._product import _finish, multiply, product, reference_product
 from fourbit.quantizers import Packed, carrier_dtype, is_packable, pack, pack_mask
 
 f = formats
@@ -281,7 +281,7 @@ def test_a_row_that_is_repeated_is_read_as_often(implementation, which, repeated
         gemm = replace(gemm, **{repeated: operand._replace(q=numbers)})
         raw = implementation(gemm)
         if raw is not None:
-            exact = _multiply(replace(gemm, dtype=torch.float64))
+            exact = reference_product(replace(gemm, dtype=torch.float64))
             check(raw, exact, torch.full_like(size, 16 * 49.0), "exact")
 
 
@@ -551,7 +551,7 @@ def test_a_weight_kept_in_panels_gives_every_bit_again(isa, rows, depth, columns
             gemm = Gemm(which, LinearMap(), a, kept[which], like, torch.float32, "fast")
             finish = Finish(gemm.scale, output, False, None, torch.float32, like)
             with instruction_set(isa):
-                found = backends.dispatch("product", gemm, finish)
+                found = backends.OPERATIONS["product"](gemm, finish)
             with backends.without():
                 expected, _ = product(gemm, output, torch.float32)
             assert found is not None and torch.equal(found[0], expected)

@@ -54,7 +54,7 @@ def request_of(x: Tensor, spec: QuantSpec, rotation: Rotation | None = None) -> 
 
 
 def both(request: Request) -> tuple[Quantized, Quantized]:
-    assert backends.dispatch("round_tiles", request) is not None, "the kernel does not take it"
+    assert backends.OPERATIONS["round_tiles"](request) is not None, "the kernel does not take it"
     ours = run(request)
     with backends.without():
         return ours, run(request)
@@ -82,7 +82,7 @@ def require_same(request: Request) -> Quantized:
     assert torch.equal(packed.blocks.data, reference.packed.blocks.data)
     assert packed.blocks.tile == reference.packed.blocks.tile
     for dtype in (torch.float32, torch.bfloat16):
-        assert backends.dispatch("unpack_tiles", packed, dtype) is not None
+        assert backends.OPERATIONS["unpack_tiles"](packed, dtype) is not None
         numbers = packed.unpack(dtype)
         with backends.without():
             assert same(numbers, reference.packed.unpack(dtype))
@@ -244,4 +244,4 @@ def test_what_the_kernels_have_not_got_is_left_to_the_reference() -> None:
         spec_of(BETTER, Block(16), draws=True),
         spec_of(replace(NV, corrected=32), Block(16)),
     ):
-        assert backends.dispatch("round_tiles", request_of(x, spec)) is None
+        assert backends.OPERATIONS["round_tiles"](request_of(x, spec)) is None

@@ -22,6 +22,9 @@ between them: no other operation used one, and none of their Python objects is a
 """
 
 from fourbit.chains._link import Link as Link
+from fourbit.chains._norm import NORM_APPLY as NORM_APPLY
+from fourbit.chains._norm import NORM_BACKWARD as NORM_BACKWARD
+from fourbit.chains._norm import NORM_STATISTICS as NORM_STATISTICS
 from fourbit.chains._norm import Activation as Activation
 from fourbit.chains._norm import Norm as Norm
 from fourbit.chains._norm import Normalized as Normalized

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fourbit import backends
-from fourbit.chains._norm import NO_ACTIVATION, Activation, Norm, Normalized, NormApply
+from fourbit.chains._norm import NO_ACTIVATION, NORM_APPLY, Activation, Norm, Normalized, NormApply
 from fourbit.errors import UserError
 from fourbit.formats import Format
 from fourbit.ops import Finish, LayerState, Mailbox, Pending, ResultHandover, finish
@@ -120,7 +119,7 @@ class Affine:
                     "change a copy of it, or convert the model with fuse=False"
                 )
             residual = residual.resolve_neg().contiguous(memory_format=torch.channels_last)
-        found = backends.dispatch("norm_apply", NormApply(self.normalized, residual, self.act, request, want_out))
+        found = NORM_APPLY(NormApply(self.normalized, residual, self.act, request, want_out))
         if found is None:
             raise UserError("the kernels were switched off inside a fused chain: switch them off around the whole step")
         return found

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import backends
 from fourbit.chains._link import Affine, Link
-from fourbit.chains._norm import NO_ACTIVATION, Activation, Normalized, NormBackward, NormGradients
+from fourbit.chains._norm import NO_ACTIVATION, NORM_BACKWARD, Activation, Normalized, NormBackward, NormGradients
 from fourbit.errors import UserError
 from fourbit.ops import (
     GradientReturn,
@@ -331,7 +330,7 @@ def differentiate(
             specs,
             exponent,
         )
-        found = backends.dispatch("norm_backward", call)
+        found = NORM_BACKWARD(call)
         if found is None:
             raise UserError("the kernels were switched off inside a fused chain: switch them off around the whole step")
         return found

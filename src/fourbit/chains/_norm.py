@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.formats import Format
+from fourbit.ops._handover import NORM_SUPPORTED
 from fourbit.ops._product import Layout
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request
 
@@ -143,6 +144,17 @@ class NormGradients:
     amax: float
 
 
+_MODULES = "(torch's own modules, which compute where no chain begins)"
+NORM_STATISTICS: Operation[[NormStatistics], Normalized] = Operation("norm_statistics", reference=_MODULES)
+"""The statistics of a batch, and what normalizes by them."""
+NORM_APPLY: Operation[[NormApply], tuple[Tensor | None, Quantized | None, Tensor | None, bool]] = Operation(
+    "norm_apply", reference=_MODULES
+)
+"""The result, its codes, where the activation passes, and whether what it caps is clipped as well."""
+NORM_BACKWARD: Operation[[NormBackward], NormGradients] = Operation("norm_backward", reference=_MODULES)
+"""Gradients of both."""
+
+
 def can_normalize(y: Tensor) -> bool:
     """Whether some backend has these kernels for tensors like y."""
-    return y.dim() == 4 and y.dtype == torch.float32 and backends.dispatch("norm_supported", y, None) is not None
+    return y.dim() == 4 and y.dtype == torch.float32 and NORM_SUPPORTED(y, None) is not None

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
-from fourbit import backends
 from fourbit.chains._link import Affine, Kept, Link, Unfinished, hooks_now
 from fourbit.chains._nodes import Activated, Call, End, Finished, Normalization, Opened, Sum, normalization_of
-from fourbit.chains._norm import RELU, Activation, Norm, NormStatistics
+from fourbit.chains._norm import NORM_STATISTICS, RELU, Activation, Norm, NormStatistics
 from fourbit.chains._watch import chain_ended, is_watched
 from fourbit.ops import (
     LOCK,
+    NORM_SUPPORTED,
     STEPS,
     LayerState,
     Layout,
@@ -82,7 +82,7 @@ def _is_image(x: Tensor) -> bool:
         and x.numel() > 0
         and x.is_cpu
         and plain_tensors_only((x,))
-        and backends.dispatch("norm_supported", x, None) is not None
+        and NORM_SUPPORTED(x, None) is not None
     )
 
 
@@ -155,7 +155,7 @@ def normalize(w: Tensor, norm: Norm) -> Pending | None:
         output = None if result.raw.rounded and result.raw.y.dtype != torch.int16 else result.output
         statistics = NormStatistics(result.raw.y, result.scale, output, norm, own=True)
     with computing(_WHO, numel):
-        normalized = backends.dispatch("norm_statistics", statistics)
+        normalized = NORM_STATISTICS(statistics)
         if normalized is None:
             return None
         if result is not None:

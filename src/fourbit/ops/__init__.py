@@ -1,10 +1,13 @@
 """Quantized products and their gradients: the six slots, the bilinear maps, the layer's state, one autograd.Function."""
 
+from fourbit.ops._accumulation import ACCUMULATE as ACCUMULATE
 from fourbit.ops._accumulation import Accumulation as Accumulation
 from fourbit.ops._accumulation import accumulate as accumulate
 from fourbit.ops._as_written import as_written as as_written
 from fourbit.ops._cells import GRU_CELL as GRU_CELL
+from fourbit.ops._cells import LSTM_BACKWARD as LSTM_BACKWARD
 from fourbit.ops._cells import LSTM_CELL as LSTM_CELL
+from fourbit.ops._cells import LSTM_FORWARD as LSTM_FORWARD
 from fourbit.ops._contract import contract as contract
 from fourbit.ops._contraction import Contraction as Contraction
 from fourbit.ops._contraction import Convolution as Convolution
@@ -12,6 +15,7 @@ from fourbit.ops._contraction import LinearMap as LinearMap
 from fourbit.ops._contraction import Matmul as Matmul
 from fourbit.ops._contraction import ProductSize as ProductSize
 from fourbit.ops._grouped import grouped as grouped
+from fourbit.ops._handover import NORM_SUPPORTED as NORM_SUPPORTED
 from fourbit.ops._handover import GradientReturn as GradientReturn
 from fourbit.ops._handover import Mailbox as Mailbox
 from fourbit.ops._handover import OperandHandover as OperandHandover
@@ -25,6 +29,9 @@ from fourbit.ops._pending import Pending as Pending
 from fourbit.ops._pending import node_of as node_of
 from fourbit.ops._pending import plain_tensors_only as plain_tensors_only
 from fourbit.ops._pending import settle_all as settle_all
+from fourbit.ops._product import EPILOGUE as EPILOGUE
+from fourbit.ops._product import GEMM as GEMM
+from fourbit.ops._product import PRODUCT as PRODUCT
 from fourbit.ops._product import Finish as Finish
 from fourbit.ops._product import Gemm as Gemm
 from fourbit.ops._product import Layout as Layout
@@ -32,6 +39,7 @@ from fourbit.ops._product import Operand as Operand
 from fourbit.ops._product import Products as Products
 from fourbit.ops._product import Raw as Raw
 from fourbit.ops._product import finish as finish
+from fourbit.ops._product import reference_product as reference_product
 from fourbit.ops._quantize import gradient_specs as gradient_specs
 from fourbit.ops._quantize import operand_request as operand_request
 from fourbit.ops._quantize import saw_gradient as saw_gradient
@@ -46,6 +54,8 @@ from fourbit.ops._spec import LayerSpec as LayerSpec
 from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._state import Observer as Observer
+from fourbit.ops._steps import LSTM_RUN as LSTM_RUN
+from fourbit.ops._steps import LSTM_RUN_BACK as LSTM_RUN_BACK
 from fourbit.ops._steps import LstmBackward as LstmBackward
 from fourbit.ops._steps import LstmForward as LstmForward
 from fourbit.ops._watch import Watcher as Watcher

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.errors import UserError
 from fourbit.formats import FP16_169, Format, get
 from fourbit.quantizers import Rounding, round_to_format, words_at
@@ -97,8 +97,14 @@ def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None
     if accumulation.stochastic and key is None:
         raise UserError("stochastic accumulation needs a key: pass key=stream_key(seed, ...)")
     a, b = a.detach().to(torch.float32), b.detach().to(torch.float32)
-    found = backends.dispatch("accumulate", a, b, accumulation, key)
+    found = ACCUMULATE(a, b, accumulation, key)
     return found if found is not None else _reference(a, b, accumulation, key)
+
+
+ACCUMULATE: Operation[[Tensor, Tensor, Accumulation, int | None], Tensor] = Operation(
+    "accumulate", reference="ops._accumulation._reference"
+)
+"""[G, M, K] times [G, K, N] in float32, to [G, M, N] with rounded sums."""
 
 
 def _reference(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None) -> Tensor:

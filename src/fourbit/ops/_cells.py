@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 
 
 class CellGradient(NamedTuple):
@@ -41,9 +41,19 @@ class Cell:
     keeps_h: bool
 
 
+LSTM_FORWARD: Operation[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = Operation(
+    "lstm_forward", reference="ops._cells._lstm_forward"
+)
+"""gates_x, gates_h, c, kept to h', c'."""
+LSTM_BACKWARD: Operation[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = Operation(
+    "lstm_backward", reference="ops._cells._lstm_backward"
+)
+"""dh', dc', the activated gates, c, c', out to dc."""
+
+
 def _lstm_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """c' = f c + i g, h' = o tanh(c'), with i, f, o = sigmoid and g = tanh of the gates, in torch's order i, f, g, o."""
-    done = backends.dispatch("lstm_forward", gates_x, gates_h, c, kept)
+    done = LSTM_FORWARD(gates_x, gates_h, c, kept)
     if done is not None:
         return done
     gates = torch.add(gates_x, gates_h, out=kept)
@@ -59,7 +69,7 @@ def _lstm_forward(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, kept: 
 def _lstm_backward(
     dh: Tensor, dc: Tensor, gates: Tensor, gates_h: Tensor | None, h: Tensor | None, c: Tensor, new: Tensor, out: Tensor
 ) -> CellGradient:
-    done = backends.dispatch("lstm_backward", dh, dc, gates, c, new, out)
+    done = LSTM_BACKWARD(dh, dc, gates, c, new, out)
     if done is not None:
         return CellGradient(out, done, None)
     i, f, g, o = gates.chunk(4, 1)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourbit import backends
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._handover import OperandHandover, ResultHandover
+from fourbit.ops._handover import NORM_SUPPORTED, OperandHandover, ResultHandover
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
@@ -120,7 +119,7 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
     if raw.y.dtype == torch.int16:
         scale = 1.0
-    elif not rounds or backends.dispatch("norm_supported", raw.y, spec.output) is None:
+    elif not rounds or NORM_SUPPORTED(raw.y, spec.output) is None:
         y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
         raw, scale = Raw(y, rounded=True), 1.0
     raw = raw._replace(y=raw.y.contiguous(memory_format=torch.channels_last))
@@ -169,7 +168,7 @@ def _kept(
 ) -> tuple[Operand, Operand]:
     """The operand for a product, and as it is saved for backward."""
     (q, scale, format, each), _, packed, _ = quantized
-    scale = scale.view(()) if scale.numel() == 1 else scale
+    scale = scale.view(()) if scale.dim() and scale.numel() == 1 else scale
     in_blocks = each is not None and not each[1].is_row  # their scales are in the numbers
     on_grid = spec is not None and spec.samples == 1 and not in_blocks
     operand = Operand(q, scale, None if in_blocks else format, on_grid, None, orientation)
@@ -328,7 +327,7 @@ def _gradient(
     on_grid = resolved is not None and resolved.samples == 1 and resolved.restore != "sum"
     q, scale, format, each = quantized.tensor
     if resolved is None or not resolved.needs_orientation:
-        return Operand(q, None, format, on_grid), scale.view(())
+        return Operand(q, None, format, on_grid), scale.view(()) if scale.dim() else scale
     assert g is not None
     origin = "g_dgrad" if getattr(spec, slot) is REUSE else slot
     which = WHICH[slot]

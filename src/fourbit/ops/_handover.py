@@ -13,9 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fourbit.backends import Operation
 from fourbit.formats import Format
 from fourbit.ops._product import Layout, Raw
 from fourbit.quantizers import Packed, Quantized, pack_mask, unpack_mask
+
+NORM_SUPPORTED: Operation[[Tensor, Format | None], bool] = Operation(
+    "norm_supported", reference="(without it no chain begins, and torch's own modules compute)"
+)
+"""Whether there are kernels for the normalization of such a tensor, whose product is to be rounded to a format."""
 
 
 class Visible(Protocol):

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.formats import Format
 from fourbit.ops._accumulation import Accumulation, accumulate
 from fourbit.ops._contraction import Contraction, Which
@@ -73,6 +73,11 @@ class Operand(NamedTuple):
             if self.cache is not None:
                 self.cache[name] = kept
         return kept
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether they are on the CPU."""
+        return self.q.data.is_cpu if isinstance(self.q, Packed) else self.q.is_cpu
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +188,18 @@ class Finish:
     codes: Packed | Tensor | None = None
 
 
+GEMM: Operation[[Gemm], Raw] = Operation("gemm", reference="ops._product.reference_product")
+"""A product without accumulation format, neither scaled nor rounded."""
+EPILOGUE: Operation[[Raw, Finish], tuple[Tensor, Tensor | None]] = Operation(
+    "epilogue", reference="ops._product._finish"
+)
+"""What follows a product: its result, and the sum of what was clipped."""
+PRODUCT: Operation[[Gemm, Finish], tuple[Tensor, Tensor | None]] = Operation(
+    "product", reference="(gemm, then epilogue, whose results it has)"
+)
+"""Both at once."""
+
+
 def product(
     gemm: Gemm,
     output: Format | None,
@@ -199,7 +216,7 @@ def product(
     """
     what = Finish(gemm.scale, output, gemm.keep_infinite, late, dtype, gemm.layout, mask, codes)
     if gemm.accumulation is None and gemm.dtype != torch.float64:
-        done = backends.dispatch("product", gemm, what)
+        done = PRODUCT(gemm, what)
         if done is not None:
             return done
     return finish(multiply(gemm), what)
@@ -209,16 +226,17 @@ def multiply(gemm: Gemm) -> Raw:
     """The product without scales and rounding."""
     if gemm.accumulation is not None:
         return Raw(_accumulate(gemm, gemm.accumulation))
-    raw = None if gemm.dtype == torch.float64 else backends.dispatch("gemm", gemm)
-    return Raw(_multiply(gemm)) if raw is None else raw
+    raw = None if gemm.dtype == torch.float64 else GEMM(gemm)
+    return Raw(reference_product(gemm)) if raw is None else raw
 
 
 def finish(raw: Raw, what: Finish) -> tuple[Tensor, Tensor | None]:
     """Scale, round and mask a product; see `product`."""
-    return backends.dispatch("epilogue", raw, what) or _finish(raw, what)
+    return EPILOGUE(raw, what) or _finish(raw, what)
 
 
-def _multiply(gemm: Gemm) -> Tensor:
+def reference_product(gemm: Gemm) -> Tensor:
+    """The product in `gemm.dtype`, as the contraction defines it."""
     a, b = gemm.a.to(gemm.dtype), gemm.b.to(gemm.dtype)
     if gemm.which == "fprop":
         return gemm.contraction.fprop(a, b)

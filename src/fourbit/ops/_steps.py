@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.formats import Format
 from fourbit.ops._contraction import LinearMap
 from fourbit.ops._gemms import backward, fprop, quantize_weight
@@ -19,7 +19,7 @@ from fourbit.ops._saved import Saved
 from fourbit.ops._spec import LayerSpec
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
-from fourbit.quantizers import Packed, Request, carrier_dtype, scale_of
+from fourbit.quantizers import Packed, Request, Rounded, carrier_dtype, scale_of
 
 LINEAR = LinearMap()
 
@@ -87,6 +87,16 @@ class LstmBackward:
     output: Format | None
 
 
+LSTM_RUN: Operation[[LstmForward], list[Rounded]] = Operation(
+    "lstm_run", reference="(the steps one after the other, by lstm_forward and the products)"
+)
+"""All steps of an LSTM: the hidden state of each, in codes."""
+LSTM_RUN_BACK: Operation[[LstmBackward], tuple[list[float], Tensor | None]] = Operation(
+    "lstm_run_back", reference="(the steps one after the other, by lstm_backward and the products)"
+)
+"""max|g| of each step, and the gradient of the clip value."""
+
+
 def learned(state: LayerState) -> tuple[bool, bool]:
     """Whether the clip values of x and w get gradients."""
     return state.parameter("x") is not None, state.parameter("w") is not None
@@ -149,12 +159,12 @@ class Quantizing:
             return False
         scale, w, output = scale_of(request), weight.fprop, state.spec.output
         task = LstmForward(steps, gates_x, h, c, kept, cells, outputs, request, scale, w, output)
-        done = backends.dispatch("lstm_run", task)
+        done = LSTM_RUN(task)
         if done is None:
             return False  # nothing was computed, so a watcher is told nothing
         with computing(state, sum(size for _, size in steps) * h.shape[1]):
             for (_, size), rounded in zip(steps, done, strict=True):
-                assert rounded.packed is not None
+                assert rounded.packed is not None and isinstance(rounded.amax, float)
                 of_step = scale if math.isfinite(rounded.amax) else scale * math.nan
                 x = Operand(rounded.packed, of_step, request.format, True)
                 codes = x if learned(state)[0] else None, weight.codes if learned(state)[1] else None
@@ -213,7 +223,7 @@ class Differentiating:
             return False
         packed, scale = [q if isinstance(q, Packed) else None for q in codes], scale_of(request)
         task = LstmBackward(steps, dy, dh, dc, gates, cells, d_gates, request, scale, w, masks, packed, spec.output)
-        done = backends.dispatch("lstm_run_back", task)
+        done = LSTM_RUN_BACK(task)
         if done is None:
             return False
         amaxes, self._alpha = done

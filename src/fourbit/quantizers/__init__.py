@@ -15,6 +15,8 @@ from fourbit.quantizers._grad_scale import LossScaled as LossScaled
 from fourbit.quantizers._grad_scale import exponent_scale as exponent_scale
 from fourbit.quantizers._grad_scale import is_exponent as is_exponent
 from fourbit.quantizers._packed import BLOCK as BLOCK
+from fourbit.quantizers._packed import UNPACK as UNPACK
+from fourbit.quantizers._packed import UNPACK_TILES as UNPACK_TILES
 from fourbit.quantizers._packed import Packed as Packed
 from fourbit.quantizers._packed import as_packed as as_packed
 from fourbit.quantizers._packed import has_integer_codes as has_integer_codes
@@ -44,6 +46,9 @@ from fourbit.quantizers._scaling_state import ScalingState as ScalingState
 from fourbit.quantizers._scaling_state import Stored as Stored
 from fourbit.quantizers._scaling_state import in_backward as in_backward
 from fourbit.quantizers._scaling_state import is_shard as is_shard
+from fourbit.quantizers._spec import ROUND as ROUND
+from fourbit.quantizers._spec import ROUND_PAIR as ROUND_PAIR
+from fourbit.quantizers._spec import ROUND_TILES as ROUND_TILES
 from fourbit.quantizers._spec import QTensor as QTensor
 from fourbit.quantizers._spec import Quantized as Quantized
 from fourbit.quantizers._spec import QuantSpec as QuantSpec
@@ -58,6 +63,7 @@ from fourbit.quantizers._spec import require_numbers as require_numbers
 from fourbit.quantizers._spec import run as run
 from fourbit.quantizers._spec import run_pair as run_pair
 from fourbit.quantizers._spec import scale_of as scale_of
+from fourbit.quantizers._statistics import MOMENTS as MOMENTS
 from fourbit.quantizers._statistics import Moments as Moments
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense

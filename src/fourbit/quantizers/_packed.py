@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.formats import Format
 from fourbit.quantizers._statistics import memory_flat
 from fourbit.quantizers._tiles import BlockScales
@@ -49,7 +49,7 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The grid values, times their block's scale, in the original shape and order of axes."""
-        found = backends.dispatch("unpack" if self.blocks is None else "unpack_tiles", self, dtype)
+        found = (UNPACK if self.blocks is None else UNPACK_TILES)(self, dtype)
         if found is not None:
             return found
         if self.blocks is not None:
@@ -63,6 +63,14 @@ class Packed:
         out = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.data.device)
         memory_flat(out).copy_(q[: out.numel()])
         return out
+
+
+UNPACK: Operation[[Packed, torch.dtype], Tensor] = Operation("unpack", reference="quantizers._packed.Packed.unpack")
+"""Packed codes as numbers of a dtype."""
+UNPACK_TILES: Operation[[Packed, torch.dtype], Tensor] = Operation(
+    "unpack_tiles", reference="quantizers._packed.Packed.unpack"
+)
+"""Likewise of an operand in tiles, times the scales of its blocks."""
 
 
 def pack(q: Tensor, format: Format) -> Packed:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
 from fourbit.quantizers._blocks import BlockScale, fits_bfloat16, quantize_tiles
@@ -232,6 +232,16 @@ class TilesRounded(NamedTuple):
     packed: Packed | None
 
 
+ROUND: Operation[[Request, Tensor], Rounded] = Operation("round", reference="quantizers._spec._round")
+"""One operand with its scale."""
+ROUND_PAIR: Operation[[Request, Request, Tensor], Sequence[Rounded]] = Operation(
+    "round_pair", reference="quantizers._spec._round"
+)
+"""One tensor to two formats, with one scale."""
+ROUND_TILES: Operation[[Request], TilesRounded] = Operation("round_tiles", reference="quantizers._spec._run_tiles")
+"""An operand in tiles, not yet rotated."""
+
+
 class Quantized(NamedTuple):
     """A quantized operand, with max|x| and what is saved for backward."""
 
@@ -270,7 +280,7 @@ def scale_of(request: Request) -> Tensor:
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
     if request.tile is not None:
-        found: TilesRounded | None = backends.dispatch("round_tiles", request)
+        found = ROUND_TILES(request)
         if found is not None:
             q = request.x.new_empty(0) if found.q is None else found.q
             tensor = QTensor(q, found.scale, request.format, (found.each, request.tile))
@@ -281,7 +291,7 @@ def run(request: Request) -> Quantized:
         return _run_tiles(request, request.tile)
     statistics = Statistics(request.x)
     scale = request.spec.scaling.of(statistics, request.format, request.stored)
-    rounded = backends.dispatch("round", request, scale)
+    rounded = ROUND(request, scale)
     return _finish(request, scale, rounded or _round(request, scale, statistics))
 
 
@@ -289,9 +299,9 @@ def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
     """Quantize one tensor to two formats with the same scale, reading it once where a kernel can."""
     statistics = Statistics(first.x)
     scale = first.spec.scaling.of(statistics, first.format, first.stored)
-    both: Sequence[Rounded] | None = backends.dispatch("round_pair", first, second, scale)
+    both = ROUND_PAIR(first, second, scale)
     if both is None:
-        both = [backends.dispatch("round", r, scale) or _round(r, scale, statistics) for r in (first, second)]
+        both = [ROUND(r, scale) or _round(r, scale, statistics) for r in (first, second)]
     return _finish(first, scale, both[0]), _finish(second, scale, both[1])
 
 

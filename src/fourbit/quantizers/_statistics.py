@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Operation
 
 
 def is_dense(x: Tensor) -> bool:
@@ -52,6 +52,10 @@ class Moments(NamedTuple):
     amax: Tensor | float
 
 
+MOMENTS: Operation[[Tensor], Moments] = Operation("moments", reference="quantizers._statistics.Statistics")
+"""Means of x^2 and |x|, and max|x|."""
+
+
 class Statistics:
     """Statistics of `x` over the axes `dims` that share a scale (None: all), each computed once, when first used.
 
@@ -66,7 +70,7 @@ class Statistics:
     def moments(self) -> Moments:
         """All three at once. Means are taken in float64, so that they do not depend on the order of summation."""
         if self.dims is None:
-            found = backends.dispatch("moments", self.x)
+            found = MOMENTS(self.x)
             if found is not None:
                 return found
         if self.x.numel() == 0:

@@ -7,32 +7,37 @@ whole product over changes nothing. Lanes are padded to panels of 16, 32 or 64.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.kernels._check import pointer, require
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
-from fourbit.ops import Accumulation
+from fourbit.ops import ACCUMULATE, Accumulation
 from fourbit.quantizers import Rounding
 
 _COSTS = {64: 1.0, 32: 1.3, 16: 2.1}
 """Measured time per lane: narrow panels leave the processor waiting for one addition after another."""
 
 
-@backends.register("accumulate", "cpu")
-def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None) -> Tensor | None:
-    """[G, M, K] x [G, K, N] with sums in a binary float format, or None."""
+@ACCUMULATE.kernel("cpu")
+def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None) -> Plan[Tensor]:
+    """[G, M, K] x [G, K, N] with sums in a binary float format."""
     grid = float_grid(accumulation.format)
-    if not (a.is_cpu and b.is_cpu) or grid is None or accumulation.rounding is Rounding.TRUNCATE:
-        return None
-    if a.dtype != torch.float32 or b.dtype != torch.float32 or a.is_neg() or b.is_neg():
-        return None
+    if grid is None or accumulation.rounding is Rounding.TRUNCATE:
+        return f"no kernel rounds sums to {accumulation.format.name} by {accumulation.rounding}"
+    if not (a.is_cpu and b.is_cpu) or a.dtype != torch.float32 or b.dtype != torch.float32 or a.is_neg() or b.is_neg():
+        return "the operands are not float32 numbers on the CPU, as they lie there"
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
-        return None
+        return "the sizes of the operands do not go together"
+    return lambda: _accumulate(a, b, accumulation, key, grid)
+
+
+def _accumulate(a: Tensor, b: Tensor, accumulation: Accumulation, key: int | None, grid: Any) -> Tensor:
     G, M, K = a.shape
     N = b.shape[2]
     if G * M * N == 0 or K == 0:

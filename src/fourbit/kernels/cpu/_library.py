@@ -41,11 +41,12 @@ class Library:
                 function.argtypes = arguments
             if allocates:
                 function.errcheck = self._check_memory
-            setattr(self, f"_{name}" if hasattr(type(self), name) else name, function)
+            setattr(self, f"_{name}" if name in ("isa", "use_isa") else name, function)
         entries = openmp_entries()
         self.threads = entries is not None
         if entries is not None:
             self.set_threads(*entries)
+        self._look()
 
     if TYPE_CHECKING:
 
@@ -57,25 +58,24 @@ class Library:
             raise MemoryError("a kernel of fourbit got no memory for its work")
         return result
 
-    @property
-    def has_products(self) -> bool:
-        """Whether the products and convolutions run with the instruction set in use: not with portable, and not with avx512."""
-        return self.products() > 0
+    isa: str
+    """Instruction set in use, one of ISAS; at first the fastest that the processor has."""
+    has_products: bool
+    """Whether the products and convolutions run with it: not with portable, and not with avx512."""
+    has_dot_product: bool
+    """Whether they multiply bfloat16 by integers. Otherwise, they do what is made of integers in units of a number."""
 
-    @property
-    def has_dot_product(self) -> bool:
-        """Whether they multiply bfloat16 by integers. Otherwise, they do what is made of integers in units of a number."""
-        return self.products() == 2
-
-    @property
-    def isa(self) -> str:
-        """Instruction set in use, one of ISAS; at first the fastest that the processor has."""
-        return self._isa().decode()
+    def _look(self) -> None:
+        """Every product asks for these, so the library is asked once."""
+        self.isa, products = self._isa().decode(), self.products()
+        self.has_products, self.has_dot_product = products > 0, products == 2
 
     def use_isa(self, name: str) -> bool:
         """Use the kernels of another instruction set; False, and nothing changes, where there are none. Not while
         kernels run."""
-        return bool(self._use_isa(name.encode()))
+        done = bool(self._use_isa(name.encode()))
+        self._look()
+        return done
 
 
 def _is_one_structure(arguments: list[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.kernels._check import (
     bits_of,
     codes_of,
@@ -20,9 +20,9 @@ from fourbit.kernels._check import (
 )
 from fourbit.kernels.cpu import _structures as lib
 from fourbit.kernels.cpu._matrices import operands_of, panels
-from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, takes
-from fourbit.ops import LstmBackward, LstmForward
-from fourbit.quantizers import BLOCK, Integers, Packed, Rounded, carrier_dtype, grid_of, has_integer_codes
+from fourbit.kernels.cpu._quantize import RULES, float_grid, kernels, log_grid, why_not_rounded
+from fourbit.ops import LSTM_BACKWARD, LSTM_FORWARD, LSTM_RUN, LSTM_RUN_BACK, LstmBackward, LstmForward
+from fourbit.quantizers import BLOCK, Bound, Integers, Packed, Rounded, carrier_dtype, grid_of, has_integer_codes
 
 
 def _takes(*tensors: Tensor) -> bool:
@@ -47,11 +47,19 @@ def _check_steps(steps: Sequence[tuple[int, int]], num: int, total: int) -> None
     require(fits, f"steps of up to {num} rows among {total}")
 
 
-@backends.register("lstm_forward", "cpu")
-def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+_NOT_PLAIN = "the tensors are not contiguous float32 numbers on the CPU"
+_NO_WEIGHT = "the weight is not int8 numbers that are multiplied several times"
+
+
+@LSTM_FORWARD.kernel("cpu")
+def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -> Plan[tuple[Tensor, Tensor]]:
     """h' and c' of one step; the activated gates go into `kept`."""
     if not _takes(gates_x, gates_h, cell, kept):
-        return None
+        return _NOT_PLAIN
+    return lambda: _forward(gates_x, gates_h, cell, kept)
+
+
+def _forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = _sizes(cell, (gates_x, gates_h, kept))
     require_disjoint(kept, "kept", [(gates_x, "gates_x"), (gates_h, "gates_h"), (cell, "cell")])
     h, new = torch.empty_like(cell), torch.empty_like(cell)
@@ -70,11 +78,15 @@ def lstm_forward(gates_x: Tensor, gates_h: Tensor, cell: Tensor, kept: Tensor) -
     return h, new
 
 
-@backends.register("lstm_backward", "cpu")
-def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tensor, out: Tensor) -> Tensor | None:
+@LSTM_BACKWARD.kernel("cpu")
+def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tensor, out: Tensor) -> Plan[Tensor]:
     """The gradient of the cell state before the step; that of the gates goes into `out`."""
     if not _takes(dh, dc, gates, cell, new, out):
-        return None
+        return _NOT_PLAIN
+    return lambda: _backward(dh, dc, gates, cell, new, out)
+
+
+def _backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tensor, out: Tensor) -> Tensor:
     rows, size = _sizes(cell, (gates, out))
     read = [(dh, "dh"), (dc, "dc"), (gates, "gates"), (cell, "c"), (new, "new_c")]
     require_disjoint(out, "out", read)
@@ -95,28 +107,38 @@ def lstm_backward(dh: Tensor, dc: Tensor, gates: Tensor, cell: Tensor, new: Tens
     return before
 
 
-@backends.register("lstm_run", "cpu")
-def lstm_run(s: LstmForward) -> list[Rounded] | None:
+@LSTM_RUN.kernel("cpu")
+def lstm_run(s: LstmForward) -> Plan[list[Rounded]]:
     """All steps: hidden state to codes, their product with the weight, the cell. Memory is allocated once for all of them."""
     request, w = s.request, s.w
     grid, output = grid_of(request.format), None if s.output is None else float_grid(s.output)
     require(s.h.dim() == s.c.dim() == 2 and s.h.shape == s.c.shape, "states of one shape, with two axes")
-    num, size = s.h.shape
-    if not takes(request, s.scale) or not isinstance(grid, Integers) or not has_integer_codes(request.format):
-        return None
-    if not _takes(s.gates_x, s.h, s.c, s.kept, s.cells, s.outputs) or (s.output is not None and output is None):
-        return None
+    if declined := why_not_rounded(request, s.scale):
+        return declined
+    if not isinstance(grid, Integers) or not has_integer_codes(request.format):
+        return f"{request.format.name} has no codes of 4-bit integers"
+    if not _takes(s.gates_x, s.h, s.c, s.kept, s.cells, s.outputs):
+        return _NOT_PLAIN
+    if s.output is not None and output is None:
+        return f"no kernel rounds products to {s.output.name}"
     if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
-        return None
-    of = operands_of(request.format, w.format, carrier_dtype(request.format), size)
+        return _NO_WEIGHT
+    of = operands_of(request.format, w.format, carrier_dtype(request.format), s.h.shape[1])
     if of is None:
-        return None
+        return f"{kernels().isa} has no product of these formats"
     bound = request.spec.scaling.bound(s.scale, request.format, request.stored)
     if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
-        return None
+        return "there is more than one clip value"
+    return lambda: _run(s, w.q, grid, output, of, bound)
+
+
+def _run(s: LstmForward, w_q: Any, grid: Integers, output: Any, of: Any, bound: Bound | None) -> list[Rounded]:
+    request, w = s.request, s.w
+    assert w.cache is not None
+    num, size = s.h.shape
     total = s.gates_x.shape[0]
     _check_steps(s.steps, num, total)
-    require(w.q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
+    require(w_q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
     arrays = {"gates_x": s.gates_x, "h": s.h, "c": s.c, "kept": s.kept, "cells": s.cells, "outputs": s.outputs}
     for name in ("h", "c", "kept", "cells", "outputs"):
         require_disjoint(arrays[name], name, [(t, other) for other, t in arrays.items() if other != name])
@@ -143,7 +165,7 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
         bound=value,
         codes=pointer(codes, "codes", codes.dtype, num * size),
     )
-    weight, into = pointer(w.q, "w", torch.int8, 4 * size * size), _address(gates_h, "gates_h", 4 * num * size)
+    weight, into = pointer(w_q, "w", torch.int8, 4 * size * size), _address(gates_h, "gates_h", 4 * num * size)
     product: Any = lib.MatMul(
         a=clip.codes,
         b=weight,
@@ -188,8 +210,8 @@ def lstm_run(s: LstmForward) -> list[Rounded] | None:
     ]
 
 
-@backends.register("lstm_run_back", "cpu")
-def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
+@LSTM_RUN_BACK.kernel("cpu")
+def lstm_run_back(s: LstmBackward) -> Plan[tuple[list[float], Tensor | None]]:
     """All steps: the cell, the gradient of its gates to codes, their product with the weight, masked."""
     request, w = s.request, s.w
     output = None if s.output is None else float_grid(s.output)
@@ -197,22 +219,32 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     require(
         s.dh.dim() == s.dc.dim() == 2 and s.dh.shape == s.dc.shape, "gradients of states of one shape, with two axes"
     )
-    num, size = s.dh.shape
-    if not takes(request, s.scale) or grid is None or carrier_dtype(request.format) is not torch.bfloat16:
-        return None
-    if not _takes(s.dh, s.dc, s.gates, s.cells, s.d_gates) or (s.output is not None and output is None):
-        return None
+    if declined := why_not_rounded(request, s.scale):
+        return declined
+    if grid is None or carrier_dtype(request.format) is not torch.bfloat16:
+        return f"{request.format.name} is no logarithmic grid in bfloat16"
+    if not _takes(s.dh, s.dc, s.gates, s.cells, s.d_gates):
+        return _NOT_PLAIN
+    if s.output is not None and output is None:
+        return f"no kernel rounds products to {s.output.name}"
     if not isinstance(w.q, Tensor) or w.q.dtype != torch.int8 or not w.q.is_contiguous() or w.cache is None:
-        return None
+        return _NO_WEIGHT
     of = operands_of(request.format, w.format, torch.bfloat16)
     if of is None:
-        return None
+        return f"{kernels().isa} has no product of these formats"
     if any(q is not None and (q.grid is not None or mask is None) for q, mask in zip(s.codes, s.masks, strict=True)):
-        return None
+        return "the codes of the hidden state are not those of integers with a mask"
+    return lambda: _run_back(s, w.q, grid, output, of)
+
+
+def _run_back(s: LstmBackward, w_q: Any, grid: Any, output: Any, of: Any) -> tuple[list[float], Tensor | None]:
+    w = s.w
+    assert w.cache is not None
+    num, size = s.dh.shape
     total = s.gates.shape[0]
     _check_steps(s.steps, num, total)
     require(len(s.masks) == len(s.codes) == len(s.steps), "a mask and codes, or None, for every step")
-    require(w.q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
+    require(w_q.shape == (4 * size, size), f"a weight of shape ({4 * size}, {size})")
     require(s.dy is None or s.dy.shape == (total, size), f"a gradient of the outputs of shape ({total}, {size})")
     arrays = {"dh": s.dh, "dc": s.dc, "d_gates": s.d_gates, "gates": s.gates, "cells": s.cells}
     for name in ("dh", "dc", "d_gates"):
@@ -234,7 +266,7 @@ def lstm_run_back(s: LstmBackward) -> tuple[list[float], Tensor | None] | None:
     log: Any = lib.LogRound(dtype=lib.CODES[torch.float32], inv_scale=float(s.scale.reciprocal()), num=1)
     left = pointer(rounded, "rounded", torch.bfloat16, 4 * num * size)
     log.grid[0], log.out[0], log.out_dtype = grid, left, lib.CODES[torch.bfloat16]
-    weight = pointer(w.q, "w", torch.int8, 4 * size * size)
+    weight = pointer(w_q, "w", torch.int8, 4 * size * size)
     product: Any = lib.MatMul(
         a=left, b=weight, out=dh, rows=num, columns=size, depth=4 * size, scale=1.0, post=1.0, of=of
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fourbit.backends import Plan
 from fourbit.formats import Format
 from fourbit.kernels._check import bits_of, codes_of, pointer, require
 from fourbit.kernels.cpu import _structures as c
@@ -76,16 +79,51 @@ def operands_of(a: Format | None, b: Format | None, dtype: torch.dtype, forward:
     return c.Integers() if takes else None
 
 
-def matrices(g: Gemm) -> Raw | None:
+class Matrix(NamedTuple):
+    """An operand of a product as a matrix, which is made when the product is: unpacked, and copied where its axes demand it."""
+
+    shape: tuple[int, int]
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(operand: Operand) -> Matrix:
+        """int8 numbers, or those of a gradient: the last axis, and all before it as rows."""
+        *leading, columns = operand.q.shape
+        shape = math.prod(leading), columns
+        return Matrix(shape, lambda: (int8(operand) if isinstance(operand.q, Packed) else operand.q).reshape(shape))
+
+
+def matrices(g: Gemm) -> Plan[Raw]:
+    """A product of a linear layer."""
     a, b = g.a, g.b
     if g.which == "fprop":
-        found = own_integers(g)
-        if found is not None:
-            return Raw(found)
-        return multiply(a, int8(b).t(), g, lambda t: t)
-    if g.which == "dgrad":
-        return multiply(a, int8(b), g, lambda t: t)
-    return multiply(a, rows_of(int8(b)), g, lambda t: t.t())
+        own = own_integers(g)
+        if not isinstance(own, str):
+            return lambda: Raw(own())
+    if not a.q.shape or not b.q.shape or (g.which != "wgrad" and len(b.q.shape) != 2):
+        return "an operand is no matrix"
+    if g.which == "wgrad":
+        right, width = Matrix.of(b)._replace(make=lambda: rows_of(int8(b))), b.q.shape[-1]
+        shape = (a.q.shape[-1], width)
+    else:
+        rows, columns = b.q.shape
+        transposed = g.which == "fprop"
+        width = rows if transposed else columns
+        right = Matrix((columns, rows), lambda: int8(b).t()) if transposed else Matrix((rows, columns), lambda: int8(b))
+        shape = (*a.q.shape[:-1], width)
+    return reshaped(multiply(g, Matrix.of(a), right), lambda y: y.view(shape))
+
+
+def reshaped(work: Plan[Raw], turn: Callable[[Tensor], Tensor]) -> Plan[Raw]:
+    """A plan whose result is brought into another shape."""
+    if isinstance(work, str):
+        return work
+
+    def run() -> Raw:
+        raw = work()
+        return raw._replace(y=turn(raw.y), high=None if raw.high is None else turn(raw.high))
+
+    return run
 
 
 def int8(operand: Operand) -> Tensor:
@@ -97,32 +135,44 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def multiply(a: Operand, right: Tensor, g: Gemm, turn) -> Raw | None:
-    """turn(rows of a) @ right."""
-    q = a.q
-    assert isinstance(q, Tensor) or g.which == "fprop"
-    left = a.to(torch.int8) if isinstance(q, Packed) else q
-    if left.numel() == 0 or right.numel() == 0 or right.dim() != 2 or g.b.format.max > 127:  # type: ignore[union-attr]
-        return None
-    shape = (*left.shape[:-1], right.shape[-1]) if g.which != "wgrad" else (left.shape[-1], right.shape[-1])
-    rows = rows_of(left)
-    depth = rows.shape[0] if g.which == "wgrad" else rows.shape[1]
-    of = operands_of(a.format, g.b.format, left.dtype)
+def multiply(g: Gemm, left: Matrix, right: Matrix) -> Plan[Raw]:
+    """left right, or in wgrad left^T right; the left matrix in the carrier of its format."""
+    a, b, turned = g.a, g.b, g.which == "wgrad"
+    assert a.format is not None and b.format is not None
+    dtype = torch.int8 if isinstance(a.q, Packed) else a.q.dtype
+    if 0 in left.shape or 0 in right.shape:
+        return "an operand is empty"
+    if b.format.max > 127:
+        return f"{b.format.name} does not fit int8"
+    of = operands_of(a.format, b.format, dtype)
     if of is not None and g.which != "fprop":
-        found = own_multiply(rows, right, g.which == "wgrad", of, None, g.b.cache)
-        return Raw(found[0].view(shape))
-    if left.dtype in (torch.int8, torch.uint8):
-        if not has_int8() or depth * 128 * 128 >= 2**31 or a.format.max > 127:  # type: ignore[union-attr]
-            return None
-        return Raw(_int_mm(turn(rows.view(torch.int8)), right).view(shape))
+        return lambda: Raw(own_multiply(left.make(), right.make(), turned, of, None, b.cache)[0])
+
+    def rows() -> Tensor:
+        t = left.make()
+        return t.t() if turned else t
+
+    fits = left.shape[0 if turned else 1] * 128 * 128 < 2**31
+    if dtype in (torch.int8, torch.uint8):
+        if not has_int8():
+            return "torch multiplies int8 no faster than float32 on this processor"
+        if not fits or a.format.max > 127:
+            return f"{a.format.name} does not fit int8, or the sums of this size do not fit 32 bits"
+        return lambda: Raw(_int_mm(rows().view(torch.int8), right.make()))
+    if dtype != torch.bfloat16:
+        return f"{a.format.name} is multiplied in {dtype}"
     unit = _halves(a.format)
-    if left.dtype == torch.bfloat16 and unit is not None and has_int8() and depth * 128 * 128 < 2**31:
-        high, low = _split(rows, unit)
-        high, low = _int_mm(turn(high), right), _int_mm(turn(low), right)
-        return Raw(low.view(shape), high.view(shape), 1.0 / unit)
-    if left.dtype == torch.bfloat16 and g.products == "fast" and has_bfloat16():
-        return Raw((turn(rows) @ right.to(torch.bfloat16)).view(shape), rounded=True)
-    return None
+    if unit is not None and has_int8() and fits:
+        return lambda: _multiply_halves(left, right, turned, unit)
+    if g.products == "fast" and has_bfloat16():
+        return lambda: Raw(rows() @ right.make().to(torch.bfloat16), rounded=True)
+    return f"{kernels().isa} has no exact product of {a.format.name} and {b.format.name}, nor torch a fast one"
+
+
+def _multiply_halves(left: Matrix, right: Matrix, turned: bool, unit: float) -> Raw:
+    other = right.make()
+    high, low = (_int_mm(t.t() if turned else t, other) for t in _split(left.make(), unit))
+    return Raw(low, high, 1.0 / unit)
 
 
 def own_multiply(
@@ -178,34 +228,48 @@ def own_multiply(
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
-def own_integers(g: Gemm, finish: Finish | None = None) -> Tensor | None:
+def own_integers(g: Gemm, finish: Finish | None = None) -> Plan[Tensor]:
     """A forward product of small integers: exact, and finished at once.
 
     Where bfloat16 is multiplied too, only with a weight that is multiplied several times: for others `_int_mm` is as fast.
     """
     x, w, cache = g.a.q, g.b.q, g.b.cache
-    if isinstance(x, Packed) or not x.is_cpu or x.dtype not in (torch.int8, torch.uint8):
-        return None
+    if isinstance(x, Packed) or not x.is_cpu or x.dtype not in _INTEGERS:
+        return "the input is not int8 or uint8 numbers on the CPU"
     if not x.numel() or not w.shape.numel() or len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
-        return None
-    if (
-        (isinstance(w, Tensor) and w.dtype not in (torch.int8, torch.uint8))
-        or g.b.format is None
-        or g.b.format.max > 127
-    ):
-        return None
+        return "an operand is empty, or the sizes do not go together"
+    if (isinstance(w, Tensor) and w.dtype not in _INTEGERS) or g.b.format is None or g.b.format.max > 127:
+        return "the weight does not fit int8"
     of = operands_of(g.a.format, g.b.format, x.dtype, w.shape[1])
-    if of is None or (cache is None and kernels().has_dot_product):
-        return None
-    grid = None
-    if finish is not None:
-        if finish.dtype != torch.float32 or finish.keep_infinite or finish.late is not None or finish.mask is not None:
-            return None
-        if finish.scale is not None and finish.scale.numel() != 1:
-            return None
-        grid = None if finish.output is None else float_grid(finish.output)
-        if finish.output is not None and grid is None:
-            return None
+    if of is None:
+        return f"{kernels().isa} has no product of these formats and this size"
+    if cache is None and kernels().has_dot_product:
+        return "torch multiplies int8 as fast"
+    if finish is None:
+        return lambda: _own_integers(g, x, of, None, None)
+    if declined := why_not_finished(finish):
+        return declined
+    if finish.late is not None or finish.mask is not None:
+        return "a forward product has no mask, and no scale behind the rounding"
+    return lambda: _own_integers(g, x, of, finish.scale, finish.output)
+
+
+_INTEGERS = (torch.int8, torch.uint8)
+
+
+def why_not_finished(finish: Finish) -> str:
+    """Why a product cannot be finished as it is written; "" where it can."""
+    if finish.dtype != torch.float32 or finish.keep_infinite:
+        return "the result is not float32, or an operand is in full precision"
+    if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
+        return "parts of the result have scales"
+    if finish.output is not None and float_grid(finish.output) is None:
+        return f"no kernel rounds products to {finish.output.name}"
+    return ""
+
+
+def _own_integers(g: Gemm, x: Tensor, of: Any, scale: Tensor | None, output: Format | None) -> Tensor:
+    cache, grid = g.b.cache, None if output is None else float_grid(output)
     x, w = x.contiguous(), int8(g.b).contiguous()
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
     arguments: Any = c.MatMul(
@@ -215,7 +279,7 @@ def own_integers(g: Gemm, finish: Finish | None = None) -> Tensor | None:
         rows=x.shape[:-1].numel(),
         columns=w.shape[0],
         depth=w.shape[1],
-        scale=1.0 if finish is None or finish.scale is None else float(finish.scale),
+        scale=1.0 if scale is None else float(scale),
         rounds=grid is not None,
         post=1.0,
         integers=True,

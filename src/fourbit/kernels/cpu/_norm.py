@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import backends
-from fourbit.chains import Normalized, NormApply, NormBackward, NormGradients, NormStatistics
+from fourbit.backends import Plan
+from fourbit.chains import (
+    NORM_APPLY,
+    NORM_BACKWARD,
+    NORM_STATISTICS,
+    Normalized,
+    NormApply,
+    NormBackward,
+    NormGradients,
+    NormStatistics,
+)
 from fourbit.errors import UserError
 from fourbit.formats import Format
 from fourbit.kernels._check import (
@@ -26,7 +35,7 @@ from fourbit.kernels._check import (
 )
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import RULES, float_grid, is_half, kernels, log_grid, plan_of
-from fourbit.ops import Layout
+from fourbit.ops import NORM_SUPPORTED, Layout
 from fourbit.quantizers import (
     ClipValue,
     Packed,
@@ -37,11 +46,18 @@ from fourbit.quantizers import (
 )
 
 
-@backends.register("norm_supported", "cpu")
-def supported(y: Tensor, output: Format | None = None) -> bool | None:
+def _yes() -> bool:
+    return True
+
+
+@NORM_SUPPORTED.kernel("cpu")
+def supported(y: Tensor, output: Format | None) -> Plan[bool]:
     """Any float32 tensor on the CPU, to be rounded to a format with a kernel."""
-    rounds = output is None or float_grid(output) is not None
-    return True if y.device.type == "cpu" and y.dtype == torch.float32 and rounds else None
+    if not y.is_cpu or y.dtype != torch.float32:
+        return "the tensor is not float32 on the CPU"
+    if output is not None and float_grid(output) is None:
+        return f"no kernel rounds to {output.name}"
+    return _yes
 
 
 _F32, _U8 = torch.float32, torch.uint8
@@ -55,9 +71,13 @@ def _kept(normalized: Normalized) -> tuple[int, int, int]:
     return n, v.shape[1], pointer(v, "v", dtype, n, CHANNELS_LAST)
 
 
-@backends.register("norm_statistics", "cpu")
-def statistics(s: NormStatistics) -> Normalized:
-    """v, and its statistics."""
+@NORM_STATISTICS.kernel("cpu")
+def statistics(s: NormStatistics) -> Plan[Normalized]:
+    """v, and its statistics. `norm_supported` has said that they are to be had, here and below."""
+    return lambda: _statistics(s)
+
+
+def _statistics(s: NormStatistics) -> Normalized:
     y, norm = s.y, s.norm
     require(y.dim() == 4 and y.numel() > 0, "y of four axes that is not empty")
     channels, n = y.shape[1], y.numel()
@@ -103,9 +123,13 @@ def statistics(s: NormStatistics) -> Normalized:
     return Normalized(v, s.output if halves else None, moments)
 
 
-@backends.register("norm_apply", "cpu")
-def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None, bool]:
+@NORM_APPLY.kernel("cpu")
+def apply(a: NormApply) -> Plan[tuple[Tensor | None, Quantized | None, Tensor | None, bool]]:
     """o, its codes, the bits where the activation passes, and whether what it caps is clipped as well."""
+    return lambda: _apply(a)
+
+
+def _apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None, bool]:
     v, request = a.normalized.v, a.request
     n, channels, kept = _kept(a.normalized)
     out = torch.empty_like(v, dtype=torch.float32) if a.want_out else None
@@ -151,9 +175,13 @@ def apply(a: NormApply) -> tuple[Tensor | None, Quantized | None, Tensor | None,
     return out, Quantized(QTensor(q, scale, request.format), amax, packed, mask), passes, a.act.cap >= limit
 
 
-@backends.register("norm_backward", "cpu")
-def backward(b: NormBackward) -> NormGradients:
+@NORM_BACKWARD.kernel("cpu")
+def backward(b: NormBackward) -> Plan[NormGradients]:
     """dv or its codes, and the gradients of all else."""
+    return lambda: _backward(b)
+
+
+def _backward(b: NormBackward) -> NormGradients:
     normalized = b.normalized
     v, (n, channels, kept) = normalized.v, _kept(normalized)
     require(b.layout == Layout.of(v), "v in the layout of the result")

@@ -21,105 +21,119 @@ reference's anyway.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _structures as c
-from fourbit.kernels.cpu._convolutions import convolve, convolve_backward, integer_gradient, pointwise
-from fourbit.kernels.cpu._matrices import int8, matrices, operands_of, own_integers, own_multiply, rows_of
+from fourbit.kernels.cpu._convolutions import convolve, convolve_backward
+from fourbit.kernels.cpu._matrices import (
+    Matrix,
+    int8,
+    matrices,
+    operands_of,
+    own_integers,
+    own_multiply,
+    rows_of,
+    why_not_finished,
+)
 from fourbit.kernels.cpu._quantize import float_grid, kernels
-from fourbit.ops import Convolution, Finish, Gemm, Layout, LinearMap, Raw
+from fourbit.ops import EPILOGUE, GEMM, PRODUCT, Convolution, Finish, Gemm, Layout, LinearMap, Raw
 from fourbit.quantizers import Packed, carrier_dtype, is_dense
 
 
-@backends.register("gemm", "cpu")
-def gemm(g: Gemm) -> Raw | None:
-    """The product without scale and rounding, or None."""
-    if not g.a.device.type == g.b.device.type == "cpu" or g.a.format is None or g.b.format is None:
-        return None
-    if carrier_dtype(g.b.format).itemsize != 1 or (isinstance(g.b.q, torch.Tensor) and g.b.q.is_floating_point()):
-        return None
+@GEMM.kernel("cpu")
+def gemm(g: Gemm) -> Plan[Raw]:
+    """The product without scale and rounding."""
+    if declined := _why_not(g):
+        return declined
     con = g.contraction
     if isinstance(con, LinearMap):
         return matrices(g)
     if not isinstance(con, Convolution) or con.transposed or con.groups != 1 or len(con.stride) != 2:
-        return None
-    if g.which == "fprop":
-        return convolve(g, con)
-    found = integer_gradient(g, con)
-    if found is not None:
-        return found
-    is_pointwise = con.stride == (1, 1) and con.padding == (0, 0) and g.layout is not None
-    if is_pointwise and (g.which == "wgrad" or g.layout.shape[2:] == g.a.q.shape[2:]):  # type: ignore[union-attr]
-        kernel = (g.layout if g.which == "wgrad" else g.b.q).shape[2:]  # type: ignore[union-attr]
-        if tuple(kernel) == (1, 1):
-            found = pointwise(g)
-            if found is not None:
-                return found
-    return convolve_backward(g, con)
+        return f"no kernel computes {con}: linear maps, and plain convolutions of images"
+    return convolve(g, con) if g.which == "fprop" else convolve_backward(g, con)
 
 
-@backends.register("product", "cpu")
-def product(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+def _why_not(g: Gemm) -> str:
+    """What keeps all kernels from a product."""
+    a, b = g.a, g.b
+    if not (a.is_cpu and b.is_cpu):
+        return "an operand is on another device"
+    if a.format is None or b.format is None:
+        return "an operand is in full precision, or has scales of its blocks in its numbers"
+    if carrier_dtype(b.format).itemsize != 1:
+        return f"{b.format.name} does not fit int8"
+    if isinstance(b.q, Tensor) and b.q.is_floating_point():
+        return "the second operand was multiplied by scales of its parts, or averaged"
+    return ""
+
+
+@PRODUCT.kernel("cpu")
+def product(g: Gemm, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     """The products of Linear, finished before they are written for the first time."""
     a, b, layout = g.a, g.b, finish.layout
-    if not a.device.type == b.device.type == "cpu":
-        return None
-    if isinstance(g.contraction, LinearMap) and g.which == "fprop":
+    if not isinstance(g.contraction, LinearMap):
+        return "only linear maps are finished as they are written"
+    if g.which == "fprop":
         y = own_integers(g, finish)
-        return None if y is None else (y, None)
-    if not isinstance(g.contraction, LinearMap) or g.which == "fprop" or layout is None:
-        return None
-    if not isinstance(a.q, Tensor) or a.q.numel() == 0:
-        return None
+        return y if isinstance(y, str) else lambda: (y(), None)
+    if (declined := _why_not(g)) or (declined := why_not_finished(finish)):
+        return declined
+    if not isinstance(a.q, Tensor) or layout is None or not layout.is_contiguous():
+        return "the gradient or the result does not lie in order"
     of = operands_of(a.format, b.format, a.q.dtype)
-    if of is None:
-        return None
-    if a.format is None or b.format is None or b.format.max > 127 or carrier_dtype(b.format).itemsize != 1:
-        return None
-    if isinstance(b.q, Tensor) and b.q.is_floating_point():  # multiplied by scales per channel, or averaged
-        return None
-    if finish.dtype != torch.float32 or finish.keep_infinite or not layout.is_contiguous():
-        return None
-    if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
-        return None
-    if finish.output is not None and float_grid(finish.output) is None:
-        return None
+    if of is None or b.format.max > 127:  # type: ignore[union-attr]
+        return f"{kernels().isa} has no product of these formats"
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
     if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
-        return None
-    right, left = int8(b) if g.which == "dgrad" else rows_of(int8(b)), rows_of(a.q)
-    if right.numel() == 0 or right.dim() != 2 or left.shape[0 if g.which == "wgrad" else 1] != right.shape[0]:
-        return None
-    if layout.shape.numel() != left.shape[1 if g.which == "wgrad" else 0] * right.shape[1]:
-        return None
-    y, clipped = own_multiply(left, right, g.which == "wgrad", of, finish, b.cache)
-    return y.view(layout.shape), clipped
+        return "masked results come in sixteens, with codes of integers"
+    turned, shape = g.which == "wgrad", b.q.shape
+    if not a.q.dim() or not shape or (not turned and len(shape) != 2):
+        return "an operand is no matrix"
+    left, right = Matrix.of(a), Matrix.of(b)
+    depth, rows = left.shape if turned else left.shape[::-1]
+    if 0 in left.shape or 0 in right.shape or depth != right.shape[0]:
+        return "an operand is empty, or the sizes do not go together"
+    if layout.shape.numel() != rows * right.shape[1]:
+        return "the result has another size"
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        numbers = int8(b) if g.which == "dgrad" else rows_of(int8(b))
+        y, clipped = own_multiply(left.make(), numbers, turned, of, finish, b.cache)
+        return y if y.shape == layout.shape else y.view(layout.shape), clipped
+
+    return run
 
 
 _SUMS = (torch.float32, torch.bfloat16, torch.int32)
 """What products leave."""
 
 
-@backends.register("epilogue", "cpu")
-def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+@EPILOGUE.kernel("cpu")
+def epilogue(raw: Raw, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     """Scale, round, mask, and sum what was clipped: one pass."""
-    y, out_dtype = raw.y, finish.dtype
-    if not y.is_cpu or y.dtype not in _SUMS or out_dtype not in (torch.float32, torch.bfloat16) or y.is_neg():
-        return None
+    y = raw.y
+    if not y.is_cpu or y.dtype not in _SUMS or finish.dtype not in (torch.float32, torch.bfloat16) or y.is_neg():
+        return f"no kernel makes {finish.dtype} of {y.dtype} on {y.device.type}"
     if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
-        return None
+        return "parts of the result have scales"
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
     if finish.mask is not None and finish.codes is not None and not integers:
-        return None
+        return "the clipped operand has no codes of integers"
     grid = None
     if finish.output is not None and not raw.rounded:
         grid = float_grid(finish.output)
         if grid is None:
-            return None
+            return f"no kernel rounds products to {finish.output.name}"
+    return lambda: _epilogue(raw, finish, grid)
+
+
+def _epilogue(raw: Raw, finish: Finish, grid: Any) -> tuple[Tensor, Tensor | None]:
+    y, out_dtype = raw.y, finish.dtype
     if raw.high is not None:
         require(raw.high.shape == y.shape and y.dtype == torch.int32, "two int32 halves of one shape")
     if finish.layout is not None:

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.formats import FloatFormat, Format
 from fourbit.kernels._check import codes_of, fresh, is_plain, is_same, mask_bytes, packed_bytes, pointer
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._library import Library, library
 from fourbit.quantizers import (
+    MOMENTS,
+    ROUND,
+    ROUND_PAIR,
+    UNPACK,
     Binary,
     Bound,
     Cast,
@@ -119,7 +123,7 @@ def _inverse(scale: Tensor) -> float:
     return to_float32(1.0 / float(scale))
 
 
-class Plan(NamedTuple):
+class GridPlan(NamedTuple):
     """How numbers get onto the grid of a format, as far as the format alone decides it.
 
     Args:
@@ -137,67 +141,86 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_of(format: Format) -> Plan:
+def plan_of(format: Format) -> GridPlan:
     """The plan of a format, made once."""
     grid, carrier = grid_of(format), carrier_dtype(format)
     integers = grid if isinstance(grid, Integers) and carrier.itemsize == 1 else None
     log = log_grid(format) if carrier in (torch.bfloat16, torch.int8) else None
     binary = float_grid(format) if carrier.is_floating_point else None
-    return Plan(carrier, c.CODES[carrier], integers, log, binary, has_integer_codes(format))
+    return GridPlan(carrier, c.CODES[carrier], integers, log, binary, has_integer_codes(format))
 
 
-def takes(request: Request, scale: Tensor) -> bool:
-    """Whether a kernel may round this, to a grid that it knows."""
-    x, spec = request.x, request.spec
-    return (
-        x.is_cpu
-        and x.dtype in _DTYPES
-        and is_plain(x)
-        and request.tile is None
-        and scale.numel() == 1
-        and scale.is_cpu
-        and spec.samples == 1
-        and (spec.rounding is Rounding.NEAREST or (request.key is not None and spec.rounding is not Rounding.TRUNCATE))
-    )
+def why_unreadable(x: Tensor) -> str:
+    """Why no kernel can read `x` as it is; "" where they can."""
+    if not x.is_cpu:
+        return "the tensor is on another device"
+    if x.dtype not in _DTYPES:
+        return f"the tensor is {x.dtype}: float32, bfloat16 and float16 are read"
+    return "" if is_plain(x) else "the elements of the tensor do not fill one piece of memory"
 
 
-@backends.register("round", "cpu")
-def round_one(request: Request, scale: Tensor) -> Rounded | None:
+def why_not_rounded(request: Request, scale: Tensor) -> str:
+    """Why no kernel may round this, to a grid that it knows; "" where one may."""
+    spec = request.spec
+    if found := why_unreadable(request.x):
+        return found
+    if request.tile is not None:
+        return "parts of the tensor have scales"
+    if scale.numel() != 1 or not scale.is_cpu:
+        return "there is not one scale, on the CPU"
+    if spec.samples != 1:
+        return "the average of several roundings is wanted"
+    if spec.rounding is Rounding.TRUNCATE:
+        return "the rounding truncates"
+    if request.key is None and spec.rounding is not Rounding.NEAREST:
+        return "random words without a key"
+    return ""
+
+
+@ROUND.kernel("cpu")
+def round_one(request: Request, scale: Tensor) -> Plan[Rounded]:
     """One operand, to one format."""
-    if not takes(request, scale):
-        return None
+    if declined := why_not_rounded(request, scale):
+        return declined
     format, spec, plan = request.format, request.spec, plan_of(request.format)
     stochastic = spec.rounding is not Rounding.NEAREST
     bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
     if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
-        return None
-    if plan.integers is not None and not stochastic:
-        return _clip(request, scale, plan, plan.integers, bound)
+        return "there is more than one clip value"
+    integers = plan.integers
+    if integers is not None and not stochastic:
+        return lambda: _clip(request, scale, plan, integers, bound)
     if bound is not None:
-        return None
+        return f"a clip value is known for integers with nearest rounding, not for {spec}"
     if plan.log is not None:
-        return _log(request.x, (request,), (plan,), scale)[0]
+        return lambda: _log(request.x, (request,), (plan,), scale)[0]
     if plan.binary is not None and not stochastic:
-        return _float(request, scale, plan)
-    return None if _table(format) is None else _by_table(request, scale)
+        return lambda: _float(request, scale, plan)
+    if _table(format) is None:
+        return f"{format.name} has more than 8 bits, and no grid that a kernel knows"
+    if spec.rounding is Rounding.UNDERFLOW and 0.0 not in format.grid:
+        return f"{format.name} has no zero to round to"
+    return lambda: _by_table(request, scale)
 
 
-@backends.register("round_pair", "cpu")
-def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
+@ROUND_PAIR.kernel("cpu")
+def round_pair(first: Request, second: Request, scale: Tensor) -> Plan[tuple[Rounded, ...]]:
     """Both phases of two-phase rounding from one read."""
     plans = plan_of(first.format), plan_of(second.format)
     if plans[0].log is None or plans[1].log is None or plans[0].carrier is not plans[1].carrier:
-        return None
+        return f"{first.format.name} and {second.format.name} are not two logarithmic grids in one carrier"
     if first.save or second.save or second.tile is not None or second.spec.samples != 1:
-        return None
+        return "more than the numbers is wanted, or parts of the tensor have scales"
     if not first.spec.rounding is second.spec.rounding is Rounding.NEAREST:
-        return None
-    if not takes(first, scale) or not is_same(first.x, second.x):
-        return None
-    return _log(first.x, (first, second), plans, scale)
+        return "the rounding is not nearest"
+    if declined := why_not_rounded(first, scale):
+        return declined
+    if not is_same(first.x, second.x):
+        return "these are two tensors"
+    return lambda: _log(first.x, (first, second), plans, scale)
 
 
-def _clip(request: Request, scale: Tensor, plan: Plan, grid: Integers, bound: Bound | None) -> Rounded:
+def _clip(request: Request, scale: Tensor, plan: GridPlan, grid: Integers, bound: Bound | None) -> Rounded:
     x = readable(request.x)
     n = x.numel()
     q = torch.empty_like(x, dtype=plan.carrier) if request.carrier else None
@@ -221,7 +244,7 @@ def _clip(request: Request, scale: Tensor, plan: Plan, grid: Integers, bound: Bo
     return Rounded(q, amax, saved, mask)
 
 
-def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[Plan, ...], scale: Tensor) -> tuple[Rounded, ...]:
+def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[GridPlan, ...], scale: Tensor) -> tuple[Rounded, ...]:
     x = readable(x)
     rounding, (carrier, code, *_) = requests[0].spec.rounding, plans[0]
     outputs = [torch.empty_like(x, dtype=carrier) for _ in requests]
@@ -244,7 +267,7 @@ def _log(x: Tensor, requests: tuple[Request, ...], plans: tuple[Plan, ...], scal
     return tuple(Rounded(out, amax) for out in outputs)
 
 
-def _float(request: Request, scale: Tensor, plan: Plan) -> Rounded:
+def _float(request: Request, scale: Tensor, plan: GridPlan) -> Rounded:
     x = readable(request.x)
     out = torch.empty_like(x, dtype=plan.carrier)
     n = x.numel()
@@ -260,12 +283,10 @@ def _float(request: Request, scale: Tensor, plan: Plan) -> Rounded:
     return Rounded(out, kernels().float_round(ctypes.byref(arguments)))
 
 
-def _by_table(request: Request, scale: Tensor) -> Rounded | None:
+def _by_table(request: Request, scale: Tensor) -> Rounded:
     x, format = readable(request.x), request.format
     boundaries, levels = _table(format)  # type: ignore[misc]
     rounding = request.spec.rounding
-    if rounding is Rounding.UNDERFLOW and 0.0 not in format.grid:
-        return None
     out = torch.empty_like(x, dtype=carrier_dtype(format))
     n, num_levels = x.numel(), len(format.grid)
     arguments = c.TableRound(
@@ -287,13 +308,22 @@ def _by_table(request: Request, scale: Tensor) -> Rounded | None:
     return Rounded(out, kernels().table_round(ctypes.byref(arguments)))
 
 
-@backends.register("unpack", "cpu")
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
+_UNPACKED = (torch.int8, torch.uint8, torch.bfloat16, torch.float32)
+
+
+@UNPACK.kernel("cpu")
+def unpack(packed: Packed, dtype: torch.dtype) -> Plan[Tensor]:
     """Packed integers as int8, uint8, bfloat16 or float32."""
-    if dtype not in (torch.int8, torch.uint8, torch.bfloat16, torch.float32):
-        return None
-    if not packed.data.is_cpu or packed.grid is not None:
-        return None
+    if dtype not in _UNPACKED:
+        return f"no kernel unpacks to {dtype}"
+    if not packed.data.is_cpu:
+        return "the codes are on another device"
+    if packed.grid is not None:
+        return "the codes are not those of integers"
+    return lambda: _unpack(packed, dtype)
+
+
+def _unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     n = out.numel()
     arguments = c.Unpack(
@@ -307,11 +337,15 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-@backends.register("moments", "cpu")
-def moments(x: Tensor) -> Moments | None:
+@MOMENTS.kernel("cpu")
+def moments(x: Tensor) -> Plan[Moments]:
     """Means of x^2 and |x|, and max|x|, from one read."""
-    if not x.is_cpu or x.dtype not in _DTYPES or x.numel() == 0 or not is_plain(x):
-        return None
+    if declined := why_unreadable(x):
+        return declined
+    return "the tensor is empty" if x.numel() == 0 else lambda: _moments(x)
+
+
+def _moments(x: Tensor) -> Moments:
     x = readable(x)
     found, n = c.Moments(), x.numel()
     kernels().moments(pointer(x, "x", x.dtype, n), c.CODES[x.dtype], n, ctypes.byref(found))

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.formats import Format
-from fourbit.kernels._check import codes_of, fresh, is_plain, packed_bytes, pointer
+from fourbit.kernels._check import codes_of, fresh, packed_bytes, pointer
 from fourbit.kernels.cpu import _structures as c
-from fourbit.kernels.cpu._quantize import RULE_OF, float_grid, kernels, readable
+from fourbit.kernels.cpu._quantize import RULE_OF, float_grid, kernels, readable, why_unreadable
 from fourbit.quantizers import (
+    ROUND_TILES,
+    UNPACK_TILES,
     BlockScale,
     BlockScales,
     Integers,
@@ -48,7 +50,6 @@ from fourbit.quantizers import (
     to_float32,
 )
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ROTATED = 128
 _SCALE_RULES = {"floor": 0, "ceil": 1, "nearest": 2}
 
@@ -129,37 +130,45 @@ def _tiles(shape: torch.Size, tile: Tile, turned: bool) -> Any:
     )
 
 
-def _takes(request: Request) -> bool:
+def _why_not(request: Request) -> str:
     x, spec, scaling, rotation = request.x, request.spec, request.spec.scaling, request.rotation
-    if not x.is_cpu or x.dtype not in _DTYPES or x.dim() != 4 or not x.numel() or not is_plain(x):
-        return False
+    if declined := why_unreadable(x):
+        return declined
+    if x.dim() != 4 or not x.numel():
+        return "the operand has not four axes, or is empty"
     if not isinstance(scaling, BlockScale) or scaling.clips or scaling.corrected or scaling.draws:
-        return False
+        return f"no kernel scales by {scaling}"
     targets = scaling.targets or (request.format.max,)
     if scaling.rounding != "nearest" and (len(targets) > 1 or scaling.tensor_bound is not None):
-        return False
+        return "scales that are powers of two have one level and one target"
     if spec.samples > 1 or spec.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
-        return False
+        return f"no kernel rounds by {spec.rounding}, or several times"
     if spec.rounding.draws and (request.key is None or len(targets) > 1):
-        return False
-    return (
-        len(targets) <= 2
-        and request.tile is not None
-        and _takes_tile(request.tile)
-        and (rotation is None or rotation.transform.size <= _MOST_ROTATED)
-    )
+        return "random words need a key, and one target"
+    if len(targets) > 2:
+        return "there are more than two targets"
+    if request.tile is None or not _takes_tile(request.tile):
+        return f"no kernel knows tiles of {request.tile}"
+    if rotation is not None and rotation.transform.size > _MOST_ROTATED:
+        return f"rotations go up to {_MOST_ROTATED}"
+    if _elements(request.format) is None:
+        return f"{request.format.name} has no grid of integers below 16"
+    if _scale_codes(scaling.format, scaling.rounding != "nearest") is None:
+        return f"no kernel knows scales in {scaling.format.name} by this rule"
+    return ""
 
 
-@backends.register("round_tiles", "cpu")
-def round_tiles(request: Request) -> TilesRounded | None:
+@ROUND_TILES.kernel("cpu")
+def round_tiles(request: Request) -> Plan[TilesRounded]:
     """One operand, rotated, scaled and rounded."""
-    if not _takes(request):
-        return None
+    return _why_not(request) or (lambda: _round_tiles(request))
+
+
+def _round_tiles(request: Request) -> TilesRounded:
     scaling, format, tile, rotation = request.spec.scaling, request.format, request.tile, request.rotation
     assert isinstance(scaling, BlockScale) and tile is not None
     elements, code_of = _elements(format), _scale_codes(scaling.format, scaling.rounding != "nearest")
-    if elements is None or code_of is None:
-        return None
+    assert elements is not None and code_of is not None
     x = readable(request.x)
     turned = _is_turned(x.shape, x.stride())
     if turned is None:
@@ -242,18 +251,27 @@ def _numbers(values: tuple[float, ...], length: int) -> Tensor:
     return table
 
 
-@backends.register("unpack_tiles", "cpu")
-def unpack_tiles(packed: Packed, dtype: torch.dtype) -> Tensor | None:
+@UNPACK_TILES.kernel("cpu")
+def unpack_tiles(packed: Packed, dtype: torch.dtype) -> Plan[Tensor]:
     """Codes as numbers times the scales of their tiles."""
     blocks = packed.blocks
     if blocks is None or blocks.format is None or dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if not packed.data.is_cpu or not _takes_tile(blocks.tile) or len(packed.shape) != 4 or not packed.shape.numel():
-        return None
+        return f"there are no codes of scales, or no kernel unpacks to {dtype}"
+    if not packed.data.is_cpu or len(packed.shape) != 4 or not packed.shape.numel():
+        return "the codes are on another device, have not four axes, or are none"
+    if not _takes_tile(blocks.tile):
+        return f"no kernel knows tiles of {blocks.tile}"
     turned = _is_turned(packed.shape, packed.stride)
-    if turned is None or (packed.grid is not None and len(packed.grid) > 16):
-        return None
+    if turned is None:
+        return "neither rows nor sums lie next to each other"
+    if packed.grid is not None and len(packed.grid) > 16:
+        return "the grid has more than 16 numbers"
+    return lambda: _unpack_tiles(packed, blocks, turned, dtype)
+
+
+def _unpack_tiles(packed: Packed, blocks: BlockScales, turned: bool, dtype: torch.dtype) -> Tensor:
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
+    assert blocks.format is not None
     scales = _numbers(tuple(blocks.format.values), 256)
     num = math.prod(scale_shape(packed.shape, blocks.tile))
     arguments: Any = c.UnpackTiles(

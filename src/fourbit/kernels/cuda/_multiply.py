@@ -69,19 +69,26 @@ def is_worth_fp8(*sizes: int) -> bool:
     return all(size >= _FP8_SMALLEST and size % 16 == 0 for size in sizes)
 
 
-def int8_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor | None:
-    """a b^T in int32, exact, or None: the library wants M > 16, K and N multiples of 8, and the summed axis last."""
-    m, k = a_MK.shape
-    n = b_NK.shape[0]
-    if m <= 16 or k % 8 or n % 8 or k * 128 * 128 >= 2**31 or capability(a_MK.device) < (7, 5):
+def takes_int8(m: int, k: int, n: int, device: torch.device) -> bool:
+    """Whether the library multiplies int8 matrices [m, k] and [n, k]^T: m > 16, k and n multiples of 8, exact sums."""
+    return not (m <= 16 or k % 8 or n % 8 or k * 128 * 128 >= 2**31 or capability(device) < (7, 5))
+
+
+def fp8_of(a: Format, b: Format, device: torch.device) -> tuple[torch.dtype, torch.dtype] | None:
+    """The 8-bit float dtypes in which a device multiplies two formats; None: it does not."""
+    kind, other = fits_fp8(a), fits_fp8(b)
+    if kind is None or other is None or kind is other is torch.float8_e5m2 or capability(device) < (8, 9):
         return None
+    return kind, other
+
+
+def int8_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a b^T in int32, exact, of sizes that `takes_int8` lets pass, the summed axis last in memory."""
     return torch.ops.aten._int_mm(a_MK.contiguous(), b_NK.contiguous().t())
 
 
-def bfloat16_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor | None:
-    """a b of bfloat16 matrices in float32: products exact, sums in float32."""
-    if capability(a_MK.device) < (8, 0):
-        return None
+def bfloat16_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a b of bfloat16 matrices in float32: products exact, sums in float32. From compute capability 8.0 on."""
     return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.formats import Format
 from fourbit.kernels._check import checked, mask_bytes, packed_bytes, require
 from fourbit.kernels.cuda._device import capability, kernels, launch, takes
@@ -30,35 +30,38 @@ from fourbit.kernels.cuda._grids import parameters, table_of
 from fourbit.kernels.cuda._multiply import (
     bfloat16_mm,
     fits_bfloat16,
-    fits_fp8,
     fits_int8,
     fits_tf32,
     fp8_mm,
+    fp8_of,
     int8_mm,
     is_worth_fp8,
+    takes_int8,
     tf32,
 )
-from fourbit.kernels.cuda._quantize import DTYPES, ROWS
-from fourbit.ops import Convolution, Finish, Gemm, LinearMap, Operand, Raw
-from fourbit.ops._product import _multiply as reference_product
+from fourbit.kernels.cuda._quantize import DTYPES, NO_TRITON, ROWS
+from fourbit.ops import EPILOGUE, GEMM, Convolution, Finish, Gemm, LinearMap, Operand, Raw, reference_product
 from fourbit.quantizers import BLOCK, Packed, is_dense
 
 
-@backends.register("gemm", "cuda")
-def gemm(g: Gemm) -> Raw | None:
-    """The product without scale and rounding, or None."""
+@GEMM.kernel("cuda")
+def gemm(g: Gemm) -> Plan[Raw]:
+    """The product without scale and rounding."""
     a, b = g.a, g.b
-    if not takes(a.q.data if isinstance(a.q, Packed) else a.q) or not (a.on_grid and b.on_grid):
-        return None
+    if not takes(a.q.data if isinstance(a.q, Packed) else a.q):
+        return "the operands are on another device, or on a GPU that has no kernels"
+    if not (a.on_grid and b.on_grid):
+        return "an operand is in full precision, was averaged, or has scales of its parts in its numbers"
     if a.q.shape.numel() == 0 or b.q.shape.numel() == 0:
-        return None
+        return "an operand is empty"
+    found: Plan[Raw] = ""
     if isinstance(g.contraction, LinearMap):
         found = _linear(g)
     elif isinstance(g.contraction, Convolution):
-        found = _pointwise(g, g.contraction) or _convolve(g, g.contraction)
-    else:
-        found = None
-    return found or _by_tf32(g)
+        found = _pointwise(g, g.contraction)
+        if isinstance(found, str):
+            found = _convolve(g, g.contraction)
+    return _by_tf32(g) if isinstance(found, str) else found
 
 
 def _formats(g: Gemm) -> tuple[Format, Format]:
@@ -66,12 +69,17 @@ def _formats(g: Gemm) -> tuple[Format, Format]:
     return g.a.format, g.b.format
 
 
-def _by_tf32(g: Gemm) -> Raw | None:
+def _by_tf32(g: Gemm) -> Plan[Raw]:
     """The reference's product on tensor cores, where these multiply its operands exactly."""
-    if not all(map(fits_tf32, _formats(g))):
-        return None
-    with tf32():
-        return Raw(reference_product(g))
+    formats = _formats(g)
+    if not all(map(fits_tf32, formats)):
+        return f"{formats[0].name} or {formats[1].name} has more than the 11 bits of TF32"
+
+    def run() -> Raw:
+        with tf32():
+            return Raw(reference_product(g))
+
+    return run
 
 
 def _int8(operand: Operand) -> Tensor:
@@ -83,33 +91,33 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _linear(g: Gemm) -> Raw | None:
+def _linear(g: Gemm) -> Plan[Raw]:
     """fprop a b^T, dgrad a b, wgrad a^T b, the leading axes of a and of wgrad's b flattened."""
     a, b, formats = g.a, g.b, _formats(g)
-    width = (b.q.shape[0] if g.which == "fprop" else b.q.shape[-1],)
-    shape = (*(a.q.shape[:-1] if g.which != "wgrad" else a.q.shape[-1:]), *width)
-    y = None
-    if g.which == "fprop" and all(map(fits_int8, formats)):
-        y = int8_mm(_rows(_int8(a)), _int8(b))
-    elif g.which != "fprop" and g.products == "fast":
-        y = _backward_in_fp8(g)
-    if y is None and all(map(fits_bfloat16, formats)):
+    rows, columns = a.q.shape[:-1].numel(), a.q.shape[-1]
+    width = b.q.shape[0] if g.which == "fprop" else b.q.shape[-1]
+    shape = (*(a.q.shape[:-1] if g.which != "wgrad" else a.q.shape[-1:]), width)
+    if g.which == "fprop" and all(map(fits_int8, formats)) and takes_int8(rows, columns, width, a.device):
+        return lambda: Raw(int8_mm(_rows(_int8(a)), _int8(b)).view(shape))
+    if g.which != "fprop" and g.products == "fast" and is_worth_fp8(rows, columns, b.q.shape[-1]):
+        kinds = fp8_of(*formats, a.device)
+        if kinds is not None:
+            return lambda: Raw(_backward_in_fp8(g, *kinds).view(shape))
+    if not all(map(fits_bfloat16, formats)) or capability(a.device) < (8, 0):
+        return f"this device has no product of {formats[0].name} and {formats[1].name}"
+
+    def run() -> Raw:
         left, right = _rows(a.to(torch.bfloat16)), _rows(b.to(torch.bfloat16))
         y = bfloat16_mm(left.t() if g.which == "wgrad" else left, right.t() if g.which == "fprop" else right)
-    return None if y is None else Raw(y.view(shape))
+        return Raw(y.view(shape))
+
+    return run
 
 
-def _backward_in_fp8(g: Gemm) -> Tensor | None:
+def _backward_in_fp8(g: Gemm, kind: torch.dtype, other: torch.dtype) -> Tensor:
     """g w or g^T x on FP8 tensor cores, which want both operands with the summed axis last in memory."""
-    a, b, e5m2 = g.a, g.b, torch.float8_e5m2
-    kind, other = map(fits_fp8, _formats(g))
-    rows, columns = a.q.shape[:-1].numel(), a.q.shape[-1]
-    if kind is None or other is None or kind is other is e5m2 or capability(a.device) < (8, 9):
-        return None
-    if not is_worth_fp8(rows, columns, b.q.shape[-1]):
-        return None
-    left = _rows(a.to(kind))
-    return fp8_mm((left if g.which == "dgrad" else left.t()).contiguous(), _transposed(b, other))
+    left = _rows(g.a.to(kind))
+    return fp8_mm((left if g.which == "dgrad" else left.t()).contiguous(), _transposed(g.b, other))
 
 
 def _transposed(operand: Operand, dtype: torch.dtype) -> Tensor:
@@ -143,16 +151,25 @@ def _matrix(operand: Operand, order: tuple[int, ...], columns: int) -> Operand:
     return operand._replace(q=q.permute(order).reshape(-1, columns))
 
 
-def _pointwise(g: Gemm, con: Convolution) -> Raw | None:
+def _pointwise(g: Gemm, con: Convolution) -> Plan[Raw]:
     """A 1x1 convolution as a product of matrices: in channels_last, its pixels are the rows."""
     kernel = g.layout.shape[2:] if g.which == "wgrad" and g.layout is not None else g.b.q.shape[2:]
     if con.transposed or con.groups != 1 or con.stride != (1, 1) or con.padding != (0, 0) or tuple(kernel) != (1, 1):
-        return None
+        return "the convolution is not 1x1, with stride 1 and no padding"
+    formats, (n, columns, *pixels) = _formats(g), g.a.q.shape
+    in_int8 = g.which == "fprop" and all(map(fits_int8, formats))
+    in_int8 = in_int8 and takes_int8(n * math.prod(pixels), columns, g.b.q.shape[0], g.a.device)
+    if in_int8 or (all(map(fits_bfloat16, formats)) and capability(g.a.device) >= (8, 0)):
+        return lambda: _run_pointwise(g)  # as a matrix, `_linear` takes it
+    return "this device has no product of these formats"
+
+
+def _run_pointwise(g: Gemm) -> Raw:
     order = (0, 2, 3, 1)  # of a weight too: its last two axes have size 1
     a, b = (_matrix(o, order, o.q.shape[1]) for o in (g.a, g.b))
-    raw = _linear(replace(g, contraction=LinearMap(), a=a, b=b))
-    if raw is None:
-        return None
+    work = _linear(replace(g, contraction=LinearMap(), a=a, b=b))
+    assert not isinstance(work, str)
+    raw = work()
     if g.which == "wgrad":
         assert g.layout is not None
         return raw._replace(y=raw.y.view(g.layout.shape))
@@ -174,10 +191,14 @@ def _float16_shift(g: Gemm, con: Convolution) -> int | None:
     return shift if shift <= 14 else None
 
 
-def _convolve(g: Gemm, con: Convolution) -> Raw | None:
+def _convolve(g: Gemm, con: Convolution) -> Plan[Raw]:
     """cuDNN's convolution of half-precision carriers."""
     if g.products != "fast" or not all(map(fits_bfloat16, _formats(g))) or capability(g.a.device) < (8, 0):
-        return None
+        return "an exact convolution is wanted, or this device has none of these formats"
+    return lambda: _run_convolution(g, con)
+
+
+def _run_convolution(g: Gemm, con: Convolution) -> Raw:
     if g.which == "fprop":
         shift = _float16_shift(g, con)
         if shift is not None:
@@ -191,25 +212,30 @@ def _convolve(g: Gemm, con: Convolution) -> Raw | None:
     return Raw(multiply(gradient, other, like), rounded=True)
 
 
-@backends.register("epilogue", "cuda")
-def epilogue(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None] | None:
+@EPILOGUE.kernel("cuda")
+def epilogue(raw: Raw, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     """Scale, round, mask, and sum what was clipped: one pass."""
     y = raw.y
     if not takes(y) or y.dtype not in (*DTYPES, torch.int32) or finish.dtype not in DTYPES or raw.high is not None:
-        return None
+        return f"no kernel makes {finish.dtype} of {y.dtype} on {y.device.type}"
     codes = finish.codes if finish.mask is not None else None
     singles = [t for t in (finish.scale, finish.late) if t is not None]
     if any(t.numel() != 1 or t.dtype != torch.float32 or t.device != y.device for t in singles):
-        return None
+        return "parts of the result have scales, or these are on another device"
     if codes is not None and not (isinstance(codes, Packed) and codes.grid is None):
-        return None
-    if y.numel() == 0 or y.is_neg() or kernels() is None:
-        return None
+        return "the clipped operand has no codes of integers"
+    if y.numel() == 0 or y.is_neg():
+        return "the product is empty, or negated when it is read"
     grid: Any = None
     if finish.output is not None and not raw.rounded:
         grid = parameters(finish.output)
         if grid is None:
-            return None
+            return f"no kernel rounds products to {finish.output.name}"
+    return NO_TRITON if kernels() is None else lambda: _epilogue(raw, finish, codes, grid)
+
+
+def _epilogue(raw: Raw, finish: Finish, codes: Packed | None, grid: Any) -> tuple[Tensor, Tensor | None]:
+    y, singles = raw.y, [t for t in (finish.scale, finish.late) if t is not None]
     if finish.layout is not None:
         require(finish.layout.shape == y.shape, f"a product of shape {tuple(finish.layout.shape)}")
     y = finish.layout.match(y) if finish.layout is not None else y if is_dense(y) else y.contiguous()

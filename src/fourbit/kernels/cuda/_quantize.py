@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import backends
+from fourbit.backends import Plan
 from fourbit.kernels._check import checked, is_plain, mask_bytes, packed_bytes
 from fourbit.kernels.cuda._device import capability, kernels, launch, takes
 from fourbit.kernels.cuda._grids import parameters, table_of
 from fourbit.kernels.cuda._multiply import fits_fp8, is_worth_fp8
 from fourbit.quantizers import (
     BLOCK,
+    MOMENTS,
+    ROUND,
+    ROUND_PAIR,
+    UNPACK,
+    Bound,
     Moments,
     Packed,
     Request,
@@ -37,61 +42,81 @@ ROWS = 64
 """Blocks per program: 4096 elements, 16 per thread in 8 warps."""
 
 
-def _takes(request: Request, scale: Tensor) -> bool:
+NO_TRITON = "Triton is not there to compile kernels"
+
+
+def _why_unreadable(x: Tensor) -> str:
+    """Why no kernel can read `x` as it is; "" where they can."""
+    if not takes(x):
+        return "the tensor is on another device, or on a GPU that has no kernels"
+    if x.dtype not in DTYPES:
+        return f"the tensor is {x.dtype}: float32, bfloat16 and float16 are read"
+    if x.numel() == 0 or not is_plain(x):
+        return "the tensor is empty, or its elements do not fill one piece of memory"
+    return ""
+
+
+def _why_not_rounded(request: Request, scale: Tensor) -> str:
+    """Why no kernel may round this, to a grid that it knows; "" where one may."""
     x, spec = request.x, request.spec
-    return (
-        takes(x)
-        and x.dtype in DTYPES
-        and x.numel() > 0
-        and is_plain(x)
-        and scale.numel() == 1
-        and scale.dtype == torch.float32
-        and scale.device == x.device
-        and spec.samples == 1
-        and spec.rounding in (Rounding.NEAREST, Rounding.STOCHASTIC)
-        and (request.key is not None or not spec.stochastic)
-        and parameters(request.format, spec.stochastic) is not None
-        and kernels() is not None
-    )
+    if declined := _why_unreadable(x):
+        return declined
+    if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device:
+        return "there is not one float32 scale, on the device of the tensor"
+    if spec.samples != 1 or spec.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
+        return f"no kernel rounds by {spec.rounding}, or several times"
+    if request.key is None and spec.stochastic:
+        return "random words without a key"
+    if parameters(request.format, spec.stochastic) is None:
+        return f"no kernel knows the grid of {request.format.name}"
+    return "" if kernels() is not None else NO_TRITON
 
 
-@backends.register("round", "cuda")
-def round_one(request: Request, scale: Tensor) -> Rounded | None:
+def _limit(request: Request, scale: Tensor) -> Bound | None:
+    return request.spec.scaling.bound(scale, request.format, request.stored) if request.save else None
+
+
+@ROUND.kernel("cuda")
+def round_one(request: Request, scale: Tensor) -> Plan[Rounded]:
     """One operand, to one format."""
-    found = _round((request,), scale) if _takes(request, scale) else None
-    return None if found is None else found[0]
+    if declined := _why_not_rounded(request, scale):
+        return declined
+    bound = _limit(request, scale)
+    if bound is not None and isinstance(bound.value, Tensor) and bound.value.numel() != 1:
+        return "there is more than one clip value"
+    return lambda: _round((request,), scale, bound)[0]
 
 
-@backends.register("round_pair", "cuda")
-def round_pair(first: Request, second: Request, scale: Tensor) -> tuple[Rounded, ...] | None:
+@ROUND_PAIR.kernel("cuda")
+def round_pair(first: Request, second: Request, scale: Tensor) -> Plan[tuple[Rounded, ...]]:
     """Two formats from one read."""
     both = (first, second)
-    if not all(_takes(r, scale) and not r.spec.stochastic and not r.save for r in both):
-        return None
+    for request in both:
+        if declined := _why_not_rounded(request, scale):
+            return declined
+    if any(r.spec.stochastic or r.save for r in both):
+        return "more than the numbers is wanted, or the rounding draws random words"
     x = first.x
     if second.x is not x:
-        return None
+        return "these are two tensors"
     if x.dim() in (2, 3) and x.is_contiguous() and capability(x.device) >= (8, 9):
         rows, columns = x.numel() // x.shape[-1], x.shape[-1]
         if is_worth_fp8(rows, columns) and all(fits_fp8(r.format) is torch.float8_e4m3fn for r in both):
-            return _round_transposed(first, second, scale, rows, columns)
-    return _round(both, scale)
+            return lambda: _round_transposed(first, second, scale, rows, columns)
+    return lambda: _round(both, scale, None)
 
 
 def _zero_amax(x: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=x.device)
 
 
-def _round(requests: tuple[Request, ...], scale: Tensor) -> tuple[Rounded, ...] | None:
+def _round(requests: tuple[Request, ...], scale: Tensor, bound: Bound | None) -> tuple[Rounded, ...]:
     one, x = requests[0], requests[0].x
     grids: list[Any] = [parameters(r.format, r.spec.stochastic) for r in requests]
     tables = [table_of(r.format, grid, x.device) for r, grid in zip(requests, grids, strict=True)]
     q = [torch.empty_like(x, dtype=carrier_dtype(r.format)) if r.carrier else None for r in requests]
     n, blocks = x.numel(), -(-x.numel() // BLOCK)
-    bound = one.spec.scaling.bound(scale, one.format, one.stored) if one.save else None
     limit = None if bound is None else torch.as_tensor(bound.value, dtype=torch.float32, device=x.device)
-    if limit is not None and limit.numel() != 1:
-        return None
     packed = mask = None
     if one.save and has_integer_codes(one.format):
         packed = torch.empty(packed_bytes(n), dtype=torch.uint8, device=x.device)
@@ -164,14 +189,18 @@ def _round_transposed(
     return Rounded(plain, amax), Rounded(turned.t().view(x.shape), amax)
 
 
-@backends.register("unpack", "cuda")
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
+@UNPACK.kernel("cuda")
+def unpack(packed: Packed, dtype: torch.dtype) -> Plan[Tensor]:
     """Packed codes as numbers of any dtype that holds them."""
-    if not takes(packed.data) or packed.grid is not None or packed.shape.numel() == 0 or kernels() is None:
-        return None
+    if not takes(packed.data) or packed.grid is not None or packed.shape.numel() == 0:
+        return "the codes are on another device, are not those of integers, or are none"
     wanted = (torch.int8, torch.uint8, *DTYPES)
     if dtype not in wanted and not (dtype is torch.float8_e4m3fn and capability(packed.data.device) >= (8, 9)):
-        return None
+        return f"no kernel of this device unpacks to {dtype}"
+    return NO_TRITON if kernels() is None else lambda: _unpack(packed, dtype)
+
+
+def _unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype, device=packed.data.device)
     n = out.numel()
     programs = -(-n // (BLOCK * ROWS))
@@ -181,11 +210,15 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-@backends.register("moments", "cuda")
-def moments(x: Tensor) -> Moments | None:
+@MOMENTS.kernel("cuda")
+def moments(x: Tensor) -> Plan[Moments]:
     """Means of x^2 and |x|, and max|x|, from one read."""
-    if not takes(x) or x.dtype not in DTYPES or x.numel() == 0 or not is_plain(x) or kernels() is None:
-        return None
+    if declined := _why_unreadable(x):
+        return declined
+    return NO_TRITON if kernels() is None else lambda: _moments(x)
+
+
+def _moments(x: Tensor) -> Moments:
     n, block = x.numel(), 4096
     programs = -(-n // block)
     sums = torch.empty((2, programs), dtype=torch.float64, device=x.device)
