@@ -18,7 +18,7 @@ from fourbit import backends, formats
 from fourbit.kernels.cuda import _multiply, _products
 from fourbit.ops import Finish, Layout, Raw
 from fourbit.quantizers import Amax, ClipValue, GradScale, QuantSpec, Request, Rounding, Sawb, pack, pack_mask, run
-from fourbit.quantizers._spec import _round
+from fourbit.quantizers._request import _round
 from fourbit.quantizers._statistics import Statistics
 
 Row = dict[str, Any]

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
 
 
 def test_the_report_needs_no_tools(capsys, monkeypatch, tmp_path):
-    from fourbit.cli import _hardware_networks
+    from fourbit.reproduce import _hardware_networks
 
     monkeypatch.setattr(_hardware_networks, "NETWORKS", {"vgg16": ("VGG16, 32 pixels", 8)})
     monkeypatch.setattr(_hardware_networks, "EXTERNAL", {})

@@ -26,7 +26,7 @@ from fourbit import formats
 from fourbit.formats import CATALOG, Format
 from fourbit.kernels.cuda import _quantize
 from fourbit.quantizers import Amax, ClipValue, FixedScale, QuantSpec, Request, Rounding, Sawb, Tile, pack
-from fourbit.quantizers._spec import _round
+from fourbit.quantizers._request import _round
 from fourbit.quantizers._statistics import Statistics
 
 SIZES = {"small": (1, 31, 64, 65, 4097), "full": (1, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 1 << 20, 3_000_001)}

@@ -171,7 +171,7 @@ def test_the_parametrized_weight_is_what_is_quantized_in_either_order(way, first
     with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):  # as torch has it
         pickle.dumps(layer)
     fb.restore(layer)
-    assert not isinstance(layer, fb.nn.Quantized) and parametrize.is_parametrized(layer)
+    assert not isinstance(layer, fb.nn.QuantizedLayer) and parametrize.is_parametrized(layer)
     assert torch.allclose(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias), atol=1e-6)
     parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is nn.Conv2d

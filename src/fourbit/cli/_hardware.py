@@ -235,7 +235,7 @@ def report(
         library: Of the stored results: IHP SG13G2 or SkyWater SKY130.
         runs: Folders with training runs, separated by commas, for accuracy against energy.
     """
-    from fourbit.cli._hardware_page import write
+    from fourbit.reproduce._hardware_page import write
 
     found = _results(results, library)
     say(f"from the results of synthesis with {', '.join(f'{k} {v}' for k, v in found.tools.items())} ({found.library})")

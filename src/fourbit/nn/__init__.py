@@ -4,7 +4,7 @@ from fourbit.nn import functional as functional
 from fourbit.nn._attention import MultiheadAttention as MultiheadAttention
 from fourbit.nn._attention import OutProjection as OutProjection
 from fourbit.nn._base import SWAPS as SWAPS
-from fourbit.nn._base import Quantized as Quantized
+from fourbit.nn._base import QuantizedLayer as QuantizedLayer
 from fourbit.nn._base import float_state_dict as float_state_dict
 from fourbit.nn._base import learn_class as learn_class
 from fourbit.nn._base import nonfinite_layers as nonfinite_layers

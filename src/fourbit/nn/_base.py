@@ -81,7 +81,7 @@ def _in_any_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Quantized(nn.Module):
+class QuantizedLayer(nn.Module):
     """Mixin of every quantized layer. The constructors take torch's arguments, and by keyword:
 
     Args:
@@ -151,9 +151,9 @@ class Quantized(nn.Module):
         return f"{super().extra_repr()}; x: {spec.x_fprop}; w: {spec.w_fprop}; g: {spec.g_dgrad} | {spec.g_wgrad}"
 
 
-def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by name, in order of definition; a shared layer appears once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 def nonfinite_layers(model: nn.Module) -> dict[str, dict[str, int]]:

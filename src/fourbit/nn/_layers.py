@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
-from fourbit.nn._base import Quantized, require_input, swaps
+from fourbit.nn._base import QuantizedLayer, require_input, swaps
 from fourbit.ops import (
     Contraction,
     Convolution,
@@ -30,7 +30,7 @@ def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
 
 
 @swaps(nn.Linear)
-class Linear(Quantized, nn.Linear):
+class Linear(QuantizedLayer, nn.Linear):
     """torch.nn.Linear with quantized operands: y[..., n] = sum_k Q(x)[..., k] Q(w)[n, k] + b[n].
 
     >>> from fourbit import LayerSpec, QuantSpec, Sawb
@@ -62,7 +62,7 @@ def _own_padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
     return tuple(left) if left == right else None
 
 
-class _Conv(Quantized, nn.modules.conv._ConvNd):
+class _Conv(QuantizedLayer, nn.modules.conv._ConvNd):
     """Convolution in 1 to 3 dimensions: every stride, dilation, number of groups and padding mode of torch."""
 
     def contraction(self) -> Convolution:
@@ -85,7 +85,7 @@ class _Conv(Quantized, nn.modules.conv._ConvNd):
         return y if batched else y.squeeze(0)
 
 
-class _ConvTranspose(Quantized, nn.modules.conv._ConvTransposeNd):
+class _ConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
     """Transposed convolution: x is spread by w over the output."""
 
     def contraction(self, output_padding: tuple[int, ...] | None = None) -> Convolution:
@@ -154,7 +154,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """torch.nn.ConvTranspose3d with quantized operands."""
 
 
-class MatMul(Quantized):
+class MatMul(QuantizedLayer):
     """torch.matmul of two activations with quantized operands (attention scores, for example).
 
     The slots named w belong to the second argument. The functional twin is `fourbit.nn.functional.matmul`. `convert` gives

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fourbit.nn._base import Quantized
+from fourbit.nn._base import QuantizedLayer
 from fourbit.ops import Contraction, LayerSpec, LinearMap, Matmul, Products, ProductSize
 
 
@@ -43,7 +43,7 @@ class PartInfo(NamedTuple):
         return replace(spec, x_fprop=spec.x_fprop.starting_at(self.bound))
 
 
-class Part(Quantized):
+class Part(QuantizedLayer):
     """One product, y = Q(x) Q(w)^T, whose weight belongs to the layer around it."""
 
     def __init__(self, info: PartInfo, map: Contraction, num_weights: int):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as _Conv1D
 
-from fourbit.nn._base import Quantized, require_input, swaps
+from fourbit.nn._base import QuantizedLayer, require_input, swaps
 from fourbit.ops import Contraction, LinearMap
 
 
 @swaps(_Conv1D)
-class Conv1D(Quantized, _Conv1D):
+class Conv1D(QuantizedLayer, _Conv1D):
     """transformers' Conv1D with quantized operands: y[..., n] = sum_k Q(x)[..., k] Q(w)[k, n] + b[n]."""
 
     @property

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fourbit.nn._base import SWAPS, Quantized, learn_class
+from fourbit.nn._base import SWAPS, QuantizedLayer, learn_class
 from fourbit.nn._parts import Composed
 
 _ORIGINALS: WeakKeyDictionary[type, type[nn.Module]] = WeakKeyDictionary()
@@ -43,7 +43,7 @@ def obstacle(module: nn.Module) -> str:
     torch_class = torch_class_of(cls)
     if torch_class is None:
         return "cannot be converted"
-    if isinstance(module, Quantized | Composed):
+    if isinstance(module, QuantizedLayer | Composed):
         return ""
     twin = SWAPS[torch_class]
     for name in _BYPASSED:
@@ -66,7 +66,7 @@ def obstacle(module: nn.Module) -> str:
 def _added(torch_class: type[nn.Module]) -> tuple[str, ...]:
     """Attributes that the twin has and torch's class has not."""
     ours = [base for base in SWAPS[torch_class].__mro__ if not issubclass(torch_class, base)]
-    declared = (name for base in (Quantized, Composed) for name in vars(base).get("__annotations__", ()))
+    declared = (name for base in (QuantizedLayer, Composed) for name in vars(base).get("__annotations__", ()))
     names = {name for base in ours for name in vars(base)} | set(declared)
     return tuple(sorted(name for name in names if not hasattr(torch_class, name) and not name.startswith("__")))
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fourbit.ops._compensate import compensated
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import NORM_SUPPORTED, OperandHandover, ResultHandover
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
 from fourbit.ops._quantize import quantize_gradient, quantize_operand, rotation_key, sum_key
-from fourbit.ops._restore import restored
 from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
@@ -223,9 +223,9 @@ def _quantize_gradient(g: Tensor, contraction: Contraction, state: LayerState, n
     """g for dgrad and for wgrad."""
     spec = state.spec
     for_dgrad, for_wgrad = quantize_gradient(state, g, contraction, *needs)
-    if spec.restores:
-        for_dgrad = restored(g, for_dgrad, spec.resolved("g_dgrad"), contraction)
-        for_wgrad = restored(g, for_wgrad, spec.resolved("g_wgrad"), contraction)
+    if spec.compensates:
+        for_dgrad = compensated(g, for_dgrad, spec.resolved("g_dgrad"), contraction)
+        for_wgrad = compensated(g, for_wgrad, spec.resolved("g_wgrad"), contraction)
     return for_dgrad, for_wgrad
 
 
@@ -324,7 +324,7 @@ def _gradient(
         assert g is not None
         return Operand(g), None
     resolved = spec.resolved(slot)
-    on_grid = resolved is not None and resolved.samples == 1 and resolved.restore != "sum"
+    on_grid = resolved is not None and resolved.samples == 1 and resolved.compensate != "sum"
     q, scale, format, each = quantized.tensor
     if resolved is None or not resolved.needs_orientation:
         return Operand(q, None, format, on_grid), scale.view(()) if scale.dim() else scale

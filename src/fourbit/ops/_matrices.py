@@ -25,11 +25,11 @@ from torch import Tensor
 
 
 class Matrices(NamedTuple):
-    """y[g] = a[g] @ b[g], terms added in order of the summed axis; `restore` gives [G, M, N] the shape of the result."""
+    """y[g] = a[g] @ b[g], terms added in order of the summed axis; `arrange` gives [G, M, N] the shape of the result."""
 
     a: Tensor
     b: Tensor
-    restore: Callable[[Tensor], Tensor]
+    arrange: Callable[[Tensor], Tensor]
 
 
 def rows(t: Tensor) -> Tensor:

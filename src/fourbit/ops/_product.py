@@ -252,8 +252,8 @@ def _accumulate(gemm: Gemm, accumulation: Accumulation) -> Tensor:
         shape = gemm.contraction.fprop(a.to("meta"), b.to("meta")).shape  # and torch's own errors
     else:
         shape = gemm.layout.shape
-    a, b, restore = gemm.contraction.matrices(gemm.which, a, b, shape)
-    return restore(accumulate(a, b, accumulation, gemm.key))
+    a, b, arrange = gemm.contraction.matrices(gemm.which, a, b, shape)
+    return arrange(accumulate(a, b, accumulation, gemm.key))
 
 
 def _finish(raw: Raw, finish: Finish) -> tuple[Tensor, Tensor | None]:

@@ -204,7 +204,7 @@ def gradient_specs(state: LayerState, need_x: bool, need_w: bool) -> tuple[Quant
     found = (state.spec.g_dgrad if need_x or wgrad is REUSE else None, wgrad if need_w else None)
     specs = tuple(s for s in found if isinstance(s, QuantSpec))
     wanted = need_x + (need_w and wgrad is not REUSE) if not (wgrad is REUSE and need_w) else 1
-    if not specs or len(specs) != wanted or state.spec.restores or any(s.stochastic for s in specs):
+    if not specs or len(specs) != wanted or state.spec.compensates or any(s.stochastic for s in specs):
         return ()
     return specs if _one_read(state, *specs) else ()
 

@@ -51,7 +51,7 @@ class Saved:
         """What `outline` and `tensors` took apart."""
         kept, x_layout, w_layout = outline
         *data, x_mask, w_mask = tensors
-        x, w, x_codes, w_codes = (_restore(k, data[3 * i : 3 * i + 3]) for i, k in enumerate(kept))
+        x, w, x_codes, w_codes = (_rejoined(k, data[3 * i : 3 * i + 3]) for i, k in enumerate(kept))
         assert x is not None and w is not None
         return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout)
 
@@ -83,7 +83,7 @@ def _outline(kept: Operand | None) -> Operand | None:
 _NOTHING = torch.empty(0)
 
 
-def _restore(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
+def _rejoined(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
     if outline is None:
         return None
     q, (data, scale, block_data) = outline.q, tensors

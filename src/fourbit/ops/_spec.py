@@ -145,8 +145,8 @@ class LayerSpec:
             spec = self.resolved(slot)
             if spec is None:
                 continue
-            if spec.restore and not slot.startswith("g_"):
-                raise UserError(f"{slot}: restore={spec.restore!r} is for gradients; leave it out here")
+            if spec.compensate and not slot.startswith("g_"):
+                raise UserError(f"{slot}: compensate={spec.compensate!r} is for gradients; leave it out here")
             if slot[0] not in spec.scaling.operands:
                 right = "gradients" if spec.scaling.operands == "g" else "x_fprop and w_fprop"
                 instead = "GradScale or Amax" if slot.startswith("g_") else "ClipValue, Sawb or Amax"
@@ -191,9 +191,9 @@ class LayerSpec:
         return {slot: values[_REUSED_FROM[slot]] if value is REUSE else value for slot, value in values.items()}
 
     @cached_property
-    def restores(self) -> bool:
+    def compensates(self) -> bool:
         """Whether the products of a gradient get back what its rounding has lost."""
-        return any(spec is not None and spec.restore != "" for spec in map(self.resolved, ("g_dgrad", "g_wgrad")))
+        return any(spec is not None and spec.compensate != "" for spec in map(self.resolved, ("g_dgrad", "g_wgrad")))
 
     @cached_property
     def g_scaling(self) -> QuantSpec | None:

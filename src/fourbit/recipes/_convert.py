@@ -18,7 +18,7 @@ from fourbit.nn import (
     Composed,
     MatMul,
     Part,
-    Quantized,
+    QuantizedLayer,
     obstacle,
     original_class,
     quantized_class,
@@ -61,11 +61,11 @@ class Assignment:
     convertible: bool = True
 
     @property
-    def quantized(self) -> Quantized | None:
+    def quantized(self) -> QuantizedLayer | None:
         """The quantized layer, once it is one."""
         if self.part:
             return self.module.part(self.part) if isinstance(self.module, Composed) else None
-        return self.module if isinstance(self.module, Quantized) else None
+        return self.module if isinstance(self.module, QuantizedLayer) else None
 
 
 class _Layer(NamedTuple):
@@ -256,14 +256,14 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         if assignment.part:
             _compose(module).attach(assignment.part, spec, seed, index, products)
             continue
-        if not isinstance(module, Quantized):
+        if not isinstance(module, QuantizedLayer):
             object.__setattr__(module, "__class__", quantized_class(type(module)))
-        assert isinstance(module, Quantized)
+        assert isinstance(module, QuantizedLayer)
         module.attach(spec, seed, index, products)
     for module in (
         model.modules()
     ):  # the projection behind attention is a layer of its own, but torch's attention does not call it
-        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, Quantized):
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, QuantizedLayer):
             _compose(module)
     _keep_off_fast_path(model)
     for layer in quantized_layers(model).values():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fourbit.nn import SWAPS, Composed, MatMul, Quantized, torch_class_of
+from fourbit.nn import SWAPS, Composed, MatMul, QuantizedLayer, torch_class_of
 from fourbit.ops import Contraction
 from fourbit.recipes._chains import chains_of
 from fourbit.recipes._convert import Assignment, assign, convert, resolve
@@ -95,13 +95,13 @@ def _explain_layer(assignment: Assignment, sizes: list[Use] | None) -> LayerExpl
     return LayerExplanation(assignment.name, type_name, label, spec, assignment.reason, found, state, width, weights)
 
 
-def _converted(assignment: Assignment) -> Quantized | None:
+def _converted(assignment: Assignment) -> QuantizedLayer | None:
     """The layer, if it is quantized as the recipe has it."""
     rule, layer = assignment.rule, assignment.quantized
     return layer if rule is not None and layer is not None and layer.spec == rule.spec else None
 
 
-def _state_of(layer: Quantized) -> str:
+def _state_of(layer: QuantizedLayer) -> str:
     """Exponent and clip values as they are now."""
     return ", ".join(filter(None, map(str, layer.quant.scalings.values())))
 
@@ -164,11 +164,11 @@ def _run(model: nn.Module, assignments: list[Assignment], owners: Owners, input:
 
 
 def _contraction_of(module: nn.Module) -> Contraction | None:
-    if isinstance(module, Quantized):
+    if isinstance(module, QuantizedLayer):
         return module.contraction()
     torch_class = torch_class_of(type(module))
     assert torch_class is not None
-    return cast("type[Quantized]", SWAPS[torch_class]).contraction(module)  # type: ignore[arg-type]
+    return cast("type[QuantizedLayer]", SWAPS[torch_class]).contraction(module)  # type: ignore[arg-type]
 
 
 def _is_learned(cls: type[Composed], module: nn.Module, part: str) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fourbit.nn import Part, Quantized, quantized_layers
+from fourbit.nn import Part, QuantizedLayer, quantized_layers
 from fourbit.ops import LayerState, watch
 from fourbit.recipes._input import Input, batch_for, run_on
 
@@ -129,7 +129,7 @@ def memory_report(model: nn.Module, input: Input) -> MemoryReport:
 class _Watcher:
     """Notes what autograd is given to keep, and by whom: a layer, a fused chain, or a module of another class."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Quantized]):
+    def __init__(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]):
         self.inputs: dict[LayerState, int] = {}
         self._known = set(model.modules())
         self._states = {layer.quant for layer in layers.values()}
@@ -193,7 +193,7 @@ def _num_bytes(t: Tensor) -> int:
     return t.untyped_storage().nbytes()
 
 
-def _layer(name: str, layer: Quantized, kept: list[Tensor], num_inputs: int) -> LayerMemory:
+def _layer(name: str, layer: QuantizedLayer, kept: list[Tensor], num_inputs: int) -> LayerMemory:
     weight = getattr(layer, "weight", None)
     num_weights = layer.num_weights if isinstance(layer, Part) else weight.numel() if isinstance(weight, Tensor) else 0
     num_elements = num_inputs + num_weights

@@ -162,18 +162,21 @@ IBM2020_CORRECTED = _ibm(
     "ibm2020-corrected",
     "two-phase rounding, the results of both backward GEMMs multiplied by what the rounding has shrunk",
     _two_phases(
-        replace(_gradient(f.FP4_R4_EVEN), restore="magnitude"), replace(_gradient(f.FP4_R4_ODD), restore="magnitude")
+        replace(_gradient(f.FP4_R4_EVEN), compensate="magnitude"),
+        replace(_gradient(f.FP4_R4_ODD), compensate="magnitude"),
     ),
 )
 IBM2020_ZEROSUM = _ibm(
     "ibm2020-zerosum",
     "two-phase rounding, the sum of each channel of the gradient restored (not 4 bits: an experiment)",
-    _two_phases(replace(_gradient(f.FP4_R4_EVEN), restore="sum"), replace(_gradient(f.FP4_R4_ODD), restore="sum")),
+    _two_phases(
+        replace(_gradient(f.FP4_R4_EVEN), compensate="sum"), replace(_gradient(f.FP4_R4_ODD), compensate="sum")
+    ),
 )
 IBM2020_NO_TPR_ZEROSUM = _ibm(
     "ibm2020-no-tpr-zerosum",
     "one phase, the sum of each channel of the gradient restored (not 4 bits: an experiment)",
-    replace(TPR, g_dgrad=replace(_gradient(f.FP4_R4_EVEN), restore="sum"), g_wgrad=REUSE),
+    replace(TPR, g_dgrad=replace(_gradient(f.FP4_R4_EVEN), compensate="sum"), g_wgrad=REUSE),
 )
 IBM2020_STOCHASTIC = _ibm(
     "ibm2020-stochastic",

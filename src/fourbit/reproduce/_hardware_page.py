@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourbit.cli import _hardware_networks
-from fourbit.cli._hardware_networks import Products
 from fourbit.errors import UserError
 from fourbit.hardware import (
     SCHEMES,
@@ -16,6 +14,8 @@ from fourbit.hardware import (
     figure_6c,
 )
 from fourbit.report import PALETTE, REFERENCE_COLOR, Chapter, Grid, Plot, Text, legend, panels, style
+from fourbit.reproduce import _hardware_networks
+from fourbit.reproduce._hardware_networks import Products
 
 PAPER = 4 / 0.55
 """Of the paper, INT4 x FP4 against FP16."""

@@ -1,0 +1,291 @@
+"""`Request` is one operand to be quantized as a QuantSpec says; `run` does it, by a kernel or the reference.
+
+    q = round_to_format(x * (1 / scale), format),        x ~ scale * q
+
+The reciprocal of the scale is taken in float32 and multiplied, which is what fast kernels do too; for the power-of-two
+scales of GradScale the difference to a division is nil.
+
+q is kept in a carrier: the smallest of int8, uint8, bfloat16 and float32 that holds every number of the format exactly, so
+that hardware can multiply it fast without changing a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourbit.backends import Operation
+from fourbit.errors import UserError
+from fourbit.formats import Format
+from fourbit.quantizers._blocks import fits_bfloat16, quantize_tiles
+from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
+from fourbit.quantizers._round import Rounding, nearest_number, round_to_format
+from fourbit.quantizers._spec import QuantSpec
+from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
+from fourbit.quantizers._tiles import Tile, fold, unfold
+from fourbit.quantizers._transform import Rotation
+from fourbit.quantizers._words import random_words, stream_key
+
+
+@lru_cache(maxsize=256)
+def carrier_dtype(format: Format) -> torch.dtype:
+    """The smallest dtype that holds every number of a format exactly, and that hardware multiplies.
+
+    >>> from fourbit.formats import FP4_R4_EVEN, FP16_169, INT4_SYM
+    >>> carrier_dtype(INT4_SYM), carrier_dtype(FP4_R4_EVEN), carrier_dtype(FP16_169)
+    (torch.int8, torch.bfloat16, torch.float32)
+    """
+    if format.bits > 8:
+        return torch.float32
+    if all(float(v).is_integer() for v in format.grid):
+        if format.min >= -128 and format.max <= 127:
+            return torch.int8 if format.min < 0 else torch.uint8
+        if format.min >= 0 and format.max <= 255:
+            return torch.uint8
+    exact = torch.tensor(format.grid, dtype=torch.float64)
+    normal = format.smallest >= torch.finfo(torch.bfloat16).smallest_normal
+    return torch.bfloat16 if normal and bool((exact.to(torch.bfloat16).double() == exact).all()) else torch.float32
+
+
+class QTensor(NamedTuple):
+    """x ~ scale * q: `q` on the grid of `format`, in its carrier dtype; `scale` float32.
+
+    Where the scale is NaN, because the data held NaN or infinity, q means nothing. After SMP, q is a mean of grid values in
+    float32. `scale` is 0-d, or has the dimensions of q with size 1 where it is shared. Where tiles have scales, they are in q
+    already, up to the one of the tensor, and `each` has them all, with the tile.
+    """
+
+    q: Tensor
+    scale: Tensor
+    format: Format
+    each: tuple[Tensor, Tile] | None = None
+
+    @property
+    def scales(self) -> Tensor:
+        """The scale of each element, broadcastable against q."""
+        if self.each is None:
+            return self.scale
+        each, tile = self.each
+        return unfold(each.expand_as(fold(self.q, tile).t), self.q.shape)
+
+    def dequantize(self) -> Tensor:
+        """scale * q, float32."""
+        return self.q.to(torch.float32) * self.scale
+
+
+@dataclass(frozen=True)
+class Request:
+    """One operand to be rounded, and what is wanted besides its numbers.
+
+    Args:
+        x: dense, any floating dtype; with tiles [groups, rows, spots, sums].
+        spec, format: `format` replaces that of the spec.
+        tile: who shares a scale; None: all.
+        stored: what the scaling remembers: PACT's alpha, GradScale's exponent.
+        key: stream key of the random words.
+        save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
+        carrier: also return q itself; what is not saved in codes is returned in any case.
+        wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
+        rotation: of x along its last axis, before anything else.
+    """
+
+    x: Tensor
+    spec: QuantSpec
+    format: Format
+    tile: Tile | None = None
+    stored: Tensor | None = None
+    key: int | None = None
+    save: bool = False
+    carrier: bool = True
+    rotation: Rotation | None = None
+    wide: bool = False
+
+
+class Rounded(NamedTuple):
+    """The numbers, max|x| (of those that share a scale), and what is saved for backward.
+
+    `amax` is a float where it is known to the host: no tensor needs to be made and read to see that all is finite.
+    `packed` may be None: who asked for it packs then. `mask` has one bit per element (see `pack_mask`), None where everything
+    passes.
+    """
+
+    q: Tensor | None
+    amax: Tensor | float
+    packed: Packed | None = None
+    mask: Tensor | None = None
+
+
+class TilesRounded(NamedTuple):
+    """An operand [groups, rows, spots, sums] in blocks, its axes in the order of x's, or in another.
+
+    Attributes:
+        q: numbers times the scale of their block; None where only the codes are wanted.
+        scale: of the tensor, 0-d.
+        each: the whole scale of each tile, of `scale_shape`.
+        amax: max|x| of all, rotated.
+        packed: where it is to be saved: the codes, with the scales of blocks.
+    """
+
+    q: Tensor | None
+    scale: Tensor
+    each: Tensor
+    amax: float
+    packed: Packed | None
+
+
+ROUND: Operation[[Request, Tensor], Rounded] = Operation("round", reference="quantizers._request._round")
+"""One operand with its scale."""
+ROUND_PAIR: Operation[[Request, Request, Tensor], Sequence[Rounded]] = Operation(
+    "round_pair", reference="quantizers._request._round"
+)
+"""One tensor to two formats, with one scale."""
+ROUND_TILES: Operation[[Request], TilesRounded] = Operation("round_tiles", reference="quantizers._request._run_tiles")
+"""An operand in tiles, not yet rotated."""
+
+
+class Quantized(NamedTuple):
+    """A quantized operand, with max|x| and what is saved for backward."""
+
+    tensor: QTensor
+    amax: Tensor | float
+    packed: Packed | None = None
+    mask: Tensor | None = None
+
+
+def require_numbers(x: Tensor, who: str) -> None:
+    """Reject what has no arithmetic: integers, 8-bit floats, sparse tensors.
+
+    Raises:
+        UserError: with `who` met it, and what to do.
+    """
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise UserError(
+            f"{who} got a tensor of {x.dtype}: convert it to a floating-point dtype of 16 bits or more first"
+        )
+    if x.layout is not torch.strided:
+        raise UserError(f"{who} got a tensor of layout {x.layout}: make it dense first, with x.to_dense()")
+
+
+def prepare(x: Tensor) -> Tensor:
+    """`x` detached and dense."""
+    require_numbers(x, "quantize")
+    x = x.detach()
+    return x if is_dense(x) else x.contiguous()
+
+
+def scale_of(request: Request) -> Tensor:
+    """The scale that `run` would use for a whole tensor, 0-d."""
+    return request.spec.scaling.of(Statistics(request.x), request.format, request.stored)
+
+
+def run(request: Request) -> Quantized:
+    """Quantize one operand."""
+    if request.tile is not None:
+        found = ROUND_TILES(request)
+        if found is not None:
+            q = request.x.new_empty(0) if found.q is None else found.q
+            tensor = QTensor(q, found.scale, request.format, (found.each, request.tile))
+            return Quantized(tensor, found.amax, found.packed)
+    if request.rotation is not None:
+        request = replace(request, x=request.rotation.apply(request.x), rotation=None)
+    if request.tile is not None:
+        return _run_tiles(request, request.tile)
+    statistics = Statistics(request.x)
+    scale = request.spec.scaling.of(statistics, request.format, request.stored)
+    rounded = ROUND(request, scale)
+    return _finish(request, scale, rounded or _round(request, scale, statistics))
+
+
+def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
+    """Quantize one tensor to two formats with the same scale, reading it once where a kernel can."""
+    statistics = Statistics(first.x)
+    scale = first.spec.scaling.of(statistics, first.format, first.stored)
+    both = ROUND_PAIR(first, second, scale)
+    if both is None:
+        both = [ROUND(r, scale) or _round(r, scale, statistics) for r in (first, second)]
+    return _finish(first, scale, both[0]), _finish(second, scale, both[1])
+
+
+def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
+    amax, q = rounded.amax, rounded.q if rounded.q is not None else request.x.new_empty(0)
+    if not isinstance(amax, float) or not math.isfinite(amax):
+        scale = scale + amax * 0  # NaN for data with NaN or infinity
+    packed = rounded.packed
+    if packed is None and request.save and request.spec.samples == 1 and is_packable(request.format):
+        packed = pack(q, request.format)
+    return Quantized(QTensor(q, scale, request.format), amax, packed, rounded.mask)
+
+
+def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
+    """The reference."""
+    x, spec, format = request.x.to(torch.float32), request.spec, request.format
+    q = _to_grid(x * scale.reciprocal(), request)
+    q = q.to(carrier_dtype(format)) if spec.samples == 1 else q
+    bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
+    return Rounded(q, statistics.amax, mask=None if bound is None else pack_mask(bound.inside(x)))
+
+
+def _to_grid(scaled: Tensor, request: Request) -> Tensor:
+    """Numbers in grid units, rounded; after SMP a mean of several roundings."""
+    spec, format = request.spec, request.format
+    if not spec.rounding.draws:
+        nearest = spec.rounding is Rounding.NEAREST
+        return nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
+    if request.key is None:
+        raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
+    q = _draw(scaled, format, spec, request.key, 0)
+    for i in range(1, spec.samples):
+        q = q.add_(_draw(scaled, format, spec, request.key, i))
+    return q if spec.samples == 1 else q.div_(spec.samples)
+
+
+def _run_tiles(request: Request, tile: Tile) -> Quantized:
+    """The reference for operands [groups, rows, spots, sums] whose tiles have scales."""
+    spec, format = request.spec, request.format
+    x = request.x.to(torch.float32).contiguous()
+    tiled = quantize_tiles(
+        x, tile, spec.scaling, format, request.stored, request.key, lambda scaled: _to_grid(scaled, request)
+    )
+    mask = None
+    if request.save and spec.scaling.clips:
+        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tile)).scales
+        bound = spec.scaling.bound(whole, format, request.stored)
+        mask = None if bound is None else pack_mask(bound.inside(x))
+    carrier = carrier_dtype(format) if spec.samples == 1 else torch.float32
+    codes, packed = tiled.codes, None
+    if request.save and spec.samples == 1 and is_packable(format):
+        packed = replace(pack(codes.nan_to_num(0.0), format), blocks=tiled.blocks)  # the scale says NaN
+    if tiled.blocks is not None:
+        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
+        codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
+    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
+    return Quantized(tensor, tiled.amax, packed, mask)
+
+
+def _draw(scaled: Tensor, format: Format, spec: QuantSpec, key: int, sample: int) -> Tensor:
+    """One stochastic rounding; words go to elements in the order in which these lie in memory."""
+    words = torch.empty_like(scaled, dtype=torch.int32)
+    memory_flat(words).copy_(random_words(stream_key(key, sample), (scaled.numel(),), scaled.device))
+    return round_to_format(scaled, format, spec.rounding, words)
+
+
+def request_for(
+    x: Tensor,
+    spec: QuantSpec,
+    tile: Tile | None = None,
+    stored: Tensor | None = None,
+    key: int | None = None,
+    format: Format | None = None,
+    save: bool = False,
+    rotation: Rotation | None = None,
+    wide: bool = False,
+) -> Request:
+    """The request to round `x`; with scales for parts of it, an operand [groups, rows, spots, sums] cut into such tiles."""
+    tile = None if tile is None or tile.is_tensor else tile
+    return Request(prepare(x), spec, format or spec.format, tile, stored, key, save, rotation=rotation, wide=wide)
