@@ -24,13 +24,17 @@ from fourbit.quantizers import (
     Rounding,
     Tile,
     run,
+    unpack_mask,
 )
 
 MX, CEIL = BlockScale(f.E8M0, "floor"), BlockScale(f.E8M0, "ceil")
 NV, ONE_LEVEL = BlockScale(f.FP8_E4M3FN, "nearest", tensor_bound=448), BlockScale(f.FP8_E4M3FN, "nearest")
+POWER = BlockScale(f.E8M0, "nearest")
+QUEST = replace(POWER, clip_rms=2.92247856)
 BETTER = BlockScale(f.FP8_E4M3FN, "nearest", tensor_bound=256, targets=(6.0, 4.0))
 TILES = (Block(16), Block(32), Tile(16, 16), Tile(32, 64), Block(128))
 SHAPES = ((1, 64, 1, 128), (2, 33, 1, 49), (1, 5, 3, 200), (1, 192, 2, 64), (3, 70, 1, 16), (1, 1, 1, 7), (1, 20, 1, 1))
+CLIPPED = ((1, 64, 1, 128), (2, 33, 1, 48), (1, 5, 3, 200), (3, 70, 1, 16), (1, 1, 1, 8))
 KEY = 77
 
 
@@ -77,7 +81,9 @@ def require_same(request: Request) -> Quantized:
     assert each is not None and reference.tensor.each is not None
     assert same(each[0], reference.tensor.each[0]) and each[1] == reference.tensor.each[1]
     assert same(torch.as_tensor(amax), torch.as_tensor(reference.amax).max())
-    assert packed is not None and reference.packed is not None and mask is None
+    assert packed is not None and reference.packed is not None
+    assert (mask is None) == (reference.mask is None)
+    assert mask is None or reference.mask is None or torch.equal(mask, reference.mask)
     assert packed.blocks is not None and reference.packed.blocks is not None
     assert torch.equal(packed.blocks.data, reference.packed.blocks.data)
     assert packed.blocks.tile == reference.packed.blocks.tile
@@ -94,7 +100,7 @@ def require_same(request: Request) -> Quantized:
 @pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(
-    "scaling", [MX, CEIL, NV, ONE_LEVEL, BETTER, replace(MX, prescale=0.75), replace(NV, prescale=0.75)], ids=str
+    "scaling", [MX, CEIL, POWER, NV, ONE_LEVEL, BETTER, replace(MX, prescale=0.75), replace(NV, prescale=0.75)], ids=str
 )
 def test_every_bit_is_that_of_the_reference(isa: str, scaling: BlockScale, tile: Tile, turned: bool) -> None:
     for seed, (shape, element) in enumerate(itertools.product(SHAPES, (f.FP4_E2M1, f.INT4_SYM))):
@@ -108,6 +114,22 @@ def test_every_bit_is_that_of_the_reference(isa: str, scaling: BlockScale, tile:
 def test_random_words_belong_to_the_same_numbers(isa: str, scaling: BlockScale, tile: Tile, turned: bool) -> None:
     for seed, (shape, element) in enumerate(itertools.product(SHAPES, (f.FP4_E2M1, f.INT4_SYM))):
         require_same(request_of(operand(shape, turned, seed), spec_of(scaling, tile, element, draws=True)))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
+@pytest.mark.parametrize(
+    "scaling", [QUEST, replace(MX, clip_rms=1.5), replace(CEIL, clip_rms=2.0), replace(NV, clip_rms=2.0)], ids=str
+)
+def test_what_a_multiple_of_the_root_mean_square_clips_is_masked(isa: str, scaling: BlockScale, turned: bool) -> None:
+    """Means are taken in float64, so that their order does not matter."""
+    clipped = 0
+    for seed, (shape, tile) in enumerate(itertools.product(CLIPPED, TILES)):
+        x = operand(shape, turned, seed)
+        for rotation in (None, Rotation(Hadamard(8, "fresh"), 5)):
+            mask = require_same(request_of(x, spec_of(scaling, tile), rotation)).mask
+            assert mask is not None
+            clipped += x.numel() - int(unpack_mask(mask, x).sum())
+    assert clipped
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
@@ -135,7 +157,7 @@ def test_narrow_numbers_are_read_as_they_are(isa: str, dtype: torch.dtype, turne
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
-@pytest.mark.parametrize("scaling", [MX, CEIL, NV, ONE_LEVEL, BETTER], ids=str)
+@pytest.mark.parametrize("scaling", [MX, CEIL, POWER, NV, ONE_LEVEL, BETTER], ids=str)
 def test_what_is_not_finite_makes_its_tile_nan(isa: str, scaling: BlockScale, turned: bool, bad: float) -> None:
     x = operand((1, 40, 2, 96), turned)
     x[0, 3, 1, 40] = bad
@@ -147,7 +169,7 @@ def test_what_is_not_finite_makes_its_tile_nan(isa: str, scaling: BlockScale, tu
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
-@pytest.mark.parametrize("scaling", [MX, CEIL, NV, ONE_LEVEL, BETTER], ids=str)
+@pytest.mark.parametrize("scaling", [MX, CEIL, POWER, NV, ONE_LEVEL, BETTER], ids=str)
 @pytest.mark.parametrize("factor", [0.0, 1e-45, 1e-42, 1e-38, 1e-30, 1e30, 3e38 / 8])
 def test_zeros_and_the_ends_of_the_range(isa: str, scaling: BlockScale, turned: bool, factor: float) -> None:
     x = operand((1, 40, 1, 96), turned).clamp(-8, 8) * factor
@@ -187,7 +209,9 @@ def test_numbers_come_in_float32_or_not_at_all_where_that_is_asked_for(isa: str,
         assert torch.equal(codes.packed.data, narrow.packed.data)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-4over6", "mxfp4-rht-sr", "mxfp4-amd", "tetrajet", "ufp4"])
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4", "nvfp4-4over6", "mxfp4-rht-sr", "mxfp4-amd", "tetrajet", "ufp4", "quartet"]
+)
 def test_layers_train_as_without_kernels(isa: str, recipe: str) -> None:
     """Products are torch's, in float32, of the same numbers; their sums may go in another order."""
     found = []
@@ -240,7 +264,7 @@ def test_what_the_kernels_have_not_got_is_left_to_the_reference() -> None:
         spec_of(MX, Tile(4, 16)),
         spec_of(MX, Block(16), f.FP8_E4M3FN),
         spec_of(replace(NV, rounding="stochastic"), Block(16)),
-        spec_of(replace(MX, clip_rms=2.0), Block(16)),
+        spec_of(replace(POWER, tensor_bound=448), Block(16)),
         spec_of(BETTER, Block(16), draws=True),
         spec_of(replace(NV, corrected=32), Block(16)),
     ):

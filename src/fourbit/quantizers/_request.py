@@ -130,6 +130,7 @@ class TilesRounded(NamedTuple):
         each: the whole scale of each tile, of `scale_shape`.
         amax: max|x| of all, rotated.
         packed: where it is to be saved: the codes, with the scales of blocks.
+        mask: one bit per element, in the order of q, where its scaling clips and it is to be saved.
     """
 
     q: Tensor | None
@@ -137,6 +138,7 @@ class TilesRounded(NamedTuple):
     each: Tensor
     amax: float
     packed: Packed | None
+    mask: Tensor | None = None
 
 
 ROUND: Operation[[Request, Tensor], Rounded] = Operation("round", reference="quantizers._request._round")
@@ -191,7 +193,7 @@ def run(request: Request) -> Quantized:
         if found is not None:
             q = request.x.new_empty(0) if found.q is None else found.q
             tensor = QTensor(q, found.scale, request.format, (found.each, request.tile))
-            return Quantized(tensor, found.amax, found.packed)
+            return Quantized(tensor, found.amax, found.packed, found.mask)
     if request.rotation is not None:
         request = replace(request, x=request.rotation.apply(request.x), rotation=None)
     if request.tile is not None:

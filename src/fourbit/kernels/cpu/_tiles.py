@@ -2,8 +2,9 @@
 well), and their codes as numbers again.
 
     elements    grids of integers below 16 in units of the smallest magnitude: E2M1, E1M2, signed integers of 4 bits
-    scales      powers of two from 2^-127 to 2^127 by the rules "floor" and "ceil"; small floats with subnormals to "nearest",
-                of one level or two, with one target or the better of two
+    scales      powers of two from 2^-127 to 2^127 by the rules "floor", "ceil" and "nearest"; small floats with subnormals to
+                "nearest", of one level or two, with one target or the better of two; of the largest magnitude or of a
+                multiple of the root mean square, with the mask of what it clips
     tiles       of 1, 16 or 32 rows by 16, 32, 64 or 128 along the sums
     rounding    to nearest, stochastic (with one target)
     rotations   up to 128
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fourbit.backends import Plan
 from fourbit.formats import Format
-from fourbit.kernels._check import codes_of, fresh, packed_bytes, pointer
+from fourbit.kernels._check import codes_of, fresh, mask_bytes, packed_bytes, pointer
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import RULE_OF, float_grid, kernels, readable, why_unreadable
 from fourbit.quantizers import (
@@ -52,6 +53,8 @@ from fourbit.quantizers import (
 
 _MOST_ROTATED = 128
 _SCALE_RULES = {"floor": 0, "ceil": 1, "nearest": 2}
+_NEAREST_POWER = 3
+_POWERS = [2.0**n for n in range(-127, 128)]
 
 
 class _Elements(NamedTuple):
@@ -86,13 +89,19 @@ def _elements(format: Format) -> _Elements | None:
 
 
 @lru_cache(maxsize=64)
-def _scale_codes(format: Format, powers: bool) -> Tensor | None:
+def _are_powers(format: Format) -> bool:
+    """Whether its numbers are the powers of two that the kernels have."""
+    return list(format.grid) == _POWERS
+
+
+@lru_cache(maxsize=64)
+def _scale_codes(format: Format) -> Tensor | None:
     """The codes of the scales that are not negative, in order, that of NaN at 255; None where the kernels have not got them."""
     if not scale_fits_byte(format):
         return None
     codes = codes_of_scales(format)
-    if powers:
-        found = codes[:-1] if list(format.grid) == [2.0**n for n in range(-127, 128)] else None
+    if _are_powers(format):
+        found = codes[:-1]
     else:
         grid = float_grid(format)
         known = grid is not None and not grid.smallest and math.isnan(grid.overflow) and 0.0 in format.grid
@@ -136,11 +145,16 @@ def _why_not(request: Request) -> str:
         return declined
     if x.dim() != 4 or not x.numel():
         return "the operand has not four axes, or is empty"
-    if not isinstance(scaling, BlockScale) or scaling.clips or scaling.corrected or scaling.draws:
+    if not isinstance(scaling, BlockScale) or scaling.corrected or scaling.draws:
         return f"no kernel scales by {scaling}"
     targets = scaling.targets or (request.format.max,)
-    if scaling.rounding != "nearest" and (len(targets) > 1 or scaling.tensor_bound is not None):
-        return "scales that are powers of two have one level and one target"
+    if _are_powers(scaling.format):
+        if len(targets) > 1 or scaling.tensor_bound is not None:
+            return "scales that are powers of two have one level and one target"
+    elif scaling.rounding != "nearest":
+        return "scales that are no powers of two are rounded to nearest"
+    if scaling.clips and (len(targets) > 1 or x.shape[3] % 8):
+        return "a clip has one target, and sums in whole bytes of the mask"
     if spec.samples > 1 or spec.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
         return f"no kernel rounds by {spec.rounding}, or several times"
     if spec.rounding.draws and (request.key is None or len(targets) > 1):
@@ -153,7 +167,7 @@ def _why_not(request: Request) -> str:
         return f"rotations go up to {_MOST_ROTATED}"
     if _elements(request.format) is None:
         return f"{request.format.name} has no grid of integers below 16"
-    if _scale_codes(scaling.format, scaling.rounding != "nearest") is None:
+    if _scale_codes(scaling.format) is None:
         return f"no kernel knows scales in {scaling.format.name} by this rule"
     return ""
 
@@ -167,11 +181,11 @@ def round_tiles(request: Request) -> Plan[TilesRounded]:
 def _round_tiles(request: Request) -> TilesRounded:
     scaling, format, tile, rotation = request.spec.scaling, request.format, request.tile, request.rotation
     assert isinstance(scaling, BlockScale) and tile is not None
-    elements, code_of = _elements(format), _scale_codes(scaling.format, scaling.rounding != "nearest")
+    elements, code_of = _elements(format), _scale_codes(scaling.format)
     assert elements is not None and code_of is not None
     x = readable(request.x)
     turned = _is_turned(x.shape, x.stride())
-    if turned is None:
+    if turned is None or scaling.clips:
         x, turned = x.contiguous(), False
     size = 1 if rotation is None else rotation.transform.size
     shape = torch.Size((*x.shape[:3], -(-x.shape[3] // size) * size))
@@ -193,10 +207,12 @@ def _round_tiles(request: Request) -> TilesRounded:
         tiles.rotation, tiles.factor = size, to_float32(1.0 / math.sqrt(size))
         tiles.signs = None if signs is None else pointer(signs, "signs", torch.float32, size)
     targets = scaling.targets or (format.max,)
+    nearest_power = scaling.rounding == "nearest" and _are_powers(scaling.format)
     arguments: Any = c.RoundTiles(
         tiles=tiles,
-        scale_rule=_SCALE_RULES[scaling.rounding],
+        scale_rule=_NEAREST_POWER if nearest_power else _SCALE_RULES[scaling.rounding],
         num_targets=len(targets),
+        clip_rms=scaling.clip_rms or 0.0,
         reach=0.0 if scaling.tensor_bound is None else scaling.tensor_bound * targets[0],
         prescale=scaling.prescale,
         scale_grid=float_grid(scaling.format) or c.FloatGrid(),
@@ -218,7 +234,10 @@ def _round_tiles(request: Request) -> TilesRounded:
     arguments.out_steps[:] = steps
     if out is not None:
         arguments.out, arguments.out_dtype = fresh(out), c.CODES[out.dtype]
-    packed = codes = None
+    packed = codes = mask = None
+    if request.save and scaling.clips:
+        mask = x.new_zeros(mask_bytes(n), dtype=torch.uint8)
+        arguments.mask = fresh(mask)
     if request.save:
         packed = x.new_empty(packed_bytes(n), dtype=torch.uint8)
         arguments.packed = fresh(packed)
@@ -229,7 +248,7 @@ def _round_tiles(request: Request) -> TilesRounded:
     scale = torch.tensor(arguments.decode, dtype=torch.float32) / scaling.prescale
     blocks = BlockScales(scale_codes, scaling.format, tile)
     saved = None if packed is None else as_packed(packed, shape, steps, format, blocks)
-    return TilesRounded(out, scale, each, amax, saved)
+    return TilesRounded(out, scale, each, amax, saved, mask)
 
 
 def _as_x_lies(x: Tensor, shape: torch.Size, turned: bool) -> tuple[int, ...]:

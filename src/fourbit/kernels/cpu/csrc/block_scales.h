@@ -51,6 +51,28 @@ __attribute__((noinline)) Ints measure_panel(const Panels& panels, const Place& 
   return top;
 }
 
+// Multiples of the root mean square of each tile.
+__attribute__((noinline)) void measure_squares(const Panels& panels, const Place& p, Work& w, double multiple) {
+  const int across = panels.tiles_across(), each = panels.tile_columns;
+  for (int first = 0, row = 0; first < p.lines; first += panels.tile_lines, ++row) {
+    const int end = min_of(first + panels.tile_lines, p.lines);
+    for (int tile = 0; tile < across; ++tile) {
+      const int from = tile * each, count = (end - first) * max_of(1, min_of(each, p.columns - from));
+      Doubles sum[2] = {};
+      for (int i = first; i < end; ++i)
+        for (int c = from; c < from + each; c += kVector) {
+          Doubles a, b;
+          to_doubles(read(w.line[i] + c), a, b);
+          sum[0] = add_square(sum[0], a);
+          sum[1] = add_square(sum[1], b);
+        }
+      double total = 0.0;
+      for (int j = 0; j < kVector / 2; ++j) total += sum[0][j] + sum[1][j];
+      w.statistic[row * across + tile] = static_cast<float>(multiple * std::sqrt(total / count));
+    }
+  }
+}
+
 // Unbiased exponents of numbers that are not zero.
 FOURBIT_INLINE Ints exponents(Floats x, Ints& fraction) {
   const Ints small = magnitudes(x) < 0x00800000;
@@ -62,22 +84,32 @@ FOURBIT_INLINE Ints exponents(Floats x, Ints& fraction) {
 // 2^n for n from -127 to 127.
 FOURBIT_INLINE Floats powers_of_two(Ints n) { return as_floats(n > -127 ? (n + 127) << 23 : all_ints(0x00400000)); }
 
-// The scales of tiles whose largest numbers are to become target `which`: on their grid, and as the numbers are multiplied.
-__attribute__((noinline)) void scale_tiles(const RoundTiles& r, int which, int num, const float* amax, float* block, float* inverse) {
+// The scales of tiles whose statistics (the largest numbers, as a rule) are to become target `which`: on their grid, and as the numbers are
+// multiplied.
+__attribute__((noinline)) void scale_tiles(const RoundTiles& r, int which, int num, const Work& w, float* block, float* inverse) {
+  const float* statistic = r.clip_rms > 0.0 ? w.statistic : w.amax;
   for (int i = 0; i < num; i += kVector) {
-    const Floats largest = read(amax + i);
+    const Floats largest = read(statistic + i);
     Floats b;
     if (r.scale_rule == 2) {
       const Floats raw = r.num_targets > 1 ? largest / r.target[0] * r.encode * r.factor[which] : largest * r.factor[which];
       b = float_nearest(raw, r.scale_grid);
     } else {
-      const int32_t target = as_bits(r.target[which]);
-      Ints fraction, n = exponents(largest, fraction) - ((target >> 23) - 127);
-      if (r.scale_rule == 1) n -= fraction > (target & 0x7FFFFF);  // true is -1
+      Floats from = largest;
+      Ints fraction, n;
+      if (r.scale_rule == 3) {
+        from = largest * r.factor[which];
+        n = exponents(from, fraction);
+        n -= (fraction > 0x400000) | ((fraction == 0x400000) & ((n & 1) == 0));  // ties: to the even place, 2^-127 being the first
+      } else {
+        const int32_t target = as_bits(r.target[which]);
+        n = exponents(from, fraction) - ((target >> 23) - 127);
+        if (r.scale_rule == 1) n -= fraction > (target & 0x7FFFFF);  // true is -1
+      }
       n = smaller(larger(n, all_ints(-127)), all_ints(127));
-      b = powers_of_two(largest > 0.0f ? n : all_ints(-127));
+      b = powers_of_two(from > 0.0f ? n : all_ints(-127));
     }
-    b = magnitudes(largest) < 0x7F800000 ? b : as_floats(all_ints(0x7FC00000));
+    b = magnitudes(read(w.amax + i)) < 0x7F800000 ? b : as_floats(all_ints(0x7FC00000));
     write(block + i, b);
     const Floats most = all_floats(std::numeric_limits<float>::max());
     const Floats factor = smaller(most, 1.0f / (b * r.decode)) * r.prescale;  // NaN stays
@@ -97,26 +129,25 @@ FOURBIT_INLINE Ints places(Floats b, const RoundTiles& r) {
 }
 
 // Writes the scales of a panel: codes, and what tiles are multiplied by in all.
-__attribute__((noinline)) void write_scales(const RoundTiles& r, const Panels& panels, const Place& p, const Work& w) {
+__attribute__((noinline)) void write_scales(const RoundTiles& r, const Panels& panels, const Place& p, Work& w) {
   const int across = panels.tiles_across(), rows = panels.tile_rows_of(p);
   const int exist = (p.columns + panels.tile_columns - 1) / panels.tile_columns;
   const int64_t first = panels.first_tile(p), step = panels.of_tile_column;
   const uint8_t* code_of = r.code_of;
   alignas(64) int32_t place[kMostTiles];
-  alignas(64) float each[kMostTiles];
   for (int i = 0; i < rows * across; i += kVector) {
     const Floats b = read(w.block + i);
     const Ints at = b == b ? places(b, r) : all_ints(255);
     std::memcpy(place + i, &at, sizeof at);
-    write(each + i, b * r.decode / r.prescale);
+    write(w.whole + i, b * r.decode / r.prescale);
   }
   for (int row = 0; row < rows; ++row) {
     const int from = row * across;
     uint8_t* codes = r.scale_codes + first + row * panels.of_tile_line;
     float* to = r.each + first + row * panels.of_tile_line;
     for (int i = 0; i < exist; ++i) codes[i * step] = code_of[place[from + i] & 255];
-    if (step == 1) std::memcpy(to, each + from, static_cast<size_t>(exist) * sizeof(float));
-    else for (int i = 0; i < exist; ++i) to[i * step] = each[from + i];
+    if (step == 1) std::memcpy(to, w.whole + from, static_cast<size_t>(exist) * sizeof(float));
+    else for (int i = 0; i < exist; ++i) to[i * step] = w.whole[from + i];
   }
 }
 
@@ -161,7 +192,7 @@ using Errors = void (*)(const RoundTiles&, const Panels&, const Place&, Work&, c
 void choose(const RoundTiles& r, const Panels& panels, const Place& p, int num, Work& w) {
   const int each = panels.tile_columns;
   float *first = w.error[0], *second = w.error[1];
-  scale_tiles(r, 1, num, w.amax, w.other_block, w.other_inverse);
+  scale_tiles(r, 1, num, w, w.other_block, w.other_inverse);
   const Errors errors_of = each == 1 ? errors<1> : each == 16 ? errors<16> : each == 32 ? errors<32> : errors<64>;
   errors_of(r, panels, p, w, w.block, w.inverse, first);
   errors_of(r, panels, p, w, w.other_block, w.other_inverse, second);

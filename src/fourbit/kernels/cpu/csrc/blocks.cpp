@@ -62,8 +62,8 @@ FOURBIT_INLINE Floats rounded(Floats s, const float* words, const FloatGrid& g) 
 }
 
 template <typename O, int rule, int each>
-__attribute__((noinline)) void round_line(const RoundTiles& r, bool streams, const float* x, int count, int shift, const float* inverse, const float* block,
-                                          const float* words, int64_t at) {
+__attribute__((noinline)) void round_line(const RoundTiles& r, bool streams, const float* x, int count, int shift, const float* inverse,
+                                          const float* block, const float* words, int64_t at) {
   const FloatGrid grid = r.grid;  // of its own: bytes that are written might be those of r, as far as the compiler knows
   const float per_unit = r.per_unit;
   const int8_t* positions = r.positions;
@@ -96,6 +96,20 @@ __attribute__((noinline)) void round_line(const RoundTiles& r, bool streams, con
     Target<O> target(out + at + c, here);
     write_exactly(target.block(), y);
     target.finish();
+  }
+}
+
+// The bits of a line that is not turned, whose tiles have these scales.
+__attribute__((noinline)) void mask_line(const RoundTiles& r, const float* x, int count, int shift, const float* scales, int64_t at) {
+  for (int c = 0; c < count; c += kBlock) {
+    uint64_t inside = 0;
+    FOURBIT_EACH(v) {
+      const int column = c + v * kVector;
+      inside |= bits_of(compare<kLessEqual>(as_floats(magnitudes(read(x + column))), scales[column >> shift] * r.grid.max), v);
+    }
+    const int here = min_of(count - c, static_cast<int>(kBlock));
+    inside &= first_bits(here);
+    std::memcpy(r.mask + (at + c) / 8, &inside, static_cast<size_t>(here) / 8);
   }
 }
 
@@ -169,13 +183,15 @@ void round_panels(int64_t begin, int64_t end, int thread, void* task) {
       continue;
     }
     if (kept) std::memcpy(w.amax, kept, bytes);
-    scale_tiles(r, 0, num, w.amax, w.block, w.inverse);
+    if (r.clip_rms > 0.0) measure_squares(panels, p, w, r.clip_rms);
+    scale_tiles(r, 0, num, w, w.block, w.inverse);
     if (r.num_targets > 1) choose(r, panels, p, num, w);
     write_scales(r, panels, p, w);
     for (int i = 0; i < p.lines; ++i) {
       const int row = i / panels.tile_lines * across, two = t.turned ? i & 1 : 0;
       if (r.rule && !two) draw_lines(r, panels, p, i, w);
       round(r, streams, w.line[i], p.columns, shift, w.inverse + row, w.block + row, w.words[two], at + i * step);
+      if (r.mask) mask_line(r, w.line[i], p.columns, shift, w.whole + row, at + i * step);
     }
   }
   if (streams) stream_end();

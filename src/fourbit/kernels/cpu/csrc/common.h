@@ -124,10 +124,11 @@ struct Tiles {
 // x ~ decode / prescale * (block * q): q on `grid`, one block for each tile on scale_grid. See fourbit.quantizers.BlockScale.
 struct RoundTiles {
   Tiles tiles;
-  int32_t scale_rule;      // 0: floor; 1: ceil (both of powers of two); 2: nearest
+  int32_t scale_rule;      // 0: floor; 1: ceil (both of powers of two); 2: nearest; 3: nearest power of two
   int32_t num_targets;     // 1 or 2
   float target[2];
   float factor[2];         // of one target: 1 / target; of two: target[0] / target
+  double clip_rms;         // scales are of this multiple of the root mean square; 0: of the largest magnitude. Not turned
   float reach;             // two levels: the largest block scale times target[0]; 0: one level
   float prescale;
   FloatGrid scale_grid;
@@ -143,6 +144,7 @@ struct RoundTiles {
   int64_t out_steps[4];
   uint8_t* packed;         // or null
   int8_t* codes;           // room for a byte per element, where lines of out are not whole blocks; or null
+  uint8_t* mask;           // where a magnitude is at most its scale times grid.max; lines are whole bytes then; or null
   uint8_t* scale_codes;    // [groups, tiles of rows, spots, tiles of sums]
   float* each;             // decode * block / prescale, likewise
   float encode, decode, largest;  // results: 1 / decode, and max|x| (with two levels)

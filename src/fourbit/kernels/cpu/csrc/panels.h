@@ -74,7 +74,7 @@ struct Work {
   alignas(64) float numbers[kMostNumbers];
   alignas(64) float squares[kMostNumbers];
   const float* line[kMostLines];
-  alignas(64) float amax[kMostTiles], block[kMostTiles], inverse[kMostTiles];
+  alignas(64) float amax[kMostTiles], block[kMostTiles], inverse[kMostTiles], whole[kMostTiles], statistic[kMostTiles];
   alignas(64) float error[2][kMostTiles], other_block[kMostTiles], other_inverse[kMostTiles];
   alignas(64) float words[2][kMostWidth];
   alignas(64) float signs[2 * 128];
