@@ -154,8 +154,10 @@ class RunFolder:
         """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
         if not self.active:
             return
-        first = read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
-        first.setdefault("resumed", []).append(environment)
+        first = environment
+        if (self.path / "env.json").is_file():  # a run may have been killed before it wrote that
+            first = read_json(self.path / "env.json")
+            first.setdefault("resumed", []).append(environment)
         self._write("env.json", first)
         self._write_config(config)
         self._truncate(metrics_bytes)
