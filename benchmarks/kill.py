@@ -117,7 +117,7 @@ def timeless(value: object) -> object:
 def content(folder: Path) -> dict[str, object]:
     """What each file below a folder says, apart from clocks."""
     found: dict[str, object] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "tb"):  # TensorBoard adds files
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
             found[name] = path.read_bytes()
@@ -129,7 +129,7 @@ def content(folder: Path) -> dict[str, object]:
                 document = {k: v for k, v in document["content"].items() if k == "strides"}  # type: ignore[index]
             found[name] = document
         else:
-            found[name] = None  # tables show seconds, TensorBoard's files are named after the time
+            found[name] = None  # tables show seconds
     return found
 
 

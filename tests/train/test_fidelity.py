@@ -63,7 +63,7 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
     assert main(["fidelity", str(run), "--recipes", "luq", "--markdown", str(tmp_path / "no" / "t.md")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["fidelity", str(run), "--threads", "0"]) == 2
-    assert "threads is 0, but must be at least 1" in capsys.readouterr().err
+    assert "threads is 0, but must be 1 to 4096" in capsys.readouterr().err
     assert main(["fidelity", str(tmp_path / "none")]) == 2
     assert "there is no run in" in capsys.readouterr().err
     with pytest.raises(UserError, match="ibm2021"):

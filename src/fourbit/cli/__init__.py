@@ -23,12 +23,14 @@ from fourbit.cli import _conform as _conform
 from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs
 from fourbit.cli._app import EXIT_USER_ERROR, app
+from fourbit.cli._config_file import with_config_file
 from fourbit.cli._hardware import hardware
 from fourbit.cli._interrupts import interruptible_imports
 from fourbit.cli._terminal import is_first_process, program, say
 from fourbit.errors import UserError
 
 app.command(hardware)
+app.register_install_completion_command()
 
 
 @app.command
@@ -48,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings(), interruptible_imports() as interrupts:
         warnings.showwarning = _show_warning
         try:
-            code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+            code = app(
+                with_config_file(arguments, sys.argv[1:]),
+                exit_on_error=False,
+                print_error=False,
+                result_action="return_value",
+            )
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except KeyboardInterrupt:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cyclopts import App
+
 from fourbit.cli._app import app
 from fourbit.cli._terminal import make_table, say, show
 from fourbit.errors import UserError
@@ -38,22 +40,59 @@ def formats(name: str | None = None, *, png: Path | None = None) -> None:
     return list_formats()
 
 
-@app.command
+recipes_app = App(name="recipes", help="List the recipes, show the rules of one, write one to a file, or compare two.")
+app.command(recipes_app)
+
+
+@recipes_app.command
+def save(name: str, *, to: Path | None = None) -> None:
+    """Write a recipe to a file, to change it and train with it: fourbit train --recipe FILE.
+
+    Args:
+        name: Recipe, or file of one.
+        to: File; its name ends in .toml. None: NAME.toml here.
+    """
+    from fourbit.recipes import get, write_recipe
+
+    recipe = get(name)
+    path = Path(f"{recipe.name}.toml") if to is None else to
+    if path.suffix != ".toml":
+        raise UserError(f"{path} is not the name of a recipe's file: give one that ends in .toml.")
+    if path.exists():
+        raise UserError(f"{path} exists: choose another --to.")
+    write_recipe(recipe, path)
+    say(f"saved: {path}")
+
+
+@recipes_app.command
+def diff(first: str, second: str) -> None:
+    """Show what two recipes have different.
+
+    Args:
+        first: Recipe, or file of one.
+        second: Recipe, or file of one.
+    """
+    from fourbit.recipes import differences, get
+
+    say("\n".join(differences(get(first), get(second))) or "no difference")
+
+
+@recipes_app.default
 def recipes(name: str | None = None) -> None:
     """List the recipes, or show the rules of one.
 
     Args:
-        name: Recipe to show in full.
+        name: Recipe to show in full, or file of one.
     """
     from fourbit.ops import SLOTS
-    from fourbit.recipes import CATALOG
+    from fourbit.recipes import CATALOG, get
 
     if name is None:
         table = make_table("recipe", "what it does", "source")
         for each in CATALOG.values():
             table.add_row(each.name, each.summary, each.source)
         return show(table)
-    recipe = CATALOG[name]
+    recipe = get(name)
     say(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source or '-'}\nthe first rule that matches a layer wins:")
     for number, rule in enumerate(recipe.rules, 1):
         say(f"\n{number}. {rule}{' (may match nothing)' if rule.optional else ''}")

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from fourbit._files import problem, replace_file
 from fourbit._interrupt import EXIT_INTERRUPTED, EXIT_TERMINATED
 from fourbit.cli._app import EXIT_USER_ERROR, app
+from fourbit.cli._config_file import ConfigFile
 from fourbit.cli._terminal import make_table, program, say, show
 from fourbit.errors import UserError, unknown
 from fourbit.train import CompareConfig, TrainConfig
@@ -25,6 +26,7 @@ def train(
     config: Annotated[TrainConfig | None, Parameter(name="*")] = None,
     *,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    config_file: ConfigFile = None,
 ) -> int:
     """Train a network with one recipe.
 
@@ -33,6 +35,7 @@ def train(
 
     Args:
         resume: Go on with the run in --out, which must have been made with the same settings.
+        config_file: TOML file with settings, by the names of the flags; a flag goes before the file.
     """
     from fourbit.train import train as run
     from fourbit.train.tasks import metric_of
@@ -61,11 +64,16 @@ def _exit_code() -> int:
 
 
 @app.command
-def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None) -> int:
+def compare(
+    config: Annotated[CompareConfig | None, Parameter(name="*")] = None, *, config_file: ConfigFile = None
+) -> int:
     """Train one network with several recipes and seeds, and print a table.
 
     All runs start from the same weights per seed and see the same batches. Started again, the command skips the runs that
     are finished and goes on with the others.
+
+    Args:
+        config_file: TOML file with settings, by the names of the flags; a flag goes before the file.
     """
     from fourbit.train import compare as run
 
@@ -76,6 +84,25 @@ def compare(config: Annotated[CompareConfig | None, Parameter(name="*")] = None)
         return _exit_code()
     say(f"folder: {comparison.folder}")
     return 0 if any(row.values for row in comparison.rows) else EXIT_USER_ERROR
+
+
+@app.command
+def runs(*paths: Path) -> None:
+    """List run folders: recipe, data, steps, state and score.
+
+    Finished, running (a process trains in it now), stopped (goes on with --resume), diverged, or damaged, with the reason.
+
+    Args:
+        paths: Run folders, or folders that contain run folders. None: runs.
+    """
+    from rich.markup import escape
+
+    from fourbit.train._runs import described
+
+    table = make_table("folder", "model", "data", "recipe", "seed", "state", "step", "score")
+    for row in described(paths or (Path("runs"),)):
+        table.add_row(*map(escape, row))
+    show(table)
 
 
 @app.command
@@ -105,6 +132,7 @@ def fidelity(
     data_dir: Path | None = None,
     threads: Annotated[int | None, WHOLE] = None,
     progress: bool = True,
+    model: str | None = None,
     markdown: Path | None = None,
 ) -> None:
     """Show how much of the exact gradient of each weight is left in 4 bits, layer by layer.
@@ -118,13 +146,14 @@ def fidelity(
         data_dir: Folder with the files of the data set. None: as in the run.
         threads: CPU threads. None: torch's own choice.
         progress: Show a progress bar, if the output is a terminal.
+        model: The run's network again, if it is your own (path/to/file.py:function): no code runs because a folder names it.
         markdown: Write the table to this file as well.
     """
     from fourbit.train import gradient_fidelity
 
     if not recipes:
         raise UserError("recipes is empty: name at least one; fourbit recipes lists them.")
-    found = gradient_fidelity(run, recipes, data_dir=data_dir, threads=threads, progress=progress)
+    found = gradient_fidelity(run, recipes, data_dir=data_dir, threads=threads, progress=progress, model=model)
     rows = []
     for layer in dict.fromkeys(layer for each in found.values() for layer in each):
         both = (each.get(layer) for each in found.values())

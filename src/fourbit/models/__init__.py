@@ -26,6 +26,8 @@ from fourbit.models._googlenet import GoogLeNet as GoogLeNet
 from fourbit.models._gpt import Gpt as Gpt
 from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
+from fourbit.models._own import is_own as is_own
+from fourbit.models._own import own_digest as own_digest
 from fourbit.models._resnet import ResNet as ResNet
 from fourbit.models._speech import AcousticModel as AcousticModel
 from fourbit.models._transformer import Transformer as Transformer

@@ -22,7 +22,8 @@ from torch import nn
 
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
-from fourbit.models._external import build_external, external_kind, is_external
+from fourbit.models._external import build_external, external_kind, is_external, require_logits
+from fourbit.models._own import build_own, is_own, own_kind
 
 Builder = Callable[..., nn.Module]
 Kind = Literal["image", "text", "speech", "translation"]
@@ -61,6 +62,8 @@ def names(kind: Kind | None = None) -> list[str]:
 
 def kind_of(name: str) -> Kind:
     """What the network reads; UserError for an unknown name or option."""
+    if is_own(name):
+        return own_kind(name)
     if is_external(name):
         return external_kind(name)
     return _kinds[_parsed(name)[0]]
@@ -72,7 +75,7 @@ def context_of(name: str) -> int | None:
     >>> context_of("gpt?context=64"), context_of("lstm_200")
     (64, None)
     """
-    if is_external(name):
+    if is_own(name) or is_external(name):
         return None
     base, options = _parsed(name)
     parameter = inspect.signature(MODELS[base]).parameters.get("context")
@@ -81,7 +84,7 @@ def context_of(name: str) -> int | None:
 
 def is_recurrent(name: str) -> bool:
     """Whether a network for text carries a state from row to row."""
-    return kind_of(name) == "text" and not is_external(name) and context_of(name) is None
+    return kind_of(name) == "text" and not (is_own(name) or is_external(name)) and context_of(name) is None
 
 
 def _parsed(name: str) -> tuple[str, dict[str, Any]]:
@@ -119,8 +122,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """A newly initialised network in full precision.
 
     Args:
-        name: one of `names()`, with options where the network has some (gpt?width=128&depth=2), or a network of another
-            library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`).
+        name: one of `names()`, with options where the network has some (gpt?width=128&depth=2); a network of another
+            library: hf:NAME, timm:NAME, torchvision:NAME (see `_external`); or your own: path/to/file.py:function (see `_own`).
         num_classes: number of logits, 1 or more; of a network for text or translation the size of the vocabulary.
         in_channels: channels of the input: 3 for colour, 1 for grey; of speech the features of a frame.
         image_size: height and width of the images that it will see, to check that it takes them (None: not). The weights of
@@ -146,6 +149,11 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         raise UserError(
             f"image_size is {image_size}, too small for {name}: use images of at least {smallest}x{smallest} pixels."
         )
+    if is_own(name):
+        network = build_own(name, num_classes, in_channels, image_size)
+        if kind == "image" and image_size is not None:
+            require_logits(network, name, num_classes, (2, in_channels, image_size, image_size))
+        return network
     if is_external(name):
         return build_external(name, num_classes, in_channels, image_size)
     base, options = _parsed(name)

@@ -51,7 +51,7 @@ def build_external(name: str, num_classes: int, in_channels: int, image_size: in
     library, _, rest = name.partition(":")
     model = BUILDERS[library](rest, num_classes, in_channels, image_size)
     if image_size is not None and external_kind(name) == "image":
-        _require_logits(model, name, num_classes, (2, in_channels, image_size, image_size))
+        require_logits(model, name, num_classes, (2, in_channels, image_size, image_size))
     return model
 
 
@@ -91,7 +91,7 @@ def _build_torchvision(rest: str, num_classes: int, in_channels: int, image_size
         ) from error
 
 
-def _require_logits(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
+def require_logits(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
     """UserError unless the network makes images of that shape into logits."""
     try:
         found = tried(model, lambda: model(torch.zeros(shape)))

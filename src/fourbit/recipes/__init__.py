@@ -10,6 +10,12 @@ from fourbit.recipes._explanation import CallExplanation as CallExplanation
 from fourbit.recipes._explanation import Explanation as Explanation
 from fourbit.recipes._explanation import LayerExplanation as LayerExplanation
 from fourbit.recipes._explanation import Use as Use
+from fourbit.recipes._file import differences as differences
+from fourbit.recipes._file import is_file as is_file
+from fourbit.recipes._file import parse_recipe as parse_recipe
+from fourbit.recipes._file import read_recipe as read_recipe
+from fourbit.recipes._file import recipe_text as recipe_text
+from fourbit.recipes._file import write_recipe as write_recipe
 from fourbit.recipes._groups import param_groups as param_groups
 from fourbit.recipes._loss_scale import LossScaler as LossScaler
 from fourbit.recipes._loss_scale import loss_scaler as loss_scaler

@@ -217,7 +217,7 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
     Args:
         model: any module; layers of the types in `fourbit.nn.SWAPS` are considered, and what cannot be converted is named by
             `explain`.
-        recipe: a Recipe, or the name of one in the catalogue.
+        recipe: a Recipe, the name of one in the catalogue, or of a file that one was saved to (path/to/recipe.toml).
         seed: seeds the random words of stochastic rounding.
         products: "fast" lets a platform's library round the result of a product to bfloat16 where it cannot do otherwise
             (some gradients of convolutions, and products with FP8 gradients, on a CPU: a relative error of at most 2^-8 per
@@ -367,13 +367,13 @@ def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Sched
 
 
 def resolve(recipe: str | Recipe) -> Recipe:
-    """The Recipe of that name.
+    """The Recipe of that name, or in that file.
 
     Raises:
-        UserError: no such name.
+        UserError: as `recipes.get`.
     """
     if isinstance(recipe, Recipe):
         return recipe
-    from fourbit.recipes.catalog import CATALOG
+    from fourbit.recipes.catalog import get
 
-    return CATALOG[recipe]
+    return get(recipe)

@@ -69,7 +69,8 @@ def last_share(share: float) -> Selector:
     """The last layers, a share of all convertible ones, rounded up: 0.15 of 20 are 3."""
     if not 0 < share <= 1:
         raise UserError(f"a share of the layers lies above 0 and is at most 1, not {share!r}")
-    return Selector(f"last_share({share:g})", lambda info: info.index >= info.count - math.ceil(share * info.count))
+    shown = f"{share:g}" if float(f"{share:g}") == share else repr(share)  # a label says all, and is what files have
+    return Selector(f"last_share({shown})", lambda info: info.index >= info.count - math.ceil(share * info.count))
 
 
 def name(pattern: str) -> Selector:

@@ -59,6 +59,7 @@ def load(
     recipe: str | Recipe | None = None,
     data_dir: Path | None = None,
     fuse: bool | None = None,
+    model: str | None = None,
 ) -> Trained:
     """The network of a run, with its data.
 
@@ -68,6 +69,8 @@ def load(
         recipe: convert to another recipe than the run's, with the run's float weights.
         data_dir: folder of the data; None: as in the run.
         fuse: see `fourbit.convert`; None: as in the run.
+        model: of a run with a network of one's own, its name again (path/to/file.py:function). It is code, which is not run
+            because a folder names it.
 
     Returns:
         Trained, with `model` and `task`; the model is in training mode.
@@ -77,7 +80,7 @@ def load(
     """
     from fourbit.train._load import load as load_run
 
-    return load_run(folder, epoch, recipe, data_dir, fuse)
+    return load_run(folder, epoch, recipe, data_dir, fuse, model)
 
 
 def gradient_fidelity(
@@ -87,6 +90,7 @@ def gradient_fidelity(
     data_dir: Path | None = None,
     threads: int | None = None,
     progress: bool = False,
+    model: str | None = None,
 ) -> dict[str, dict[str, Fidelity]]:
     """How much of each weight's exact gradient recipes leave, on the weights of a run and one batch.
 
@@ -102,6 +106,7 @@ def gradient_fidelity(
         data_dir: folder of the data; None: as in the run.
         threads: CPU threads, from now on; None: as they are.
         progress: show a bar, if the output is a terminal.
+        model: as of `load`.
 
     Returns:
         {recipe: {layer: Fidelity}}, from the input to the output as the network lists its layers; without layers whose exact
@@ -112,7 +117,7 @@ def gradient_fidelity(
     """
     from fourbit.train._fidelity import fidelity
 
-    return fidelity(folder, recipes, data_dir, threads, progress)
+    return fidelity(folder, recipes, data_dir, threads, progress, model)
 
 
 def collect(config: CompareConfig) -> Comparison:

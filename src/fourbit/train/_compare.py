@@ -18,7 +18,7 @@ from fourbit import data as datasets
 from fourbit._statistics import half_interval
 from fourbit.errors import NonFiniteError, UserError
 from fourbit.train import _checkpoint
-from fourbit.train._config import CompareConfig, TrainConfig
+from fourbit.train._config import CompareConfig, TrainConfig, label_of
 from fourbit.train._display import make_console
 from fourbit.train._folder import (
     DATA,
@@ -120,7 +120,8 @@ def collect(config: CompareConfig) -> Comparison:
     """See `fourbit.train.collect`."""
     _noted(config)
     found = {_named(path) for path in config.out.glob("*-seed*")}
-    seeds = sorted({seed for recipe, seed in found if recipe in config.recipes and seed is not None})
+    labels = {label_of(recipe) for recipe in config.recipes}
+    seeds = sorted({seed for recipe, seed in found if recipe in labels and seed is not None})
     config = replace(config, seeds=tuple(seeds))
     results = []
     for each in map(validated, config.runs()):

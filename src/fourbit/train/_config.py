@@ -73,7 +73,8 @@ class Settings:
     """Everything but recipe, seed and folder."""
 
     model: Annotated[str, TASK] = "resnet20"
-    """Network; `fourbit models` lists them. hf:NAME, timm:NAME, torchvision:NAME: one of another library."""
+    """Network; `fourbit models` lists them. hf:NAME, timm:NAME, torchvision:NAME: one of another library.
+    path/to/file.py:function: your own."""
     data: Annotated[str, TASK] = "cifar10"
     """Data set; `fourbit data` lists them. images, text, speech, translation: your own. hf:OWNER/NAME: one of the hub."""
     data_dir: Annotated[Path | None, TASK] = None
@@ -198,7 +199,7 @@ class TrainConfig(Settings):
     """
 
     recipe: Annotated[str, TASK] = "ibm2020"
-    """How layers are quantized; `fourbit recipes` lists them. fp32: not at all."""
+    """How layers are quantized; `fourbit recipes` lists them. fp32: not at all. path/to/recipe.toml: your own."""
     seed: Annotated[int, TASK, WHOLE] = 0
     """Seed of weights, data order, augmentation and stochastic rounding."""
     out: Annotated[Path | None, RECORDS] = None
@@ -224,7 +225,7 @@ class CompareConfig(Settings):
         "int4-fwd",
         "ibm2020",
     )
-    """Recipes, separated by commas."""
+    """Recipes, or files of recipes, separated by commas."""
     seeds: Annotated[tuple[int, ...], TASK, Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (0, 1, 2)
     """Seeds, separated by commas."""
     out: Annotated[Path, RECORDS] = Path("runs/compare")
@@ -233,7 +234,7 @@ class CompareConfig(Settings):
     def run(self, recipe: str, seed: int) -> TrainConfig:
         """One of the runs."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
-        return TrainConfig(**shared, recipe=recipe, seed=seed, out=self.out / f"{recipe}-seed{seed}")
+        return TrainConfig(**shared, recipe=recipe, seed=seed, out=self.out / f"{label_of(recipe)}-seed{seed}")
 
     def runs(self) -> list[TrainConfig]:
         """All of them, one seed after the other, so that an early look shows every recipe."""
@@ -242,6 +243,11 @@ class CompareConfig(Settings):
     def command(self, program: str = "fourbit") -> str:
         """The command line that makes, or goes on with, this comparison."""
         return " ".join([program, "compare", *_flags(self)])
+
+
+def label_of(recipe: str) -> str:
+    """What folders call a recipe: its name, or that of its file without folder and ending."""
+    return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
 def _plain(value: Any) -> Any:

@@ -38,12 +38,14 @@ def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
     return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules, phases=())
 
 
-def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None) -> dict[str, Tensor]:
+def weight_gradients(
+    folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None, model_file: str | None = None
+) -> dict[str, Tensor]:
     """dL/dW of every matrix and kernel, float64, flat: of one training batch under a recipe with the float weights of the run.
     No epoch of the run has seen a batch of the same images; of a text it is the first window. A pass before it sets clip
     values, exponents, or the loss scale; without one the loss is multiplied by 2^12, so that sums in FP16 do not underflow.
     """
-    trained = load(folder, None, recipe, data_dir, None)
+    trained = load(folder, None, recipe, data_dir, None, model_file)
     model, task = trained.model, trained.task
     batch = next(iter(task.batches("train", epoch=10_000)))
     scaler, scale, restore = recipes.loss_scaler(model), LOSS_SCALE, task.snapshot()
@@ -64,7 +66,7 @@ def weight_gradients(folder: Path, recipe: str | recipes.Recipe, data_dir: Path 
 
 
 def fidelity(
-    folder: Path, names: Sequence[str], data_dir: Path | None, threads: int | None, progress: bool
+    folder: Path, names: Sequence[str], data_dir: Path | None, threads: int | None, progress: bool, model: str | None
 ) -> dict[str, dict[str, Fidelity]]:
     """See `fourbit.train.gradient_fidelity`."""
     if threads is not None:
@@ -85,8 +87,8 @@ def fidelity(
         reference = exact_gradients(recipe)
         same_forward = replace(reference, name="", summary="", source="")
         if same_forward not in known:
-            known[same_forward] = weight_gradients(folder, reference, data_dir)
-        rounded = weight_gradients(folder, recipe, data_dir)
+            known[same_forward] = weight_gradients(folder, reference, data_dir, model)
+        rounded = weight_gradients(folder, recipe, data_dir, model)
         found[name] = {}
         for layer, exact in known[same_forward].items():
             dw = rounded[layer]

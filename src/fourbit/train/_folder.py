@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows, where nothing guards a folder
     fcntl = None
 
-from fourbit import _files
+from fourbit import _files, models, recipes
 from fourbit._version import __version__
 from fourbit.errors import UserError
 from fourbit.train._config import DEFAULT_LENGTH, TrainConfig
@@ -36,6 +36,10 @@ LENGTH = frozenset({"epochs", "max_steps"})
 
 DATA = "data_identity"
 """In config.json: `fourbit.data.identity` of what the run was trained on."""
+
+
+OWN_RECIPE = "recipe.toml"
+"""The recipe of a run, if it came from a file: that may change."""
 
 
 def finite(value: Any) -> Any:
@@ -114,6 +118,21 @@ class RunFolder:
         finally:
             os.close(place)
 
+    def is_held(self) -> bool:
+        """Whether a process trains in it."""
+        if fcntl is None:
+            return False
+        place = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(place, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(place)
+        return False
+
     def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Start a new run.
 
@@ -126,6 +145,8 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._write_config(config)
+        if recipes.is_file(config.recipe):
+            replace_file(self.path / OWN_RECIPE, recipes.recipe_text(recipes.get(config.recipe)).encode())
         self._write("env.json", environment)
         self._truncate(0)
 
@@ -133,8 +154,10 @@ class RunFolder:
         """Go on with a run: what was written after the checkpoint is dropped, and the new sitting noted in env.json."""
         if not self.active:
             return
-        first = read_json(self.path / "env.json") if (self.path / "env.json").is_file() else {}
-        first.setdefault("resumed", []).append(environment)
+        first = environment
+        if (self.path / "env.json").is_file():  # a run may have been killed before it wrote that
+            first = read_json(self.path / "env.json")
+            first.setdefault("resumed", []).append(environment)
         self._write("env.json", first)
         self._write_config(config)
         self._truncate(metrics_bytes)
@@ -208,6 +231,7 @@ def require_same(path: Path, config: TrainConfig) -> None:
     if "recipe" not in written:
         raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
     before = TrainConfig().as_dict() | {"sequence_length": DEFAULT_LENGTH} | written
+    _require_same_recipe(path, config)
     extends = before.get("schedule") == config.schedule and config.schedule in ("constant", "inverse_sqrt")
     free = MAY_DIFFER | (LENGTH if extends else frozenset())
     for field, value in now.items():
@@ -221,6 +245,8 @@ def require_same(path: Path, config: TrainConfig) -> None:
 def run_of(config: TrainConfig, data: str) -> dict[str, Any]:
     """What makes a run this one and no other, for its checkpoints."""
     fixed = {k: v for k, v in config.as_dict().items() if k not in MAY_DIFFER | LENGTH}
+    if models.is_own(config.model):
+        fixed["model"] = f"file with the digest {models.own_digest(config.model)}"
     return fixed | ({DATA: data} if data else {})
 
 
@@ -236,6 +262,24 @@ def require_own(checkpoint: Mapping[str, Any], config: TrainConfig, data: str, p
             raise UserError(
                 f"the checkpoint in {path} is of another run, with {field} {_shown(value)}, not {_shown(own[field])}: restore "
                 "this run's own, or start anew with another --out."
+            )
+
+
+def recipe_of(path: Path, recipe: str) -> recipes.Recipe:
+    """The recipe that the run in `path` was made with, `recipe` by name."""
+    if not recipes.is_file(recipe):
+        return recipes.get(recipe)
+    return recipes.read_recipe(path / OWN_RECIPE)
+
+
+def _require_same_recipe(path: Path, config: TrainConfig) -> None:
+    """Reject a file that holds another recipe than when the run began."""
+    if recipes.is_file(config.recipe) and (path / OWN_RECIPE).exists():
+        changed = recipes.differences(recipe_of(path, config.recipe), recipes.get(config.recipe))
+        if changed:
+            raise UserError(
+                f"{config.recipe} has changed since the run in {path} began ({changed[0]}): put the recipe of then "
+                f"there again, {path / OWN_RECIPE}, or choose another --out."
             )
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from fourbit import data as datasets
-from fourbit import recipes
+from fourbit import models, recipes
+from fourbit._types import require_types
 from fourbit.errors import UserError
 from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
-from fourbit.train._folder import RunFolder, has_run, read_json, require_own, require_same_data
+from fourbit.train._folder import RunFolder, has_run, read_json, recipe_of, require_own, require_same_data
 from fourbit.train.tasks import Task, make_task
 
 
@@ -29,12 +30,26 @@ class Trained:
 
 
 def load(
-    folder: Path, epoch: int | None, recipe: str | recipes.Recipe | None, data_dir: Path | None, fuse: bool | None
+    folder: Path,
+    epoch: int | None,
+    recipe: str | recipes.Recipe | None,
+    data_dir: Path | None,
+    fuse: bool | None,
+    model_file: str | None,
 ) -> Trained:
     """See `fourbit.train.load`."""
     folder = Path(folder)
     config = _config_of(folder)
     config = dataclasses.replace(config, out=folder, data_dir=data_dir or config.data_dir)
+    if models.is_own(config.model):
+        if model_file is None:
+            raise UserError(
+                f"the network of {folder} is code, {config.model}, which is not run because a folder says so: name it "
+                "yourself, with --model (model= of load)."
+            )
+        config = dataclasses.replace(config, model=model_file)
+    require_types(config)
+    own = recipe_of(folder, config.recipe)
     run = RunFolder(folder, active=False)
     place = run.checkpoint if epoch is None else run.kept_checkpoint(epoch)
     found = _checkpoint.newest(place, lambda c: require_own(c.state, config, "", place))
@@ -46,11 +61,11 @@ def load(
     require_same_data(folder, config, datasets.identity(task.data))
     model = task.build()
     options = {"seed": config.seed, "products": config.products, "fuse": config.fuse if fuse is None else fuse}
-    if recipe is None or recipe == config.recipe:
-        recipes.convert(model, config.recipe, **options)
+    if recipe is None or recipe in (config.recipe, own):
+        recipes.convert(model, own, **options)
         _checkpoint.restore_model(model, checkpoint.model, path)
     else:
-        recipes.convert(model, config.recipe, **options)
+        recipes.convert(model, own, **options)
         added = tuple(f"{name}.quant." for name in quantized_layers(model))
         recipes.restore(model)
         weights = {key: t for key, t in checkpoint.model.items() if not (added and key.startswith(added))}

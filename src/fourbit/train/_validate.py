@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from fourbit._types import hints_of, require_types
 from fourbit.errors import UserError, unknown
-from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, CompareConfig, Settings, TrainConfig
-from fourbit.train._types import hints_of, require_types
+from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, CompareConfig, Settings, TrainConfig, label_of
 
 DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3}
 MIN_EVAL_BATCH_SIZE = 256
@@ -95,7 +95,7 @@ def validated_comparison(config: CompareConfig) -> list[TrainConfig]:
         UserError: as `validated`; no recipe or seed; one that is listed twice; a recipe that does not fit the model.
     """
     require_types(config)
-    for field, names in (("recipes", config.recipes), ("seeds", config.seeds)):
+    for field, names in (("recipes", tuple(map(label_of, config.recipes))), ("seeds", config.seeds)):
         if not names:
             raise UserError(f"{field} is empty: name at least one, several separated by commas.")
         for name in names:
@@ -134,11 +134,9 @@ def _check_choices(config: Settings) -> None:
 def _check_names(config: TrainConfig) -> None:
     from fourbit import data, models, recipes
 
-    catalogues: tuple[tuple[str, str, Iterable[str]], ...] = (
-        ("data set", config.data, data.names()),
-        ("recipe", config.recipe, recipes.names()),
-    )
+    catalogues: tuple[tuple[str, str, Iterable[str]], ...] = (("data set", config.data, data.names()),)
     models.kind_of(config.model)
+    recipes.get(config.recipe)
     if config.data not in data.names() and os.path.exists(config.data):
         raise UserError(
             f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir "
@@ -177,4 +175,4 @@ def _shown(value: Any) -> str:
 
 def _default_out(config: TrainConfig) -> Path:
     model, data = (re.sub(r"[^\w.-]+", "_", name) for name in (config.model, config.data))
-    return Path("runs") / f"{model}-{data}-{config.recipe}-seed{config.seed}"
+    return Path("runs") / f"{model}-{data}-{label_of(config.recipe)}-seed{config.seed}"

@@ -8,6 +8,7 @@ baselines  8 bits, and 4 bits in the forward pass alone
 
 from __future__ import annotations  # noqa: I001, recipes are listed in the order of these imports
 
+from fourbit.recipes._file import is_file, read_recipe
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes.catalog._base import CATALOG as CATALOG
 from fourbit.recipes.catalog.paper import FP8_GRADIENTS as FP8_GRADIENTS
@@ -25,12 +26,12 @@ from fourbit.recipes.catalog.baselines import MXFP8 as MXFP8
 
 
 def get(recipe: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, or in that file (path/to/recipe.toml).
 
     Raises:
-        UserError: no such name; the message has the nearest ones.
+        UserError: no such name (the message has the nearest ones) or file, or something wrong in the file.
     """
-    return CATALOG[recipe]
+    return read_recipe(recipe) if is_file(recipe) else CATALOG[recipe]
 
 
 def names() -> list[str]:
