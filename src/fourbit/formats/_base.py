@@ -34,6 +34,7 @@ class Format(ABC):
         summary: definition in one line.
         source: where the definition comes from.
         multiplier: m of the multiply-and-truncate rule: magnitude v is chosen from v/m on. None: arithmetic midpoints.
+        ties: where a number on a midpoint goes: to the "even" code, or "away" from zero.
         overflow: what nearest rounding does beyond the range.
     """
 
@@ -41,6 +42,7 @@ class Format(ABC):
     summary: str = ""
     source: str = ""
     multiplier: Fraction | None = field(default=None, kw_only=True)
+    ties: Literal["even", "away"] = field(default="even", kw_only=True)
     overflow: Literal["saturate", "infinity"] = field(default="saturate", kw_only=True)
 
     @property
@@ -116,9 +118,9 @@ class Format(ABC):
     def ties_up(self) -> tuple[bool, ...]:
         """For each decision point, whether a number exactly on it goes to the upper neighbour.
 
-        To the even code; with a `multiplier`, away from zero (x * m = v truncates to v).
+        As `ties` says; with a `multiplier`, away from zero (x * m = v truncates to v).
         """
-        if self.multiplier is not None:
+        if self.multiplier is not None or self.ties == "away":
             return tuple(point > 0 for point in self.decision_points)
         return tuple(self._code_by_value[high] % 2 == 0 for high in self.grid[1:])
 

@@ -103,7 +103,9 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
     form, resolved = _Form.of(t, slot, spec, contraction), spec.resolved(slot)
     assert resolved is not None
     packed = is_packable(resolved.format) and resolved.samples == 1
-    scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
+    part, scale_format = (
+        resolved.scaling.kept(form.tile) if isinstance(resolved.scaling, BlockScale) else (form.tile, None)
+    )
     if packed:
         data = t.new_empty((form.shape.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
     else:
@@ -116,7 +118,7 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
     found = [data, t.new_empty(form.scale_shape(), dtype=torch.float32)]
     if packed and form.has_blocks:
         dtype = torch.uint8 if scale_fits_byte(scale_format) else torch.float32
-        found.append(t.new_empty(scale_shape(form.shape, form.tile), dtype=dtype))
+        found.append(t.new_empty(scale_shape(form.shape, part), dtype=dtype))
     return found
 
 
@@ -200,9 +202,9 @@ def _backward(
         if is_packable(format) and resolved.samples == 1:
             blocks = None
             if form.has_blocks:
-                scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
-                block_data = left.pop(0)
-                blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, form.tile)
+                scaling, block_data = resolved.scaling, left.pop(0)
+                part, scale_format = scaling.kept(form.tile) if isinstance(scaling, BlockScale) else (form.tile, None)
+                blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, part)
             stride = operand.stride() if form.orientation is None else _contiguous(form.shape)
             data = as_packed(data, form.shape, stride, format, blocks)
         on_grid = resolved.samples == 1 and not form.has_blocks

@@ -2,7 +2,7 @@
 
 A rounding rule chooses between the two grid neighbours of a number, so every rule works with every format:
 
-    NEAREST      the format's decision points and tie rule (ties to the even code; 4^n/1.6 for radix-4 FP4)
+    NEAREST      the format's decision points and tie rule (mostly to the even code; 4^n/1.6 for radix-4 FP4)
     STOCHASTIC   up with probability (x - low) / (high - low), decided by a random word that the caller supplies
     TRUNCATE     the neighbour towards zero
     UNDERFLOW    STOCHASTIC below the smallest magnitude, where NEAREST would lose numbers for good, and NEAREST above it, where
@@ -117,7 +117,7 @@ def grid_of(format: Format) -> Grid:
     logarithmic = Logarithmic.of(format)
     if logarithmic is not None:
         return logarithmic
-    if isinstance(format, FloatFormat) and format.is_binary:
+    if isinstance(format, FloatFormat) and format.is_binary and format.ties == "even":
         dtype = _same_dtype(format)
         if dtype is not None:
             return Cast(format, dtype)

@@ -75,6 +75,15 @@ class QuantSpec:
         require_granularity(self.granularity)
         if isinstance(self.scaling, BlockScale) and not self.in_tiles:
             raise UserError("a BlockScale needs tiles to scale: use granularity=Block(16), for example")
+        micro = self.scaling.micro if isinstance(self.scaling, BlockScale) else ()
+        if micro and not (
+            isinstance(self.granularity, Tile)
+            and self.granularity.rows == 1
+            and not (self.granularity.sums or 1) % micro[0]
+        ):
+            raise UserError(
+                f"parts of {micro[0]} with micro-exponents need blocks of whole parts: use granularity=Block(64)"
+            )
         if self.scaling.stored_kind == "exponent" and self.granularity not in ("tensor", "channel"):
             raise UserError(
                 f"{self.scaling} keeps one exponent per layer or channel: use granularity='tensor' or 'channel'"
@@ -336,7 +345,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     )
     mask = None
     if request.save and spec.scaling.clips:
-        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tile)).scales
+        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tiled.tile)).scales
         bound = spec.scaling.bound(whole, format, request.stored)
         mask = None if bound is None else pack_mask(bound.inside(x))
     carrier = carrier_dtype(format) if spec.samples == 1 else torch.float32
@@ -346,7 +355,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     if tiled.blocks is not None:
         exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
         codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
-    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
+    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tiled.tile))
     return Quantized(tensor, tiled.amax, packed, mask)
 
 

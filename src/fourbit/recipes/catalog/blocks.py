@@ -28,6 +28,7 @@ TETRAJET_PAPER = "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Tra
 TETRAJET2_PAPER = "TetraJet-v2: Accurate NVFP4 Training for Large Language Models, arXiv 2510.27527"
 FOUR_OVER_SIX_PAPER = "Cook et al., Four Over Six, arXiv 2512.02010"
 UFP4_PAPER = "Zhao et al., Rethinking Shrinkage Bias in LLM FP4 Pretraining, arXiv 2606.20381"
+HIFLOAT4_PAPER = "Taghian et al., HiFloat4 Format for Language Model Pre-training on Ascend NPUs, arXiv 2604.08826"
 AMD_PAPER = "AMD, MXFP4 training, arXiv 2605.09825"
 
 _E4M3 = f.FP8_E4M3FN
@@ -196,4 +197,14 @@ UFP4 = _recipe(
     "a uniform grid of 15 numbers with NVFP4's scales, all three products rotated, gradients alone stochastic",
     LayerSpec(_UNIFORM, _UNIFORM, _drawn(_UNIFORM), _UNIFORM, _drawn(_UNIFORM), _UNIFORM),
     UFP4_PAPER,
+)
+
+HIF4 = QuantSpec(f.S1P2, BlockScale(f.UE6M2, "nearest", micro=(8, 4)), Block(64))
+"""HiFloat4: S1P2, blocks of 64, E6M2 scales with a factor of 1 or 2 for each 8 and for each 4 numbers."""
+_HIF4_BACK = _turned(HIF4, Hadamard(64, "fresh"))
+HIFLOAT4 = _recipe(
+    "hifloat4",
+    "HiFloat4 in all six operands, to nearest; dgrad and wgrad rotated by a random Hadamard 64 (which products: our reading)",
+    LayerSpec(HIF4, HIF4, _HIF4_BACK, _HIF4_BACK, _HIF4_BACK, _HIF4_BACK),
+    HIFLOAT4_PAPER,
 )
