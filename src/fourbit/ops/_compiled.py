@@ -63,6 +63,11 @@ def _masks(spec: LayerSpec) -> list[str]:
     return [op for op in "xw" if (s := spec.resolved(f"{op}_fprop")) is not None and s.scaling.clips]
 
 
+def _has_slope(spec: LayerSpec) -> bool:
+    """Whether dw is multiplied by the slope of an estimator."""
+    return spec.w_fprop is not None and spec.w_fprop.estimator is not None
+
+
 @dataclass(frozen=True)
 class _Form:
     """How an operand is saved: its shape, [groups, rows, spots, sums] with an orientation, and the tile of its scales."""
@@ -151,6 +156,8 @@ def _forward(
         if isinstance(data, Packed) and data.blocks is not None:
             tensors.append(data.blocks.data)
     tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
+    if saved.w_slope is not None:
+        tensors.append(_canonical(saved.w_slope, contraction, "w"))
     return [_canonical(y, contraction, "g"), *tensors]
 
 
@@ -175,6 +182,8 @@ def _(
     for op in _masks(spec):
         num = _Form.of(of[op], f"{op}_fprop", spec, contraction).shape.numel()
         tensors.append(x.new_empty((num + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
+    if _has_slope(spec):
+        tensors.append(_blank(w, torch.float32, contraction, "w"))
     y = contraction.fprop(x.to(dtype), w.to(dtype))
     return [_canonical(torch.empty_like(y), contraction, "g"), *tensors]
 
@@ -219,6 +228,7 @@ def _backward(
         masks.get("w"),
         Layout.of(of["x"]),
         Layout.of(of["w"]),
+        left.pop(0) if _has_slope(spec) else None,
     )
     found = backward(g, saved, contraction, state, (x.dtype, w.dtype), (needs[0], needs[1]))
     dx, dw, *alphas = found

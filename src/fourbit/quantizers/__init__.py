@@ -4,6 +4,8 @@ from fourbit.quantizers._blocks import BlockScale as BlockScale
 from fourbit.quantizers._blocks import codes_of_scales as codes_of_scales
 from fourbit.quantizers._blocks import fits_bfloat16 as fits_bfloat16
 from fourbit.quantizers._blocks import scale_fits_byte as scale_fits_byte
+from fourbit.quantizers._estimator import DGE as DGE
+from fourbit.quantizers._estimator import split_outliers as split_outliers
 from fourbit.quantizers._packed import BLOCK as BLOCK
 from fourbit.quantizers._packed import Packed as Packed
 from fourbit.quantizers._packed import as_packed as as_packed
