@@ -354,6 +354,13 @@ def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Sched
     ...
     if scheduler:
         scheduler.at(step)                                  # before the forward pass of each step, also after a resume
+        share = scheduler.rate(step)
+        if share is not None:                               # the phase has a learning rate of its own
+            for group in optimizer.param_groups:
+                group["lr"] = share * base_lr
+
+    A recipe with an event needs `scheduler.at(step, backward)`, where `backward()` computes the gradients of the step's batch;
+    a checkpoint then has `scheduler.state_dict()`, and a resume loads it.
 
     Args:
         model: just converted by the recipe.

@@ -15,7 +15,7 @@ from fourbit import formats as f
 from fourbit.ops import REUSE, LayerSpec
 from fourbit.quantizers import Block, BlockScale, Hadamard, QuantSpec, Rounding, Tile
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, last, last_share
-from fourbit.recipes._schedule import Phase
+from fourbit.recipes._schedule import GradientNoise, Phase, Rate
 from fourbit.recipes.catalog._base import CATALOG
 
 MX_PAPER = "OCP Microscaling Formats (MX) Specification v1.0"
@@ -138,11 +138,19 @@ NVFP4_FQT = _recipe(
 
 NVFP4_FQT_QAF = _recipe(
     "nvfp4-fqt-qaf",
-    "as nvfp4-fqt, with the backward pass in the model's precision for the last tenth of the steps (its length: our choice; "
-    "the learning rate's new warm-up is not part of it)",
+    "as nvfp4-fqt, with the backward pass in the model's precision for the last tenth of the steps (its length: our choice), "
+    "in which the learning rate starts again: 40 steps of warm-up, then a cosine",
     NVFP4_FQT.rules[-1].spec or LayerSpec(),
     FQT_PAPER,
-    phases=(Phase(0.9, ("dgrad", "wgrad")),),
+    phases=(Phase(0.9, ("dgrad", "wgrad"), Rate(40)),),
+)
+NVFP4_FQT_TRIGGER = _recipe(
+    "nvfp4-fqt-trigger",
+    "as nvfp4-fqt-qaf, from the step on at which the gradient is below sqrt(3) times the noise of its rounding (measured every "
+    "100 steps, on one batch: our choice)",
+    NVFP4_FQT.rules[-1].spec or LayerSpec(),
+    FQT_PAPER,
+    phases=(Phase(GradientNoise(), ("dgrad", "wgrad"), Rate(40)),),
 )
 
 _QUEST = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "nearest", clip_rms=2.92247856), Block(32), transform=Hadamard(32))
