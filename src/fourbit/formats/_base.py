@@ -161,6 +161,24 @@ class Format(ABC):
         low, high = self.neighbors(x)
         return low if x >= 0 else high
 
+    def round_toward(self, x: float, average: float) -> float:
+        """Of the neighbours l <= |x| < h among the magnitudes of the grid, h where the average, seen along x, has come to their
+        middle: sign(x) average >= (l + h) / 2; else l. For grids that are symmetric.
+
+        Source: Q-EMA, Chen et al., TetraJet, arXiv 2502.20853, and their code.
+
+        >>> from fourbit.formats import FP4_E2M1
+        >>> [FP4_E2M1.round_toward(2.6, average) for average in (2.4, 2.5, -7.0)]
+        [2.0, 3.0, 2.0]
+        """
+        if x == 0 or math.isnan(x):
+            return x + 0.0
+        magnitudes = [v for v in self.grid if v >= 0]
+        i = bisect_right(magnitudes, abs(x)) - 1
+        low, high = magnitudes[i], magnitudes[min(i + 1, len(magnitudes) - 1)]
+        sign = math.copysign(1.0, x)
+        return sign * (high if sign * average >= (low + high) / 2 else low) + 0.0
+
     def slope(self, x: float, k: float = 5.0, most: float = 3.0) -> float:
         """The derivative of the power curve that DGE takes rounding for: 1/k |2 (x - l) / (h - l) - 1|^(1/k - 1), at most
         `most`, for l <= x < h neighbours of the grid.

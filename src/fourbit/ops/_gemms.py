@@ -156,13 +156,16 @@ def _forward_operand(
         state.count_nonfinite(slot, t)
         return Operand(t), Operand(t), None, None
     slope = None
+    toward = state.toward if slot == "w_fprop" else None
+    toward = None if toward is None else contraction.prepare(toward, "w")
     if not spec.needs_orientation:
-        quantized = state.quantize(slot, t, spec, save=True)
+        quantized = state.quantize(slot, t, spec, save=True, toward=toward)
         if spec.estimator is not None and state.with_gradients:
             slope = spec.estimator.slope(t * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         return *_kept(quantized, spec), quantized.mask, slope
     m, orientation = oriented(slot, t, contraction, state.spec)
-    quantized = state.quantize(slot, m, spec, save=True)
+    toward = None if toward is None else oriented(slot, toward, contraction, state.spec)[0]
+    quantized = state.quantize(slot, m, spec, save=True, toward=toward)
     if spec.estimator is not None and state.with_gradients:
         slope = spec.estimator.slope(m * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         slope = contraction.prepare(orientation.back(slope), slot[0])

@@ -128,6 +128,9 @@ class LayerState(StoredState):
         self._piece = 0
         if _in_backward():
             return  # recomputation
+        if self._modules and self.training and self._uses:
+            for upkeep in self._modules.values():
+                upkeep.require()  # type: ignore[union-attr,operator]
         self._uses = 0
         with torch.no_grad():
             if keeps_positive:
@@ -154,12 +157,29 @@ class LayerState(StoredState):
         """The next product of this forward pass with the same weight, a time step of a recurrent layer, draws other words."""
         self._piece += 1
 
-    def quantize(self, slot: str, x: Tensor, spec: QuantSpec, save: bool = False, carrier: bool = True) -> Quantized:
+    @property
+    def toward(self) -> Tensor | None:
+        """The running average to whose side the weight is rounded, in the shape in which fprop has it, where there is one."""
+        average, channels = (self._modules.get(name) for name in ("average", "channels"))
+        mean = None if average is None else average.toward()  # type: ignore[operator]
+        parts = None if channels is None or mean is None else channels.parts()  # type: ignore[operator]
+        return mean if parts is None or mean is None else mean.index_select(1, parts[0])
+
+    def quantize(
+        self,
+        slot: str,
+        x: Tensor,
+        spec: QuantSpec,
+        save: bool = False,
+        carrier: bool = True,
+        toward: Tensor | None = None,
+    ) -> Quantized:
         """An operand of the forward pass, quantized; with `save`, also what backward needs of it.
 
         Args:
             x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
             carrier: False: the numbers themselves are not needed where there are packed codes of them.
+            toward: an average to whose side numbers are rounded, as x.
         """
         format: Format | None = None
         stored: Tensor | None = None
@@ -170,6 +190,8 @@ class LayerState(StoredState):
         request = request_for(x, spec, self.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
         if not carrier and self.observer is None and spec.in_tiles:
             request = replace(request, carrier=False)
+        if toward is not None:
+            request = replace(request, toward=toward)
         result = run(request)
         self._saw(slot, request, result)
         return result

@@ -142,8 +142,11 @@ class StoredState(nn.Module):
         signed, undecided, uses, known = dict(self._signed), self._undecided, self._uses, self._known
         count, agreed = None if self._count is None else list(self._count), self._agreed
         trial = dict(self._trial)
+        inner = [m.snapshot() for m in self.modules() if m is not self and isinstance(m, StoredState)]
 
         def restore() -> None:
+            for back in inner:
+                back()
             with torch.no_grad():
                 for tensor, before in tensors:
                     tensor.copy_(before)

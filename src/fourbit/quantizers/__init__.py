@@ -24,6 +24,7 @@ from fourbit.quantizers._round import Table as Table
 from fourbit.quantizers._round import float_bits as float_bits
 from fourbit.quantizers._round import grid_of as grid_of
 from fourbit.quantizers._round import round_to_format as round_to_format
+from fourbit.quantizers._round import round_toward as round_toward
 from fourbit.quantizers._scaling import TINY as TINY
 from fourbit.quantizers._scaling import UNSET as UNSET
 from fourbit.quantizers._scaling import Amax as Amax

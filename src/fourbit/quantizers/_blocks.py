@@ -66,6 +66,8 @@ class BlockScale(Scaling):
         micro: sizes of the parts of a block that have a factor of 1 or 2 each, larger parts first (HiFloat4: 8, 4); the target
             is then format.max times 2 for each level, and scales and their reciprocals are rounded to bfloat16 on their way,
             as `fourbit.formats.BlockFormat` has it. A part's factor is kept with its scale, as one float32 number.
+        outer: with `tensor_bound`, the float32 scale is not of the tensor but of each so many elements along the sums
+            (TetraJet-v2: 128), and multiplied into the scales that are kept; 0: of the tensor.
     """
 
     format: Format = E8M0
@@ -76,6 +78,7 @@ class BlockScale(Scaling):
     clip_rms: float | None = None
     corrected: int = 0
     micro: tuple[int, ...] = ()
+    outer: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
@@ -100,13 +103,18 @@ class BlockScale(Scaling):
                 f"each of the parts with micro-exponents divides the larger ones, which {self.micro} do not"
             )
 
+        if self.outer and (self.tensor_bound is None or self.corrected or self.targets is not None):
+            raise UserError("outer blocks need a tensor_bound, and neither targets nor a correction")
+
     def reach(self, format: Format) -> tuple[float, ...]:
         """The magnitudes that a block's largest number may become."""
         return self.targets or (format.max * 2.0 ** len(self.micro),)
 
     def kept(self, tile: Tile) -> tuple[Tile, Format | None]:
         """For whom scales are kept with the codes, and in which format (None: float32)."""
-        return (Tile(1, self.micro[-1]), None) if self.micro else (tile, self.format)
+        if self.micro:
+            return Tile(1, self.micro[-1]), None
+        return tile, None if self.outer else self.format
 
     @property
     def clips(self) -> bool:
@@ -130,6 +138,8 @@ class BlockScale(Scaling):
         if self.tensor_bound is None:
             return torch.ones((), dtype=torch.float32, device=amax.device)
         largest = amax.max() if amax.numel() else amax.new_zeros(())
+        if self.outer:
+            largest = _over_outer(amax, max(1, self.outer // statistics.x.shape[6]))
         reach = self.tensor_bound * self.reach(format)[0]
         encode = torch.tensor(reach, dtype=torch.float32, device=amax.device) / largest
         return torch.where(largest > 0, encode.clamp(max=FLOAT32_MAX), torch.where(largest == 0, 1.0, largest))
@@ -204,6 +214,8 @@ class BlockScale(Scaling):
             parts.append(f"times {self.prescale:g}")
         if self.corrected:
             parts.append(f"corrected by {self.corrected}")
+        if self.outer:
+            parts.append(f"of each {self.outer}")
         if self.micro:
             parts.append(f"with a factor of 1 or 2 for each {' and for each '.join(map(str, self.micro))}")
         return " ".join(parts)
@@ -236,23 +248,32 @@ def quantize_tiles(
     format: Format,
     stored: Tensor | None,
     key: int | None,
-    to_grid: Callable[[Tensor], Tensor],
+    to_grid: Callable[[Tensor, Tensor | None], Tensor],
+    toward: Tensor | None = None,
 ) -> Tiled:
     """Scale and round an operand.
 
     Args:
         x: [G, R, S, K].
-        to_grid: rounds numbers in grid units, [G, R, S, K].
+        to_grid: rounds numbers in grid units, [G, R, S, K], given those of `toward`.
+        toward: an average in the shape of x, or None.
     """
     x = x.to(torch.float32)
     folded = fold(x, tile)
+    average = None if toward is None else fold(toward.to(torch.float32), tile)
+
+    def in_units(factor: Tensor) -> Tensor:
+        """x times a factor of its tile, rounded."""
+        others = None if average is None else unfold(average.t * factor, x.shape)
+        return to_grid(unfold(folded.t * factor, x.shape), others)
+
     statistics = Statistics(folded.t, Folded.DIMS, folded.count)
     shape = scale_shape(x.shape, tile)
     if isinstance(scaling, BlockScale):
-        return _with_block_scales(x, folded, statistics, tile, scaling, format, key, to_grid)
+        return _with_block_scales(x, folded, statistics, tile, scaling, format, key, in_units)
     scale = scaling.of(statistics, format, stored if stored is None or stored.numel() == 1 else stored.view(shape))
     scale = (scale + statistics.amax * 0).expand(shape)
-    codes = to_grid(unfold(folded.t * scale.reciprocal(), x.shape))
+    codes = in_units(scale.reciprocal())
     if tile.is_row:
         rows = unfold(scale.expand(*shape[:2], folded.t.shape[2], *shape[3:]), torch.Size((*x.shape[:2], 1, 1)))
         return Tiled(codes, None, rows, scale, statistics.amax, tile)
@@ -269,17 +290,17 @@ def _with_block_scales(
     scaling: BlockScale,
     format: Format,
     key: int | None,
-    to_grid: Callable[[Tensor], Tensor],
+    in_units: Callable[[Tensor], Tensor],
 ) -> Tiled:
     if scaling.micro:
-        return _with_micro_exponents(x, folded, statistics, tile, scaling, format, to_grid)
+        return _with_micro_exponents(x, folded, statistics, tile, scaling, format, in_units)
     encode = scaling.encode(statistics, format)
     decode = encode.reciprocal()
 
     def rounded(block: Tensor) -> Tensor:
         reciprocal = (block * decode).reciprocal().clamp(max=FLOAT32_MAX) * scaling.prescale
         reciprocal = torch.where(block == 0, 0.0, reciprocal)
-        return to_grid(unfold(folded.t * reciprocal, x.shape))
+        return in_units(reciprocal)
 
     def error(block: Tensor, codes: Tensor) -> Tensor:
         values = fold(codes, tile).t * block
@@ -309,6 +330,9 @@ def _with_block_scales(
         factor = torch.where(projection > 0, square / projection, 1.0)
         block = torch.where(block.isfinite(), scaling.rounded(block * factor, key), block)
     each = block * decode / scaling.prescale
+    if scaling.outer:
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        return Tiled(codes, BlockScales(each.contiguous(), None, tile), one, each, statistics.amax, tile)
     return Tiled(codes, _kept(block, scaling.format, tile), decode / scaling.prescale, each, statistics.amax, tile)
 
 
@@ -319,13 +343,13 @@ def _with_micro_exponents(
     tile: Tile,
     scaling: BlockScale,
     format: Format,
-    to_grid: Callable[[Tensor], Tensor],
+    in_units: Callable[[Tensor], Tensor],
 ) -> Tiled:
     one = torch.ones((), dtype=torch.float32, device=x.device)
     block = scaling.block(statistics, format, one, scaling.reach(format)[0])
     reciprocal = _bfloat16(block.reciprocal())
     factors = scaling.micro_factors(folded.t, reciprocal, format)
-    codes = to_grid(unfold(folded.t * reciprocal / factors, x.shape))
+    codes = in_units(reciprocal / factors)
     part, kept_format = scaling.kept(tile)
     whole = unfold((block * factors).expand_as(folded.t), x.shape)
     each = (
@@ -337,6 +361,13 @@ def _with_micro_exponents(
 def _bfloat16(t: Tensor) -> Tensor:
     """Rounded to bfloat16, float32."""
     return t.to(torch.bfloat16).to(torch.float32)
+
+
+def _over_outer(amax: Tensor, count: int) -> Tensor:
+    """The largest of `count` neighbouring tiles along the summed axis, for each of them."""
+    num = amax.shape[5]
+    whole = torch.nn.functional.pad(amax, (0, 0, 0, -num % count)).unflatten(5, (-1, count))
+    return whole.amax(6, keepdim=True).expand_as(whole).flatten(5, 6)[:, :, :, :, :, :num]
 
 
 def _over_neighbours(sums: Tensor, count: int) -> Tensor:

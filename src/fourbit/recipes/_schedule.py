@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import UserError
-from fourbit.nn import quantized_layers
+from fourbit.nn import StepHooks, Upkeep, quantized_layers
 from fourbit.ops import OPERANDS, SLOTS, LayerSpec
 
 GEMMS = tuple(OPERANDS)
@@ -172,7 +172,7 @@ def check_phases(name: str, phases: tuple[Phase, ...]) -> None:
 
 
 class Scheduler:
-    """Puts the layers of a model into the phase of a step.
+    """Puts the layers of a model into the phase of a step, and looks after what a recipe has looked after.
 
     Args:
         model: just converted by the recipe whose phases these are.
@@ -195,6 +195,10 @@ class Scheduler:
         self.phases, self.total_steps = phases, total_steps
         self._model = model
         self._specs = [(layer, layer.spec) for layer in quantized_layers(model).values()]
+        children = ((layer, child) for layer, _ in self._specs for child in layer.quant.children())
+        self._upkeep = [(layer, child) for layer, child in children if isinstance(child, Upkeep)]
+        self._optimizes = [(layer, child) for layer, child in self._upkeep if isinstance(child, StepHooks)]
+        self._attached = False
         self._began = [phase.first_step(total_steps) for phase in phases]
         for phase, first in zip(phases, self._began, strict=True):
             if first is not None and first >= total_steps:
@@ -212,8 +216,14 @@ class Scheduler:
                 generators are is afterwards what it was, and the gradients are gone.
 
         Raises:
-            UserError: an event is to be measured, and there is no `backward`.
+            UserError: an event is to be measured, and there is no `backward`; or an optimizer is to be attached, and is not.
         """
+        if self._optimizes and not self._attached:
+            raise UserError(
+                "this recipe changes the optimizer's steps: call scheduler.attach(optimizer) once before the first"
+            )
+        for layer, upkeep in self._upkeep:
+            upkeep.at(step, layer)
         number = self._number(step)
         self._apply(number)
         following = 0 if number is None else number + 1
@@ -225,6 +235,22 @@ class Scheduler:
                 number = following
             self._apply(number)
         return None if number is None else self.phases[number]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have the steps of an optimizer of torch changed as the recipe says (`QRamping`)."""
+        if not self._optimizes or self._attached:
+            return
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate has it inside its own
+        inner.register_step_pre_hook(lambda which, *_: self._around(which, "before_step"))
+        inner.register_step_post_hook(lambda which, *_: self._around(which, "after_step"))
+        self._attached = True
+
+    def _around(self, optimizer: torch.optim.Optimizer, method: str) -> None:
+        with torch.no_grad():
+            for layer, upkeep in self._optimizes:
+                weight = layer.weight
+                assert isinstance(weight, nn.Parameter)
+                getattr(upkeep, method)(weight, optimizer.state.get(weight, {}))
 
     def rate(self, step: int) -> float | None:
         """The learning rate of a step as a share of the base rate, after `at(step)`; None: as without phases."""

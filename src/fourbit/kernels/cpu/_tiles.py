@@ -125,7 +125,14 @@ def _takes(request: Request) -> bool:
     x, spec, scaling, rotation = request.x, request.spec, request.spec.scaling, request.rotation
     if not x.is_cpu or x.dtype not in _DTYPES or x.dim() != 4 or not x.numel() or not is_plain(x):
         return False
-    if not isinstance(scaling, BlockScale) or scaling.clips or scaling.corrected or scaling.micro or scaling.draws:
+    if (
+        not isinstance(scaling, BlockScale)
+        or scaling.clips
+        or scaling.corrected
+        or scaling.micro
+        or scaling.outer
+        or scaling.draws
+    ):
         return False
     targets = scaling.targets or (request.format.max,)
     if scaling.rounding != "nearest" and (len(targets) > 1 or scaling.tensor_bound is not None):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fourbit import formats as f
+from fourbit.nn import OsciReset, OutControl, QEma, QRamping, UpkeepSpec
 from fourbit.ops import REUSE, LayerSpec
 from fourbit.quantizers import Block, BlockScale, Hadamard, QuantSpec, Rounding, Tile
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, last, last_share
@@ -35,7 +36,8 @@ _E4M3 = f.FP8_E4M3FN
 
 MXFP4 = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "floor"), Block(32))
 """OCP's MXFP4: E2M1, blocks of 32, E8M0 scales from the exponent of the largest number."""
-NVFP4 = QuantSpec(f.FP4_E2M1, BlockScale(_E4M3, "nearest", tensor_bound=448), Block(16))
+_NVFP4_SCALE = BlockScale(_E4M3, "nearest", tensor_bound=448)
+NVFP4 = QuantSpec(f.FP4_E2M1, _NVFP4_SCALE, Block(16))
 """NVFP4: E2M1, blocks of 16, E4M3 scales over a float32 scale of the tensor."""
 NVFP4_SQUARE = replace(NVFP4, granularity=Tile(16, 16))
 NVFP4_4OVER6 = replace(NVFP4, scaling=BlockScale(_E4M3, "nearest", tensor_bound=256, targets=(6.0, 4.0)))
@@ -57,6 +59,11 @@ def _of_fprop(spec: QuantSpec) -> QuantSpec:
     return replace(spec, source="fprop")
 
 
+def _again(spec: QuantSpec, back: QuantSpec) -> LayerSpec:
+    """One format forward, another for the gradient and for the forward's operands again."""
+    return LayerSpec(spec, spec, back, _of_fprop(back), back, _of_fprop(back))
+
+
 def _turned(spec: QuantSpec, by: Hadamard) -> QuantSpec:
     return replace(spec, transform=by)
 
@@ -68,13 +75,14 @@ def _recipe(
     source: str,
     high: Selector | None = None,
     phases: tuple[Phase, ...] = (),
+    upkeep: tuple[UpkeepSpec, ...] = (),
 ) -> Recipe:
     rules = (
         Rule(None, where=high or last(1), label="high precision"),
         Rule(None, when=depthwise(), optional=True, label="depthwise"),
         Rule(spec, label="4-bit"),
     )
-    return CATALOG.add(name, Recipe(name, rules, summary, source, phases))
+    return CATALOG.add(name, Recipe(name, rules, summary, source, phases, upkeep))
 
 
 _RHT64 = Hadamard(64, "fresh")
@@ -178,23 +186,58 @@ _TETRAJET = replace(MXFP4, scaling=BlockScale(f.E8M0, "ceil"))
 TETRAJET = _recipe(
     "tetrajet",
     "MXFP4 with scales that truncate nothing; backward the forward's operands again, stochastic (without Q-EMA and Q-Ramping)",
-    LayerSpec(
-        _TETRAJET,
-        _TETRAJET,
-        _drawn(_TETRAJET),
-        _of_fprop(_drawn(_TETRAJET)),
-        _drawn(_TETRAJET),
-        _of_fprop(_drawn(_TETRAJET)),
-    ),
+    _again(_TETRAJET, _drawn(_TETRAJET)),
     TETRAJET_PAPER,
+)
+TETRAJET_QEMA = _recipe(
+    "tetrajet-qema",
+    "as tetrajet, weights rounded to the side of their average, decay 0.9983 (the authors' for DeiT-T)",
+    _again(_TETRAJET, _drawn(_TETRAJET)),
+    TETRAJET_PAPER,
+    upkeep=(QEma(),),
+)
+TETRAJET_QRAMPING = _recipe(
+    "tetrajet-qramping",
+    "as tetrajet, weights that oscillate updated less often and by more; found every 1000 steps, in 30 steps that count (the "
+    "authors': every epoch, in steps that are taken back)",
+    _again(_TETRAJET, _drawn(_TETRAJET)),
+    TETRAJET_PAPER,
+    upkeep=(QRamping(),),
 )
 _TETRAJET2 = _drawn(_turned(NVFP4, Hadamard(32, "fresh")))
 TETRAJET2 = _recipe(
     "tetrajet2",
     "NVFP4 (the outer scale of the tensor, not of 128); backward the forward's operands again, rotated and stochastic (without "
     "OsciReset and OutControl)",
-    LayerSpec(NVFP4, NVFP4, _TETRAJET2, _of_fprop(_TETRAJET2), _TETRAJET2, _of_fprop(_TETRAJET2)),
+    _again(NVFP4, _TETRAJET2),
     TETRAJET2_PAPER,
+)
+_OUTER = replace(NVFP4, scaling=replace(_NVFP4_SCALE, outer=128))
+_OUTER_BACK = _drawn(_turned(_OUTER, Hadamard(32, "fresh")))
+TETRAJET2_OUTER = _recipe(
+    "tetrajet2-outer",
+    "as tetrajet2, with a float32 scale for each 128 numbers along the sums, as published",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+)
+TETRAJET2_OSCIRESET = _recipe(
+    "tetrajet2-oscireset",
+    "as tetrajet2-outer, weights that oscillate set to their rounding, from step 8000 on (ratio 8, as in the authors' runs)",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+    upkeep=(OsciReset(ratio=8.0),),
+)
+_MXFP8 = QuantSpec(_E4M3, BlockScale(f.E8M0, "ceil"), Block(32))
+TETRAJET2_FULL = _recipe(
+    "tetrajet2-full",
+    "as tetrajet2-oscireset, and the tenth of the channels of x with the largest norms in MXFP8 from step 551 on (dgrad NVFP4 "
+    "as for all; rounding of MXFP8 to nearest, with scales that truncate nothing: our reading)",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+    upkeep=(
+        OsciReset(ratio=8.0),
+        OutControl(LayerSpec(_MXFP8, _MXFP8, _OUTER_BACK, _of_fprop(_OUTER_BACK), _MXFP8, _of_fprop(_MXFP8))),
+    ),
 )
 
 _UNIFORM = QuantSpec(
