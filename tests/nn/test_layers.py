@@ -172,26 +172,26 @@ def test_evaluation_and_no_grad_change_no_state():
 def test_evaluation_before_training_works_and_decides_nothing():
     layer = fb.nn.Linear(4, 2, spec=TPR).eval()
     y = layer(torch.randn(5, 4))
-    assert y.isfinite().all() and int(layer.quant.x_signed) == -1
+    assert y.isfinite().all() and layer.quant.x_form.tolist() == [0, 0]
     layer.train()
     layer(torch.randn(5, 4).abs())
-    assert int(layer.quant.x_signed) == 0
+    assert layer.quant.x_form.tolist() == [1, 0]
 
 
 def test_the_first_training_batch_decides_between_unsigned_and_signed():
     for sign, x in ((0, torch.rand(64, 8)), (1, torch.randn(64, 8))):
         layer = fb.nn.Linear(8, 2, spec=TPR)
         layer(x)
-        assert int(layer.quant.x_signed) == sign
+        assert layer.quant.x_form.tolist() == [1 - sign, sign]
         assert 0 < float(layer.quant.x_alpha.detach()) <= float(x.abs().max())
         layer(torch.randn(64, 8))
-        assert int(layer.quant.x_signed) == sign
+        assert layer.quant.x_form.tolist() == [1 - sign, sign]
 
 
 def test_an_all_zero_first_batch_decides_nothing():
     layer = fb.nn.Linear(8, 2, spec=TPR)
     assert torch.equal(layer(torch.zeros(3, 8)), layer.bias.expand(3, 2))
-    assert int(layer.quant.x_signed) == -1
+    assert layer.quant.x_form.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -237,7 +237,7 @@ def test_the_first_clip_value_of_projections_fits_the_hidden_states_of_the_whole
     model = fb.convert(nn.Sequential(rnn), fb.Recipe("x", (fb.Rule(catalog.TPR),)))
     model(x)
     quant = model[0].part("hh_l0").quant
-    assert int(quant.x_signed) == 1 and 0.4 * largest < quant.x_alpha.item() <= 1.01 * largest
+    assert quant.x_form.tolist() == [0, 1] and 0.4 * largest < quant.x_alpha.item() <= 1.01 * largest
     assert model[0].part("hr_l0").quant.x_alpha.item() == 1  # sigmoid times tanh
 
 
@@ -249,7 +249,7 @@ def test_clip_values_of_hidden_states_start_at_their_bound(cls):
     model(x)
     found = {name: model[0].part(name).quant for name in ("hh_l0", "ih_l1", "hh_l1", "ih_l0")}
     assert [q.x_alpha.item() for q in found.values()][:3] == [1.0, 1.25, 1.0]
-    assert all(int(q.x_signed) == 1 for q in found.values())
+    assert all(q.x_form.tolist() == [0, 1] for q in found.values())
     assert (
         0.4 * x.abs().max() < found["ih_l0"].x_alpha.item() <= 1.01 * x.abs().max()
     )  # the input's fits the first batch

@@ -80,7 +80,7 @@ def work(rank: int, folder: str, world_size: int) -> None:
     hook = model[2].register_forward_pre_hook(lambda module, inputs: (between(inputs[0] - 3 * rank),))
     train(model, xs[:1], lambda: fb.synchronize(model))
     hook.remove()
-    found["signed"] = int(model[2].quant.x_signed), float(model[2].quant.x_floor)
+    found["signed"] = int(model[2].quant.x_form[1]), float(model[2].quant.x_floor)
     found["alpha"] = float(model[2].quant.x_alpha.full_tensor())
     torch.save(found, f"{folder}/{world_size}-{rank}.pt")
     distributed.destroy_process_group()

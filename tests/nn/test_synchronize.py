@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fourbit as fb
 from fourbit.ops import LayerState
-from fourbit.ops._state import UNSET
+from fourbit.quantizers import UNSET
 
 RECIPES = ("ibm2020", "ibm2020-global-scale", "ibm2020-channel-gradscale")
 
@@ -29,7 +29,7 @@ def three_layers() -> nn.Module:
 
 
 def middle(model: nn.Module) -> LayerState:
-    return next(each.quant for each in fb.quantized_layers(model).values() if each.quant.x_alpha is not None)
+    return next(each.quant for each in fb.quantized_layers(model).values() if "x" in each.quant.scalings)
 
 
 def work(rank: int, folder: str, steps: int) -> None:
@@ -139,7 +139,7 @@ def test_the_smallest_first_exponent_wins_and_an_unset_one_does_not():
             told.append(state.shared())
         state.agree(torch.stack(told))
     assert int(state.g_exponent) == 7
-    assert float(state.x_alpha.detach()) == 0.25 and int(state.x_signed) == 1 and float(state.x_floor) == 0.125
+    assert float(state.x_alpha.detach()) == 0.25 and state.x_form.tolist() == [0, 1] and float(state.x_floor) == 0.125
 
 
 def test_what_the_first_batch_decided_is_told_until_all_have_it():
@@ -150,9 +150,7 @@ def test_what_the_first_batch_decided_is_told_until_all_have_it():
         state.agree(state.shared().expand(2, -1))
         assert state.shared().numel() == undecided > state.g_amax.numel()
         state.g_exponent.fill_(3)
-        for form in (state.x_form, state.w_form):
-            if form is not None:
-                form[0] = 1
+        state.x_form[0] = 1
         state.agree(state.shared().expand(2, -1))
     assert state.shared().numel() == state.g_amax.numel()
 

@@ -44,7 +44,7 @@ def rounded_weight(w: Tensor, spec: QuantSpec) -> Tensor:
 
 def rounded_input(x: Tensor, state: LayerState) -> tuple[Tensor, Tensor]:
     """Quantized under the layer's clip value, in the form it has; and where the gradient passes."""
-    format = formats.INT4_SYM if int(state.x_signed) else formats.UINT4
+    format = formats.INT4_SYM if state.x_form[1] else formats.UINT4
     alpha = state.x_alpha.detach()
     q = fb.quantize(x.detach().float(), SPEC.x_fprop, stored=alpha, format=format).dequantize()
     inside = (x.detach() < alpha) & (x.detach() > -alpha if format.signed else x.detach() >= 0)

@@ -39,11 +39,11 @@ def train(model: nn.Module, xs: list[Tensor], after=lambda: None) -> None:
 
 
 def clipped(model: nn.Module) -> dict[str, LayerState]:
-    return {n: layer.quant for n, layer in fb.quantized_layers(model).items() if layer.quant.x_alpha is not None}
+    return {n: layer.quant for n, layer in fb.quantized_layers(model).items() if "x" in layer.quant.scalings}
 
 
 def forms(model: nn.Module) -> dict[str, int]:
-    return {name: int(state.x_signed) for name, state in clipped(model).items()}
+    return {name: state.scalings["x"].signed(state) for name, state in clipped(model).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- averages
@@ -129,7 +129,7 @@ def test_the_average_of_an_exponent_with_an_unset_one_is_set_by_the_next_gradien
         for each in (found, fresh):
             each(x).square().mean().backward()
         for mine, theirs in zip(fb.quantized_layers(found).values(), fb.quantized_layers(fresh).values(), strict=True):
-            if mine.quant.g_exponent is not None:
+            if "g" in mine.quant.scalings:
                 assert torch.equal(mine.quant.g_exponent, theirs.quant.g_exponent)
 
 
@@ -201,10 +201,10 @@ def test_passes_without_gradients_leave_the_decision_to_the_first_pass_with_them
         fresh = copy.deepcopy(layer)
         with frame():
             rounded = layer(first)
-        assert int(layer.quant.x_signed) == -1 and float(layer.quant.x_alpha.detach()) == 0
+        assert layer.quant.x_form.tolist() == [0, 0] and float(layer.quant.x_alpha.detach()) == 0
         assert torch.equal(rounded, fresh(first).detach())  # by what that batch says
         layer(second)
-        assert int(layer.quant.x_signed) == 1
+        assert layer.quant.x_form.tolist() == [0, 1]
         assert float(layer.quant.x_alpha.detach()) == pytest.approx(
             best_clip_value(second, fb.formats.INT4_SYM), rel=1e-6
         )
@@ -298,7 +298,7 @@ def test_frozen_layers_get_frozen_clip_values_and_build_no_graph(grad):
     with fb.backends.without("cpu"):
         h = body(torch.randn(3, 5, 8))[0]
         assert not h.requires_grad
-        assert int(body[2].quant.x_signed) == 0  # decided all the same
+        assert body[2].quant.x_form.tolist() == [1, 0]  # decided all the same
     assert sum(len(g["params"]) for g in fb.param_groups(net)) == len(list(net[1].parameters()))
     for p in net.parameters():
         p.requires_grad_(True)

@@ -12,7 +12,9 @@ from fourbit.errors import UserError
 from fourbit.quantizers import (
     UNSET,
     Amax,
+    ClipState,
     ClipValue,
+    ExponentState,
     FixedScale,
     GradScale,
     QuantSpec,
@@ -156,7 +158,7 @@ def test_an_all_zero_tensor_gives_zeros_and_an_empty_one_gives_nothing(scaling):
 @pytest.mark.parametrize("scaling", [Amax(), Sawb(), FixedScale(), ClipValue(), GradScale()])
 def test_bad_numbers_reach_the_output(scaling, bad):
     x = torch.tensor([1.0, bad, 2.0])
-    stored = {"alpha": torch.tensor(1.0), "exponent": torch.tensor(0, dtype=torch.int32)}.get(scaling.stored_kind)
+    stored = {ClipState: torch.tensor(1.0), ExponentState: torch.tensor(0, dtype=torch.int32)}.get(scaling.state_class)
     result = quantize(x, QuantSpec("int4_sym", scaling), stored=stored)
     assert result.dequantize().isnan().all()
 

@@ -169,7 +169,7 @@ def test_conversion_keeps_parameters_and_float_checkpoints_load_both_ways(name):
     extra = set(net.state_dict()) - set(stored)
     assert all(".quant." in key for key in extra)
     states = [layer.quant for layer in fb.quantized_layers(net).values()]
-    assert extra or not any(state.step is not None or list(state.parameters()) for state in states)
+    assert extra or not any(state.spec.stochastic or list(state.parameters()) for state in states)
     assert set(stored) <= set(net.state_dict())
     x, y = batch()
     F.cross_entropy(net(x), y).backward()

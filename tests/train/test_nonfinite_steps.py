@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fourbit import data
 from fourbit.errors import NonFiniteError
-from fourbit.ops._state import UNSET
+from fourbit.quantizers import UNSET
 from fourbit.train import _guard, train
 from fourbit.train._loop import Loop
 

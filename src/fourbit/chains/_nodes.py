@@ -17,7 +17,17 @@ from fourbit import backends
 from fourbit.chains._link import Affine, Link
 from fourbit.chains._norm import NO_ACTIVATION, Activation, Normalized, NormBackward, NormGradients
 from fourbit.errors import UserError
-from fourbit.ops import GradientReturn, LayerState, Layout, Node, Pending, once
+from fourbit.ops import (
+    GradientReturn,
+    LayerState,
+    Layout,
+    Node,
+    Pending,
+    gradient_specs,
+    once,
+    saw_gradient,
+    saw_operand,
+)
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request, unpack_mask
 
 _UNSEEN = (
@@ -188,7 +198,7 @@ class End(Node):
             assert call.out is not None
             return call.out
         assert not isinstance(quantized.amax, Tensor)
-        behind.saw_operand(quantized.amax, call.out, quantized.tensor)
+        saw_operand(behind, quantized.amax, call.out, quantized.tensor)
         ctx.back = call.back = GradientReturn()
         ctx.mark_dirty(w)
         return w
@@ -298,12 +308,12 @@ def differentiate(
     if not norm.needs_input_grad[0] or product.is_visible():
         result = None
     if result is not None and state is not None:
-        specs = state.gradient_specs(*result.needs)
+        specs = gradient_specs(state, *result.needs)
     if do is not None:
         do = do.resolve_neg().to(torch.float32).contiguous(memory_format=torch.channels_last)
 
     def run(specs: tuple[QuantSpec, ...]) -> NormGradients:
-        exponent = state.g_exponent if specs and state is not None else None
+        exponent = state.scalings["g"].stored if specs and state is not None else None
         normalized = Normalized(v, norm.format, moments)
         call = NormBackward(
             normalized,
@@ -338,6 +348,6 @@ def differentiate(
         by_slot = dict(zip(slots, found.quantized, strict=True))
         amax = found.quantized[0].amax
         assert not isinstance(amax, Tensor)
-        state.saw_gradient(amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
+        saw_gradient(state, amax, dv, [(slot, q.tensor) for slot, q in by_slot.items()])
         result.quantized.leave((by_slot.get("g_dgrad"), by_slot.get("g_wgrad")))
     return NormGradients(None, (), found.dgamma, found.dbeta, found.d_residual, found.clipped, found.amax)

@@ -28,6 +28,7 @@ from fourbit.ops import (
     ResultHandover,
     computing,
     node_of,
+    operand_request,
     plain_tensors_only,
     settle_all,
 )
@@ -211,13 +212,13 @@ def take(w: Tensor, behind: LayerState) -> OperandHandover | None:
 def _take(w: Pending, behind: LayerState) -> OperandHandover | None:
     if not _is_open(w, Affine):
         return None
-    alpha, wants_grad = behind.x_alpha, w.node is not None
+    alpha, wants_grad = behind.parameter("x"), w.node is not None
     if wants_grad != torch.is_grad_enabled() and (wants_grad or (alpha is not None and alpha.requires_grad)):
         return None
     if wants_grad and normalization_of(w.link, w.node) is None:
         return None
     layout = Layout.of(w.content.normalized.v)
-    request = behind.operand_request(w.content.normalized.v)
+    request = operand_request(behind, w.content.normalized.v)
     if request is None:
         return None
     want_out = w.content.residual is not None or behind.wants_float or behind.observer is not None

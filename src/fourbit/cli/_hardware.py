@@ -315,7 +315,7 @@ def products_of(explanation: Explanation) -> list[Product]:
                     *(layer.name, gemm, *shapes[gemm][:4], *(names[slot] for slot in slots), *shapes[gemm][4:]),  # type: ignore[arg-type]
                     block=next((s.scaling.format.name for s in own if isinstance(s.scaling, BlockScale)), ""),
                     stochastic=any(spec.rounding.draws for spec in own),
-                    power=any(spec.scaling.stored_kind == "exponent" for spec in own),
+                    power=any(spec.scaling.is_power_of_two for spec in own),
                     shared=shared and gemm != "wgrad",
                     depthwise=depthwise,
                     learned=learned,

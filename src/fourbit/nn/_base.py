@@ -23,7 +23,6 @@ from fourbit.ops import (
     LayerState,
     Products,
     contract,
-    upgrade,
 )
 from fourbit.quantizers import require_numbers
 
@@ -182,8 +181,8 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
 def upgraded(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """A state_dict of an earlier version in today's form (`load_state_dict` takes both)."""
     found = dict(tensors)
-    for name in quantized_layers(model):
-        upgrade(found, f"{name}.quant." if name else "quant.")
+    for name, layer in quantized_layers(model).items():
+        layer.quant.upgrade(found, f"{name}.quant." if name else "quant.")
     return found
 
 

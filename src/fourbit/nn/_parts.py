@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fourbit.nn._base import Quantized
 from fourbit.ops import Contraction, LayerSpec, LinearMap, Matmul, Products, ProductSize
-from fourbit.quantizers import ClipValue
 
 
 class PartInfo(NamedTuple):
@@ -39,11 +38,9 @@ class PartInfo(NamedTuple):
         Bounded inputs grow while a network learns: hidden states are near 0.1 at first. A clip value that fits the first
         batch would cut them off, and follows too slowly: by at most the learning rate a step under Adam.
         """
-        x = spec.x_fprop
-        if self.bound is None or x is None or not isinstance(x.scaling, ClipValue) or x.scaling.init is not None:
+        if self.bound is None or spec.x_fprop is None:
             return spec
-        scaling = replace(x.scaling, init=self.bound)
-        return replace(spec, x_fprop=replace(x, format=scaling.signed_format or x.format, scaling=scaling))
+        return replace(spec, x_fprop=spec.x_fprop.starting_at(self.bound))
 
 
 class Part(Quantized):

@@ -150,7 +150,7 @@ class UpkeepSpec(ABC):
             spec is None
             or spec.stochastic
             or spec.transform is not None
-            or spec.scaling.stored_kind
+            or spec.scaling.state_class
             or spec.scaling.clips
         ):
             raise UserError(
@@ -433,7 +433,9 @@ class Channels(Upkeep):
         self.register_buffer("norms", torch.zeros(layer.in_features, dtype=torch.float32))
         self.register_buffer("chosen", torch.zeros(layer.in_features, dtype=torch.uint8))
         quant: LayerState = layer.quant  # type: ignore[assignment]
-        self.state = LayerState(spec.high, layer.out_features, quant.seed, quant.index + (1 << 20), quant.products)
+        self.state = LayerState(
+            spec.high, layer.out_features, quant.counter.seed, quant.counter.index + (1 << 20), quant.products
+        )
         self._parts: tuple[Tensor, Tensor] | None = None
         self._decided: bool | None = None
 

@@ -32,6 +32,10 @@ from fourbit.ops._product import Operand as Operand
 from fourbit.ops._product import Products as Products
 from fourbit.ops._product import Raw as Raw
 from fourbit.ops._product import finish as finish
+from fourbit.ops._quantize import gradient_specs as gradient_specs
+from fourbit.ops._quantize import operand_request as operand_request
+from fourbit.ops._quantize import saw_gradient as saw_gradient
+from fourbit.ops._quantize import saw_operand as saw_operand
 from fourbit.ops._recurrent import Recurrence as Recurrence
 from fourbit.ops._recurrent import recurrent as recurrent
 from fourbit.ops._rotate import oriented as oriented
@@ -42,10 +46,9 @@ from fourbit.ops._spec import SLOTS as SLOTS
 from fourbit.ops._spec import LayerSpec as LayerSpec
 from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
+from fourbit.ops._state import Observer as Observer
 from fourbit.ops._steps import LstmBackward as LstmBackward
 from fourbit.ops._steps import LstmForward as LstmForward
-from fourbit.ops._stored import Observer as Observer
-from fourbit.ops._stored import upgrade as upgrade
 from fourbit.ops._watch import Watcher as Watcher
 from fourbit.ops._watch import computing as computing
 from fourbit.ops._watch import watch as watch

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import UserError
+from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of
 from fourbit.ops._orientation import Orientation
@@ -31,6 +32,7 @@ from fourbit.quantizers import (
     BlockScale,
     BlockScales,
     Packed,
+    QuantSpec,
     Tile,
     as_packed,
     carrier_dtype,
@@ -56,6 +58,12 @@ def _stored_slots(spec: LayerSpec, learned: tuple[bool, bool]) -> list[str]:
     slots += ["x_fprop"] if learned[0] and spec.x_wgrad is not REUSE else []
     slots += ["w_fprop"] if learned[1] and spec.w_dgrad is not REUSE else []
     return [slot for slot in slots if spec.resolved(slot) is not None]
+
+
+def _format_of(state: LayerState, slot: str, spec: QuantSpec) -> Format:
+    """The format of an operand of the forward pass."""
+    remembered = state.scalings.get(slot[0]) if spec.scaling.state_class is not None else None
+    return spec.format if remembered is None else remembered.format_of(spec.format, state)
 
 
 def _masks(spec: LayerSpec) -> list[str]:
@@ -207,7 +215,7 @@ def _backward(
         operand, resolved = of[slot[0]], spec.resolved(slot)
         assert resolved is not None
         form = _Form.of(operand, slot, spec, contraction)
-        data, scale, format = left.pop(0), left.pop(0), state.format_of(slot[0], resolved)
+        data, scale, format = left.pop(0), left.pop(0), _format_of(state, slot, resolved)
         if is_packable(format) and resolved.samples == 1:
             blocks = None
             if form.has_blocks:

@@ -19,8 +19,8 @@ from fourbit.ops._rotate import turned
 from fourbit.ops._saved import Saved
 from fourbit.ops._second import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._state import LayerState
-from fourbit.ops._stored import is_shard
 from fourbit.ops._watch import computing
+from fourbit.quantizers import is_shard
 
 
 def contract(
@@ -54,13 +54,13 @@ def contract(
         dtype, num_elements, x_alpha = torch.float32, over.layout.shape.numel(), None
     else:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        num_elements, x_alpha = x.numel(), state.x_alpha
+        num_elements, x_alpha = x.numel(), state.parameter("x")
     state.with_gradients = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         from fourbit.ops._compiled import compiled_contract
 
         assert over is None and result is None
-        return compiled_contract(x, w, x_alpha, state.w_alpha, contraction, state, dtype)
+        return compiled_contract(x, w, x_alpha, state.parameter("w"), contraction, state, dtype)
     refuse_transforms()
     if is_shard(w):
         raise UserError(
@@ -68,7 +68,7 @@ def contract(
             "was applied to, which gathers it"
         )
     with full_precision(device), computing(state, num_elements):
-        return _Contract.apply(x, w, x_alpha, state.w_alpha, (contraction, state, dtype, over, result))
+        return _Contract.apply(x, w, x_alpha, state.parameter("w"), (contraction, state, dtype, over, result))
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -139,7 +139,7 @@ def _to_be_differentiated(ctx: Any, gradient: OutputGradient) -> tuple[Tensor | 
         w = saved.w_layout.match(exact_weight(saved.w, ctx.contraction, ctx.state).to(rounded[0].dtype))
         masks = saved.x_mask, saved.w_mask
         weight, pair = ctx.weight(), (rounded[0], w)
-        dx = differentiable_dgrad(dx, gradient.g, weight, ctx.state.w_alpha, ctx.contraction, pair, masks)
+        dx = differentiable_dgrad(dx, gradient.g, weight, ctx.state.parameter("w"), ctx.contraction, pair, masks)
     what = "the gradient of a quantized layer's weight or clip value"
     remedy = "take the penalty from gradients of inputs only, or call restore(model) first"
     return (dx, *(refused(t, what, remedy) for t in others), None)

@@ -23,12 +23,13 @@ from fourbit.ops._handover import OperandHandover, ResultHandover
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
+from fourbit.ops._quantize import quantize_gradient, quantize_operand, rotation_key, sum_key
 from fourbit.ops._restore import restored
 from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.quantizers import Packed, Quantized, QuantSpec, split_outliers
+from fourbit.quantizers import Packed, Quantized, QuantSpec, amax_of, split_outliers
 
 Both = tuple[Quantized | None, Quantized | None]
 """A gradient for dgrad and for wgrad; None where it is in full precision, or not needed."""
@@ -80,7 +81,7 @@ def fprop(
     """
     spec = state.spec
     if isinstance(w, Tensor):
-        state.begin(keeps_positive=over is None)
+        state.begin()
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
     outliers = None
     if over is None:
@@ -92,7 +93,7 @@ def fprop(
         quantized = over.take()
         x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
     weight = quantize_weight(w, contraction, state) if isinstance(w, Tensor) else w
-    sums = (spec.accumulation, state.sum_key("fprop"))
+    sums = (spec.accumulation, sum_key(state, "fprop"))
     takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
     output = spec.output if takes_codes else None
     gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
@@ -106,7 +107,7 @@ def fprop(
     if spec.x_wgrad is not REUSE and over is None and state.with_gradients:
         x_saved = _saved_operand("x_wgrad", x, contraction, state, x_codes)
     if isinstance(w, Weight):
-        state.next_piece()
+        state.counter.piece += 1  # the next product with this weight draws other words
     x_layout = over.layout if over is not None else Layout.of(x)
     codes = x_codes if learned[0] or over is not None else None, weight.codes if learned[1] else None
     return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout, weight.slope)
@@ -127,7 +128,7 @@ def _without_outliers(x: Tensor, quantile: float, contraction: Contraction, stat
     orientation = contraction.orientation("fprop", "x", x.shape)
     rows = state.spec.tile("x_fprop").is_row
     inside, rest = split_outliers(orientation.of(x), quantile, (2, 3) if rows else (0, 1, 2, 3))
-    state.count_nonfinite("x_fprop", rest)
+    state.count_nonfinite("x_fprop", amax_of(rest))
     return contraction.prepare(orientation.back(inside), "x"), contraction.prepare(orientation.back(rest), "x")
 
 
@@ -153,19 +154,19 @@ def _forward_operand(
     estimator."""
     spec = state.spec.resolved(slot)
     if spec is None:
-        state.count_nonfinite(slot, t)
+        state.count_nonfinite(slot, amax_of(t))
         return Operand(t), Operand(t), None, None
     slope = None
     toward = state.toward if slot == "w_fprop" else None
     toward = None if toward is None else contraction.prepare(toward, "w")
     if not spec.needs_orientation:
-        quantized = state.quantize(slot, t, spec, save=True, toward=toward)
+        quantized = quantize_operand(state, slot, t, spec, save=True, toward=toward)
         if spec.estimator is not None and state.with_gradients:
             slope = spec.estimator.slope(t * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         return *_kept(quantized, spec), quantized.mask, slope
     m, orientation = oriented(slot, t, contraction, state.spec)
     toward = None if toward is None else oriented(slot, toward, contraction, state.spec)[0]
-    quantized = state.quantize(slot, m, spec, save=True, toward=toward)
+    quantized = quantize_operand(state, slot, m, spec, save=True, toward=toward)
     if spec.estimator is not None and state.with_gradients:
         slope = spec.estimator.slope(m * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         slope = contraction.prepare(orientation.back(slope), slot[0])
@@ -181,15 +182,15 @@ def _saved_operand(slot: str, t: Tensor, contraction: Contraction, state: LayerS
     """
     spec = state.spec.resolved(slot)
     if spec is None:
-        state.count_nonfinite(slot, t)
+        state.count_nonfinite(slot, amax_of(t))
         return Operand(t)
     if spec.source == "fprop":
         kept = of_fprop.natural(contraction, slot[0])
         t = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
     if not spec.needs_orientation:
-        return _kept(state.quantize(slot, t, spec, save=True), spec)[1]
+        return _kept(quantize_operand(state, slot, t, spec, save=True), spec)[1]
     m, orientation = oriented(slot, t, contraction, state.spec)
-    return _kept(state.quantize(slot, m, spec, save=True, carrier=False), spec, orientation)[1]
+    return _kept(quantize_operand(state, slot, m, spec, save=True, carrier=False), spec, orientation)[1]
 
 
 def _kept(
@@ -236,7 +237,7 @@ def backward(
     if state.spec.g_wgrad is REUSE:
         for_wgrad = for_dgrad
     if g is not None and ((needs[0] and for_dgrad is None) or (needs[1] and for_wgrad is None)):
-        state.count_nonfinite("g_dgrad", g if gradient.amax is None else gradient.amax)
+        state.count_nonfinite("g_dgrad", amax_of(g) if gradient.amax is None else gradient.amax)
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     if rounded is not None and g is not None:
         rounded.append(_exact_gradient(g, for_dgrad, contraction, state).to(compute))
@@ -251,7 +252,7 @@ def backward(
 def _quantize_gradient(g: Tensor, contraction: Contraction, state: LayerState, needs: tuple[bool, bool]) -> Both:
     """g for dgrad and for wgrad."""
     spec = state.spec
-    for_dgrad, for_wgrad = state.gradients(g, contraction, *needs)
+    for_dgrad, for_wgrad = quantize_gradient(state, g, contraction, *needs)
     if spec.restores:
         for_dgrad = restored(g, for_dgrad, spec.resolved("g_dgrad"), contraction)
         for_wgrad = restored(g, for_wgrad, spec.resolved("g_wgrad"), contraction)
@@ -271,7 +272,7 @@ def dgrad(
     """dx = g w, [N, K] in a linear layer, and the gradient of the clip value of x; with `over`, the node before gets them."""
     spec = state.spec
     a, late = _gradient("g_dgrad", g, quantized, contraction, spec, saved.x_layout)
-    sums = (spec.accumulation, state.sum_key("dgrad"))
+    sums = (spec.accumulation, sum_key(state, "dgrad"))
     gemm = Gemm(
         "dgrad", contraction, a, saved.w.natural(contraction, "w"), saved.x_layout, compute, state.products, *sums
     )
@@ -283,7 +284,7 @@ def dgrad(
         mask = over.inside(mask, codes)
     if turned(spec, "dgrad", mask):
         dx, _ = product(gemm, spec.output, compute, late)
-        key = state.rotation_key("fprop")
+        key = rotation_key(state, "fprop")
         return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype)
     dx, dx_alpha = product(gemm, spec.output, dtype, late, mask, codes)
     if over is not None:  # the clip value is an input of the node before
@@ -304,13 +305,13 @@ def wgrad(
     """dw = g^T x, [M, K] in a linear layer, and the gradient of the clip value of w."""
     spec = state.spec
     a, late = _gradient("g_wgrad", g, quantized, contraction, spec, saved.w_layout)
-    sums = (spec.accumulation, state.sum_key("wgrad"))
+    sums = (spec.accumulation, sum_key(state, "wgrad"))
     gemm = Gemm(
         "wgrad", contraction, a, saved.x.natural(contraction, "x"), saved.w_layout, compute, state.products, *sums
     )
     if turned(spec, "wgrad", saved.w_mask):
         dw, _ = product(gemm, spec.output, compute, late)
-        mask, codes, key = saved.w_mask, _codes(saved.w_codes), state.rotation_key("fprop")
+        mask, codes, key = saved.w_mask, _codes(saved.w_codes), rotation_key(state, "fprop")
         return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype)
     if saved.w_slope is not None:
         dw = product(gemm, spec.output, compute, late)[0]
@@ -385,7 +386,7 @@ def _exact_gradient(g: Tensor, quantized: Quantized | None, contraction: Contrac
     if spec is None or not spec.needs_orientation:
         return numbers
     if spec.transform is not None:
-        numbers = spec.transform.undo(numbers, state.rotation_key("dgrad"))
+        numbers = spec.transform.undo(numbers, rotation_key(state, "dgrad"))
     return contraction.prepare(contraction.orientation("dgrad", "g", g.shape).back(numbers), "g")
 
 
@@ -398,5 +399,5 @@ def exact_weight(kept: Operand, contraction: Contraction, state: LayerState) -> 
     numbers = kept.to(torch.float32) if kept.scale is None else kept.to(torch.float32) * kept.scale
     transform = state.spec.transform(slot)
     if transform is not None:
-        numbers = transform.undo(numbers, state.rotation_key(WHICH[slot]))
+        numbers = transform.undo(numbers, rotation_key(state, WHICH[slot]))
     return contraction.prepare(kept.orientation.back(numbers), "w")

@@ -22,6 +22,12 @@ from fourbit.errors import UserError
 from fourbit.ops._contract import full_precision
 from fourbit.ops._contraction import LinearMap
 from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of, quantize_weight
+from fourbit.ops._quantize import (
+    awaits_first_batch,
+    awaits_first_gradient,
+    see_first_batch,
+    see_first_gradient,
+)
 from fourbit.ops._saved import Saved
 from fourbit.ops._second import once, refuse_transforms
 from fourbit.ops._state import LayerState
@@ -52,7 +58,7 @@ def grouped(x: Tensor, w: Tensor, sizes: Sequence[int], state: LayerState) -> Te
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with full_precision(device), computing(state, x.numel()):
-        return _Grouped.apply(x, w, state.x_alpha, state.w_alpha, tuple(sizes), state, dtype)
+        return _Grouped.apply(x, w, state.parameter("x"), state.parameter("w"), tuple(sizes), state, dtype)
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -76,8 +82,8 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         state.begin()
         for operand, t in (("x", x), ("w", w)):
-            if x.shape[0] and state.awaits_first_batch(operand):
-                state.see_first_batch(operand, t)
+            if x.shape[0] and awaits_first_batch(state, operand):
+                see_first_batch(state, operand, t)
         learned = x_alpha is not None, w_alpha is not None
         y = x.new_empty(x.shape[0], w.shape[1], dtype=dtype)
         tensors: list[Tensor | None] = []
@@ -105,8 +111,8 @@ class _Grouped(torch.autograd.Function):
         dw = torch.empty_strided(shape, stride, dtype=w_dtype, device=device).zero_() if need_w else None
         alphas: list[list[Tensor]] = [[], []]
         with full_precision(g.device.type):
-            if g.shape[0] and state.awaits_first_gradient():
-                state.see_first_gradient(g)
+            if g.shape[0] and awaits_first_gradient(state):
+                see_first_gradient(state, g)
             parts = Saved.of_several(ctx.outlines, ctx.saved_tensors)
             for (number, rows), saved in zip(_groups(ctx.sizes), parts, strict=True):
                 found = backward(g[rows], saved, _LINEAR, state, ctx.dtypes, (need_x, need_w))

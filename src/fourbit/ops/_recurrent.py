@@ -26,6 +26,12 @@ from torch import Tensor
 from fourbit.ops._cells import LSTM_CELL, Cell
 from fourbit.ops._contract import full_precision
 from fourbit.ops._gemms import backward, clip_gradient, fprop
+from fourbit.ops._quantize import (
+    awaits_first_batch,
+    awaits_first_gradient,
+    see_first_batch,
+    see_first_gradient,
+)
 from fourbit.ops._saved import NUM_TENSORS, Saved
 from fourbit.ops._second import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
@@ -83,7 +89,7 @@ def recurrent(
 
 
 def _alphas(state: LayerState | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if state is None else (state.x_alpha, state.w_alpha)
+    return (None, None) if state is None else (state.parameter("x"), state.parameter("w"))
 
 
 class _Recurrent(torch.autograd.Function):
@@ -100,11 +106,11 @@ class _Recurrent(torch.autograd.Function):
         if b_hh is not None and not layer.cell.keeps_h:
             gates += b_hh
             b_hh = None
-        if h.shape[0] and layer.hh.awaits_first_batch("x"):
+        if h.shape[0] and awaits_first_batch(layer.hh, "x"):
             seen, _ = _sweep(layer, gates, h, c, Plain(w_hh), None if w_hr is None else Plain(w_hr), b_hh)
-            layer.hh.see_first_batch("x", seen.hiddens)
+            see_first_batch(layer.hh, "x", seen.hiddens)
             if layer.hr is not None:
-                layer.hr.see_first_batch("x", seen.inputs)
+                see_first_batch(layer.hr, "x", seen.inputs)
         hh = Quantizing(w_hh, layer.hh, compute)
         hr = None if w_hr is None or layer.hr is None else Quantizing(w_hr, layer.hr, compute)
         run, (h, c) = _sweep(layer, gates, h, c, hh, hr, b_hh)
@@ -140,12 +146,12 @@ class _Recurrent(torch.autograd.Function):
             hh = Differentiating(hh_steps, layer.hh, ctx.compute, layer.reverse)
             hr = Differentiating(hr_steps, layer.hr, ctx.compute, layer.reverse) if layer.hr is not None else None
             kept = _Kept(gates, cells, gates_h, before)
-            if layer.hh.awaits_first_gradient() or (layer.hr is not None and layer.hr.awaits_first_gradient()):
+            if any(awaits_first_gradient(state) for state in (layer.hh, layer.hr) if state is not None):
                 project = plain_dgrad(hr_steps) if hr_steps else None
                 seen = _sweep_back(layer, kept, grads, ctx.shapes, plain_dgrad(hh_steps), project)
-                layer.hh.see_first_gradient(seen.gates_h)
+                see_first_gradient(layer.hh, seen.gates_h)
                 if layer.hr is not None:
-                    layer.hr.see_first_gradient(seen.outputs)
+                    see_first_gradient(layer.hr, seen.outputs)
             run = _sweep_back(layer, kept, grads, ctx.shapes, hh, hr)
             d_gates, d_gates_h, d_outputs, dh, dc = run
             dw_hh, *alphas_hh = hh.finish(d_gates_h, needs[4] or needs[11])

@@ -155,22 +155,21 @@ class LayerSpec:
         return self.transform(_REUSED_FROM[slot]) if from_fprop else None
 
     def _check_scalings(self) -> None:
-        kinds = {slot: self.resolved(slot) for slot in SLOTS}
-        for slot, spec in kinds.items():
-            kind = spec.scaling.stored_kind if spec else ""
-            if spec and spec.restore and not slot.startswith("g_"):
+        for slot in SLOTS:
+            spec = self.resolved(slot)
+            if spec is None:
+                continue
+            if spec.restore and not slot.startswith("g_"):
                 raise UserError(f"{slot}: restore={spec.restore!r} is for gradients; leave it out here")
-            if kind == "alpha" and slot not in ("x_fprop", "w_fprop", *_REUSED_FROM):
-                raise UserError(
-                    f"{slot}: PACT's clip value belongs to x_fprop or w_fprop; use GradScale or Amax for gradients"
-                )
-            if kind in ("exponent", "overflow") and not slot.startswith("g_"):
-                raise UserError(f"{slot}: {spec.scaling} is for gradients; use ClipValue, Sawb or Amax here")  # type: ignore[union-attr]
-            if kind == "alpha" and slot in _REUSED_FROM and getattr(self, slot) is not REUSE:
-                raise UserError(f"{slot}: PACT's clip value is learned in fprop; write {slot}=REUSE")
-        g_d, g_w = kinds["g_dgrad"], kinds["g_wgrad"]
+            if slot[0] not in spec.scaling.operands:
+                right = "gradients" if spec.scaling.operands == "g" else "x_fprop and w_fprop"
+                instead = "GradScale or Amax" if slot.startswith("g_") else "ClipValue, Sawb or Amax"
+                raise UserError(f"{slot}: {spec.scaling} is for {right}; use {instead} here")
+            if slot in ("w_dgrad", "x_wgrad") and spec.scaling.state_class and getattr(self, slot) is not REUSE:
+                raise UserError(f"{slot}: what {spec.scaling} remembers is that of fprop; write {slot}=REUSE")
+        g_d, g_w = self.resolved("g_dgrad"), self.resolved("g_wgrad")
         if g_d and g_w:
-            stored = [(s.scaling, s.granularity) for s in (g_d, g_w) if s.scaling.stored_kind]
+            stored = [(s.scaling, s.granularity) for s in (g_d, g_w) if s.scaling.state_class]
             if len(set(stored)) > 1:
                 raise UserError(
                     f"g_dgrad ({g_d}) and g_wgrad ({g_w}) share one scale per layer: give both the same scaling and granularity"
@@ -215,9 +214,19 @@ class LayerSpec:
         """The gradient slot whose scaling keeps state (GradScale, LossScaled), if any."""
         for slot in ("g_dgrad", "g_wgrad"):
             spec = self.resolved(slot)
-            if spec is not None and spec.scaling.stored_kind:
+            if spec is not None and spec.scaling.state_class:
                 return spec
         return None
+
+    def remembering(self) -> dict[str, QuantSpec]:
+        """The operands, "x", "w" and "g", whose scaling remembers something, and how they are quantized."""
+        found = {"x": self.x_fprop, "w": self.w_fprop, "g": self.g_scaling}
+        return {name: spec for name, spec in found.items() if spec is not None and spec.scaling.state_class}
+
+    @property
+    def needs_loss_scale(self) -> bool:
+        """Whether the gradients rely on a `LossScaler`."""
+        return self.g_scaling is not None and self.g_scaling.scaling.needs_loss_scale
 
     @property
     def stochastic(self) -> bool:

@@ -14,11 +14,12 @@ from fourbit.formats import Format
 from fourbit.ops._contraction import LinearMap
 from fourbit.ops._gemms import backward, fprop, quantize_weight
 from fourbit.ops._product import Layout, Operand
+from fourbit.ops._quantize import clip_request, gradient_request, saw_gradient, saw_operand
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import LayerSpec
 from fourbit.ops._state import LayerState
 from fourbit.ops._watch import computing
-from fourbit.quantizers import ClipValue, Packed, Request, carrier_dtype, scale_of
+from fourbit.quantizers import Packed, Request, carrier_dtype, scale_of
 
 LINEAR = LinearMap()
 
@@ -88,7 +89,7 @@ class LstmBackward:
 
 def learned(state: LayerState) -> tuple[bool, bool]:
     """Whether the clip values of x and w get gradients."""
-    return state.x_alpha is not None, state.w_alpha is not None
+    return state.parameter("x") is not None, state.parameter("w") is not None
 
 
 def plain_dgrad(steps: list[Saved]) -> Callable[[Tensor], Tensor]:
@@ -143,7 +144,7 @@ class Quantizing:
         state, weight = self._state, self._weight
         if state.observer is not None or state.spec.accumulation is not None or self._compute != torch.float32:
             return False
-        request = state.clip_request(h, in_evaluation=True)
+        request = clip_request(state, h, in_evaluation=True)
         if request is None:
             return False
         scale, w, output = scale_of(request), weight.fprop, state.spec.output
@@ -160,8 +161,8 @@ class Quantizing:
                 layout = Layout(torch.Size((size, h.shape[1])), (h.shape[1], 1))
                 masks = rounded.mask, weight.mask
                 self.saved.append(Saved(x, weight.saved, *codes, *masks, layout, weight.layout, weight.slope))
-                state.saw_operand(rounded.amax, None, None)
-                state.next_piece()
+                saw_operand(state, rounded.amax, None, None)
+                state.counter.piece += 1
         return True
 
 
@@ -205,7 +206,7 @@ class Differentiating:
         if not saved or state.observer is not None or spec.accumulation is not None or self._dtypes[0] != torch.float32:
             return False
         w = self._w
-        request = state.gradient_request(d_gates)
+        request = gradient_request(state, d_gates)
         if request is None or w is None:
             return False
         masks, codes = [s.x_mask for s in saved], [None if s.x_codes is None else s.x_codes.q for s in saved]
@@ -218,7 +219,7 @@ class Differentiating:
             return False
         amaxes, self._alpha = done
         for amax in amaxes:
-            state.saw_gradient(amax, None, ())
+            saw_gradient(state, amax, None, ())
         self._left = 0
         return True
 
@@ -262,7 +263,7 @@ def _stacked(steps: list[Operand], spec: LayerSpec) -> Operand:
     steps = [s.natural(LINEAR, "x") for s in steps]
     first = steps[0]
     resolved = spec.resolved("x_wgrad")
-    if first.scale is None or (resolved is not None and isinstance(resolved.scaling, ClipValue)):
+    if first.scale is None or (resolved is not None and resolved.scaling.keeps_scale):
         return first._replace(q=torch.cat([_numbers(s) for s in steps]))
     dtype = first.scale.dtype
     numbers = [s.to(dtype) if s.scale is None else s.to(dtype) * s.scale for s in steps]

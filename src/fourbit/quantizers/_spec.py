@@ -91,10 +91,8 @@ class QuantSpec:
             raise UserError(
                 f"parts of {micro[0]} with micro-exponents need blocks of whole parts: use granularity=Block(64)"
             )
-        if self.scaling.stored_kind == "exponent" and self.granularity not in ("tensor", "channel"):
-            raise UserError(
-                f"{self.scaling} keeps one exponent per layer or channel: use granularity='tensor' or 'channel'"
-            )
+        if objection := self.scaling.objection(self.granularity):
+            raise UserError(objection)
         if self.restore and (
             self.transform is not None or isinstance(self.granularity, Tile) or self.granularity == "row"
         ):
@@ -112,8 +110,6 @@ class QuantSpec:
                 raise UserError("outliers are split off per tensor or row, without a transform or a clip value")
         if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
-        if self.scaling.stored_kind == "alpha" and self.granularity != "tensor":
-            raise UserError("PACT has one clip value per layer: use granularity='tensor'")
 
     @property
     def stochastic(self) -> bool:
@@ -130,6 +126,11 @@ class QuantSpec:
     def needs_orientation(self) -> bool:
         """Whether it matters which axis the product sums over."""
         return self.in_tiles or self.transform is not None
+
+    def starting_at(self, bound: float) -> QuantSpec:
+        """The same for data that `bound` limits, where the first batch would decide the scale."""
+        scaling, format = self.scaling.starting_at(bound, self.format)
+        return replace(self, scaling=scaling, format=format)
 
     def __str__(self) -> str:
         parts = [self.format.name, str(self.scaling)]
@@ -206,7 +207,7 @@ class Request:
         x: dense, any floating dtype; with tiles [groups, rows, spots, sums].
         spec, format: `format` replaces that of the spec.
         tile: who shares a scale; None: all.
-        stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
+        stored: what the scaling remembers: PACT's alpha, GradScale's exponent.
         key: stream key of the random words.
         save: also return the mask of the straight-through gradient, and packed codes where a nibble holds them.
         carrier: also return q itself; what is not saved in codes is returned in any case.
@@ -411,7 +412,7 @@ def quantize(
         x: any shape, any floating dtype; the arithmetic is float32.
         sums: the axes that a matrix product sums over, along which blocks and rotations run; all others are rows. Of several,
             the last runs fastest. It does not matter where one scale belongs to the tensor.
-        stored: what the scaling keeps: PACT's alpha, GradScale's exponent.
+        stored: what the scaling remembers: PACT's alpha, GradScale's exponent.
         key: stream key of the random words, for stochastic rounding.
         format: replaces `spec.format` (PACT's signed form).
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fourbit.nn import SWAPS, Composed, MatMul, Quantized, torch_class_of
 from fourbit.ops import Contraction
-from fourbit.quantizers import UNSET, ClipValue
 from fourbit.recipes._chains import chains_of
 from fourbit.recipes._convert import Assignment, assign, convert, resolve
 from fourbit.recipes._count import Call, Counts, counting
@@ -104,21 +103,7 @@ def _converted(assignment: Assignment) -> Quantized | None:
 
 def _state_of(layer: Quantized) -> str:
     """Exponent and clip values as they are now."""
-    quant, parts = layer.quant, []
-    for operand in ("x", "w"):
-        alpha, signed = getattr(quant, f"{operand}_alpha"), getattr(quant, f"{operand}_signed")
-        if alpha is None:
-            continue
-        spec = getattr(layer.spec, f"{operand}_fprop")
-        decided = f"{alpha.item():.4g} ({'signed' if signed else 'unsigned'})" if signed >= 0 else "not decided yet"
-        assert isinstance(spec.scaling, ClipValue)
-        parts.append(f"alpha of {operand} {decided}")
-    if quant.g_exponent is not None:
-        known = quant.g_exponent[quant.g_exponent != UNSET]
-        low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
-        power = f"2^{low}" if low == high else f"2^{low} to 2^{high}"
-        parts.append(f"g times {power}" if known.numel() else "g not scaled yet")
-    return ", ".join(parts)
+    return ", ".join(filter(None, map(str, layer.quant.scalings.values())))
 
 
 class _Run(NamedTuple):

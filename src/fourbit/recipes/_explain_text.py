@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fourbit import backends
 from fourbit.ops import SLOTS, LayerSpec
-from fourbit.quantizers import LossScaled
 
 if TYPE_CHECKING:
     from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation
@@ -162,7 +161,7 @@ def _execution(explanation: Explanation) -> list[str]:
     else:
         lines.append(f"products: {explanation.products}: {FAST if explanation.products == 'fast' else EXACT}.")
     specs = [layer.spec for layer in explanation.layers if layer.spec is not None]
-    if any(s.g_scaling is not None and isinstance(s.g_scaling.scaling, LossScaled) for s in specs):
+    if any(spec.needs_loss_scale for spec in specs):
         lines.append(
             "one loss scale for all layers: `fourbit train` applies it; a loop of your own needs fourbit.loss_scaler(model)."
         )

@@ -28,12 +28,7 @@ def param_groups(
     >>> [g["name"] for g in param_groups(nn.Linear(2, 2), 1e-4, no_decay_norm_bias=True)]
     ['weights', 'norm_bias']
     """
-    alphas = {
-        id(p)
-        for layer in quantized_layers(model).values()
-        for p in (layer.quant.x_alpha, layer.quant.w_alpha)
-        if p is not None
-    }
+    alphas = {id(p) for layer in quantized_layers(model).values() for p in layer.quant.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norm_bias": [], "alpha": []}
     for p in model.parameters():
         if not p.requires_grad:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.nn import quantized_layers
-from fourbit.quantizers import LossScaled
 
 SMALLEST, LARGEST = 2.0**-24, 2.0**60
 
@@ -76,11 +75,8 @@ class LossScaler:
         """The largest gradient of any layer over the largest number of its format since the last call; 0 without any."""
         fullness = 0.0
         for layer in quantized_layers(self.model).values():
-            g_spec = layer.spec.g_scaling
-            if g_spec is not None and isinstance(g_spec.scaling, LossScaled) and layer.quant.g_amax is not None:
-                share = float(layer.quant.g_amax.max()) / g_spec.scaling.max
-                fullness = max(fullness, share)
-                layer.quant.g_amax.fill_(-1.0)
+            if layer.spec.needs_loss_scale:
+                fullness = max(fullness, layer.quant.scalings["g"].fullness())
         return fullness
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,7 +103,6 @@ def loss_scaler(model: nn.Module, interval: int = 200) -> LossScaler | None:
         interval: as of `LossScaler`.
     """
     for layer in quantized_layers(model).values():
-        g_spec = layer.spec.g_scaling
-        if g_spec is not None and isinstance(g_spec.scaling, LossScaled):
+        if layer.spec.needs_loss_scale:
             return LossScaler(model, interval=interval)
     return None

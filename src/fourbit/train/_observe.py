@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fourbit.nn import Observation, quantized_layers
 from fourbit.ops import REUSE
-from fourbit.quantizers import UNSET
 
 MAX_GRID = 256
 """Longest list of grid values in a line: the thousands of a 16-bit format would be all that the file consists of."""
@@ -42,19 +40,10 @@ def histogram_lines(model: nn.Module, observation: Observation) -> dict[str, dic
 
 
 def scales(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{layer: {"g_exponent", "x_alpha"}} of every quantized layer: GradScale's exponent and PACT's clip value, or None."""
+    """{layer: {"g_exponent", "x_alpha", ...}} of every quantized layer: what its scalings remember, as numbers. GradScale's
+    exponent and PACT's clip value are always there, or None."""
     return {
-        name: {
-            "g_exponent": _exponent(layer.quant.g_exponent),
-            "x_alpha": layer.quant.x_alpha.item() if isinstance(layer.quant.x_alpha, Tensor) else None,
-        }
+        name: {"g_exponent": None, "x_alpha": None}
+        | {f"{operand}_{what}": n for operand, s in layer.quant.scalings.items() for what, n in s.numbers().items()}
         for name, layer in quantized_layers(model).items()
     }
-
-
-def _exponent(stored: Tensor | None) -> int | None:
-    """One number for the layer: the median over channels where they have scales of their own; None if still unset."""
-    if stored is None:
-        return None
-    known = stored[stored != UNSET]
-    return int(torch.median(known)) if known.numel() else None
