@@ -33,6 +33,7 @@ from fourbit.quantizers import (
     BlockScales,
     Packed,
     QuantSpec,
+    StepSize,
     Tile,
     as_packed,
     carrier_dtype,
@@ -314,6 +315,10 @@ def compiled_contract(
     dtype: torch.dtype,
 ) -> Tensor:
     """`contract` as an operator."""
+    if any(
+        spec is not None and isinstance(spec.scaling, StepSize) for spec in (state.spec.x_fprop, state.spec.w_fprop)
+    ):
+        raise UserError("torch.compile does not take layers with a learned step size: call the model itself instead")
     geometry = list(contraction.encode())
     recorded = torch.is_grad_enabled()
     return torch.ops.fourbit.contract(x, w, x_alpha, w_alpha, state.handle, geometry, dtype, recorded)[0]

@@ -29,7 +29,7 @@ from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.quantizers import Packed, Quantized, QuantSpec, amax_of, split_outliers
+from fourbit.quantizers import Packed, Quantized, QuantSpec, StepSize, amax_of, split_outliers, unpack_mask
 
 Both = tuple[Quantized | None, Quantized | None]
 """A gradient for dgrad and for wgrad; None where it is in full precision, or not needed."""
@@ -83,12 +83,12 @@ def fprop(
     if isinstance(w, Tensor):
         state.begin()
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
-    outliers = None
+    outliers = x_slope = None
     if over is None:
         x = inside = contraction.prepare(x.detach(), "x")
         if spec.x_fprop is not None and spec.x_fprop.outliers is not None:
             inside, outliers = _without_outliers(x, spec.x_fprop.outliers, contraction, state)
-        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", inside, contraction, state)[:3]
+        x_fprop, x_saved, x_mask, x_slope = _forward_operand("x_fprop", inside, contraction, state)
     else:
         quantized = over.take()
         x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
@@ -110,7 +110,8 @@ def fprop(
         state.counter.piece += 1  # the next product with this weight draws other words
     x_layout = over.layout if over is not None else Layout.of(x)
     codes = x_codes if learned[0] or over is not None else None, weight.codes if learned[1] else None
-    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout, weight.slope)
+    slopes = weight.slope, x_slope
+    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout, *slopes)
 
 
 def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> Weight:
@@ -163,6 +164,8 @@ def _forward_operand(
         quantized = quantize_operand(state, slot, t, spec, save=True, toward=toward)
         if spec.estimator is not None and state.with_gradients:
             slope = spec.estimator.slope(t * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
+        if isinstance(spec.scaling, StepSize) and state.with_gradients:
+            slope = spec.scaling.slope(t, quantized.tensor.scale, quantized.tensor.format)
         return *_kept(quantized, spec), quantized.mask, slope
     m, orientation = oriented(slot, t, contraction, state.spec)
     toward = None if toward is None else oriented(slot, toward, contraction, state.spec)[0]
@@ -170,6 +173,9 @@ def _forward_operand(
     if spec.estimator is not None and state.with_gradients:
         slope = spec.estimator.slope(m * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         slope = contraction.prepare(orientation.back(slope), slot[0])
+    if isinstance(spec.scaling, StepSize) and state.with_gradients:
+        turned_m = m if spec.transform is None else spec.transform.apply(m, rotation_key(state, "fprop"))
+        slope = spec.scaling.slope(turned_m, quantized.tensor.scale, quantized.tensor.format)
     _, saved = _kept(quantized, spec, orientation)
     return saved._replace(q=quantized.tensor.q).natural(contraction, slot[0]), saved, quantized.mask, slope
 
@@ -285,7 +291,10 @@ def dgrad(
     if turned(spec, "dgrad", mask):
         dx, _ = product(gemm, spec.output, compute, late)
         key = rotation_key(state, "fprop")
-        return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype)
+        return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype, saved.x_slope)
+    if saved.x_slope is not None:
+        dx = product(gemm, spec.output, compute, late)[0]
+        return _with_step(dx, saved.x_slope, mask, saved.x_layout, dtype)
     dx, dx_alpha = product(gemm, spec.output, dtype, late, mask, codes)
     if over is not None:  # the clip value is an input of the node before
         over.back.clipped.leave(clip_gradient(dx_alpha))
@@ -312,11 +321,24 @@ def wgrad(
     if turned(spec, "wgrad", saved.w_mask):
         dw, _ = product(gemm, spec.output, compute, late)
         mask, codes, key = saved.w_mask, _codes(saved.w_codes), rotation_key(state, "fprop")
-        return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype)
+        return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype, saved.w_slope)
     if saved.w_slope is not None:
         dw = product(gemm, spec.output, compute, late)[0]
+        if saved.w_mask is not None:
+            return _with_step(dw, saved.w_slope, saved.w_mask, saved.w_layout, dtype)
         return saved.w_layout.match((dw * saved.w_slope).to(dtype)), None
     return product(gemm, spec.output, dtype, late, saved.w_mask, _codes(saved.w_codes))
+
+
+def _with_step(
+    result: Tensor, slope: Tensor, mask: Tensor | None, layout: Layout, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx or dw, masked, and the gradient of the step size."""
+    result = layout.match(result)
+    total = (result * slope).sum(dtype=torch.float32)
+    if mask is not None:
+        result = result.masked_fill(unpack_mask(mask, result).logical_not_(), 0.0)
+    return result.to(dtype), total
 
 
 def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> None:

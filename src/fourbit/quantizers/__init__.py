@@ -65,6 +65,8 @@ from fourbit.quantizers._statistics import Moments as Moments
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense
 from fourbit.quantizers._statistics import memory_flat as memory_flat
+from fourbit.quantizers._step_size import StepSize as StepSize
+from fourbit.quantizers._step_size import StepState as StepState
 from fourbit.quantizers._tiles import Block as Block
 from fourbit.quantizers._tiles import BlockScales as BlockScales
 from fourbit.quantizers._tiles import Granularity as Granularity

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fourbit import formats as f
 from fourbit.ops import REUSE, LayerSpec
-from fourbit.quantizers import DGE, Amax, Block, BlockScale, QuantSpec
+from fourbit.quantizers import DGE, Amax, Block, BlockScale, QuantSpec, StepSize
 from fourbit.recipes._rule import Recipe, Rule, depthwise, first, last
 from fourbit.recipes.catalog._base import CATALOG
 from fourbit.recipes.catalog.blocks import MX_PAPER, MXFP4, NVFP4, everywhere
@@ -90,5 +90,13 @@ FP4_DGE_OCC = _recipe(
     "lies beyond a token's quantile 0.99 in high precision (OCC); backward in the model's precision, not FP8",
     LayerSpec(replace(FP4_ROWWISE, outliers=0.99), replace(FP4_ROWWISE, estimator=DGE()), None, None, None, None),
     FP4_PAPER,
+    n=0,
+)
+LSQ = QuantSpec(f.INT4_SYM, StepSize())
+INT4_QAT = _recipe(
+    "int4-qat",
+    "INT4 weights and activations with learned step sizes (LSQ); backward in full precision, with the forward's operands",
+    LayerSpec(LSQ, LSQ),
+    "Esser et al., Learned Step Size Quantization, ICLR 2020",
     n=0,
 )
