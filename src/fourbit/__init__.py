@@ -76,7 +76,7 @@ _HOME = {
     ),
     **dict.fromkeys(("Rounding", "Sawb", "quantize", "round_to_format"), "quantizers"),
     **dict.fromkeys(("Block", "BlockScale", "Hadamard", "Tile"), "quantizers"),
-    **dict.fromkeys(("Phase", "Scheduler", "last_share", "scheduler"), "recipes"),
+    **dict.fromkeys(("GradientNoise", "Phase", "Rate", "Scheduler", "last_share", "scheduler"), "recipes"),
     **dict.fromkeys(("LossScaler", "Recipe", "Rule", "convert", "depthwise", "explain", "first"), "recipes"),
     **dict.fromkeys(
         ("kernel_size", "last", "loss_scaler", "memory_report", "name", "param_groups", "restore"), "recipes"

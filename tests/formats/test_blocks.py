@@ -21,7 +21,7 @@ import pytest
 
 from fourbit import formats
 from fourbit.errors import UserError
-from fourbit.formats import BLOCKS, MXFP4, MXFP4_CEIL, NVFP4, NVFP4_4OVER6, NVFP4_ONE_LEVEL, BlockFormat
+from fourbit.formats import BLOCKS, HIF4, MXFP4, MXFP4_CEIL, NVFP4, NVFP4_4OVER6, NVFP4_ONE_LEVEL, BlockFormat
 from fourbit.formats._blocks import ORDERS, float32
 
 F = np.float32
@@ -51,8 +51,9 @@ def test_float32_rounds_as_numpy_does(value):
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_numbers_of_the_grid_come_back_and_codes_fit(name):
     f = BLOCKS[name]
-    for start in range(0, len(f.element.grid), f.block - 1):
-        row = [f.element.max, *f.element.grid[start : start + f.block - 1]]
+    lead = [max(f.targets), *[0.0] * (max(f.micro, default=1) - 1)]
+    for start in range(0, len(f.element.grid), f.block - len(lead)):
+        row = [*lead, *f.element.grid[start : start + f.block - len(lead)]]
         amax = f.tensor_bound * max(f.targets) or None
         blocks = f.quantize(row, amax)
         assert f.dequantize(blocks) == row
@@ -70,15 +71,16 @@ def test_scale_rules_are_as_the_papers_write_them():
 
 
 def test_bits_per_element_count_the_scales():
-    assert (MXFP4.bits, NVFP4.bits, BLOCKS["mxfp8_e4m3"].bits) == (4.25, 4.5, 8.25)
+    assert (MXFP4.bits, NVFP4.bits, BLOCKS["mxfp8_e4m3"].bits, HIF4.bits) == (4.25, 4.5, 8.25, 4.5)
 
 
 def test_zeros_ragged_ends_and_nonfinite_numbers():
     for f in BLOCKS.values():
         assert f.round([[0.0] * 5, [-0.0] * 5]) == [[0.0] * 5] * 2
-        assert f.quantize([]) == ((), (), 1.0)
-        row = [1.0] * f.block + [3.0, -1.5]
-        assert len(f.quantize(row).scales) == 2 and f.round([row])[0][-2:] == [3.0, -1.5]
+        assert f.quantize([]) == ((), (), 1.0, ((),) * len(f.micro))
+        last = [7.0, -5.0] if f.micro else [3.0, -1.5]
+        row = [1.0] * f.block + last
+        assert len(f.quantize(row).scales) == 2 and f.round([row])[0][-2:] == last
         for bad in (math.nan, math.inf, -math.inf):
             y = f.round([[*row, *[1.0] * f.block], [1.0] * f.block])
             assert not any(map(math.isnan, y[0]))
@@ -94,6 +96,45 @@ def test_four_over_six_takes_the_smaller_error_and_six_on_equal_ones():
     assert NVFP4_4OVER6.choose([6.0, 4.5, 4.5], 1536.0) == four
     assert NVFP4_4OVER6.choose([6.0, 2.0, 2.0], 1536.0).codes == (7, 4, 4)
     assert NVFP4_4OVER6.choose([6.0, 3.0], 1536.0).codes == (7, 5)  # both are exact
+
+
+def test_hifloat4_doubles_the_parts_whose_numbers_are_large():
+    """Worked by hand: 7/7 makes a scale of 1; in it up to 1.75 without a factor, 3.5 with one, 7 with both."""
+    row = [7.0, 1.0, 0.0, 0.0, 1.7, -0.3, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 1.875, 0.0, 0.0, 0.0, 4.2, 0.0, 0.0, 0.0, 2.0]
+    found = HIF4.quantize(row)
+    assert (HIF4.scale.values[found.scales[0]], found.micro) == (1.0, ((1, 0, 1), (1, 0, 1, 0, 1, 0)))
+    y = HIF4.dequantize(found)
+    assert (y[0], y[1]) == (7.0, 1.0)  # the first four in steps of 1
+    assert (y[4], y[5]) == (1.5, -0.5)  # 1.7 / 2 = 0.85 and -0.15, in steps of 1/4: the part of eight has its factor
+    assert (y[8], y[12], y[16], y[20]) == (3.0, 1.75, 4.0, 2.0)  # 1.875 saturates below the 2 that sets a factor
+    tie = HIF4.dequantize(HIF4.quantize([7.0, *[0.0] * 7, 0.125, -0.375]))
+    assert tie[8:] == [0.25, -0.5]  # ties away from zero
+    assert HIF4.quantize([6.9e-20]).scales == (0,) and HIF4.round([[1e9]])[0] == [344064.0]
+
+
+def hifloat4_by_numpy(x: np.ndarray) -> np.ndarray:
+    """The authors' operations in numpy's float32 and ml_dtypes' bfloat16."""
+
+    def bf16(t):
+        return t.astype(ml_dtypes.bfloat16).astype(F)
+
+    u = np.abs(x.reshape(len(x), -1, 8, 2, 4))
+    a = u.max(axis=(2, 3, 4), keepdims=True)
+    s = bf16(a * bf16(F(1) / np.full_like(a, 7)))
+    quantum = np.exp2(np.floor(np.log2(s)) - 2)
+    s = np.clip(np.round(s / quantum) * quantum, F(2.0**-48), F(1.5 * 2**15))
+    r = bf16(F(1) / s)
+    eight = np.where(u.max(axis=(3, 4), keepdims=True) * r >= 4, F(2), F(1))
+    four = np.where(u.max(axis=4, keepdims=True) * r / eight >= 2, F(2), F(1))
+    q = np.minimum(np.floor(u * r / eight / four * 4 + F(0.5)) / 4, F(1.75))
+    return (np.sign(x) * (q * eight * four * s).reshape(x.shape)).astype(F)
+
+
+def test_hifloat4_is_what_numpy_and_ml_dtypes_give():
+    for seed in range(4):
+        x = numbers(12, 192, seed)
+        x[1, :64] = 1e-3
+        same(HIF4, x, hifloat4_by_numpy(x))
 
 
 def by_numpy(x: np.ndarray, order: str, bound: float | None) -> np.ndarray:

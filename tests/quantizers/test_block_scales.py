@@ -27,7 +27,8 @@ from fourbit.quantizers import (
 def spec_of(name: str) -> QuantSpec:
     block = BLOCKS[name]
     targets = block.targets if len(block.targets) > 1 else None
-    scaling = BlockScale(block.scale, block.rule, tensor_bound=block.tensor_bound or None, targets=targets)
+    bound = block.tensor_bound or None
+    scaling = BlockScale(block.scale, block.rule, tensor_bound=bound, targets=targets, micro=block.micro)
     return QuantSpec(block.element, scaling, Block(block.block))
 
 
@@ -39,7 +40,10 @@ def defined(name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         q = block.quantize(row, amax)
         tensor_scale = q.tensor_scale
         numbers.append(
-            [block.element.values[c] * block.scale.values[q.scales[i // block.block]] for i, c in enumerate(q.codes)]
+            [
+                block.element.values[c] * block.scale_at(i, q.scales[i // block.block], q.micro)
+                for i, c in enumerate(q.codes)
+            ]
         )
     return torch.tensor(numbers, dtype=torch.float64), tensor_scale
 
@@ -70,7 +74,7 @@ def test_every_block_format_is_that_of_its_definition_in_python(name, seed):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8_e4m3"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8_e4m3", "hif4"])
 def test_nan_and_infinity_make_their_block_or_tensor_nan_as_the_definition_says(name, bad):
     x = rows(0)
     x[7, 50] = bad
@@ -207,6 +211,9 @@ def test_signs_are_fresh_for_each_key_and_fixed_for_each_seed():
         (lambda: BlockScale("fp8_e4m3fn"), "the floor rule is for scales that are powers of two"),
         (lambda: BlockScale(rounding="up"), "a scale is rounded by"),
         (lambda: BlockScale(prescale=0.0), "prescale must be a positive number"),
+        (lambda: BlockScale("ue6m2", "nearest", tensor_bound=8, micro=(8, 4)), "micro-exponents go with"),
+        (lambda: BlockScale("ue6m2", "nearest", micro=(8, 3)), "each of the parts with micro-exponents divides"),
+        (lambda: QuantSpec("s1p2", BlockScale("ue6m2", "nearest", micro=(8, 4)), Block(20)), "need blocks of whole parts"),
         (lambda: Hadamard(12), "a power of two from 2 to 1024"),
         (lambda: Hadamard(4, (1, 0, 1, 1)), "4 numbers, each 1 or -1"),
         (lambda: Hadamard(4, "random"), "signs must be"),

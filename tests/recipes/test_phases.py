@@ -103,7 +103,16 @@ def test_clip_values_and_exponents_stay_through_a_phase_without_them():
 def test_the_published_recipes_with_phases_say_so():
     with_phases = {name: [str(p) for p in fb.recipes.get(name).phases] for name in fb.recipes.names()}
     assert with_phases["nvfp4-bf16-end"] == ["from 82 % of the steps on: fprop in full precision"]
-    assert {name for name, phases in with_phases.items() if phases} == {"luq-fnt", "nvfp4-bf16-end", "nvfp4-fqt-qaf"}
+    assert {name for name, phases in with_phases.items() if phases} == {
+        "luq-fnt",
+        "nvfp4-bf16-end",
+        "nvfp4-fqt-qaf",
+        "nvfp4-fqt-trigger",
+    }
+    high = "dgrad, wgrad in full precision; learning rate up over 40 steps, then down (cosine)"
+    assert with_phases["nvfp4-fqt-qaf"] == [f"from 90 % of the steps on: {high}"]
+    noise = "once the gradient is below 1.73 times the noise of its rounding (measured every 100 steps)"
+    assert with_phases["nvfp4-fqt-trigger"] == [f"{noise}: {high}"]
 
 
 def test_explain_says_when_precision_changes():
@@ -127,3 +136,81 @@ def test_phases_that_cannot_be_are_refused_in_a_sentence():
     with pytest.raises(UserError, match="starts at 50 never does in a training of 20 steps"):
         fb.scheduler(fb.convert(network(), phases), phases, 20)
     assert fb.scheduler(fb.convert(network(), "ibm2020"), "ibm2020", 20) is None
+
+
+def test_gradient_noise_is_the_norm_of_what_rounding_adds():
+    event = fb.GradientNoise()
+    g = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]  # norm 5
+    for noise, happened in ((2.88, False), (2.89, True)):  # 5 / sqrt(3) = 2.8868
+        q = [g[0], g[1] + noise]
+        assert event.happened(g, q) is happened
+    assert fb.GradientNoise(ratio=0.1).happened(g, [g[0], g[1] + 2.9]) is False
+
+
+def train(steps, resume_at=None, every=4, ratio=1e6):
+    """Losses, the phase of each step and its share of the learning rate; with a checkpoint that is loaded on the way."""
+    event = recipe(fb.Phase(fb.GradientNoise(every, ratio), ("dgrad", "wgrad"), fb.Rate(2)))
+    drawn = fb.Recipe("mine", (fb.Rule(fb.recipes.get("nvfp4-fqt").rules[-1].spec),), phases=event.phases)
+
+    def new():
+        model = fb.convert(nn.Sequential(*network(), nn.Dropout(0.1), nn.BatchNorm1d(8)), drawn)
+        return model, fb.scheduler(model, drawn, steps)
+
+    model, scheduler = new()
+    found = []
+    for step in range(steps):
+        if step == resume_at:
+            states = model.state_dict(), scheduler.state_dict()
+            model, scheduler = new()
+            model.load_state_dict(states[0])
+            scheduler.load_state_dict(states[1])
+        torch.manual_seed(step)
+        x, y = torch.randn(16, 32), torch.randint(0, 8, (16,))
+        torch.manual_seed(100 + step)
+        phase = scheduler.at(step, lambda m=model, x=x, y=y: F.cross_entropy(m(x), y).backward())
+        assert all(p.grad is None for p in model.parameters())
+        share = scheduler.rate(step)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= (1.0 if share is None else share) * 0.1 * p.grad
+                p.grad = None
+        found.append((loss.item(), phase is not None, share))
+    return found
+
+
+def test_an_event_begins_its_phase_and_the_decision_survives_a_resume():
+    whole = train(12)
+    assert [begun for _, begun, _ in whole] == [False] * 4 + [True] * 8  # measured at step 4 for the first time
+    shares = [share for *_, share in whole]
+    assert shares[:6] == [None] * 4 + [0.5, 1.0] and shares[6] == 1.0 and shares[7] < 1.0
+    for resume_at in (3, 4, 5, 9):
+        assert train(12, resume_at) == whole
+
+
+def test_measuring_changes_nothing_where_the_event_does_not_happen():
+    assert train(12, every=4, ratio=1e-9) == train(12, every=100, ratio=1e-9)
+
+
+def test_an_event_without_a_backward_pass_is_refused():
+    event = recipe(fb.Phase(fb.GradientNoise(2), ("dgrad",)))
+    scheduler = fb.scheduler(fb.convert(network(), event), event, 10)
+    assert scheduler.at(0) is None and scheduler.at(1) is None
+    with pytest.raises(UserError, match=r"call scheduler\.at\(step, backward\)"):
+        scheduler.at(2)
+    with pytest.raises(UserError, match="no phase can come after one that an event begins"):
+        recipe(fb.Phase(fb.GradientNoise(2), ("dgrad",)), fb.Phase(0.5, ("dgrad",)))
+    for make in (lambda: fb.GradientNoise(0), lambda: fb.GradientNoise(ratio=0.0)):
+        with pytest.raises(UserError, match="measured every 1 or more steps"):
+            make()
+    for make in (lambda: fb.Rate(-1), lambda: fb.Rate(1.5), lambda: fb.Rate(2, "step")):
+        with pytest.raises(UserError):
+            make()
+
+
+def test_learning_rates_of_phases_are_written_out():
+    qaf, fnt = fb.Rate(40), fb.Rate(0.5, "linear")
+    assert qaf.at(0, 140) == 1 / 40 and qaf.at(39, 140) == 1.0 and qaf.at(90, 140) == pytest.approx(0.5)
+    assert [fnt.at(i, 10) for i in (0, 4, 5, 9)] == [0.2, 1.0, 1.0, pytest.approx(0.2)]
+    assert qaf.at(9, 10) == 1.0  # a phase shorter than its warm-up

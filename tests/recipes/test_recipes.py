@@ -18,9 +18,13 @@ from fourbit.errors import UserError
 from fourbit.quantizers import Amax, QuantSpec
 from fourbit.recipes.catalog import variants
 
-# On a network without attention "ibm2020-attention" is "ibm2020", tests/nn/test_attention.py has it; with phases a recipe is
-# another one before they begin, test_phases.py has them.
-RECIPES = [n for n in fb.recipes.names() if n != "ibm2020-attention" and not fb.recipes.get(n).phases]
+# On a network without attention "ibm2020-attention" is "ibm2020", tests/nn/test_attention.py has it; with phases or upkeep a
+# recipe is another one before they begin, test_phases.py and test_upkeep.py have them.
+RECIPES = [
+    name
+    for name, recipe in fb.recipes.CATALOG.items()
+    if name != "ibm2020-attention" and not (recipe.phases or recipe.upkeep)
+]
 GOLDEN = Path(__file__).parent / "golden.json"
 VARIANTS = set(variants.NAMES[2:])
 """They differ from others in one thing each, and what a recipe is made of is tested with those."""

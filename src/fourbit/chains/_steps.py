@@ -56,6 +56,7 @@ def can_defer(x: Tensor, state: LayerState) -> bool:
     return (
         state.fuse
         and state.training
+        and (state.spec.x_fprop is None or state.spec.x_fprop.outliers is None)
         and (isinstance(x, Pending) or _is_image(x))
         and not torch.is_autocast_enabled("cpu")
         and torch._C._is_torch_function_enabled()

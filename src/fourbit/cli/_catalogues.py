@@ -103,8 +103,8 @@ def recipes(name: str | None = None) -> None:
             value = getattr(rule.spec, slot)
             say(f"   {slot:8} {'full precision' if value is None else value}")
         say(f"   output   {rule.spec.output or 'float32'}")
-    for phase in recipe.phases:
-        say(f"\n{phase}")
+    for each in (*recipe.phases, *recipe.upkeep):
+        say(f"\n{each}")
     return None
 
 

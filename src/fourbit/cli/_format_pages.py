@@ -43,9 +43,15 @@ def show_block_format(format: BlockFormat) -> None:
         f"block:            {format.block} neighbours along the axis that a product sums over\n"
         f"block scales:     {format.scale.name}: {format.scale.summary}\n"
         f"tensor scale:     {scaled}\n"
+        f"micro-exponents:  {_parts(format)}\n"
         f"bits per element: {format.bits:g}\n"
         f"Hold a quantizer against it: fourbit conform mymodule:quantize --format {format.name}"
     )
+
+
+def _parts(format: BlockFormat) -> str:
+    """Who shares the factors of 1 or 2 below a block's scale."""
+    return ", ".join(f"a factor of 1 or 2 for each {size}" for size in format.micro) or "none"
 
 
 def show_format(format: Format, png: Path | None) -> None:
@@ -57,7 +63,8 @@ def show_format(format: Format, png: Path | None) -> None:
         _show_binades(format)
     else:
         _show_codes(format)
-    ties = "goes away from zero" if format.multiplier is not None else "goes to the number with the even code"
+    away = format.multiplier is not None or format.ties == "away"
+    ties = "goes away from zero" if away else "goes to the number with the even code"
     say(f"A value exactly on a decision point {ties}.")
 
 

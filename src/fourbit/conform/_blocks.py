@@ -28,7 +28,7 @@ PUBLISHED = {
 
 def variants(format: BlockFormat) -> list[BlockFormat]:
     """The format with all published orders of its arithmetic, its own first."""
-    if format.rule != "nearest":
+    if format.rule != "nearest" or format.micro:
         return [format]
     orders = [format.order, *(order for order in ORDERS if order != format.order)]
     errors = ("squared", "absolute") if len(format.targets) > 1 else (format.error,)
@@ -37,7 +37,7 @@ def variants(format: BlockFormat) -> list[BlockFormat]:
 
 def describe(format: BlockFormat) -> str:
     """What tells a variant from the others, in words; nothing where there is one."""
-    if format.rule != "nearest":
+    if format.rule != "nearest" or format.micro:
         return ""
     error = f", {format.error} error" if len(format.targets) > 1 else ""
     return PUBLISHED[format.order] + error
@@ -46,6 +46,11 @@ def describe(format: BlockFormat) -> str:
 def unit(format: BlockFormat) -> float:
     """The largest magnitude of a tensor whose own scale is 1: R, or nothing where there is no tensor scale."""
     return format.tensor_bound * max(format.targets)
+
+
+def lead(format: BlockFormat) -> list[float]:
+    """How a block of scale 1 begins: its largest number, and zeros for all that shares micro-exponents with it."""
+    return [max(format.targets), *[0.0] * (max(format.micro, default=1) - 1)]
 
 
 def pack(format: BlockFormat, blocks: Iterable[Sequence[float]], amax: float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fourbit._registry import Registry
-from fourbit.conform._blocks import PER_ROW, Comparison, compare, differs, example, pack, unit, variants
+from fourbit.conform._blocks import PER_ROW, Comparison, compare, differs, example, lead, pack, unit, variants
 from fourbit.conform._report import Result
 from fourbit.conform._subject import Refused, Subject
 from fourbit.formats import BlockFormat, FloatFormat
@@ -46,9 +46,9 @@ class Case:
 
     def on_grid(self, num: int) -> Tensor:
         """`num` blocks of numbers of the grid, which no rounding changes, stochastic or not."""
-        grid = self.format.element.grid
-        pick = torch.randint(len(grid), (num, self.format.block - 1), generator=self.generator)
-        return pack(self.format, [[grid[-1], *row] for row in torch.tensor(grid)[pick].tolist()])
+        grid, first = self.format.element.grid, lead(self.format)
+        pick = torch.randint(len(grid), (num, self.format.block - len(first)), generator=self.generator)
+        return pack(self.format, [[*first, *row] for row in torch.tensor(grid)[pick].tolist()])
 
     def compare(self, x: Tensor) -> Comparison:
         """The quantizer's numbers for `x` against the definition's."""
@@ -113,9 +113,10 @@ def grid(case: Case) -> Result:
         scales = [2.0**k for k in (-40, -13, -2, -1, 0, 1, 2, 9, 40)]
     else:
         scales = [s for s in scale.grid if case.least_normal <= s <= (case.format.tensor_bound or scale.max)]
-    step = case.format.block - 1
+    first = lead(case.format)
+    step = case.format.block - len(first)
     values = [element.grid[i : i + step] for i in range(0, len(element.grid), step)]
-    x = pack(case.format, [[element.max * s, *(v * s for v in part)] for s in scales for part in values])
+    x = pack(case.format, [[v * s for v in (*first, *part)] for s in scales for part in values])
     y = case.subject(x)
     wrong = differs(y, x)
     return _judge("grid", Comparison(wrong.numel(), int(wrong.sum()), example(x, y, x, wrong)))
@@ -124,13 +125,14 @@ def grid(case: Case) -> Result:
 @CHECKS.register("ties")
 def ties(case: Case) -> Result:
     """Decision points, and the float32 numbers next to them."""
-    element, step = case.format.element, case.format.block - 1
+    first = lead(case.format)
+    element, step = case.format.element, case.format.block - len(first)
     points = torch.tensor(element.decision_points, dtype=torch.float32)
     near = torch.stack([points, *(torch.nextafter(points, torch.tensor(end)) for end in (math.inf, -math.inf))])
     found = []
     for numbers in near:
         parts = [numbers[i : i + step].tolist() for i in range(0, len(numbers), step)]
-        found.append(case.compare(pack(case.format, [[element.max, *part] for part in parts])))
+        found.append(case.compare(pack(case.format, [[*first, *part] for part in parts])))
     also = f"{found[0].wrong} of {len(points)} exact ties wrong" if found[0].wrong else ""
     return _judge("ties", found[0] + found[1] + found[2], also)
 

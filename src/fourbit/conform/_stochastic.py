@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fourbit._registry import Registry
-from fourbit.conform._blocks import PER_ROW, Comparison, differs, pack
+from fourbit.conform._blocks import PER_ROW, Comparison, differs, lead, pack
 from fourbit.conform._nearest import Case, _judge
 from fourbit.conform._report import Result
 from fourbit.formats import BlockFormat
@@ -58,8 +58,9 @@ class Coins:
 
     def tensor(self, value: float, num: int) -> tuple[Tensor, Tensor]:
         """A tensor with about `num` numbers `value` in blocks with scale 1, and where these are."""
-        block = [self.format.element.max, *[value] * (self.format.block - 1)]
-        rows = max(8, round(num / (PER_ROW * (self.format.block - 1))))
+        first = lead(self.format)
+        block = [*first, *[value] * (self.format.block - len(first))]
+        rows = max(8, round(num / (PER_ROW * (self.format.block - len(first)))))
         if not self.format.tensor_bound:
             x = torch.tensor(block * PER_ROW).repeat(rows, 1)
         else:  # one row with the anchor, which is left out
@@ -96,8 +97,10 @@ def neighbours(coins: Coins) -> Result:
     for i, row in enumerate(x.tolist()):
         ends = []
         for block in f.split(row):
-            s = f.scale.values[f.choose(block, amax).scale] * f.tensor_scales(amax)[1]
-            ends += [[v * s for v in f.element.neighbors(value / s if s else 0.0)] for value in block]
+            found = f.choose(block, amax)
+            for at, value in enumerate(block):
+                s = f.scale_at(at, found.scale, found.micro) * f.tensor_scales(amax)[1]
+                ends.append([v * s for v in f.element.neighbors(value / s if s else 0.0)])
         low[i], high[i] = torch.tensor(ends).T
     wrong = differs(y, low) & differs(y, high)
     where = wrong.nonzero()

@@ -38,6 +38,7 @@ from fourbit.formats.catalog import FP8_E3M4 as FP8_E3M4
 from fourbit.formats.catalog import FP8_E4M3FN as FP8_E4M3FN
 from fourbit.formats.catalog import FP8_E5M2 as FP8_E5M2
 from fourbit.formats.catalog import FP16_169 as FP16_169
+from fourbit.formats.catalog import HIF4 as HIF4
 from fourbit.formats.catalog import INT2 as INT2
 from fourbit.formats.catalog import INT2_MIDRISE as INT2_MIDRISE
 from fourbit.formats.catalog import INT2_SYM as INT2_SYM
@@ -59,6 +60,7 @@ from fourbit.formats.catalog import MXINT4 as MXINT4
 from fourbit.formats.catalog import NVFP4 as NVFP4
 from fourbit.formats.catalog import NVFP4_4OVER6 as NVFP4_4OVER6
 from fourbit.formats.catalog import NVFP4_ONE_LEVEL as NVFP4_ONE_LEVEL
+from fourbit.formats.catalog import S1P2 as S1P2
 from fourbit.formats.catalog import UE5M3 as UE5M3
 from fourbit.formats.catalog import UE6M2 as UE6M2
 from fourbit.formats.catalog import UINT4 as UINT4

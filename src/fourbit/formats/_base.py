@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -34,6 +34,7 @@ class Format(ABC):
         summary: definition in one line.
         source: where the definition comes from.
         multiplier: m of the multiply-and-truncate rule: magnitude v is chosen from v/m on. None: arithmetic midpoints.
+        ties: where a number on a midpoint goes: to the "even" code, or "away" from zero.
         overflow: what nearest rounding does beyond the range.
     """
 
@@ -41,6 +42,7 @@ class Format(ABC):
     summary: str = ""
     source: str = ""
     multiplier: Fraction | None = field(default=None, kw_only=True)
+    ties: Literal["even", "away"] = field(default="even", kw_only=True)
     overflow: Literal["saturate", "infinity"] = field(default="saturate", kw_only=True)
 
     @property
@@ -116,9 +118,9 @@ class Format(ABC):
     def ties_up(self) -> tuple[bool, ...]:
         """For each decision point, whether a number exactly on it goes to the upper neighbour.
 
-        To the even code; with a `multiplier`, away from zero (x * m = v truncates to v).
+        As `ties` says; with a `multiplier`, away from zero (x * m = v truncates to v).
         """
-        if self.multiplier is not None:
+        if self.multiplier is not None or self.ties == "away":
             return tuple(point > 0 for point in self.decision_points)
         return tuple(self._code_by_value[high] % 2 == 0 for high in self.grid[1:])
 
@@ -158,6 +160,39 @@ class Format(ABC):
             return math.nan
         low, high = self.neighbors(x)
         return low if x >= 0 else high
+
+    def round_toward(self, x: float, average: float) -> float:
+        """Of the neighbours l <= |x| < h among the magnitudes of the grid, h where the average, seen along x, has come to their
+        middle: sign(x) average >= (l + h) / 2; else l. For grids that are symmetric.
+
+        Source: Q-EMA, Chen et al., TetraJet, arXiv 2502.20853, and their code.
+
+        >>> from fourbit.formats import FP4_E2M1
+        >>> [FP4_E2M1.round_toward(2.6, average) for average in (2.4, 2.5, -7.0)]
+        [2.0, 3.0, 2.0]
+        """
+        if x == 0 or math.isnan(x):
+            return x + 0.0
+        magnitudes = [v for v in self.grid if v >= 0]
+        i = bisect_right(magnitudes, abs(x)) - 1
+        low, high = magnitudes[i], magnitudes[min(i + 1, len(magnitudes) - 1)]
+        sign = math.copysign(1.0, x)
+        return sign * (high if sign * average >= (low + high) / 2 else low) + 0.0
+
+    def slope(self, x: float, k: float = 5.0, most: float = 3.0) -> float:
+        """The derivative of the power curve that DGE takes rounding for: 1/k |2 (x - l) / (h - l) - 1|^(1/k - 1), at most
+        `most`, for l <= x < h neighbours of the grid.
+
+        Source: Wang et al., Optimizing Large Language Model Training Using FP4 Quantization, arXiv 2501.17116.
+
+        >>> from fourbit.formats import FP4_E2M1
+        >>> FP4_E2M1.slope(0.0), FP4_E2M1.slope(2.5), round(FP4_E2M1.slope(-4.5), 4)
+        (0.2, 3.0, 0.3482)
+        """
+        x = min(max(x, self.min), self.max)
+        i = min(bisect_right(self.grid, x), len(self.grid) - 1) - 1
+        u = abs(2 * (x - self.grid[i]) / (self.grid[i + 1] - self.grid[i]) - 1)
+        return min(u ** (1 / k - 1) / k, most) if u else most
 
     def encode(self, x: float) -> int:
         """The code of `round(x)`; NaN and infinity need a code of their own.

@@ -12,6 +12,12 @@ maximum a, tensor maximum A, R = largest block scale * largest element (NVFP4: 4
     "decode"           A / R            (a / t) / d            (1 / d) / s                torchao
 
 Without a tensor scale e = d = 1. Scales that are powers of two are exact in any order.
+
+HiFloat4 has two more levels: parts of a block whose numbers are large have a bit that doubles them (`micro`),
+
+    x ~ q * 2^(m1 + m2) * s         s = round(bf16(a * bf16(1 / t))),   x is multiplied by bf16(1 / s) / 2^(m1 + m2)
+
+with bf16 the rounding to bfloat16, as its authors' code has it.
 """
 
 from __future__ import annotations
@@ -44,12 +50,27 @@ def float32(x: float) -> float:
         return math.copysign(math.inf, x)
 
 
+def bfloat16(x: float) -> float:
+    """A float32 number rounded to bfloat16, ties to even.
+
+    >>> bfloat16(float32(1 / 7))
+    0.142578125
+    """
+    if not math.isfinite(x):
+        return x
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0]
+
+
 class Blocks(NamedTuple):
-    """A quantized row: a code per element, a code per block, and the tensor's scale (1 where the format has none)."""
+    """A quantized row: a code per element, a code per block, the tensor's scale (1 where the format has none), and per level
+    of micro-exponents a bit per part."""
 
     codes: tuple[int, ...]
     scales: tuple[int, ...]
     tensor_scale: float
+    micro: tuple[tuple[int, ...], ...] = ()
 
 
 class Choice(NamedTuple):
@@ -58,6 +79,7 @@ class Choice(NamedTuple):
     scale: int
     codes: tuple[int, ...]
     error: float
+    micro: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,8 @@ class BlockFormat:
         error: what selects among targets: sum of "squared" or "absolute" differences, float32, element by element.
         order: order of the float32 operations, see the module.
         least_scale: smaller block scales become this (torchao's NVFP4: 2^-6, the smallest normal number of E4M3).
+        micro: sizes of the parts of a block that have a bit each, a factor of 2, larger parts first (HiFloat4: 8, 4). A part's
+            bit is set if its largest magnitude, scaled, reaches the power of two that the levels below it cannot.
 
     Raises:
         UserError: the fields do not make a format.
@@ -94,21 +118,29 @@ class BlockFormat:
     error: Literal["squared", "absolute"] = "squared"
     order: Order = "encode_folded"
     least_scale: float = 0.0
+    micro: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise UserError(f"block format {self.name}: a block has {self.block} elements, but must have at least 1")
         if self.rule != "nearest" and (self.tensor_bound or len(self.targets) > 1):
             raise UserError(f"block format {self.name}: a tensor scale and a choice of targets need rule='nearest'")
-        object.__setattr__(self, "targets", tuple(self.targets) or (self.element.max,))
+        object.__setattr__(self, "micro", tuple(self.micro))
+        nested = zip((self.block, *self.micro), self.micro, strict=False)
+        if self.micro and (self.rule != "nearest" or self.tensor_bound or any(size % part for size, part in nested)):
+            raise UserError(
+                f"block format {self.name}: micro-exponents need rule='nearest', no tensor scale, and parts that divide the "
+                "block and each other"
+            )
+        object.__setattr__(self, "targets", tuple(self.targets) or (self.element.max * 2.0 ** len(self.micro),))
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def bits(self) -> float:
-        """Bits per element, with its share of the block's scale."""
-        return self.element.bits + self.scale.bits / self.block
+        """Bits per element, with its share of the block's scale and micro-exponents."""
+        return self.element.bits + self.scale.bits / self.block + sum(1 / size for size in self.micro)
 
     def tensor_scales(self, amax: float) -> tuple[float, float]:
         """(e, d): what the block scales of a tensor with largest magnitude `amax` are encoded and decoded with, float32.
@@ -139,23 +171,34 @@ class BlockFormat:
 
         >>> from fourbit.formats import MXFP4
         >>> MXFP4.quantize([7.0, 2.6, -0.2])
-        Blocks(codes=(7, 5, 0), scales=(127,), tensor_scale=1.0)
+        Blocks(codes=(7, 5, 0), scales=(127,), tensor_scale=1.0, micro=())
         """
         x = [float32(value) for value in row]
         amax = float32(_largest(x) if amax is None else amax)
         if self.tensor_bound and not math.isfinite(amax):
             return Blocks((0,) * len(x), (self.scale.encode(1.0),) * math.ceil(len(x) / self.block), math.nan)
         codes, scales = [], []
+        micro: list[list[int]] = [[] for _ in self.micro]
         for block in self.split(x):
             best = self.choose(block, amax)
             codes.extend(best.codes)
             scales.append(best.scale)
-        return Blocks(tuple(codes), tuple(scales), self.tensor_scales(amax)[1])
+            for level, bits in zip(micro, best.micro, strict=True):
+                level.extend(bits)
+        return Blocks(tuple(codes), tuple(scales), self.tensor_scales(amax)[1], tuple(map(tuple, micro)))
 
     def dequantize(self, blocks: Blocks) -> list[float]:
-        """q * (s * d), both products rounded to float32."""
-        scales = [float32(self.scale.values[code] * blocks.tensor_scale) for code in blocks.scales]
-        return [float32(self.element.values[q] * scales[i // self.block]) + 0.0 for i, q in enumerate(blocks.codes)]
+        """q * (s * d), both products rounded to float32; the factors of micro-exponents are exact."""
+        numbers = []
+        for i, q in enumerate(blocks.codes):
+            scale = float32(self.scale_at(i, blocks.scales[i // self.block], blocks.micro) * blocks.tensor_scale)
+            numbers.append(float32(self.element.values[q] * scale) + 0.0)
+        return numbers
+
+    def scale_at(self, position: int, scale: int, micro: Sequence[Sequence[int]]) -> float:
+        """The scale of a block, given by its code, times the factors of the parts that a position of the row lies in."""
+        exponent = sum(bits[position // size] for size, bits in zip(self.micro, micro, strict=True))
+        return math.ldexp(self.scale.values[scale], exponent)
 
     def round(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """All rows of a tensor quantized and dequantized."""
@@ -189,6 +232,8 @@ class BlockFormat:
         return self.scale.encode(max(self._wanted_scale(amax, target, encode, decode), self.least_scale))
 
     def _wanted_scale(self, amax: float, target: float, encode: float, decode: float) -> float:
+        if self.micro:
+            return bfloat16(float32(amax * bfloat16(float32(1 / target))))
         if self.rule == "floor":
             return math.ldexp(1.0, _exponent(amax) - _exponent(target)) if amax else 0.0
         if self.rule == "ceil":
@@ -205,7 +250,10 @@ class BlockFormat:
         """The elements for a given scale."""
         s = self.scale.values[scale]
         if not s or math.isnan(s):
-            return Choice(scale, (0,) * len(block), self._error(block, [0.0] * len(block)))
+            nothing = tuple((0,) * math.ceil(len(block) / size) for size in self.micro)
+            return Choice(scale, (0,) * len(block), self._error(block, [0.0] * len(block)), nothing)
+        if self.micro:
+            return self._choice_of_parts(block, scale, bfloat16(float32(1 / s)))
         if self.order == "decode":
             factor = float32(float32(1 / decode) / s) if decode else math.inf
         else:
@@ -220,6 +268,23 @@ class BlockFormat:
         if largest:
             values = [float32(float32(v * amax) / largest) for v in values]
         return Choice(scale, codes, self._error(block, values))
+
+    def _choice_of_parts(self, block: Sequence[float], scale: int, factor: float) -> Choice:
+        """Micro-exponents from the largest part down, then the elements."""
+        reach = 2.0 ** (_exponent(self.element.max) + len(self.micro))
+        exponents, micro = [0] * len(block), []
+        for size in self.micro:
+            bits = []
+            for start in range(0, len(block), size):
+                part = range(start, min(start + size, len(block)))
+                largest = float32(_largest([block[i] for i in part]) * factor)
+                bits.append(int(math.ldexp(largest, -exponents[start]) >= reach))
+                for i in part:
+                    exponents[i] += bits[-1]
+            micro.append(tuple(bits))
+            reach /= 2
+        scaled = (math.ldexp(float32(x * factor), -e) for x, e in zip(block, exponents, strict=True))
+        return Choice(scale, tuple(map(self.element.encode, scaled)), 0.0, tuple(micro))
 
     def _error(self, block: Sequence[float], values: Sequence[float]) -> float:
         total = 0.0

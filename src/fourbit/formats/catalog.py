@@ -147,6 +147,17 @@ FP4_E1M2 = _add(
     )
 )
 FP6_E2M3 = _add(FloatFormat("fp6_e2m3", "OCP E2M3: up to 7.5, every code a number", _MX, 2, 3, 1))
+S1P2 = _add(
+    FloatFormat(
+        "s1p2",
+        "HiFloat4's elements: 0, +-{0.25, 0.5 .. 1.75}, ties away from zero",
+        _HIFLOAT4,
+        1,
+        2,
+        1,
+        ties="away",
+    )
+)
 FP6_E3M2 = _add(FloatFormat("fp6_e3m2", "OCP E3M2: up to 28, every code a number", _MX, 3, 2, 3))
 
 INT4_SYM = _add(IntFormat("int4_sym", "-7 .. 7, 15 levels with zero; SAWB's zero-aligned form", _SAWB, 4, -7, 7))
@@ -308,6 +319,16 @@ NVFP4_4OVER6 = _block(
     tensor_bound=256.0,
     targets=(6.0, 4.0),
     order="encode",
+)
+HIF4 = _block(
+    "hif4",
+    S1P2,
+    64,
+    UE6M2,
+    "scale E6M2(amax/7) of 64, factors of 1 or 2 of each 8 and of each 4 in them, bfloat16 arithmetic",
+    f"{_HIFLOAT4}; the authors' code",
+    rule="nearest",
+    micro=(8, 4),
 )
 
 

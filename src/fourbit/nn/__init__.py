@@ -31,4 +31,12 @@ from fourbit.nn._twins import obstacle as obstacle
 from fourbit.nn._twins import original_class as original_class
 from fourbit.nn._twins import quantized_class as quantized_class
 from fourbit.nn._twins import torch_class_of as torch_class_of
+from fourbit.nn._upkeep import OsciReset as OsciReset
+from fourbit.nn._upkeep import OutControl as OutControl
+from fourbit.nn._upkeep import QEma as QEma
+from fourbit.nn._upkeep import QRamping as QRamping
+from fourbit.nn._upkeep import StepHooks as StepHooks
+from fourbit.nn._upkeep import Upkeep as Upkeep
+from fourbit.nn._upkeep import UpkeepSpec as UpkeepSpec
+from fourbit.nn._upkeep import nearest_weight as nearest_weight
 from fourbit.ops import LayerState as LayerState

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
 from fourbit.nn._base import QuantizedLayer, require_input, swaps
+from fourbit.nn._upkeep import Channels
 from fourbit.ops import (
     Contraction,
     Convolution,
@@ -48,7 +49,28 @@ class Linear(QuantizedLayer, nn.Linear):
         if self.spec.is_identity:
             return super().forward(input)
         require_input(input, self, -1, self.in_features)
+        channels = self.quant._modules.get("channels")
+        if isinstance(channels, Channels):
+            return _add_bias(self._in_parts(input, channels), self.bias, 0)
         return _add_bias(self.contract(input, self.weight, self.contraction()), self.bias, 0)
+
+    def _in_parts(self, input: Tensor, channels: Channels) -> Tensor:
+        """The product, with one of its own for the channels that stand out, once these are known."""
+        recomputed = torch._C._current_graph_task_id() != -1
+        if channels.records and self.training and torch.is_grad_enabled() and not recomputed:
+            channels.record(input)
+        parts = channels.parts()
+        if parts is None:
+            return self.contract(input, self.weight, self.contraction())
+        channels.state.nonfinite = self.quant.nonfinite  # counted together
+        y = None
+        for state, which in zip((self.quant, channels.state), parts, strict=True):
+            part = contract(
+                input.index_select(-1, which), self.weight.index_select(1, which), self.contraction(), state
+            )
+            y = part if y is None else y + part
+        assert y is not None
+        return y
 
 
 def _own_padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...] | None:

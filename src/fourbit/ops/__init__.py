@@ -46,6 +46,7 @@ from fourbit.ops._quantize import saw_gradient as saw_gradient
 from fourbit.ops._quantize import saw_operand as saw_operand
 from fourbit.ops._recurrent import Recurrence as Recurrence
 from fourbit.ops._recurrent import recurrent as recurrent
+from fourbit.ops._rotate import oriented as oriented
 from fourbit.ops._second import once as once
 from fourbit.ops._spec import OPERANDS as OPERANDS
 from fourbit.ops._spec import REUSE as REUSE

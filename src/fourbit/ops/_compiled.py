@@ -33,6 +33,7 @@ from fourbit.quantizers import (
     BlockScales,
     Packed,
     QuantSpec,
+    StepSize,
     Tile,
     as_packed,
     carrier_dtype,
@@ -69,6 +70,11 @@ def _format_of(state: LayerState, slot: str, spec: QuantSpec) -> Format:
 def _masks(spec: LayerSpec) -> list[str]:
     """The operands with a mask of their own."""
     return [op for op in "xw" if (s := spec.resolved(f"{op}_fprop")) is not None and s.scaling.clips]
+
+
+def _has_slope(spec: LayerSpec) -> bool:
+    """Whether dw is multiplied by the slope of an estimator."""
+    return spec.w_fprop is not None and spec.w_fprop.estimator is not None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,9 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
     form, resolved = _Form.of(t, slot, spec, contraction), spec.resolved(slot)
     assert resolved is not None
     packed = is_packable(resolved.format) and resolved.samples == 1
-    scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
+    part, scale_format = (
+        resolved.scaling.kept(form.tile) if isinstance(resolved.scaling, BlockScale) else (form.tile, None)
+    )
     if packed:
         data = t.new_empty((form.shape.numel() + BLOCK - 1) // BLOCK * (BLOCK // 2), dtype=torch.uint8)
     else:
@@ -124,7 +132,7 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
     found = [data, t.new_empty(form.scale_shape(), dtype=torch.float32)]
     if packed and form.has_blocks:
         dtype = torch.uint8 if scale_fits_byte(scale_format) else torch.float32
-        found.append(t.new_empty(scale_shape(form.shape, form.tile), dtype=dtype))
+        found.append(t.new_empty(scale_shape(form.shape, part), dtype=dtype))
     return found
 
 
@@ -157,6 +165,8 @@ def _forward(
         if isinstance(data, Packed) and data.blocks is not None:
             tensors.append(data.blocks.data)
     tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
+    if saved.w_slope is not None:
+        tensors.append(_canonical(saved.w_slope, contraction, "w"))
     return [_canonical(y, contraction, "g"), *tensors]
 
 
@@ -181,6 +191,8 @@ def _(
     for op in _masks(spec):
         num = _Form.of(of[op], f"{op}_fprop", spec, contraction).shape.numel()
         tensors.append(x.new_empty((num + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
+    if _has_slope(spec):
+        tensors.append(_blank(w, torch.float32, contraction, "w"))
     y = contraction.fprop(x.to(dtype), w.to(dtype))
     return [_canonical(torch.empty_like(y), contraction, "g"), *tensors]
 
@@ -208,9 +220,9 @@ def _backward(
         if is_packable(format) and resolved.samples == 1:
             blocks = None
             if form.has_blocks:
-                scale_format = resolved.scaling.format if isinstance(resolved.scaling, BlockScale) else None
-                block_data = left.pop(0)
-                blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, form.tile)
+                scaling, block_data = resolved.scaling, left.pop(0)
+                part, scale_format = scaling.kept(form.tile) if isinstance(scaling, BlockScale) else (form.tile, None)
+                blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, part)
             stride = operand.stride() if form.orientation is None else _contiguous(form.shape)
             data = as_packed(data, form.shape, stride, format, blocks)
         on_grid = resolved.samples == 1 and not form.has_blocks
@@ -225,6 +237,7 @@ def _backward(
         masks.get("w"),
         Layout.of(of["x"]),
         Layout.of(of["w"]),
+        left.pop(0) if _has_slope(spec) else None,
     )
     found = backward(g, saved, contraction, state, (x.dtype, w.dtype), (needs[0], needs[1]))
     dx, dw, *alphas = found
@@ -302,6 +315,10 @@ def compiled_contract(
     dtype: torch.dtype,
 ) -> Tensor:
     """`contract` as an operator."""
+    if any(
+        spec is not None and isinstance(spec.scaling, StepSize) for spec in (state.spec.x_fprop, state.spec.w_fprop)
+    ):
+        raise UserError("torch.compile does not take layers with a learned step size: call the model itself instead")
     geometry = list(contraction.encode())
     recorded = torch.is_grad_enabled()
     return torch.ops.fourbit.contract(x, w, x_alpha, w_alpha, state.handle, geometry, dtype, recorded)[0]

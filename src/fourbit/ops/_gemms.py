@@ -28,7 +28,7 @@ from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.quantizers import Packed, Quantized, QuantSpec, amax_of
+from fourbit.quantizers import Packed, Quantized, QuantSpec, StepSize, amax_of, split_outliers, unpack_mask
 
 Both = tuple[Quantized | None, Quantized | None]
 """A gradient for dgrad and for wgrad; None where it is in full precision, or not needed."""
@@ -36,13 +36,15 @@ Both = tuple[Quantized | None, Quantized | None]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight, quantized once for any number of products: for fprop, as kept for dgrad, the codes of fprop, and its mask."""
+    """A weight, quantized once for any number of products: for fprop, as kept for dgrad, the codes of fprop, its mask, and what
+    dw is multiplied by (None: 1)."""
 
     fprop: Operand
     saved: Operand
     codes: Operand
     mask: Tensor | None
     layout: Layout
+    slope: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ def fprop(
     if isinstance(w, Tensor):
         state.begin()
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
+    outliers = x_slope = None
     if over is None:
-        x = contraction.prepare(x.detach(), "x")
-        x_fprop, x_saved, x_mask = _forward_operand("x_fprop", x, contraction, state)
+        x = inside = contraction.prepare(x.detach(), "x")
+        if spec.x_fprop is not None and spec.x_fprop.outliers is not None:
+            inside, outliers = _without_outliers(x, spec.x_fprop.outliers, contraction, state)
+        x_fprop, x_saved, x_mask, x_slope = _forward_operand("x_fprop", inside, contraction, state)
     else:
         quantized = over.take()
         x_fprop, x_saved, x_mask = *_kept(quantized, spec.x_fprop), quantized.mask
@@ -91,7 +96,12 @@ def fprop(
     takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
     output = spec.output if takes_codes else None
     gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
-    y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
+    if outliers is not None:
+        w_numbers = weight.fprop.to(compute)
+        w_numbers = w_numbers if weight.fprop.scale is None else w_numbers * weight.fprop.scale
+        y = (product(gemm, None, compute)[0] + contraction.fprop(outliers.to(compute), w_numbers)).to(dtype)
+    else:
+        y = product(gemm, spec.output, dtype)[0] if result is None else _hand_over(gemm, spec, result)
     x_codes = x_saved
     if spec.x_wgrad is not REUSE and over is None and state.with_gradients:
         x_saved = _saved_operand("x_wgrad", x, contraction, state, x_codes)
@@ -99,17 +109,27 @@ def fprop(
         state.counter.piece += 1  # the next product with this weight draws other words
     x_layout = over.layout if over is not None else Layout.of(x)
     codes = x_codes if learned[0] or over is not None else None, weight.codes if learned[1] else None
-    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout)
+    slopes = weight.slope, x_slope
+    return y, Saved(x_saved, weight.saved, *codes, x_mask, weight.mask, x_layout, weight.layout, *slopes)
 
 
 def quantize_weight(w: Tensor, contraction: Contraction, state: LayerState) -> Weight:
     """The weight as the products of one forward and backward pass take it."""
     spec, w = state.spec, contraction.prepare(w.detach(), "w")
-    fprop, saved, mask = _forward_operand("w_fprop", w, contraction, state)
+    fprop, saved, mask, slope = _forward_operand("w_fprop", w, contraction, state)
     codes = saved
     if spec.w_dgrad is not REUSE and state.with_gradients:
         saved = _saved_operand("w_dgrad", w, contraction, state, codes)
-    return Weight(fprop, saved, codes, mask, Layout.of(w))
+    return Weight(fprop, saved, codes, mask, Layout.of(w), slope)
+
+
+def _without_outliers(x: Tensor, quantile: float, contraction: Contraction, state: LayerState) -> tuple[Tensor, Tensor]:
+    """x clamped at its outliers, and the rest."""
+    orientation = contraction.orientation("fprop", "x", x.shape)
+    rows = state.spec.tile("x_fprop").is_row
+    inside, rest = split_outliers(orientation.of(x), quantile, (2, 3) if rows else (0, 1, 2, 3))
+    state.count_nonfinite("x_fprop", amax_of(rest))
+    return contraction.prepare(orientation.back(inside), "x"), contraction.prepare(orientation.back(rest), "x")
 
 
 def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
@@ -129,19 +149,34 @@ def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
 
 def _forward_operand(
     slot: str, t: Tensor, contraction: Contraction, state: LayerState
-) -> tuple[Operand, Operand, Tensor | None]:
-    """The operand for a product, as it is saved for backward, and the mask where clipping needs one."""
+) -> tuple[Operand, Operand, Tensor | None, Tensor | None]:
+    """The operand for a product, as it is saved for backward, the mask where clipping needs one, and the slope of its
+    estimator."""
     spec = state.spec.resolved(slot)
     if spec is None:
         state.count_nonfinite(slot, amax_of(t))
-        return Operand(t), Operand(t), None
+        return Operand(t), Operand(t), None, None
+    slope = None
+    toward = state.toward if slot == "w_fprop" else None
+    toward = None if toward is None else contraction.prepare(toward, "w")
     if not spec.needs_orientation:
-        quantized = quantize_operand(state, slot, t, spec, save=True)
-        return *_kept(quantized, spec), quantized.mask
+        quantized = quantize_operand(state, slot, t, spec, save=True, toward=toward)
+        if spec.estimator is not None and state.with_gradients:
+            slope = spec.estimator.slope(t * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
+        if isinstance(spec.scaling, StepSize) and state.with_gradients:
+            slope = spec.scaling.slope(t, quantized.tensor.scale, quantized.tensor.format)
+        return *_kept(quantized, spec), quantized.mask, slope
     m, orientation = oriented(slot, t, contraction, state.spec)
-    quantized = quantize_operand(state, slot, m, spec, save=True)
+    toward = None if toward is None else oriented(slot, toward, contraction, state.spec)[0]
+    quantized = quantize_operand(state, slot, m, spec, save=True, toward=toward)
+    if spec.estimator is not None and state.with_gradients:
+        slope = spec.estimator.slope(m * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
+        slope = contraction.prepare(orientation.back(slope), slot[0])
+    if isinstance(spec.scaling, StepSize) and state.with_gradients:
+        turned_m = m if spec.transform is None else spec.transform.apply(m, rotation_key(state, "fprop"))
+        slope = spec.scaling.slope(turned_m, quantized.tensor.scale, quantized.tensor.format)
     _, saved = _kept(quantized, spec, orientation)
-    return saved._replace(q=quantized.tensor.q).natural(contraction, slot[0]), saved, quantized.mask
+    return saved._replace(q=quantized.tensor.q).natural(contraction, slot[0]), saved, quantized.mask, slope
 
 
 def _saved_operand(slot: str, t: Tensor, contraction: Contraction, state: LayerState, of_fprop: Operand) -> Operand:
@@ -255,7 +290,10 @@ def dgrad(
     if turned(spec, "dgrad", mask):
         dx, _ = product(gemm, spec.output, compute, late)
         key = rotation_key(state, "fprop")
-        return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype)
+        return unrotated("dgrad", dx, mask, codes, contraction, spec, key, saved.x_layout, dtype, saved.x_slope)
+    if saved.x_slope is not None:
+        dx = product(gemm, spec.output, compute, late)[0]
+        return _with_step(dx, saved.x_slope, mask, saved.x_layout, dtype)
     dx, dx_alpha = product(gemm, spec.output, dtype, late, mask, codes)
     if over is not None:  # the clip value is an input of the node before
         over.back.clipped.leave(clip_gradient(dx_alpha))
@@ -282,8 +320,24 @@ def wgrad(
     if turned(spec, "wgrad", saved.w_mask):
         dw, _ = product(gemm, spec.output, compute, late)
         mask, codes, key = saved.w_mask, _codes(saved.w_codes), rotation_key(state, "fprop")
-        return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype)
+        return unrotated("wgrad", dw, mask, codes, contraction, spec, key, saved.w_layout, dtype, saved.w_slope)
+    if saved.w_slope is not None:
+        dw = product(gemm, spec.output, compute, late)[0]
+        if saved.w_mask is not None:
+            return _with_step(dw, saved.w_slope, saved.w_mask, saved.w_layout, dtype)
+        return saved.w_layout.match((dw * saved.w_slope).to(dtype)), None
     return product(gemm, spec.output, dtype, late, saved.w_mask, _codes(saved.w_codes))
+
+
+def _with_step(
+    result: Tensor, slope: Tensor, mask: Tensor | None, layout: Layout, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx or dw, masked, and the gradient of the step size."""
+    result = layout.match(result)
+    total = (result * slope).sum(dtype=torch.float32)
+    if mask is not None:
+        result = result.masked_fill(unpack_mask(mask, result).logical_not_(), 0.0)
+    return result.to(dtype), total
 
 
 def _give_back(gemm: Gemm, spec: LayerSpec, late: Tensor | None, over: OperandHandover) -> None:

@@ -38,13 +38,20 @@ from fourbit.quantizers import (
 
 
 def quantize_operand(
-    state: LayerState, slot: str, x: Tensor, spec: QuantSpec, save: bool = False, carrier: bool = True
+    state: LayerState,
+    slot: str,
+    x: Tensor,
+    spec: QuantSpec,
+    save: bool = False,
+    carrier: bool = True,
+    toward: Tensor | None = None,
 ) -> Quantized:
     """An operand of the forward pass; with `save`, also what backward needs of it.
 
     Args:
         x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
         carrier: False: the numbers themselves are not needed where there are packed codes of them.
+        toward: an average to whose side numbers are rounded, as x.
     """
     format: Format | None = None
     stored: Tensor | None = None
@@ -57,6 +64,8 @@ def quantize_operand(
     request = request_for(x, spec, state.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
     if not carrier and state.observer is None and spec.in_tiles:
         request = replace(request, carrier=False)
+    if toward is not None:
+        request = replace(request, toward=toward)
     result = run(request)
     if remembers:
         state.scalings[slot[0]].saw(result.amax, state)

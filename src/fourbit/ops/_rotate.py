@@ -54,8 +54,10 @@ def unrotated(
     key: int | None,
     layout: Layout,
     dtype: torch.dtype,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx or dw, and the sum over what was clipped of sign(code) * result, if `codes` are given.
+    """dx or dw, and the sum over what was clipped of sign(code) * result, if `codes` are given; with a `slope`, the sum over
+    all of slope * result.
 
     Args:
         y: result of the product.
@@ -69,6 +71,8 @@ def unrotated(
     m, clipped = orientation.of(y), None
     if transform is not None and spec.rotated_result(which) is None:
         m = transform.apply(m, key)
+    if slope is not None:
+        clipped, codes = (m * slope).sum(dtype=torch.float32), None
     if mask is not None:
         outside = unpack_mask(mask, m.contiguous()).logical_not_()
         if codes is not None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from fourbit.ops._product import Layout, Operand
 from fourbit.quantizers import Packed
 
-NUM_TENSORS = 14
-"""How many tensors a `Saved` has: numbers, scale and scales of blocks of four operands, and two masks."""
+NUM_TENSORS = 16
+"""How many tensors a `Saved` has: numbers, scale and scales of blocks of four operands, two masks, and two slopes."""
 
 
 @dataclass
@@ -25,6 +25,8 @@ class Saved:
         x_codes, w_codes: the operands of fprop, where a clip value is learned.
         x_mask, w_mask: bits of the straight-through gradients; None where everything passes.
         x_layout, w_layout: of the gradients.
+        w_slope, x_slope: what dw is multiplied by, where w has an estimator; what dw or dx is multiplied by in the gradient of
+            a step size, where there is one.
     """
 
     x: Operand
@@ -35,11 +37,19 @@ class Saved:
     w_mask: Tensor | None
     x_layout: Layout
     w_layout: Layout
+    w_slope: Tensor | None = None
+    x_slope: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None]:
         """All of them, `NUM_TENSORS`."""
         kept = self.x, self.w, self.x_codes, self.w_codes
-        return [*(t for operand in kept for t in _tensors(operand)), self.x_mask, self.w_mask]
+        return [
+            *(t for operand in kept for t in _tensors(operand)),
+            self.x_mask,
+            self.w_mask,
+            self.w_slope,
+            self.x_slope,
+        ]
 
     def outline(self) -> tuple[Any, ...]:
         """The rest."""
@@ -50,10 +60,10 @@ class Saved:
     def of(outline: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Saved:
         """What `outline` and `tensors` took apart."""
         kept, x_layout, w_layout = outline
-        *data, x_mask, w_mask = tensors
+        *data, x_mask, w_mask, w_slope, x_slope = tensors
         x, w, x_codes, w_codes = (_rejoined(k, data[3 * i : 3 * i + 3]) for i, k in enumerate(kept))
         assert x is not None and w is not None
-        return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout)
+        return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout, w_slope, x_slope)
 
     @staticmethod
     def of_several(outlines: Sequence[tuple[Any, ...]], tensors: Sequence[Tensor | None]) -> list[Saved]:

@@ -115,12 +115,26 @@ class LayerSpec:
                 )
         for slot in SLOTS:
             spec = getattr(self, slot)
-            if not isinstance(spec, QuantSpec) or spec.source == "exact":
+            if not isinstance(spec, QuantSpec):
+                continue
+            if spec.estimator is not None and slot != "w_fprop":
+                raise UserError(f"{slot}: an estimator is for the gradient of the weight: give it to w_fprop")
+            if spec.outliers is not None:
+                self._check_outliers(slot)
+            if spec.source == "exact":
                 continue
             if slot not in ("w_dgrad", "x_wgrad"):
                 raise UserError(f"{slot}: source='fprop' is for w_dgrad and x_wgrad, which come after fprop")
             if self.resolved(_REUSED_FROM[slot]) is None:
                 raise UserError(f"{slot}: source='fprop' needs {_REUSED_FROM[slot]} to be quantized")
+
+    def _check_outliers(self, slot: str) -> None:
+        if slot != "x_fprop":
+            raise UserError(f"{slot}: outliers are those of x_fprop; leave them out here")
+        if self.x_wgrad is REUSE or (isinstance(self.x_wgrad, QuantSpec) and self.x_wgrad.source == "fprop"):
+            raise UserError("x_wgrad: fprop has x without its outliers: write x_wgrad=None, or a QuantSpec of its own")
+        if self.output is not None or self.accumulation is not None:
+            raise UserError("x_fprop: outliers add a product in high precision: leave output and accumulation out")
 
     def tile(self, slot: str) -> Tile:
         """Who shares a scale in a slot, in the orientation of its own product (with REUSE: of the one that it comes from)."""

@@ -6,6 +6,8 @@ scaling's own; its tensors are the layer's, so that they appear in the state_dic
     x_alpha, x_form, x_floor    PACT (`fourbit.quantizers.ClipState`); likewise w_*
     g_exponent, g_amax          GradScale (`ExponentState`); g_amax alone: a loss scale (`LargestGradient`)
     step                        [backward passes seen, whether one is pending]: the counter of the random words (`Counter`)
+
+Its children, if any, are what the recipe looks after from step to step (`fourbit.nn.Upkeep`).
 """
 
 from __future__ import annotations
@@ -185,10 +187,21 @@ class LayerState(nn.Module):
         counter.piece = 0
         if in_backward():
             return  # recomputation
+        if self._modules and self.training and counter.uses:
+            for upkeep in self._modules.values():
+                upkeep.require()  # type: ignore[union-attr,operator]
         counter.begin()
         with torch.no_grad():
             for state in self._active:
                 state.begin(self)
+
+    @property
+    def toward(self) -> Tensor | None:
+        """The running average to whose side the weight is rounded, in the shape in which fprop has it, where there is one."""
+        average, channels = (self._modules.get(name) for name in ("average", "channels"))
+        mean = None if average is None else average.toward()  # type: ignore[operator]
+        parts = None if channels is None or mean is None else channels.parts()  # type: ignore[operator]
+        return mean if parts is None or mean is None else mean.index_select(1, parts[0])
 
     def settle(self) -> None:
         """No backward pass will come for the forward pass that decided something: the next one may use it in full."""
@@ -214,7 +227,8 @@ class LayerState(nn.Module):
     def snapshot(self) -> Callable[[], None]:
         """What the layer remembers now; a call of the result brings it back."""
         tensors = [(t, t.detach().clone()) for t in (*self.parameters(), *self.buffers())]
-        conclusions, agreed = [state.snapshot() for state in (*self._made, self.counter)], self._agreed
+        inner = [m for m in self.modules() if m is not self and isinstance(m, LayerState)]
+        conclusions, agreed = [state.snapshot() for state in (*self._made, self.counter, *inner)], self._agreed
 
         def bring_back() -> None:
             with torch.no_grad():

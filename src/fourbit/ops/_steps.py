@@ -169,7 +169,8 @@ class Quantizing:
                 x = Operand(rounded.packed, of_step, request.format, True)
                 codes = x if learned(state)[0] else None, weight.codes if learned(state)[1] else None
                 layout = Layout(torch.Size((size, h.shape[1])), (h.shape[1], 1))
-                self.saved.append(Saved(x, weight.saved, *codes, rounded.mask, weight.mask, layout, weight.layout))
+                masks = rounded.mask, weight.mask
+                self.saved.append(Saved(x, weight.saved, *codes, *masks, layout, weight.layout, weight.slope))
                 saw_operand(state, rounded.amax, None, None)
                 state.counter.piece += 1
         return True
@@ -241,7 +242,8 @@ class Differentiating:
         if state.spec.transform("x_wgrad") is not None:
             return self._finish_rotated(g, in_order)
         x = _stacked([s.x for s in in_order], state.spec)
-        saved = Saved(x, first.w, None, first.w_codes, None, first.w_mask, first.x_layout, first.w_layout)
+        layouts = first.x_layout, first.w_layout
+        saved = Saved(x, first.w, None, first.w_codes, None, first.w_mask, *layouts, first.w_slope)
         _, dw, _, alpha = backward(g, saved, LINEAR, state, self._dtypes, (False, True))
         return dw, self._alpha, alpha
 

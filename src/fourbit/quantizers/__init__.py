@@ -7,6 +7,8 @@ from fourbit.quantizers._blocks import scale_fits_byte as scale_fits_byte
 from fourbit.quantizers._clip_value import ClipState as ClipState
 from fourbit.quantizers._clip_value import ClipValue as ClipValue
 from fourbit.quantizers._clip_value import best_clip_value as best_clip_value
+from fourbit.quantizers._estimator import DGE as DGE
+from fourbit.quantizers._estimator import split_outliers as split_outliers
 from fourbit.quantizers._grad_scale import UNSET as UNSET
 from fourbit.quantizers._grad_scale import ExponentState as ExponentState
 from fourbit.quantizers._grad_scale import GradScale as GradScale
@@ -50,6 +52,7 @@ from fourbit.quantizers._round import Table as Table
 from fourbit.quantizers._round import float_bits as float_bits
 from fourbit.quantizers._round import grid_of as grid_of
 from fourbit.quantizers._round import round_to_format as round_to_format
+from fourbit.quantizers._round import round_toward as round_toward
 from fourbit.quantizers._scaling import TINY as TINY
 from fourbit.quantizers._scaling import Amax as Amax
 from fourbit.quantizers._scaling import Bound as Bound
@@ -68,6 +71,8 @@ from fourbit.quantizers._statistics import Moments as Moments
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense
 from fourbit.quantizers._statistics import memory_flat as memory_flat
+from fourbit.quantizers._step_size import StepSize as StepSize
+from fourbit.quantizers._step_size import StepState as StepState
 from fourbit.quantizers._tiles import Block as Block
 from fourbit.quantizers._tiles import BlockScales as BlockScales
 from fourbit.quantizers._tiles import Granularity as Granularity

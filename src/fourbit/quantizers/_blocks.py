@@ -4,7 +4,7 @@
 
 Sources: OCP Microscaling Formats (MX) Specification v1.0; NVIDIA, Pretraining Large Language Models with NVFP4, arXiv
 2509.25149; Cook et al., Four Over Six, arXiv 2512.02010; Castro et al., Quartet, arXiv 2505.14669; Panferov et al., Quartet
-II, arXiv 2601.22813.
+II, arXiv 2601.22813; Luo et al., HiFloat4 Format for Language Model Inference, arXiv 2602.11287.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ class BlockScale(Scaling):
             scale * format.max (QuEST); None: amax.
         corrected: multiply the scales of so many elements (a block of a random rotation) by sum(x^2) / sum(x x^) over them, x^
             their rounding, and round the scales then: without bias after that rotation (MS-EDEN). 0: not.
+        micro: sizes of the parts of a block that have a factor of 1 or 2 each, larger parts first (HiFloat4: 8, 4); the target
+            is then format.max times 2 for each level, and scales and their reciprocals are rounded to bfloat16 on their way,
+            as `fourbit.formats.BlockFormat` has it. A part's factor is kept with its scale, as one float32 number.
+        outer: with `tensor_bound`, the float32 scale is not of the tensor but of each so many elements along the sums
+            (TetraJet-v2: 128), and multiplied into the scales that are kept; 0: of the tensor.
     """
 
     format: Format = E8M0
@@ -72,9 +77,12 @@ class BlockScale(Scaling):
     prescale: float = 1.0
     clip_rms: float | None = None
     corrected: int = 0
+    micro: tuple[int, ...] = ()
+    outer: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
+        object.__setattr__(self, "micro", tuple(self.micro))
         if self.rounding not in ("floor", "ceil", "nearest", "stochastic"):
             raise UserError(f"a scale is rounded by 'floor', 'ceil', 'nearest' or 'stochastic', not {self.rounding!r}")
         if self.rounding == "floor" and any(math.frexp(v)[0] != 0.5 for v in self.format.grid if v > 0):
@@ -85,6 +93,28 @@ class BlockScale(Scaling):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, not {value!r}")
+        plain = (self.rounding, self.tensor_bound, self.prescale, self.clip_rms, self.corrected, self.targets)
+        if self.micro and plain != ("nearest", None, 1.0, None, 0, None):
+            raise UserError(
+                "micro-exponents go with rounding='nearest' and nothing else of a BlockScale: leave the rest out"
+            )
+        if any(size % part for size, part in zip(self.micro, self.micro[1:], strict=False)):
+            raise UserError(
+                f"each of the parts with micro-exponents divides the larger ones, which {self.micro} do not"
+            )
+
+        if self.outer and (self.tensor_bound is None or self.corrected or self.targets is not None):
+            raise UserError("outer blocks need a tensor_bound, and neither targets nor a correction")
+
+    def reach(self, format: Format) -> tuple[float, ...]:
+        """The magnitudes that a block's largest number may become."""
+        return self.targets or (format.max * 2.0 ** len(self.micro),)
+
+    def kept(self, tile: Tile) -> tuple[Tile, Format | None]:
+        """For whom scales are kept with the codes, and in which format (None: float32)."""
+        if self.micro:
+            return Tile(1, self.micro[-1]), None
+        return tile, None if self.outer else self.format
 
     @property
     def clips(self) -> bool:
@@ -99,7 +129,7 @@ class BlockScale(Scaling):
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """The scale of each tile before a choice among several targets, or a correction."""
         encode = self.encode(statistics, format)
-        block = self.block(statistics, format, encode, (self.targets or (format.max,))[0])
+        block = self.block(statistics, format, encode, self.reach(format)[0])
         return block / (encode * self.prescale)
 
     def encode(self, statistics: Statistics, format: Format) -> Tensor:
@@ -108,7 +138,9 @@ class BlockScale(Scaling):
         if self.tensor_bound is None:
             return torch.ones((), dtype=torch.float32, device=amax.device)
         largest = amax.max() if amax.numel() else amax.new_zeros(())
-        reach = self.tensor_bound * (self.targets or (format.max,))[0]
+        if self.outer:
+            largest = _over_outer(amax, max(1, self.outer // statistics.x.shape[6]))
+        reach = self.tensor_bound * self.reach(format)[0]
         encode = torch.tensor(reach, dtype=torch.float32, device=amax.device) / largest
         return torch.where(largest > 0, encode.clamp(max=FLOAT32_MAX), torch.where(largest == 0, 1.0, largest))
 
@@ -124,6 +156,8 @@ class BlockScale(Scaling):
             top = math.frexp(target)[1]
             block = torch.exp2((exponent - top).to(torch.float32)).clamp(self.format.smallest, self.format.max)
             block = torch.where(statistic > 0, block, self.format.smallest)
+        elif self.micro:
+            block = self.rounded(_bfloat16(statistic * float(torch.tensor(1 / target, dtype=torch.bfloat16))))
         elif self.rounding == "ceil":
             block = self._covering(statistic * encode, target)
         elif self.targets is not None and len(self.targets) > 1:
@@ -132,6 +166,22 @@ class BlockScale(Scaling):
         else:
             block = self.rounded(statistic * (encode * to_float32(1 / target)))
         return torch.where(statistics.amax.isfinite(), block, math.nan)
+
+    def micro_factors(self, t: Tensor, reciprocal: Tensor, format: Format) -> Tensor:
+        """The product of the factors of each element of folded tiles [..., k], in its shape.
+
+        Args:
+            reciprocal: of the scales of the tiles.
+        """
+        whole = torch.nn.functional.pad(t, (0, -t.shape[-1] % self.micro[0]))
+        factors = torch.ones_like(whole)
+        limit = 2.0 ** (math.frexp(format.max)[1] - 1 + len(self.micro))
+        for size in self.micro:
+            largest = whole.abs().unflatten(-1, (-1, size)).amax(-1) * reciprocal
+            doubled = (largest / factors[..., ::size] >= limit).to(torch.float32) + 1
+            factors = factors * doubled.repeat_interleave(size, -1)
+            limit /= 2
+        return factors[..., : t.shape[-1]]
 
     def _covering(self, largest: Tensor, target: float) -> Tensor:
         """The smallest scale with largest / scale <= target."""
@@ -164,6 +214,10 @@ class BlockScale(Scaling):
             parts.append(f"times {self.prescale:g}")
         if self.corrected:
             parts.append(f"corrected by {self.corrected}")
+        if self.outer:
+            parts.append(f"of each {self.outer}")
+        if self.micro:
+            parts.append(f"with a factor of 1 or 2 for each {' and for each '.join(map(str, self.micro))}")
         return " ".join(parts)
 
 
@@ -176,6 +230,7 @@ class Tiled(NamedTuple):
         scale: 0-d, or [G, R, 1, 1].
         each: the whole scale of each tile, as `fold` has tiles.
         amax: of each tile.
+        tile: who shares a scale: the tile asked for, or a part of it that has a factor.
     """
 
     codes: Tensor
@@ -183,6 +238,7 @@ class Tiled(NamedTuple):
     scale: Tensor
     each: Tensor
     amax: Tensor
+    tile: Tile
 
 
 def quantize_tiles(
@@ -192,28 +248,38 @@ def quantize_tiles(
     format: Format,
     stored: Tensor | None,
     key: int | None,
-    to_grid: Callable[[Tensor], Tensor],
+    to_grid: Callable[[Tensor, Tensor | None], Tensor],
+    toward: Tensor | None = None,
 ) -> Tiled:
     """Scale and round an operand.
 
     Args:
         x: [G, R, S, K].
-        to_grid: rounds numbers in grid units, [G, R, S, K].
+        to_grid: rounds numbers in grid units, [G, R, S, K], given those of `toward`.
+        toward: an average in the shape of x, or None.
     """
     x = x.to(torch.float32)
     folded = fold(x, tile)
+    average = None if toward is None else fold(toward.to(torch.float32), tile)
+
+    def in_units(factor: Tensor) -> Tensor:
+        """x times a factor of its tile, rounded."""
+        others = None if average is None else unfold(average.t * factor, x.shape)
+        return to_grid(unfold(folded.t * factor, x.shape), others)
+
     statistics = Statistics(folded.t, Folded.DIMS, folded.count)
     shape = scale_shape(x.shape, tile)
     if isinstance(scaling, BlockScale):
-        return _with_block_scales(x, folded, statistics, tile, scaling, format, key, to_grid)
+        return _with_block_scales(x, folded, statistics, tile, scaling, format, key, in_units)
     scale = scaling.of(statistics, format, stored if stored is None or stored.numel() == 1 else stored.view(shape))
     scale = (scale + statistics.amax * 0).expand(shape)
-    codes = to_grid(unfold(folded.t * scale.reciprocal(), x.shape))
+    codes = in_units(scale.reciprocal())
     if tile.is_row:
         rows = unfold(scale.expand(*shape[:2], folded.t.shape[2], *shape[3:]), torch.Size((*x.shape[:2], 1, 1)))
-        return Tiled(codes, None, rows, scale, statistics.amax)
+        return Tiled(codes, None, rows, scale, statistics.amax, tile)
     largest = scale.max() if scale.numel() else scale.new_ones(())
-    return Tiled(codes, BlockScales((scale / largest).contiguous(), None, tile), largest, scale, statistics.amax)
+    blocks = BlockScales((scale / largest).contiguous(), None, tile)
+    return Tiled(codes, blocks, largest, scale, statistics.amax, tile)
 
 
 def _with_block_scales(
@@ -224,28 +290,30 @@ def _with_block_scales(
     scaling: BlockScale,
     format: Format,
     key: int | None,
-    to_grid: Callable[[Tensor], Tensor],
+    in_units: Callable[[Tensor], Tensor],
 ) -> Tiled:
+    if scaling.micro:
+        return _with_micro_exponents(x, folded, statistics, tile, scaling, format, in_units)
     encode = scaling.encode(statistics, format)
     decode = encode.reciprocal()
 
     def rounded(block: Tensor) -> Tensor:
         reciprocal = (block * decode).reciprocal().clamp(max=FLOAT32_MAX) * scaling.prescale
         reciprocal = torch.where(block == 0, 0.0, reciprocal)
-        return to_grid(unfold(folded.t * reciprocal, x.shape))
+        return in_units(reciprocal)
 
     def error(block: Tensor, codes: Tensor) -> Tensor:
         values = fold(codes, tile).t * block
         if scaling.tensor_bound is not None:
             largest = statistics.amax.max() if statistics.amax.numel() else 0.0
-            values = values * largest / (scaling.tensor_bound * (scaling.targets or (format.max,))[0])
+            values = values * largest / (scaling.tensor_bound * scaling.reach(format)[0])
         squares = (values - folded.t).square()
         total = torch.zeros_like(block)
         for r, s, k in itertools.product(*(range(folded.t.shape[d]) for d in Folded.DIMS)):  # one after the other
             total = total + squares[:, :, r : r + 1, :, s : s + 1, :, k : k + 1]
         return total
 
-    targets = scaling.targets or (format.max,)
+    targets = scaling.reach(format)
     block = scaling.block(statistics, format, encode, targets[0])
     codes = rounded(block)
     for target in targets[1:]:
@@ -262,7 +330,44 @@ def _with_block_scales(
         factor = torch.where(projection > 0, square / projection, 1.0)
         block = torch.where(block.isfinite(), scaling.rounded(block * factor, key), block)
     each = block * decode / scaling.prescale
-    return Tiled(codes, _kept(block, scaling.format, tile), decode / scaling.prescale, each, statistics.amax)
+    if scaling.outer:
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        return Tiled(codes, BlockScales(each.contiguous(), None, tile), one, each, statistics.amax, tile)
+    return Tiled(codes, _kept(block, scaling.format, tile), decode / scaling.prescale, each, statistics.amax, tile)
+
+
+def _with_micro_exponents(
+    x: Tensor,
+    folded: Folded,
+    statistics: Statistics,
+    tile: Tile,
+    scaling: BlockScale,
+    format: Format,
+    in_units: Callable[[Tensor], Tensor],
+) -> Tiled:
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    block = scaling.block(statistics, format, one, scaling.reach(format)[0])
+    reciprocal = _bfloat16(block.reciprocal())
+    factors = scaling.micro_factors(folded.t, reciprocal, format)
+    codes = in_units(reciprocal / factors)
+    part, kept_format = scaling.kept(tile)
+    whole = unfold((block * factors).expand_as(folded.t), x.shape)
+    each = (
+        fold(whole, part).t[..., :1].contiguous()
+    )  # the first element of a part is there, even where the last is not full
+    return Tiled(codes, BlockScales(each, kept_format, part), one, each, statistics.amax, part)
+
+
+def _bfloat16(t: Tensor) -> Tensor:
+    """Rounded to bfloat16, float32."""
+    return t.to(torch.bfloat16).to(torch.float32)
+
+
+def _over_outer(amax: Tensor, count: int) -> Tensor:
+    """The largest of `count` neighbouring tiles along the summed axis, for each of them."""
+    num = amax.shape[5]
+    whole = torch.nn.functional.pad(amax, (0, 0, 0, -num % count)).unflatten(5, (-1, count))
+    return whole.amax(6, keepdim=True).expand_as(whole).flatten(5, 6)[:, :, :, :, :, :num]
 
 
 def _over_neighbours(sums: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from fourbit.errors import UserError
 from fourbit.formats import Format
 from fourbit.quantizers._blocks import fits_bfloat16, quantize_tiles
 from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
-from fourbit.quantizers._round import Rounding, nearest_number, round_to_format
+from fourbit.quantizers._round import Rounding, nearest_number, round_to_format, round_toward
 from fourbit.quantizers._spec import QuantSpec
 from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
 from fourbit.quantizers._tiles import Tile, fold, unfold
@@ -93,6 +93,7 @@ class Request:
         carrier: also return q itself; what is not saved in codes is returned in any case.
         wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
         rotation: of x along its last axis, before anything else.
+        toward: a running average of x, in its shape: of the two neighbours of a number, the one on its side is taken.
     """
 
     x: Tensor
@@ -105,6 +106,7 @@ class Request:
     carrier: bool = True
     rotation: Rotation | None = None
     wide: bool = False
+    toward: Tensor | None = None
 
 
 class Rounded(NamedTuple):
@@ -188,7 +190,7 @@ def scale_of(request: Request) -> Tensor:
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
-    if request.tile is not None:
+    if request.tile is not None and request.toward is None:
         found = ROUND_TILES(request)
         if found is not None:
             q = request.x.new_empty(0) if found.q is None else found.q
@@ -200,7 +202,7 @@ def run(request: Request) -> Quantized:
         return _run_tiles(request, request.tile)
     statistics = Statistics(request.x)
     scale = request.spec.scaling.of(statistics, request.format, request.stored)
-    rounded = ROUND(request, scale)
+    rounded = None if request.toward is not None else ROUND(request, scale)
     return _finish(request, scale, rounded or _round(request, scale, statistics))
 
 
@@ -227,15 +229,18 @@ def _finish(request: Request, scale: Tensor, rounded: Rounded) -> Quantized:
 def _round(request: Request, scale: Tensor, statistics: Statistics) -> Rounded:
     """The reference."""
     x, spec, format = request.x.to(torch.float32), request.spec, request.format
-    q = _to_grid(x * scale.reciprocal(), request)
+    reciprocal = scale.reciprocal()
+    q = _to_grid(x * reciprocal, request, None if request.toward is None else request.toward * reciprocal)
     q = q.to(carrier_dtype(format)) if spec.samples == 1 else q
     bound = spec.scaling.bound(scale, format, request.stored) if request.save else None
     return Rounded(q, statistics.amax, mask=None if bound is None else pack_mask(bound.inside(x)))
 
 
-def _to_grid(scaled: Tensor, request: Request) -> Tensor:
+def _to_grid(scaled: Tensor, request: Request, toward: Tensor | None = None) -> Tensor:
     """Numbers in grid units, rounded; after SMP a mean of several roundings."""
     spec, format = request.spec, request.format
+    if toward is not None:
+        return round_toward(scaled, toward, format)
     if not spec.rounding.draws:
         nearest = spec.rounding is Rounding.NEAREST
         return nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
@@ -252,11 +257,18 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     spec, format = request.spec, request.format
     x = request.x.to(torch.float32).contiguous()
     tiled = quantize_tiles(
-        x, tile, spec.scaling, format, request.stored, request.key, lambda scaled: _to_grid(scaled, request)
+        x,
+        tile,
+        spec.scaling,
+        format,
+        request.stored,
+        request.key,
+        lambda scaled, toward: _to_grid(scaled, request, toward),
+        request.toward,
     )
     mask = None
     if request.save and spec.scaling.clips:
-        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tile)).scales
+        whole = QTensor(tiled.codes, tiled.scale, format, (tiled.each, tiled.tile)).scales
         bound = spec.scaling.bound(whole, format, request.stored)
         mask = None if bound is None else pack_mask(bound.inside(x))
     carrier = carrier_dtype(format) if spec.samples == 1 else torch.float32
@@ -266,7 +278,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     if tiled.blocks is not None:
         exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
         codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
-    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tile))
+    tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tiled.tile))
     return Quantized(tensor, tiled.amax, packed, mask)
 
 

@@ -2,7 +2,7 @@
 
 A rounding rule chooses between the two grid neighbours of a number, so every rule works with every format:
 
-    NEAREST      the format's decision points and tie rule (ties to the even code; 4^n/1.6 for radix-4 FP4)
+    NEAREST      the format's decision points and tie rule (mostly to the even code; 4^n/1.6 for radix-4 FP4)
     STOCHASTIC   up with probability (x - low) / (high - low), decided by a random word that the caller supplies
     TRUNCATE     the neighbour towards zero
     UNDERFLOW    STOCHASTIC below the smallest magnitude, where NEAREST would lose numbers for good, and NEAREST above it, where
@@ -97,6 +97,18 @@ def nearest_number(x: Tensor, format: Format) -> Tensor:
     return y
 
 
+def round_toward(x: Tensor, average: Tensor, format: Format) -> Tensor:
+    """`Format.round_toward` for each element, float32; NaN where x is."""
+    x, average = x.to(torch.float32), average.to(torch.float32)
+    magnitudes = torch.tensor([v for v in format.grid if v >= 0], dtype=torch.float32, device=x.device)
+    i = torch.bucketize(x.abs().contiguous(), magnitudes, right=True) - 1
+    i = i.clamp_(max=len(magnitudes) - 1)
+    low, high = magnitudes[i], magnitudes[(i + 1).clamp(max=len(magnitudes) - 1)]
+    sign = x.sign()
+    y = sign * torch.where(sign * average >= (low + high) / 2, high, low)
+    return torch.where(x.isnan(), x, y).add_(0.0)
+
+
 class Grid(Protocol):
     """Neighbours and nearest grid value of numbers; the sign of zero is the caller's business, and so is NaN, except
     that `nearest` passes it on where `keeps_nan`."""
@@ -117,7 +129,7 @@ def grid_of(format: Format) -> Grid:
     logarithmic = Logarithmic.of(format)
     if logarithmic is not None:
         return logarithmic
-    if isinstance(format, FloatFormat) and format.is_binary:
+    if isinstance(format, FloatFormat) and format.is_binary and format.ties == "even":
         dtype = _same_dtype(format)
         if dtype is not None:
             return Cast(format, dtype)

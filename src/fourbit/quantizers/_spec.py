@@ -8,6 +8,7 @@ from typing import Literal
 from fourbit.errors import UserError
 from fourbit.formats import Format, get
 from fourbit.quantizers._blocks import BlockScale
+from fourbit.quantizers._estimator import DGE
 from fourbit.quantizers._round import Rounding
 from fourbit.quantizers._scaling import FixedScale, Scaling
 from fourbit.quantizers._tiles import Granularity, Tile, require_granularity
@@ -35,6 +36,10 @@ class QuantSpec:
             product have the same.
         source: what is quantized. "exact": the tensor; "fprop": for w_dgrad and x_wgrad, what fprop had of it (quantized a
             second time).
+        estimator: for w_fprop, what the gradient of its rounding is taken for; None: straight through.
+        outliers: for x_fprop, a quantile near 1. What lies beyond it (and below 1 minus it), of the tensor or of each row, is
+            clamped, and the difference multiplied in high precision by the quantized weight (OCC, outlier clamping and
+            compensation); the hardware would have a sparse product for it. None: everything is quantized.
 
     >>> str(QuantSpec("fp4_e2m1"))
     'fp4_e2m1, fixed 1'
@@ -48,6 +53,8 @@ class QuantSpec:
     compensate: Compensation = ""
     transform: Hadamard | None = None
     source: Source = "exact"
+    estimator: DGE | None = None
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
@@ -56,6 +63,15 @@ class QuantSpec:
         require_granularity(self.granularity)
         if isinstance(self.scaling, BlockScale) and not self.in_tiles:
             raise UserError("a BlockScale needs tiles to scale: use granularity=Block(16), for example")
+        micro = self.scaling.micro if isinstance(self.scaling, BlockScale) else ()
+        if micro and not (
+            isinstance(self.granularity, Tile)
+            and self.granularity.rows == 1
+            and not (self.granularity.sums or 1) % micro[0]
+        ):
+            raise UserError(
+                f"parts of {micro[0]} with micro-exponents need blocks of whole parts: use granularity=Block(64)"
+            )
         if objection := self.scaling.objection(self.granularity):
             raise UserError(objection)
         if self.compensate and (
@@ -66,6 +82,13 @@ class QuantSpec:
             raise UserError(f"source must be 'exact' or 'fprop', not {self.source!r}")
         if not (self.transform is None or isinstance(self.transform, Hadamard)):
             raise UserError(f"transform must be a Hadamard or None, not {self.transform!r}")
+        if self.estimator is not None and (self.transform is not None or self.scaling.clips):
+            raise UserError("an estimator is for operands that are neither rotated nor clipped: leave one of them out")
+        if self.outliers is not None:
+            if not 0.5 < self.outliers < 1:
+                raise UserError(f"outliers is a quantile between 0.5 and 1, not {self.outliers!r}")
+            if self.transform is not None or self.scaling.clips or self.granularity not in ("tensor", "row"):
+                raise UserError("outliers are split off per tensor or row, without a transform or a clip value")
         if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
 
@@ -104,4 +127,8 @@ class QuantSpec:
             parts.append(str(self.transform))
         if self.source == "fprop":
             parts.append("of fprop's")
+        if self.estimator is not None:
+            parts.append(str(self.estimator))
+        if self.outliers is not None:
+            parts.append(f"beyond quantile {self.outliers:g} in high precision")
         return ", ".join(parts)

@@ -32,7 +32,9 @@ from fourbit.recipes._rule import last as last
 from fourbit.recipes._rule import last_share as last_share
 from fourbit.recipes._rule import name as name
 from fourbit.recipes._rule import widens as widens
+from fourbit.recipes._schedule import GradientNoise as GradientNoise
 from fourbit.recipes._schedule import Phase as Phase
+from fourbit.recipes._schedule import Rate as Rate
 from fourbit.recipes._schedule import Scheduler as Scheduler
 from fourbit.recipes._weights import MatrixExplanation as MatrixExplanation
 from fourbit.recipes.catalog import CATALOG as CATALOG

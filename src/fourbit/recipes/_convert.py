@@ -266,8 +266,11 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, QuantizedLayer):
             _compose(module)
     _keep_off_fast_path(model)
-    for layer in quantized_layers(model).values():
+    for name, layer in quantized_layers(model).items():
         layer.quant.fuse = fuse
+        if layer.spec.w_fprop is not None and not isinstance(layer, MatMul):
+            for upkeep in recipe.upkeep:
+                upkeep.attach(layer, name)
     return model
 
 
@@ -348,12 +351,20 @@ def _require_rotations(assignment: Assignment, recipe: Recipe) -> None:
 
 
 def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Scheduler | None:
-    """What carries out the phases of a recipe; None where it has none. In a training loop:
+    """What carries out the phases and the upkeep of a recipe; None where it has none. In a training loop:
 
     scheduler = fb.scheduler(model, recipe, total_steps)    # once, after convert
     ...
     if scheduler:
         scheduler.at(step)                                  # before the forward pass of each step, also after a resume
+        share = scheduler.rate(step)
+        if share is not None:                               # the phase has a learning rate of its own
+            for group in optimizer.param_groups:
+                group["lr"] = share * base_lr
+
+    A recipe with `QRamping` also needs `scheduler.attach(optimizer)`, once. What upkeep remembers is in the model's state_dict.
+    A recipe with an event needs `scheduler.at(step, backward)`, where `backward()` computes the gradients of the step's batch;
+    a checkpoint then has `scheduler.state_dict()`, and a resume loads it.
 
     Args:
         model: just converted by the recipe.
@@ -362,8 +373,8 @@ def scheduler(model: nn.Module, recipe: str | Recipe, total_steps: int) -> Sched
     Raises:
         UserError: a phase never starts in so few steps.
     """
-    phases = resolve(recipe).phases
-    return Scheduler(model, phases, total_steps) if phases else None
+    found = resolve(recipe)
+    return Scheduler(model, found.phases, total_steps) if found.phases or found.upkeep else None
 
 
 def resolve(recipe: str | Recipe) -> Recipe:

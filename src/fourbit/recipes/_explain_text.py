@@ -32,7 +32,7 @@ def lines_of(explanation: Explanation) -> list[str]:
     lines = [f"recipe {recipe.name}: {recipe.summary}"]
     if recipe.source:
         lines.append(f"source: {recipe.source}")
-    lines += [str(phase) for phase in recipe.phases]
+    lines += [str(each) for each in (*recipe.phases, *recipe.upkeep)]
     groups: dict[tuple[str, LayerSpec | None, str], list[LayerExplanation]] = defaultdict(list)
     for layer in explanation.layers:
         groups[layer.rule, layer.spec, layer.note].append(layer)

@@ -37,7 +37,8 @@ from fourbit._types import fits, hints_of, words
 from fourbit.errors import UserError, unknown
 from fourbit.formats import CATALOG as FORMATS
 from fourbit.formats import Format
-from fourbit.nn import SWAPS, MatMul
+from fourbit.nn import SWAPS, MatMul, OsciReset, OutControl, QEma, QRamping
+from fourbit.nn._upkeep import UpkeepSpec
 from fourbit.ops import REUSE, Accumulation, LayerSpec
 from fourbit.ops._spec import Reuse
 from fourbit.quantizers import (
@@ -49,6 +50,7 @@ from fourbit.quantizers import (
     LossScaled,
     QuantSpec,
     Sawb,
+    StepSize,
 )
 from fourbit.quantizers._scaling import Scaling
 from fourbit.recipes import _rule
@@ -61,9 +63,14 @@ FULL = "full precision"
 NONE = "none"
 """None elsewhere."""
 
-SCALINGS: dict[str, type[Scaling]] = {
-    cls.__name__: cls for cls in (FixedScale, Amax, Sawb, ClipValue, GradScale, LossScaled, BlockScale)
+KINDS: dict[type, dict[str, type]] = {
+    Scaling: {
+        cls.__name__: cls for cls in (FixedScale, Amax, Sawb, ClipValue, GradScale, LossScaled, BlockScale, StepSize)
+    },
+    UpkeepSpec: {cls.__name__: cls for cls in (QEma, QRamping, OsciReset, OutControl)},
 }
+"""Classes that a table names by its `type`, by what they have in common."""
+_KIND = {Scaling: "scaling", UpkeepSpec: "upkeep"}
 SELECTORS: dict[str, Callable[..., Selector]] = {
     function.__name__: function
     for function in (
@@ -121,10 +128,11 @@ def recipe_text(recipe: Recipe) -> str:
         UserError: it has a format, a class or a selector that has no name.
     """
     document = _encoded(recipe)
-    rules, phases = document.pop("rules"), document.pop("phases", [])
+    rules, several = document.pop("rules"), {name: document.pop(name, []) for name in ("phases", "upkeep")}
     lines = [f"{key} = {_toml(value)}" for key, value in document.items()]
-    for phase in phases:
-        lines += ["", "[[phases]]", *(f"{key} = {_toml(value)}" for key, value in phase.items())]
+    for name, tables in several.items():
+        for table in tables:
+            lines += ["", f"[[{name}]]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     for rule in rules:
         spec = rule.pop("spec")
         lines += ["", "[[rules]]", *(f"{key} = {_toml(value)}" for key, value in rule.items())]
@@ -153,7 +161,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def _encoded(value: Any) -> Any:
     """The fields of a dataclass that differ from their defaults, as TOML has them."""
-    found: dict[str, Any] = {"type": type(value).__name__} if isinstance(value, Scaling) else {}
+    found: dict[str, Any] = {"type": type(value).__name__} if isinstance(value, tuple(KINDS)) else {}
     for field in dataclasses.fields(value):
         item, default = getattr(value, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -237,14 +245,15 @@ def _value(item: Any, hint: Any, place: str) -> Any:
     for cls in members:
         if cls is Format:
             return _named(item, FORMATS, "format", place)
-        if cls is Scaling:
+        if cls in KINDS:
             if isinstance(item, str):
                 item = {"type": item}
             if not isinstance(item, dict) or "type" not in item:
+                example = next(iter(KINDS[cls]))
                 raise UserError(
-                    f'{place} is {reprlib.repr(item)}, but must be a table with a type, as {{ type = "Amax" }}.'
+                    f'{place} is {reprlib.repr(item)}, but must be a table with a type, as {{ type = "{example}" }}.'
                 )
-            chosen = _named(item["type"], SCALINGS, "scaling", place)
+            chosen = _named(item["type"], KINDS[cls], _KIND[cls], place)
             return _decoded({key: value for key, value in item.items() if key != "type"}, chosen, place)
         if cls is Selector:
             return _selector(item, place)
@@ -326,7 +335,8 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
                 walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         elif isinstance(a, list) and isinstance(b, list) and all(isinstance(each, dict) for each in (*a, *b)):
             for number in range(max(len(a), len(b))):
-                walk(*(side[number] if number < len(side) else None for side in (a, b)), f"{path}[{number + 1}]")
+                first, second = (side[number] if number < len(side) else None for side in (a, b))
+                walk(first, second, f"{path}[{number + 1}]")
         elif a != b:
             sides = ("(default)" if side is None else _toml(side) for side in (a, b))
             found.append(f"{path}: {' -> '.join(sides)}")

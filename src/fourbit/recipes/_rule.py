@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fourbit.errors import UserError
-from fourbit.nn import MatMul
+from fourbit.nn import MatMul, OutControl, UpkeepSpec
 from fourbit.ops import LayerSpec
 from fourbit.recipes._schedule import Phase, check_phases
 
@@ -160,9 +160,10 @@ class Recipe:
         summary: one line.
         source: citation.
         phases: how precision changes over time; a `Scheduler` carries them out.
+        upkeep: what is looked after from step to step in each layer whose weight is quantized; likewise.
 
     Raises:
-        UserError: no rules, or phases out of order.
+        UserError: no rules, phases out of order, or the same upkeep twice.
     """
 
     name: str
@@ -170,11 +171,18 @@ class Recipe:
     summary: str = ""
     source: str = ""
     phases: tuple[Phase, ...] = ()
+    upkeep: tuple[UpkeepSpec, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "upkeep", tuple(self.upkeep))
         check_phases(self.name, self.phases)
+        kinds = [type(each) for each in self.upkeep]
+        if len(set(kinds)) < len(kinds) or (OutControl in kinds and self.phases):
+            raise UserError(
+                f"recipe {self.name!r}: each kind of upkeep is there once, and OutControl does not go with phases"
+            )
         if not self.rules:
             raise UserError(f"recipe {self.name!r} has no rules: give it at least one Rule")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fourbit import recipes
 from fourbit.errors import UserError
-from fourbit.ops import REUSE
+from fourbit.nn import Upkeep, quantized_layers
+from fourbit.ops import REUSE, LayerSpec
 from fourbit.train._config import MAX_THREADS
 from fourbit.train._display import make_console
 from fourbit.train._load import load
@@ -31,11 +32,14 @@ class Fidelity(NamedTuple):
 def exact_gradients(recipe: recipes.Recipe) -> recipes.Recipe:
     """The forward pass of a recipe, and gradients that are not quantized, with the forward's operands; their sums have the form
     of its outputs."""
-    exact = {"g_dgrad": None, "w_dgrad": REUSE, "g_wgrad": None, "x_wgrad": REUSE}
-    rules = tuple(
-        replace(rule, spec=None if rule.spec is None else replace(rule.spec, **exact)) for rule in recipe.rules
-    )
-    return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules, phases=())
+    exact: dict[str, Any] = {"g_dgrad": None, "w_dgrad": REUSE, "g_wgrad": None}
+
+    def of(spec: LayerSpec) -> LayerSpec:
+        split = spec.x_fprop is not None and spec.x_fprop.outliers is not None  # fprop's numbers are not all of x
+        return replace(spec, **exact, x_wgrad=None if split else REUSE)
+
+    rules = tuple(replace(rule, spec=None if rule.spec is None else of(rule.spec)) for rule in recipe.rules)
+    return replace(recipe, name=f"{recipe.name}, exact gradients", rules=rules, phases=(), upkeep=())
 
 
 def weight_gradients(
@@ -48,6 +52,10 @@ def weight_gradients(
     trained = load(folder, None, recipe, data_dir, None, model_file)
     model, task = trained.model, trained.task
     batch = next(iter(task.batches("train", epoch=10_000)))
+    for layer in quantized_layers(model).values():
+        for child in layer.quant.children():
+            if isinstance(child, Upkeep) and child.seen() < 0:
+                child.at(0, layer)
     scaler, scale, restore = recipes.loss_scaler(model), LOSS_SCALE, task.snapshot()
     for _ in range(2):
         torch.manual_seed(trained.config.seed)  # dropout

@@ -82,6 +82,7 @@ class Loop:
         values = {
             "loop": state.as_dict(),
             "scaler": session.scaler.state_dict() if session.scaler else None,
+            "scheduler": session.scheduler.state_dict() if session.scheduler else None,
             "metrics_bytes": folder.metrics_bytes(),
             "run": run_of(session.config, folder.data),
         }
@@ -108,10 +109,12 @@ class Loop:
         """One optimizer step on the batches of `group`, and what is to be written about it."""
         session, state, config = self.session, self.state, self.session.config
         lr = learning_rate(config, config.lr or 0.0, state.step, session.total_steps)
+        if session.scheduler is not None:
+            session.scheduler.at(state.step, lambda: self._differentiate(group))
+            share = session.scheduler.rate(state.step)
+            lr = lr if share is None else share * (config.lr or 0.0)
         for param_group in session.optimizer.param_groups:
             param_group["lr"] = lr * (config.alpha_lr_factor if param_group.get("name") == "alpha" else 1.0)
-        if session.scheduler is not None:
-            session.scheduler.at(state.step)
         self.guard.before_step()
         restore_task = session.task.snapshot()
         every, is_last = config.observe_every, state.step == session.total_steps - 1
@@ -135,6 +138,15 @@ class Loop:
         self.recorder.step(state, lr, session.bare, session.scaler.value if session.scaler else None)
         if observation is not None:
             self.recorder.layers(state, session.bare, observation)
+
+    def _differentiate(self, group: list[Batch]) -> None:
+        """Gradients of the mean loss over `group`, as a schedule measures them; nothing else changes."""
+        session, restore_task = self.session, self.session.task.snapshot()
+        for batch in group:
+            with session.accelerator.accumulate(session.model), session.autocast():
+                loss, _ = session.task.loss(session.model, batch, session.config.label_smoothing)
+            session.accelerator.backward(loss)
+        restore_task()
 
     def _forward_backward(self, group: list[Batch]) -> tuple[list[float], bool]:
         """Gradients of the mean loss over `group`, clipped.

@@ -115,6 +115,8 @@ def _resume(session: Session, folder: RunFolder) -> LoopState | None:
         load_optimizer_tensors(session.optimizer, checkpoint.training)
         if session.scaler is not None:
             session.scaler.load_state_dict(checkpoint.state["scaler"])
+        if session.scheduler is not None:
+            session.scheduler.load_state_dict(checkpoint.state.get("scheduler") or {"began": {}})
         load_rng_tensors(session.device, checkpoint.training)
         session.task.load_state_tensors(checkpoint.training)
         metrics_bytes = checkpoint.state["metrics_bytes"]

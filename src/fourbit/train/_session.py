@@ -115,6 +115,9 @@ def open_session(config: TrainConfig) -> Session:
     total = total if config.max_steps is None else min(total, config.max_steps)
     if config.observe_every is None:
         config = replace(config, observe_every=min(-(-total // OBSERVATIONS), OBSERVE_AT_LEAST_EVERY))
+    scheduler = recipes.scheduler(accelerator.unwrap_model(model), config.recipe, total)
+    if scheduler is not None:
+        scheduler.attach(optimizer)
     return Session(
         config=config,
         task=task,
@@ -122,7 +125,7 @@ def open_session(config: TrainConfig) -> Session:
         model=model,
         optimizer=optimizer,
         scaler=recipes.loss_scaler(accelerator.unwrap_model(model), config.loss_scale_interval),
-        scheduler=recipes.scheduler(accelerator.unwrap_model(model), config.recipe, total),
+        scheduler=scheduler,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
     )

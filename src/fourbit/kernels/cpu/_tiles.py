@@ -145,7 +145,7 @@ def _why_not(request: Request) -> str:
         return declined
     if x.dim() != 4 or not x.numel():
         return "the operand has not four axes, or is empty"
-    if not isinstance(scaling, BlockScale) or scaling.corrected or scaling.draws:
+    if not isinstance(scaling, BlockScale) or scaling.corrected or scaling.micro or scaling.outer or scaling.draws:
         return f"no kernel scales by {scaling}"
     targets = scaling.targets or (request.format.max,)
     if _are_powers(scaling.format):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fourbit import formats as f
 from fourbit.ops import REUSE, LayerSpec
-from fourbit.quantizers import Amax, Block, BlockScale, QuantSpec
+from fourbit.quantizers import DGE, Amax, Block, BlockScale, QuantSpec, StepSize
 from fourbit.recipes._rule import Recipe, Rule, depthwise, first, last
 from fourbit.recipes.catalog._base import CATALOG
 from fourbit.recipes.catalog.blocks import MX_PAPER, MXFP4, NVFP4, everywhere
@@ -14,6 +16,8 @@ HFP8_PAPER = (
     "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks, NeurIPS 2019"
 )
 FP8_PAPER = "Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433"
+
+FP4_PAPER = "Wang et al., Optimizing Large Language Model Training Using FP4 Quantization, arXiv 2501.17116"
 
 
 def _recipe(name: str, summary: str, spec: LayerSpec, source: str, high: LayerSpec | None = None, n: int = 1) -> Recipe:
@@ -75,8 +79,24 @@ MXFP4_QAT = _recipe(
 FP4_ROWWISE = QuantSpec(f.FP4_E2M1, Amax(), "row")
 FP4_FORWARD = _recipe(
     "fp4-forward",
-    "E2M1 with a scale per token and per output channel, backward in full precision (without DGE and OCC)",
+    "E2M1 with a scale per token and per output channel, backward in full precision (fp4-dge-occ without DGE and OCC)",
     LayerSpec(FP4_ROWWISE, FP4_ROWWISE, None, None, None, None),
-    "Wang et al., Optimizing Large Language Model Training Using FP4 Quantization, arXiv 2501.17116",
+    FP4_PAPER,
+    n=0,
+)
+FP4_DGE_OCC = _recipe(
+    "fp4-dge-occ",
+    "E2M1 with a scale per token and per output channel; dw times the slope of a power curve (DGE, k = 5, at most 3); what "
+    "lies beyond a token's quantile 0.99 in high precision (OCC); backward in the model's precision, not FP8",
+    LayerSpec(replace(FP4_ROWWISE, outliers=0.99), replace(FP4_ROWWISE, estimator=DGE()), None, None, None, None),
+    FP4_PAPER,
+    n=0,
+)
+LSQ = QuantSpec(f.INT4_SYM, StepSize())
+INT4_QAT = _recipe(
+    "int4-qat",
+    "INT4 weights and activations with learned step sizes (LSQ); backward in full precision, with the forward's operands",
+    LayerSpec(LSQ, LSQ),
+    "Esser et al., Learned Step Size Quantization, ICLR 2020",
     n=0,
 )

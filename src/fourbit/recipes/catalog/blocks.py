@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fourbit import formats as f
+from fourbit.nn import OsciReset, OutControl, QEma, QRamping, UpkeepSpec
 from fourbit.ops import REUSE, LayerSpec
 from fourbit.quantizers import Block, BlockScale, Hadamard, QuantSpec, Rounding, Tile
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, last, last_share
-from fourbit.recipes._schedule import Phase
+from fourbit.recipes._schedule import GradientNoise, Phase, Rate
 from fourbit.recipes.catalog._base import CATALOG
 
 MX_PAPER = "OCP Microscaling Formats (MX) Specification v1.0"
@@ -28,13 +29,15 @@ TETRAJET_PAPER = "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Tra
 TETRAJET2_PAPER = "TetraJet-v2: Accurate NVFP4 Training for Large Language Models, arXiv 2510.27527"
 FOUR_OVER_SIX_PAPER = "Cook et al., Four Over Six, arXiv 2512.02010"
 UFP4_PAPER = "Zhao et al., Rethinking Shrinkage Bias in LLM FP4 Pretraining, arXiv 2606.20381"
+HIFLOAT4_PAPER = "Taghian et al., HiFloat4 Format for Language Model Pre-training on Ascend NPUs, arXiv 2604.08826"
 AMD_PAPER = "AMD, MXFP4 training, arXiv 2605.09825"
 
 _E4M3 = f.FP8_E4M3FN
 
 MXFP4 = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "floor"), Block(32))
 """OCP's MXFP4: E2M1, blocks of 32, E8M0 scales from the exponent of the largest number."""
-NVFP4 = QuantSpec(f.FP4_E2M1, BlockScale(_E4M3, "nearest", tensor_bound=448), Block(16))
+_NVFP4_SCALE = BlockScale(_E4M3, "nearest", tensor_bound=448)
+NVFP4 = QuantSpec(f.FP4_E2M1, _NVFP4_SCALE, Block(16))
 """NVFP4: E2M1, blocks of 16, E4M3 scales over a float32 scale of the tensor."""
 NVFP4_SQUARE = replace(NVFP4, granularity=Tile(16, 16))
 NVFP4_4OVER6 = replace(NVFP4, scaling=BlockScale(_E4M3, "nearest", tensor_bound=256, targets=(6.0, 4.0)))
@@ -54,6 +57,11 @@ def _drawn(spec: QuantSpec) -> QuantSpec:
 
 def _of_fprop(spec: QuantSpec) -> QuantSpec:
     return replace(spec, source="fprop")
+
+
+def _again(spec: QuantSpec, back: QuantSpec) -> LayerSpec:
+    """One format forward, another for the gradient and for the forward's operands again."""
+    return LayerSpec(spec, spec, back, _of_fprop(back), back, _of_fprop(back))
 
 
 def _turned(spec: QuantSpec, by: Hadamard) -> QuantSpec:
@@ -76,8 +84,9 @@ def _recipe(
     source: str,
     high: Selector | None = None,
     phases: tuple[Phase, ...] = (),
+    upkeep: tuple[UpkeepSpec, ...] = (),
 ) -> Recipe:
-    return CATALOG.add(name, Recipe(name, block_rules(spec, high or last(1)), summary, source, phases))
+    return CATALOG.add(name, Recipe(name, block_rules(spec, high or last(1)), summary, source, phases, upkeep))
 
 
 _RHT64 = Hadamard(64, "fresh")
@@ -141,11 +150,19 @@ NVFP4_FQT = _recipe(
 
 NVFP4_FQT_QAF = _recipe(
     "nvfp4-fqt-qaf",
-    "as nvfp4-fqt, with the backward pass in the model's precision for the last tenth of the steps (its length: our choice; "
-    "the learning rate's new warm-up is not part of it)",
+    "as nvfp4-fqt, with the backward pass in the model's precision for the last tenth of the steps (its length: our choice), "
+    "in which the learning rate starts again: 40 steps of warm-up, then a cosine",
     NVFP4_FQT.rules[-1].spec or LayerSpec(),
     FQT_PAPER,
-    phases=(Phase(0.9, ("dgrad", "wgrad")),),
+    phases=(Phase(0.9, ("dgrad", "wgrad"), Rate(40)),),
+)
+NVFP4_FQT_TRIGGER = _recipe(
+    "nvfp4-fqt-trigger",
+    "as nvfp4-fqt-qaf, from the step on at which the gradient is below sqrt(3) times the noise of its rounding (measured every "
+    "100 steps, on one batch: our choice)",
+    NVFP4_FQT.rules[-1].spec or LayerSpec(),
+    FQT_PAPER,
+    phases=(Phase(GradientNoise(), ("dgrad", "wgrad"), Rate(40)),),
 )
 
 _QUEST = QuantSpec(f.FP4_E2M1, BlockScale(f.E8M0, "nearest", clip_rms=2.92247856), Block(32), transform=Hadamard(32))
@@ -173,23 +190,58 @@ _TETRAJET = replace(MXFP4, scaling=BlockScale(f.E8M0, "ceil"))
 TETRAJET = _recipe(
     "tetrajet",
     "MXFP4 with scales that truncate nothing; backward the forward's operands again, stochastic (without Q-EMA and Q-Ramping)",
-    LayerSpec(
-        _TETRAJET,
-        _TETRAJET,
-        _drawn(_TETRAJET),
-        _of_fprop(_drawn(_TETRAJET)),
-        _drawn(_TETRAJET),
-        _of_fprop(_drawn(_TETRAJET)),
-    ),
+    _again(_TETRAJET, _drawn(_TETRAJET)),
     TETRAJET_PAPER,
+)
+TETRAJET_QEMA = _recipe(
+    "tetrajet-qema",
+    "as tetrajet, weights rounded to the side of their average, decay 0.9983 (the authors' for DeiT-T)",
+    _again(_TETRAJET, _drawn(_TETRAJET)),
+    TETRAJET_PAPER,
+    upkeep=(QEma(),),
+)
+TETRAJET_QRAMPING = _recipe(
+    "tetrajet-qramping",
+    "as tetrajet, weights that oscillate updated less often and by more; found every 1000 steps, in 30 steps that count (the "
+    "authors': every epoch, in steps that are taken back)",
+    _again(_TETRAJET, _drawn(_TETRAJET)),
+    TETRAJET_PAPER,
+    upkeep=(QRamping(),),
 )
 _TETRAJET2 = _drawn(_turned(NVFP4, Hadamard(32, "fresh")))
 TETRAJET2 = _recipe(
     "tetrajet2",
     "NVFP4 (the outer scale of the tensor, not of 128); backward the forward's operands again, rotated and stochastic (without "
     "OsciReset and OutControl)",
-    LayerSpec(NVFP4, NVFP4, _TETRAJET2, _of_fprop(_TETRAJET2), _TETRAJET2, _of_fprop(_TETRAJET2)),
+    _again(NVFP4, _TETRAJET2),
     TETRAJET2_PAPER,
+)
+_OUTER = replace(NVFP4, scaling=replace(_NVFP4_SCALE, outer=128))
+_OUTER_BACK = _drawn(_turned(_OUTER, Hadamard(32, "fresh")))
+TETRAJET2_OUTER = _recipe(
+    "tetrajet2-outer",
+    "as tetrajet2, with a float32 scale for each 128 numbers along the sums, as published",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+)
+TETRAJET2_OSCIRESET = _recipe(
+    "tetrajet2-oscireset",
+    "as tetrajet2-outer, weights that oscillate set to their rounding, from step 8000 on (ratio 8, as in the authors' runs)",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+    upkeep=(OsciReset(ratio=8.0),),
+)
+_MXFP8 = QuantSpec(_E4M3, BlockScale(f.E8M0, "ceil"), Block(32))
+TETRAJET2_FULL = _recipe(
+    "tetrajet2-full",
+    "as tetrajet2-oscireset, and the tenth of the channels of x with the largest norms in MXFP8 from step 551 on (dgrad NVFP4 "
+    "as for all; rounding of MXFP8 to nearest, with scales that truncate nothing: our reading)",
+    _again(_OUTER, _OUTER_BACK),
+    TETRAJET2_PAPER,
+    upkeep=(
+        OsciReset(ratio=8.0),
+        OutControl(LayerSpec(_MXFP8, _MXFP8, _OUTER_BACK, _of_fprop(_OUTER_BACK), _MXFP8, _of_fprop(_MXFP8))),
+    ),
 )
 
 _UNIFORM = QuantSpec(
@@ -200,4 +252,14 @@ UFP4 = _recipe(
     "a uniform grid of 15 numbers with NVFP4's scales, all three products rotated, gradients alone stochastic",
     LayerSpec(_UNIFORM, _UNIFORM, _drawn(_UNIFORM), _UNIFORM, _drawn(_UNIFORM), _UNIFORM),
     UFP4_PAPER,
+)
+
+HIF4 = QuantSpec(f.S1P2, BlockScale(f.UE6M2, "nearest", micro=(8, 4)), Block(64))
+"""HiFloat4: S1P2, blocks of 64, E6M2 scales with a factor of 1 or 2 for each 8 and for each 4 numbers."""
+_HIF4_BACK = _turned(HIF4, Hadamard(64, "fresh"))
+HIFLOAT4 = _recipe(
+    "hifloat4",
+    "HiFloat4 in all six operands, to nearest; dgrad and wgrad rotated by a random Hadamard 64 (which products: our reading)",
+    LayerSpec(HIF4, HIF4, _HIF4_BACK, _HIF4_BACK, _HIF4_BACK, _HIF4_BACK),
+    HIFLOAT4_PAPER,
 )

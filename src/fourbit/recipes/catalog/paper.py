@@ -15,7 +15,7 @@ from fourbit.nn import MatMul
 from fourbit.ops import REUSE, Accumulation, LayerSpec
 from fourbit.quantizers import Amax, ClipValue, GradScale, LossScaled, QuantSpec, Rounding, Sawb
 from fourbit.recipes._rule import Recipe, Rule, Selector, depthwise, first, kernel_size, last, widens
-from fourbit.recipes._schedule import Phase
+from fourbit.recipes._schedule import Phase, Rate
 from fourbit.recipes.catalog._base import CATALOG
 
 PAPER = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
@@ -254,9 +254,9 @@ LUQ_FNT = CATALOG.add(
     replace(
         LUQ,
         name="luq-fnt",
-        summary="LUQ, with all but the INT4 weights in full precision for the last tenth of the steps (the share, and the "
-        "learning rate's schedule as before: our choice)",
-        phases=(Phase(0.9, ("x_fprop", "g_dgrad", "g_wgrad")),),
+        summary="LUQ, with all but the INT4 weights in full precision for the last tenth of the steps, in which the learning "
+        "rate is a triangle (the share, and its peak, the base rate: our choice)",
+        phases=(Phase(0.9, ("x_fprop", "g_dgrad", "g_wgrad"), Rate(0.5, "linear")),),
     ),
 )
 LUQ_EQ11 = _luq_recipe("luq-eq11", "LUQ with alpha = max/16 as Eq. 11 is printed: 5 magnitudes", _luq(f.FP4_R2_5))
