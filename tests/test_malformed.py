@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,7 +35,7 @@ def sampled(cases: list, ids: list[str]) -> list:
 
 
 def named(words: object) -> str:
-    return ascii(str(words))[1:60]
+    return re.sub(" at 0x[0-9a-f]+", "", ascii(str(words)))[1:60]
 
 
 COMMANDS = list(command_lines())

@@ -160,6 +160,9 @@ def test_what_cannot_be_trained_is_said(tmp_path):
         trainer(gpt2())
     with pytest.raises(UserError, match="scales the loss"):
         trainer(gpt2(), recipe="ibm2020-global-scale")
+    for recipe in ("nvfp4-fqt-trigger", "luq-fnt"):
+        with pytest.raises(UserError, match="which this trainer cannot carry out"):
+            trainer(gpt2(), recipe=recipe).train()
     model = gpt2()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(UserError, match="does not have the clip values"):

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from fourbit import nn as fnn
 from fourbit import recipes
 from fourbit.errors import UserError
-from fourbit.integrations._logged import by_layer
+from fourbit.integrations._steps import by_layer, scheduler_of
 from fourbit.nn import Observation
 
 
@@ -96,11 +96,9 @@ class FourBit(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Phases count the Trainer's steps."""
-        if self.recipe is not None and recipes.get(self.recipe).phases:
+        if self.recipe is not None:
             total = trainer.estimated_stepping_batches
-            if total == float("inf"):
-                raise UserError(f"{self.recipe} has phases, which need to know how long training is: give max_steps.")
-            self._scheduler = recipes.scheduler(pl_module, recipes.get(self.recipe), int(total))
+            self._scheduler = scheduler_of(pl_module, self.recipe, total, trainer.optimizers[0])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

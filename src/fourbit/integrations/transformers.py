@@ -37,7 +37,7 @@ from fourbit import nn as fnn
 from fourbit import recipes
 from fourbit._version import __version__
 from fourbit.errors import UserError
-from fourbit.integrations._logged import by_layer, means
+from fourbit.integrations._steps import by_layer, means, scheduler_of
 from fourbit.nn import Observation
 
 METHOD = "fourbit"
@@ -278,11 +278,12 @@ class _Steps(TrainerCallback):
         self._current: Observation | None = None
         self._scheduler: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Phases count the Trainer's steps."""
         name = self.recipe or getattr(getattr(model.config, "quantization_config", None), "recipe", None)
-        if name is not None and recipes.get(name).phases:
-            self._scheduler = recipes.scheduler(model, recipes.get(name), state.max_steps)
+        self._scheduler = None if name is None else scheduler_of(model, name, state.max_steps, optimizer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the first of the passes of a step."""

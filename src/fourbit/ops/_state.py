@@ -67,11 +67,13 @@ class LayerState(nn.Module):
         nonfinite: tensors of x, w and g with NaN or infinity, counted; not in checkpoints.
         with_gradients: whether this forward pass records for a backward pass: only such passes decide something for good.
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
+        awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
 
     nonfinite: Tensor
     fuse = True
+    awaits_scheduler = False
     wants_float = False
 
     def __init__(
@@ -187,7 +189,12 @@ class LayerState(nn.Module):
         counter.piece = 0
         if in_backward():
             return  # recomputation
-        if self._modules and self.training and counter.uses:
+        if self.training and counter.uses:
+            if self.awaits_scheduler:
+                raise UserError(
+                    "this recipe has phases: make scheduler = fourbit.scheduler(model, recipe, total_steps) once, and call "
+                    "scheduler.at(step) before the forward pass of each step"
+                )
             for upkeep in self._modules.values():
                 upkeep.require()  # type: ignore[union-attr,operator]
         counter.begin()

@@ -267,7 +267,7 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             _compose(module)
     _keep_off_fast_path(model)
     for name, layer in quantized_layers(model).items():
-        layer.quant.fuse = fuse
+        layer.quant.fuse, layer.quant.awaits_scheduler = fuse, bool(recipe.phases)
         if layer.spec.w_fprop is not None and not isinstance(layer, MatMul):
             for upkeep in recipe.upkeep:
                 upkeep.attach(layer, name)

@@ -222,6 +222,8 @@ class Scheduler:
             raise UserError(
                 "this recipe changes the optimizer's steps: call scheduler.attach(optimizer) once before the first"
             )
+        for layer, _ in self._specs:
+            layer.quant.awaits_scheduler = False
         for layer, upkeep in self._upkeep:
             upkeep.at(step, layer)
         number = self._number(step)
