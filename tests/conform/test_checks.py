@@ -25,7 +25,10 @@ def failed(report):
     return {result.name for result in report if result.status == "fail"}
 
 
-@pytest.mark.parametrize("format", BLOCKS.values(), ids=str)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(f, id=name, marks=() if name == "nvfp4" else pytest.mark.slow) for name, f in BLOCKS.items()],
+)
 def test_the_definition_passes_all_checks(format):
     report = conform.check(exact(format), format)
     assert report.passed and not failed(report)

@@ -99,6 +99,7 @@ def test_tensors_that_do_not_fit_together_are_refused(change, message):
 @pytest.mark.parametrize(
     ("name", "num_train", "shape"), [("cifar10", 50_000, (3, 32, 32)), ("fashion_mnist", 60_000, (1, 28, 28))]
 )
+@pytest.mark.slow
 def test_real_data_is_complete_and_its_constants_are_its_statistics(shared_data, name, num_train, shape):
     folder = shared_data / name
     if not folder.is_dir():

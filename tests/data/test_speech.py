@@ -202,6 +202,7 @@ def test_too_large_batches_are_named(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no spoken digits beside the repository")
+@pytest.mark.slow
 def test_the_spoken_digits_have_their_known_size():
     speech = data.load("spoken_digits", REAL)
     assert (len(speech.train_x), len(speech.test_x)) == (2000, 500)

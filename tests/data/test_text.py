@@ -150,6 +150,7 @@ def test_the_penn_treebank_has_its_known_size():
 
 
 @pytest.mark.skipif(not (REAL / "wikitext2").is_dir(), reason="no WikiText-2 beside the repository")
+@pytest.mark.slow
 def test_wikitext_takes_the_validation_split_where_there_is_no_test_split():
     text = data.load("wikitext2", REAL / "wikitext2")
     assert 30_000 < len(text.vocabulary) < 34_000 and len(text.test) < len(text.train) / 8

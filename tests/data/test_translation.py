@@ -169,6 +169,7 @@ def test_a_tokenizer_that_does_not_know_all_words_is_named(tmp_path):
     assert found.train[0][1].tolist() == [4, 5, 2]
 
 
+@pytest.mark.slow
 def test_multi30k_itself(shared_data):
     folder = shared_data / "multi30k"
     if not folder.is_dir():

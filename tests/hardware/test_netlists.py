@@ -192,6 +192,7 @@ def test_bad_input_to_synthesis_is_named(library, tmp_path):
 @needs_tools
 @pytest.mark.skipif(not LIBERTY, reason="no Liberty file in $FOURBIT_LIBERTY")
 @pytest.mark.parametrize("path", LIBERTY, ids=lambda p: p.name[:8])
+@pytest.mark.slow
 def test_mapped_to_a_real_library_key_units_compute_the_same(path, tmp_path):
     real = Library(path)
     real.check()

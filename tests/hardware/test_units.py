@@ -29,8 +29,20 @@ from fourbit.hardware import (
     simulate_netlist,
 )
 
-# Units of more than four ways repeat the circuits of those of four.
-QUICK = [name for name, unit in UNITS.items() if getattr(unit, "ways", 1) <= 4]
+# Of each kind of circuit one, or two, is simulated in the fast suite.
+QUICK = [
+    "fma_fp16",
+    "fma_bf16",
+    "int4_fp4",
+    "uint4_int4",
+    "int4_fp8",
+    "mxfp4",
+    "int4_fp4_fixed",
+    "converter",
+    "quantize_fp4",
+    "quantize_luq",
+    "hadamard",
+]
 EVERY_CIRCUIT = [(name, 500) for name in QUICK]
 EVERY_CIRCUIT += [pytest.param(name, 10_000, marks=pytest.mark.slow) for name in UNITS]
 
@@ -62,13 +74,12 @@ MULTIPLIERS = [u for u in UNITS.values() if isinstance(u, InnerProduct) and u.wa
 MULTIPLIERS = [u for u in MULTIPLIERS if u.ways <= 4 or u.style != "exact"]  # which would be the same with one way
 
 
-def _pairs(unit: InnerProduct) -> int:
-    return 2 ** (unit.operands[0].bits + unit.operands[1].bits)
-
-
 @pytest.mark.parametrize(
     "unit",
-    [pytest.param(u, id=u.name, marks=pytest.mark.slow if _pairs(u) > 2**14 else ()) for u in MULTIPLIERS],
+    [
+        pytest.param(u, id=u.name, marks=() if u.name in ("int4_int4", "int4_fp4", "uint4_fp4") else pytest.mark.slow)
+        for u in MULTIPLIERS
+    ],
 )
 def test_every_pair_of_codes_is_multiplied_exactly(unit, tmp_path):
     one = replace(unit, ways=1) if unit.style == "exact" else unit
@@ -144,7 +155,13 @@ def test_yosys_leaves_the_way_libraries_are_loaded_alone():
 QUANTIZERS = [u for u in UNITS.values() if isinstance(u, Quantizer) and not u.stochastic]
 
 
-@pytest.mark.parametrize("unit", QUANTIZERS, ids=lambda u: u.name)
+@pytest.mark.parametrize(
+    "unit",
+    [
+        pytest.param(u, id=u.name, marks=() if u.name in ("quantize_fp4", "quantize_int4") else pytest.mark.slow)
+        for u in QUANTIZERS
+    ],
+)
 def test_every_code_is_quantized_as_the_format_says(unit, tmp_path):
     """Also against `Format.round` in floating point, which is exact for these numbers."""
     scale = 3 if unit.scale == "power" else unit.float.encode(Fraction(2.375))
@@ -165,9 +182,17 @@ def test_every_number_of_a_short_register_is_converted_exactly(tmp_path):
     assert mismatch(unit, vectors, simulate_netlist(Design(unit, tmp_path).gates(), unit, vectors)) is None
 
 
-@pytest.mark.parametrize("name", ["fma_fp16", "fma_binary16", "fma_bf16", "int4_fp4", "mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [
+        ("int4_fp4", 500),
+        *(
+            pytest.param(name, 5000, marks=pytest.mark.slow)
+            for name in ("fma_fp16", "fma_binary16", "fma_bf16", "int4_fp4", "mxfp4")
+        ),
+    ],
+)
 @pytest.mark.parametrize("cuts", [(), ("multiply",)])
-@pytest.mark.parametrize("num", [500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_anticipated_zeros_change_no_sum(name, cuts, num, tmp_path):
     unit = replace(UNITS[name], anticipate=True, cuts=cuts)
     vectors = unit.vectors(random.Random(3), num)

@@ -327,6 +327,12 @@ def test_every_recipe_takes_an_rnn_or_says_why_not(name):
         with pytest.raises(fb.UserError, match="matches no layer"):
             fb.convert(model, name)
         return
+    if recipes.get(name).upkeep:
+        with pytest.raises(
+            fb.UserError, match=r"looks after weights of linear and convolution layers|OutControl is for linear"
+        ):
+            fb.convert(model, name)
+        return
     fb.convert(model, name)
     model(torch.randint(0, 20, (4, 2))).sum().backward()
 

@@ -206,7 +206,7 @@ def test_stochastic_layers_replay_a_step_draw_anew_in_the_next_and_differ_betwee
     assert torch.equal(first, again)
     first.sum().backward()
     assert not torch.equal(contract(x, w, LinearMap(), state), first)
-    keys = {state.sum_key(which) for which in ("fprop", "dgrad", "wgrad")}
+    keys = {state.counter.sum_key(which) for which in ("fprop", "dgrad", "wgrad")}
     assert len(keys) == 3 and None not in keys
     with pytest.raises(UserError, match="pass state="):
         Q.linear(x, w, None, spec)

@@ -147,6 +147,7 @@ def test_stochastic_rounding_in_blocks_is_unbiased(scaling):
     assert ((drawn.mean(0) - x.double()).abs() <= 4 * error + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_ms_eden_is_unbiased_over_rotations_and_nearer_than_stochastic_rounding():
     torch.manual_seed(1)
     x = torch.randn(1, 128)
