@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from fourbit import backends as backends
     from fourbit import conform as conform
+    from fourbit import exports as exports
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
     from fourbit.errors import NonFiniteError as NonFiniteError
     from fourbit.errors import UserError as UserError
+    from fourbit.exports import export as export
     from fourbit.nn import LayerState as LayerState
     from fourbit.nn import float_state_dict as float_state_dict
     from fourbit.nn import nonfinite_layers as nonfinite_layers
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
     from fourbit.quantizers import Tile as Tile
     from fourbit.quantizers import quantize as quantize
     from fourbit.quantizers import round_to_format as round_to_format
+    from fourbit.recipes import GradientNoise as GradientNoise
     from fourbit.recipes import LossScaler as LossScaler
     from fourbit.recipes import Phase as Phase
+    from fourbit.recipes import Rate as Rate
     from fourbit.recipes import Recipe as Recipe
     from fourbit.recipes import Rule as Rule
     from fourbit.recipes import Scheduler as Scheduler
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
     from fourbit.recipes import scheduler as scheduler
 
 _HOME = {
+    "export": "exports",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
     "synchronize": "nn",
@@ -94,6 +99,7 @@ _PACKAGES = (
     "train",
     "report",
     "conform",
+    "exports",
 )
 
 __all__ = ["__version__", *_PACKAGES, *_HOME]
