@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fourbit as fb
+from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.exports import export
 from fourbit.exports._weights import PackedWeight, weight_of
@@ -57,7 +58,10 @@ def weights(model: nn.Module) -> dict[str, PackedWeight | torch.Tensor]:
     return {name: weight_of(name, m) for name, m in fb.quantized_layers(model).items() if not m.spec.is_identity}
 
 
-@pytest.mark.parametrize("recipe", ["ibm2020", "nvfp4", "nvfp4-4over6", "mxfp4", ROWS, GROUPS], ids=str)
+SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("nvfp4-4over6", "mxfp4", ROWS, GROUPS)]
+
+
+@pytest.mark.parametrize("recipe", ["ibm2020", "nvfp4", *SLOW], ids=str)
 def test_transformers_loads_the_weights_that_the_layers_multiply(tmp_path, recipe):
     """INT4 and MXFP4 exactly. NVFP4 within 2^-8, because compressed-tensors unpacks it to bfloat16; with float32 scales of
     groups, where the scale of the tensor is multiplied first, within 2^-22."""
@@ -88,11 +92,21 @@ def test_transformers_loads_the_weights_that_the_layers_multiply(tmp_path, recip
     assert (logits - wanted).abs().max() <= (2.0**-6 if wide else 1e-6) * wanted.abs().max()  # sums of another order
 
 
+@pytest.mark.slow
+def test_the_command_exports_a_saved_folder(tmp_path, capsys):
+    llama("ibm2020", tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), "--to", "compressed-tensors"]) == 0
+    assert "recipe `ibm2020`" in (tmp_path / "saved/export-compressed-tensors/README.md").read_text()
+    assert main(["evaluate", str(tmp_path / "saved")]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+
+
 def plain(model: nn.Module) -> dict:
     config = model.config.to_dict()
     return {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
 
 
+@pytest.mark.slow
 def test_nvfp4_scales_and_codes_are_ours(tmp_path):
     from safetensors.torch import load_file
 
@@ -105,7 +119,7 @@ def test_nvfp4_scales_and_codes_are_ours(tmp_path):
         assert torch.allclose(1 / stored[f"{name}.weight_global_scale"], weight.tensor_scale, rtol=2e-7)
 
 
-@pytest.mark.parametrize("recipe", ["ibm2020", "mxfp4", ROWS, GROUPS], ids=str)
+@pytest.mark.parametrize("recipe", ["ibm2020", *SLOW[1:]], ids=str)
 def test_gguf_dequantizes_to_the_weights_that_the_layers_multiply(tmp_path, recipe):
     """MXFP4 exactly; Q4_0 with the scale rounded to fp16, within 2^-11."""
     model = llama(recipe)
