@@ -133,8 +133,10 @@ class _Session(nn.Module):
 
     def __init__(self, file: Path):
         super().__init__()
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError("running ONNX needs the package onnxruntime: pip install 'fourbit[export]'.") from error
         self.session = onnxruntime.InferenceSession(file)
 
     def forward(self, x: Tensor) -> Tensor:
