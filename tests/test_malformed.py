@@ -80,6 +80,8 @@ def complete(words: list[str]) -> list[str]:
         "explain": {"--model": "digits_cnn", "--input": "1x8x8"},
         "memory": {"--model": "digits_cnn", "--input": "1x8x8", "--batch-size": "2"},
         "fidelity": {"--run": "nowhere"},
+        "export": {"--folder": "nowhere"},
+        "evaluate": {"--run": "nowhere"},
         "reproduce": {"--what": "questions", "--row": "radix", "--scale": "smoke", "--columns": "nothing"},
         "conform": {"--name": "nothing:nothing"},
         "report": {"--paths": "nowhere"},

@@ -91,7 +91,7 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
             monkeypatch.setattr(data, "load", lambda name, folder=None: digits)
     for name in [w.removeprefix("hf:./") for w in words if "path/to/" in w]:
         write_data(Path(name))
-    if words[0] == "fidelity":
+    if words[0] in ("fidelity", "export", "evaluate"):
         assert main(["train", "--model", "digits_cnn", "--data", "digits", "--max-steps", "1", "--out", words[1]]) == 0
     if words[0] == "report":
         assert (

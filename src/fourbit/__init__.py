@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from fourbit import backends as backends
     from fourbit import conform as conform
+    from fourbit import exports as exports
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
     from fourbit.errors import NonFiniteError as NonFiniteError
     from fourbit.errors import UserError as UserError
+    from fourbit.exports import export as export
     from fourbit.nn import LayerState as LayerState
     from fourbit.nn import float_state_dict as float_state_dict
     from fourbit.nn import nonfinite_layers as nonfinite_layers
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from fourbit.recipes import scheduler as scheduler
 
 _HOME = {
+    "export": "exports",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
     "synchronize": "nn",
@@ -96,6 +99,7 @@ _PACKAGES = (
     "train",
     "report",
     "conform",
+    "exports",
 )
 
 __all__ = ["__version__", *_PACKAGES, *_HOME]

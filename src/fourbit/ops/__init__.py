@@ -42,6 +42,7 @@ from fourbit.ops._product import finish as finish
 from fourbit.ops._product import reference_product as reference_product
 from fourbit.ops._quantize import gradient_specs as gradient_specs
 from fourbit.ops._quantize import operand_request as operand_request
+from fourbit.ops._quantize import quantize_operand as quantize_operand
 from fourbit.ops._quantize import saw_gradient as saw_gradient
 from fourbit.ops._quantize import saw_operand as saw_operand
 from fourbit.ops._recurrent import Recurrence as Recurrence

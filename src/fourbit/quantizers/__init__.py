@@ -68,6 +68,7 @@ from fourbit.quantizers._scaling_state import is_shard as is_shard
 from fourbit.quantizers._spec import QuantSpec as QuantSpec
 from fourbit.quantizers._statistics import MOMENTS as MOMENTS
 from fourbit.quantizers._statistics import Moments as Moments
+from fourbit.quantizers._statistics import Statistics as Statistics
 from fourbit.quantizers._statistics import amax_of as amax_of
 from fourbit.quantizers._statistics import is_dense as is_dense
 from fourbit.quantizers._statistics import memory_flat as memory_flat
