@@ -28,7 +28,7 @@ def test_every_recipe_comes_back_as_it_was(name):
 
 def test_fields_that_no_recipe_of_the_catalogue_has_come_back_too():
     quant = fb.QuantSpec("int4_sym", fb.ClipValue(init=2.0, signed_format=None, learned=False))
-    grad = fb.QuantSpec("fp4_r2", fb.Amax(), restore="magnitude", rounding=fb.Rounding.STOCHASTIC, samples=2)
+    grad = fb.QuantSpec("fp4_r2", fb.Amax(), compensate="magnitude", rounding=fb.Rounding.STOCHASTIC, samples=2)
     tiles = fb.QuantSpec("fp4_e2m1", fb.BlockScale(), fb.Tile(None, 32), transform=fb.Hadamard(4, (1, -1, 1, 1), 7))
     sums = fb.Accumulation("fp16_169", chunk=None, rounding=fb.Rounding.STOCHASTIC)
     where = (fb.first(2) & ~fb.name(r"a\.\"b'|é\\")) | fb.recipes.last_share(1 / 7)
