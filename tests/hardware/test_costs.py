@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fourbit as fb
+from fourbit.cli._hardware import step_products, with_formats
 from fourbit.errors import UserError
 from fourbit.hardware import (
     UNITS,
@@ -21,7 +23,6 @@ from fourbit.hardware import (
     separate_arrays,
     stored,
     unit_of,
-    with_scheme,
 )
 from fourbit.hardware._machine import dram_bits, sram_bits
 from fourbit.hardware._product import quantizers_of
@@ -226,12 +227,19 @@ def test_time_is_the_longer_one_of_arithmetic_and_memory():
     assert fast.seconds == fast.compute > fast.memory
 
 
-def test_schemes_replace_narrow_products_only():
-    narrow, wide = product(), product(a="full", b="full")
-    found = with_scheme([narrow, wide], "nvfp4")
-    assert (found[0].a, found[0].block) == ("fp4_e2m1", "fp8_e4m3fn") and found[1] == wide
-    with pytest.raises(UserError, match="unknown scheme"):
-        with_scheme([narrow], "fp3")
+def test_formats_of_another_recipe_replace_narrow_products_only():
+    found = step_products("resnet20", "ibm2020/nvfp4", None, None, 2)
+    own = step_products("resnet20", "ibm2020", None, None, 2)
+    narrow = [p.a != "fp16_169" for p in own if p.learned]
+    assert any(narrow) and not all(narrow)
+    for before, after in zip(own, found, strict=True):
+        if before.a == "fp16_169" or not before.learned:
+            assert after == before
+        else:
+            assert (after.a, after.block) == ("fp4_e2m1", "fp8_e4m3fn") and after.stochastic == (after.gemm != "fprop")
+    assert with_formats(fb.recipes.get("ibm2020"), fb.recipes.get("fp32")).rules[-1].spec is None
+    with pytest.raises(UserError, match="unknown recipe"):
+        step_products("resnet20", "ibm2020/fp3", None, None, 2)
 
 
 def test_separate_arrays():

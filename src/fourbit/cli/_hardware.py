@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from fourbit.cli._terminal import make_table, say, show
-from fourbit.errors import UserError, unknown
+from fourbit.errors import UserError
 from fourbit.train._config import whole_numbers, words
 
 if TYPE_CHECKING:
     from fourbit.hardware import Product, Results
-    from fourbit.recipes import Explanation
+    from fourbit.recipes import Explanation, Recipe
 
 hardware = App(
     name="hardware", help="Arithmetic units for 4-bit training: what they cost, and what a training step costs on them."
@@ -151,8 +152,8 @@ def estimate(
 
     Args:
         model: Network; `fourbit models` lists them.
-        recipe: Recipe; `fourbit recipes` lists them. With /fp16, /hfp8, /mxfp4 or /nvfp4 behind it (ibm2020/nvfp4): these
-            formats in place of its 4-bit products, in the same layers.
+        recipe: Recipe; `fourbit recipes` lists them. With a second one behind it (ibm2020/nvfp4): the formats of that one in
+            the layers that the first one quantizes.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
             (None: 35), frames and features of an utterance (None: 50x40), or tokens of source and target (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
@@ -169,7 +170,7 @@ def estimate(
         define: Python file that enters units of your own, as docs/hardware.md shows.
         layers: Show every product.
     """
-    from fourbit.hardware import Machine
+    from fourbit.hardware import Machine, in_full_precision
     from fourbit.hardware import estimate as estimate_step
 
     _define(define)
@@ -178,10 +179,8 @@ def estimate(
     found = _results(results, library)
     products = step_products(model, recipe, input, classes, batch_size)
     machine = Machine(rows, columns, dataflow, sram_kb, bandwidth, period, accumulator)
-    from fourbit.hardware import with_scheme
-
     cost = estimate_step(products, machine, found)
-    base = estimate_step(with_scheme(products, "fp16"), machine, found)
+    base = estimate_step(in_full_precision(products), machine, found)
     if layers:
         table = make_table("layer", "GEMM", "unit", "MACs", "us", "bound by", "used")
         for p in cost.parts:
@@ -265,23 +264,33 @@ def _results(path: Path | None, library: str) -> Results:
 
 
 def step_products(model: str, recipe: str, input: str | None, classes: int | None, batch_size: int) -> list[Product]:
-    """All products of a training step of a network with a recipe; "RECIPE/SCHEME": with one of `hardware.SCHEMES` in place of
-    its narrow products."""
+    """All products of a training step of a network with a recipe; "RECIPE/FORMATS": with the formats of
+    another recipe in the layers that the first one quantizes."""
     from fourbit.cli._networks import build_network
-    from fourbit.hardware import SCHEMES, with_scheme
     from fourbit.recipes import CATALOG, explain
 
-    name, slash, scheme = recipe.partition("/")
-    if name not in CATALOG:
-        raise unknown("recipe", name, CATALOG)
-    if slash and scheme not in SCHEMES:
-        raise unknown("scheme", scheme, SCHEMES)
+    name, slash, formats = recipe.partition("/")
+    chosen = with_formats(CATALOG[name], CATALOG[formats]) if slash else CATALOG[name]
     import torch
 
     with contextlib.nullcontext() if ":" in model else torch.device("meta"):  # shapes are all that is needed
         network, batch = build_network(model, input, classes, batch_size)
-    products = products_of(explain(network, name, batch))
-    return with_scheme(products, scheme) if slash else products
+    return products_of(explain(network, chosen, batch))
+
+
+def with_formats(recipe: Recipe, other: Recipe) -> Recipe:
+    """A recipe with the formats that another one has in linear layers, wherever its own operands have fewer than 16 bits."""
+    from torch import nn
+
+    from fourbit.ops import SLOTS
+
+    spec = next(r.spec for r in reversed(other.rules) if r.types is None or nn.Linear in r.types)
+    rules = []
+    for rule in recipe.rules:
+        specs = () if rule.spec is None else map(rule.spec.resolved, SLOTS)
+        narrow = any(found is not None and found.format.bits < 16 for found in specs)
+        rules.append(replace(rule, spec=spec) if narrow else rule)
+    return replace(recipe, name=f"{recipe.name}/{other.name}", rules=tuple(rules), phases=(), upkeep=())
 
 
 def products_of(explanation: Explanation) -> list[Product]:

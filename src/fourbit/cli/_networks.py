@@ -21,6 +21,8 @@ def explain(
     recipe: str = "ibm2020",
     input: str | None = None,
     classes: Annotated[int | None, WHOLE] = None,
+    only: str | None = None,
+    skip: str | None = None,
 ) -> None:
     """Show what a recipe does to each layer of a network, and the share of the work in each precision.
 
@@ -31,11 +33,13 @@ def explain(
             (None: 35, or the context of gpt), frames and features of an utterance (None: 50x40), or tokens of source and target
             (None: 20x20).
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
+        only: Quantize only layers whose dotted name contains a match of this regular expression, as in `fourbit train`.
+        skip: Keep layers whose dotted name contains a match in full precision.
     """
     from fourbit.recipes import explain as explain_recipe
 
     network, batch = build_network(model, input, classes, 1)
-    say(str(explain_recipe(network, recipe, batch)))
+    say(str(explain_recipe(network, recipe, batch, only=only, skip=skip)))
 
 
 @app.command

@@ -47,6 +47,7 @@ from fourbit.formats.catalog import INT3_MIDRISE as INT3_MIDRISE
 from fourbit.formats.catalog import INT3_SYM as INT3_SYM
 from fourbit.formats.catalog import INT4 as INT4
 from fourbit.formats.catalog import INT4_MIDRISE as INT4_MIDRISE
+from fourbit.formats.catalog import INT4_PAIR as INT4_PAIR
 from fourbit.formats.catalog import INT4_SYM as INT4_SYM
 from fourbit.formats.catalog import INT8 as INT8
 from fourbit.formats.catalog import INT8_SYM as INT8_SYM

@@ -26,6 +26,7 @@ _OFP8 = "OCP 8-bit Floating Point Specification v1.0"
 _HFP8 = "Sun et al., Hybrid 8-bit Floating Point (HFP8) Training and Inference, NeurIPS 2019"
 _DLFLOAT = "Agrawal et al., DLFloat: A 16-b Floating Point Format, ARITH 2019"
 _IEEE = "IEEE 754"
+_SPLIT = "Xi et al., Training Transformers with 4-bit Integers, arXiv 2306.11987"
 _SAWB = "Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019"
 _E3M4 = "LLVM APFloat, Float8E3M4; a block scale in Chmiel et al., FP4 All the Way, arXiv 2505.19115"
 _CUDA = "CUDA Math API 13.4, __nv_fp8_ue5m3"
@@ -163,6 +164,9 @@ FP6_E3M2 = _add(FloatFormat("fp6_e3m2", "OCP E3M2: up to 28, every code a number
 INT4_SYM = _add(IntFormat("int4_sym", "-7 .. 7, 15 levels with zero; SAWB's zero-aligned form", _SAWB, 4, -7, 7))
 INT4 = _add(IntFormat("int4", "-8 .. 7, two's complement, 16 levels", "", 4, -8, 7))
 INT4_MIDRISE = _add(IntFormat("int4_midrise", "+-{0.5 .. 7.5}, 16 levels without zero", _SAWB, 4, -7.5, 7.5))
+INT4_PAIR = _add(
+    IntFormat("int4_pair", "-98 .. 98: 14 high + low, two numbers of -7 .. 7 (bit splitting)", _SPLIT, 8, -98, 98)
+)
 UINT4 = _add(IntFormat("uint4", "0 .. 15; PACT after ReLU", "Choi et al., PACT, arXiv 1805.06085", 4, 0, 15))
 INT2_SYM = _add(IntFormat("int2_sym", "-1 .. 1, ternary", _SAWB, 2, -1, 1))
 INT2 = _add(IntFormat("int2", "-2 .. 1, two's complement", "", 2, -2, 1))

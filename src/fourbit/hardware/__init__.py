@@ -25,10 +25,9 @@ from fourbit.hardware._machine import cycles_of as cycles_of
 from fourbit.hardware._netlist import Netlist as Netlist
 from fourbit.hardware._paper import SPEEDS as SPEEDS
 from fourbit.hardware._paper import figure_6c as figure_6c
-from fourbit.hardware._product import SCHEMES as SCHEMES
 from fourbit.hardware._product import Product as Product
+from fourbit.hardware._product import in_full_precision as in_full_precision
 from fourbit.hardware._product import unit_of as unit_of
-from fourbit.hardware._product import with_scheme as with_scheme
 from fourbit.hardware._quantizer import Hadamard as Hadamard
 from fourbit.hardware._quantizer import Quantizer as Quantizer
 from fourbit.hardware._quantizer import RandomSource as RandomSource

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fourbit.errors import UserError, unknown
+from fourbit.errors import UserError
 from fourbit.hardware._inner import InnerProduct
 from fourbit.hardware._results import BASELINE
 from fourbit.hardware._trace import BLOCK
@@ -66,44 +66,9 @@ class Product:
         return self.y_numbers or self.count * self.m * self.n
 
 
-SCHEMES: dict[str, tuple[str, dict[Gemm, tuple[str, str, str]]]] = {
-    "hfp8": (
-        "HFP8: FP8 1-4-3 forward, 1-5-2 gradients (Sun et al., NeurIPS 2019)",
-        {
-            "fprop": ("fp8_143", "fp8_143", ""),
-            "dgrad": ("fp8_152", "fp8_143", ""),
-            "wgrad": ("fp8_152", "fp8_143", ""),
-        },
-    ),
-    "mxfp4": (
-        "MXFP4: E2M1 with E8M0 scales of 32 numbers",
-        dict.fromkeys(("fprop", "dgrad", "wgrad"), ("fp4_e2m1", "fp4_e2m1", "e8m0")),
-    ),
-    "nvfp4": (
-        "NVFP4: E2M1 with E4M3 scales of 16 numbers, stochastic gradients behind a Hadamard transform",
-        dict.fromkeys(("fprop", "dgrad", "wgrad"), ("fp4_e2m1", "fp4_e2m1", "fp8_e4m3fn")),
-    ),
-    "fp16": ("FP16 1-6-9 throughout", dict.fromkeys(("fprop", "dgrad", "wgrad"), (FULL, FULL, ""))),
-}
-"""What stands in place of a recipe's narrow products, so that formats are compared in the same layers."""
-
-
-def with_scheme(products: Iterable[Product], scheme: str) -> list[Product]:
-    """The products of a 4-bit recipe, those with narrow operands in the formats of one of `SCHEMES`.
-
-    Raises:
-        UserError: an unknown scheme.
-    """
-    if scheme not in SCHEMES:
-        raise unknown("scheme", scheme, SCHEMES)
-    found = []
-    for p in products:
-        if min(bits_of(p.a), bits_of(p.b)) < 16:
-            a, b, block = SCHEMES[scheme][1][p.gemm]
-            drawn, power = scheme == "nvfp4" and p.gemm != "fprop", scheme != "nvfp4"
-            p = replace(p, a=a, b=b, block=block, stochastic=drawn, power=power)
-        found.append(p)
-    return found
+def in_full_precision(products: Iterable[Product]) -> list[Product]:
+    """The same products without quantization: what FP16 units multiply."""
+    return [replace(p, a=FULL, b=FULL, block="", stochastic=False, power=False) for p in products]
 
 
 def bits_of(format: str) -> int:

@@ -136,6 +136,10 @@ def _to_be_differentiated(ctx: Any, gradient: OutputGradient) -> tuple[Tensor | 
         if turned(ctx.state.spec, "dgrad", saved.x_mask) or turned(ctx.state.spec, "wgrad", saved.w_mask):
             what, remedy = "a gradient of a rotated layer", "call restore(model) first"
             return (*(refused(t, what, remedy) for t in (dx, *others)), None)
+        g_dgrad = ctx.state.spec.g_dgrad
+        if g_dgrad is not None and g_dgrad.leverage is not None:
+            what, remedy = "a gradient of sampled rows", "call restore(model) first"
+            return (*(refused(t, what, remedy) for t in (dx, *others)), None)
         w = saved.w_layout.match(exact_weight(saved.w, ctx.contraction, ctx.state).to(rounded[0].dtype))
         masks = saved.x_mask, saved.w_mask
         weight, pair = ctx.weight(), (rounded[0], w)

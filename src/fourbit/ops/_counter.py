@@ -17,6 +17,7 @@ from fourbit.quantizers import stream_key
 _STREAMS = {slot: number for number, slot in enumerate(SLOTS)}
 _SUMS = {which: len(SLOTS) + number for number, which in enumerate(OPERANDS)}
 _ROTATIONS = {which: len(SLOTS) + len(OPERANDS) + number for number, which in enumerate(OPERANDS)}
+_ROWS = {which: len(SLOTS) + 2 * len(OPERANDS) + number for number, which in enumerate(OPERANDS)}
 
 
 class Counter:
@@ -68,6 +69,10 @@ class Counter:
         if self._step is None:
             return None
         return stream_key(self.seed, self.index, self._passes(), _SUMS[which], self._use(which != "fprop"))
+
+    def row_key(self, which: Which) -> int:
+        """That of the rows of a gradient that a product is computed with."""
+        return stream_key(self.seed, self.index, self._passes(), _ROWS[which], self._use(True))
 
     def rotation_key(self, which: Which) -> int | None:
         """That of the signs of a product's rotation; the same forward and backward in one step."""

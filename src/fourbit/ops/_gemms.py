@@ -20,6 +20,7 @@ from torch import Tensor
 from fourbit.ops._compensate import compensated
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._handover import NORM_SUPPORTED, OperandHandover, ResultHandover
+from fourbit.ops._leverage import sampled
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
 from fourbit.ops._product import Finish, Gemm, Layout, Operand, Raw, finish, multiply, product
@@ -277,6 +278,9 @@ def dgrad(
     """dx = g w, [N, K] in a linear layer, and the gradient of the clip value of x; with `over`, the node before gets them."""
     spec = state.spec
     a, late = _gradient("g_dgrad", g, quantized, contraction, spec, saved.x_layout)
+    resolved = spec.resolved("g_dgrad")
+    if resolved is not None and resolved.leverage is not None:
+        a = sampled(a, contraction, resolved.leverage, state.counter.row_key("dgrad"), None)
     sums = (spec.accumulation, sum_key(state, "dgrad"))
     gemm = Gemm(
         "dgrad", contraction, a, saved.w.natural(contraction, "w"), saved.x_layout, compute, state.products, *sums
@@ -313,10 +317,11 @@ def wgrad(
     """dw = g^T x, [M, K] in a linear layer, and the gradient of the clip value of w."""
     spec = state.spec
     a, late = _gradient("g_wgrad", g, quantized, contraction, spec, saved.w_layout)
-    sums = (spec.accumulation, sum_key(state, "wgrad"))
-    gemm = Gemm(
-        "wgrad", contraction, a, saved.x.natural(contraction, "x"), saved.w_layout, compute, state.products, *sums
-    )
+    sums, x = (spec.accumulation, sum_key(state, "wgrad")), saved.x.natural(contraction, "x")
+    resolved = spec.resolved("g_wgrad")
+    if resolved is not None and resolved.leverage is not None:
+        a = sampled(a, contraction, resolved.leverage, state.counter.row_key("wgrad"), x)
+    gemm = Gemm("wgrad", contraction, a, x, saved.w_layout, compute, state.products, *sums)
     if turned(spec, "wgrad", saved.w_mask):
         dw, _ = product(gemm, spec.output, compute, late)
         mask, codes, key = saved.w_mask, _codes(saved.w_codes), rotation_key(state, "fprop")

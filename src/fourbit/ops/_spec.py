@@ -121,6 +121,8 @@ class LayerSpec:
                 raise UserError(f"{slot}: an estimator is for the gradient of the weight: give it to w_fprop")
             if spec.outliers is not None:
                 self._check_outliers(slot)
+            if spec.leverage is not None and not slot.startswith("g_"):
+                raise UserError(f"{slot}: leverage is for gradients; leave it out here")
             if spec.source == "exact":
                 continue
             if slot not in ("w_dgrad", "x_wgrad"):

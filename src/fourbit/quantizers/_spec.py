@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fourbit.errors import UserError
-from fourbit.formats import Format, get
+from fourbit.formats import Format, IntFormat, get
 from fourbit.quantizers._blocks import BlockScale
 from fourbit.quantizers._estimator import DGE
 from fourbit.quantizers._round import Rounding
 from fourbit.quantizers._scaling import FixedScale, Scaling
 from fourbit.quantizers._tiles import Granularity, Tile, require_granularity
 from fourbit.quantizers._transform import Hadamard
+
+
+def half_of(format: Format) -> int | None:
+    """h, if the format is all integers of -2 h^2 .. 2 h^2: the numbers 2 h high + low with high and low of -h .. h.
+
+    >>> half_of(get("int4_pair")), half_of(get("int8_sym"))
+    (7, None)
+    """
+    half = math.isqrt(int(format.max) // 2)
+    whole = isinstance(format, IntFormat) and format.max == -format.min == 2 * half * half
+    return half if whole else None
+
 
 Compensation = Literal["", "magnitude", "sum"]
 Source = Literal["exact", "fprop"]
@@ -40,6 +53,8 @@ class QuantSpec:
         outliers: for x_fprop, a quantile near 1. What lies beyond it (and below 1 minus it), of the tensor or of each row, is
             clamped, and the difference multiplied in high precision by the quantized weight (OCC, outlier clamping and
             compensation); the hardware would have a sparse product for it. None: everything is quantized.
+        leverage: for gradients in a format of two parts, such as int4_pair: the share of the rows of both parts that a product
+            is computed with, chosen at random by leverage scores (see `fourbit.ops._leverage`). None: all of them.
 
     >>> str(QuantSpec("fp4_e2m1"))
     'fp4_e2m1, fixed 1'
@@ -55,6 +70,7 @@ class QuantSpec:
     source: Source = "exact"
     estimator: DGE | None = None
     outliers: float | None = None
+    leverage: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get(self.format))
@@ -89,6 +105,13 @@ class QuantSpec:
                 raise UserError(f"outliers is a quantile between 0.5 and 1, not {self.outliers!r}")
             if self.transform is not None or self.scaling.clips or self.granularity not in ("tensor", "row"):
                 raise UserError("outliers are split off per tensor or row, without a transform or a clip value")
+        if self.leverage is not None:
+            if not 0 < self.leverage <= 1:
+                raise UserError(f"leverage is a share above 0 and at most 1, not {self.leverage!r}")
+            if half_of(self.format) is None:
+                raise UserError(f"leverage is for formats of two parts, such as int4_pair, not {self.format.name}")
+            if self.transform or self.granularity != "tensor" or self.samples > 1 or self.compensate:
+                raise UserError("leverage is for scales of the tensor, without transform, samples or compensate")
         if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
 
@@ -96,7 +119,8 @@ class QuantSpec:
     def stochastic(self) -> bool:
         """Whether it needs random words."""
         fresh = self.transform is not None and self.transform.is_fresh
-        return self.rounding.draws or fresh or (isinstance(self.scaling, BlockScale) and self.scaling.draws)
+        drawn = self.rounding.draws or fresh or self.leverage is not None
+        return drawn or (isinstance(self.scaling, BlockScale) and self.scaling.draws)
 
     @property
     def in_tiles(self) -> bool:
@@ -131,4 +155,6 @@ class QuantSpec:
             parts.append(str(self.estimator))
         if self.outliers is not None:
             parts.append(f"beyond quantile {self.outliers:g} in high precision")
+        if self.leverage is not None:
+            parts.append(f"{self.leverage:g} of the rows of both parts by leverage")
         return ", ".join(parts)

@@ -1,6 +1,8 @@
 """Recipes as data: rules that give each layer its six operands, and the functions that apply, explain and undo them."""
 
 from fourbit.recipes._chains import ChainExplanation as ChainExplanation
+from fourbit.recipes._choice import Choice as Choice
+from fourbit.recipes._choice import require_choice as require_choice
 from fourbit.recipes._convert import convert as convert
 from fourbit.recipes._convert import restore as restore
 from fourbit.recipes._convert import scheduler as scheduler

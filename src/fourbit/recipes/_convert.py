@@ -26,6 +26,7 @@ from fourbit.nn import (
     torch_class_of,
 )
 from fourbit.ops import LayerSpec, Products
+from fourbit.recipes._choice import Choice, left_out
 from fourbit.recipes._rule import LayerInfo, Recipe, Rule
 from fourbit.recipes._schedule import Scheduler
 
@@ -85,12 +86,15 @@ def _require_module(model: object) -> None:
         raise UserError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module.")
 
 
-def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
-    """Which rule each matrix-like layer falls under; changes nothing.
+def assign(
+    model: nn.Module, recipe: Recipe, only: Choice | None = None, skip: Choice | None = None
+) -> list[Assignment]:
+    """Which rule each matrix-like layer falls under; changes nothing. Positions, and the rules that match something, are those
+    of the whole model, whatever `only` and `skip` leave out.
 
     Raises:
         UserError: not a module, layers whose weights are not made yet, no convertible layer, or a rule that is not optional
-            matches nothing, or nothing that is left.
+            matches nothing, or nothing that is left; `only` or `skip` that chooses nothing, or leaves nothing to quantize.
     """
     _require_module(model)
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
@@ -102,7 +106,9 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
         raise UserError(f"nothing to convert: {_nothing_left(model, found)}")
     places = list(dict.fromkeys(layer.place for layer in found if layer.place is not None))
     index = {place: i for i, place in enumerate(places)}
+    reasons = left_out({layer.name: layer.module for layer in found if layer.torch_class is not None}, only, skip)
     result, used, taken = [], set(), {}
+    lost = False  # whether a layer that the recipe quantizes was left out
     for layer in found:
         module, torch_class = layer.module, layer.torch_class
         info = LayerInfo(layer.name, module, index.get(layer.place or "", -1), len(places))
@@ -122,7 +128,11 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
             taken.setdefault(later, set()).add(matching[0])
         if rule is None and torch_class is MatMul and layer.part:
             continue  # the products of attention are a layer only to a recipe that names them
-        result.append(Assignment(layer.name, module, rule, "" if rule else "no rule matches", layer.part))
+        reason = reasons.get(layer.name, "")
+        if reason:
+            lost = lost or (rule is not None and rule.spec is not None)
+            rule = None
+        result.append(Assignment(layer.name, module, rule, reason or ("" if rule else "no rule matches"), layer.part))
     for number, rule in enumerate(recipe.rules, 1):
         if number in used or rule.optional:
             continue
@@ -135,6 +145,11 @@ def assign(model: nn.Module, recipe: Recipe) -> list[Assignment]:
         raise UserError(
             f"recipe {recipe.name!r}: rule {number}, {rule}, matches no layer of this model: "
             f"remove the rule, mark it optional=True, or choose another recipe{_nearest(rule, names)}"
+        )
+    if lost and not any(a.rule is not None and a.rule.spec is not None for a in result):
+        raise UserError(
+            f"only and skip leave nothing that recipe {recipe.name!r} quantizes: its rules keep the other layers in full "
+            "precision; choose other layers"
         )
     return result
 
@@ -206,7 +221,16 @@ def _nearest(rule: Rule, names: Iterable[str]) -> str:
     return f" (nearest layer names: {', '.join(sorted(near))})" if near else ""
 
 
-def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products = "fast", fuse: bool = True) -> M:
+def convert(
+    model: M,
+    recipe: str | Recipe,
+    *,
+    seed: int = 0,
+    products: Products = "fast",
+    fuse: bool = True,
+    only: Choice | None = None,
+    skip: Choice | None = None,
+) -> M:
     """Train `model` by `recipe` from now on. In place; returns the model.
 
     Layers become the quantized class of the same name; subclasses without a `forward` of their own, and layers with a
@@ -226,10 +250,14 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
             convolutions, are exact in both; for a GPU see `fourbit.ops.Products`.
         fuse: compute each chain of convolution, batch normalization, residual, activation and quantization in as few passes as
             can be, in training, where a backend has the kernels. The model's `forward` runs as it is written either way.
+        only, skip: layers to convert, and layers to leave in full precision: a regular expression of which the dotted name of
+            a layer contains a match, or a predicate (name, module) -> bool. Whatever they say, `first` and `last` in a recipe
+            are those of the whole model, and the random words of a layer are the same. `explain` takes them too.
 
     Raises:
-        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, a rotation that does
-            not divide the features of a layer, or a model that is already converted.
+        UserError: unknown recipe or kind of products, nothing to convert, a rule that matches nothing, `only` or `skip` that
+            chooses nothing or leaves nothing to quantize, a rotation that does not divide the features of a layer, or a model
+            that is already converted.
 
     >>> import fourbit as fb
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
@@ -246,7 +274,7 @@ def convert(model: M, recipe: str | Recipe, *, seed: int = 0, products: Products
         raise UserError(
             "the model is on the meta device: give it real parameters first (to_empty, then load), then convert"
         )
-    assignments = assign(model, recipe)
+    assignments = assign(model, recipe, only, skip)
     for assignment in assignments:
         _require_rotations(assignment, recipe)
     for index, assignment in enumerate(assignments):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fourbit.nn import SWAPS, Composed, MatMul, QuantizedLayer, torch_class_of
 from fourbit.ops import Contraction
 from fourbit.recipes._chains import chains_of
+from fourbit.recipes._choice import Choice
 from fourbit.recipes._convert import Assignment, assign, convert, resolve
 from fourbit.recipes._count import Call, Counts, counting
 from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation, Use
@@ -26,7 +27,14 @@ from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import ACTIVATIONS, Owners, matrices_of, weights_of
 
 
-def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) -> Explanation:
+def explain(
+    model: nn.Module,
+    recipe: str | Recipe,
+    input: Input | None = None,
+    *,
+    only: Choice | None = None,
+    skip: Choice | None = None,
+) -> Explanation:
     """What `convert(model, recipe)` does, without doing it, and what it leaves out.
 
     Args:
@@ -35,12 +43,13 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
         input: one batch (several tensors where the model takes several, a dictionary where it takes them by name), or its
             shape (random numbers then), to count multiply-accumulates with. Gradients of operands that need none (the input of
             the first layer, frozen weights) count 0, because they are never computed.
+        only, skip: as of `convert`.
 
     Raises:
         UserError: as `convert`, and if the model does not run on the input.
     """
     recipe = resolve(recipe)
-    assignments = _as_they_are(assign(model, recipe))
+    assignments = _as_they_are(assign(model, recipe, only, skip))
     owners = Owners(model, assignments)
     run = None if input is None else _run(model, assignments, owners, input)
     sizes = run.sizes if run else {}
@@ -53,7 +62,9 @@ def explain(model: nn.Module, recipe: str | Recipe, input: Input | None = None) 
         run.calls if run else (),
         matrices_of(owners, run.counts if run else None, sizes),
         tuple(f"{owners.names[m] or 'the model'}: {operator}" for m, operator in run.counts.unknown) if run else (),
-        tuple if input is None else lambda: chains_of(model, lambda twin: convert(twin, recipe), input),
+        tuple
+        if input is None
+        else lambda: chains_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), input),
     )
 
 
@@ -61,7 +72,7 @@ def _as_they_are(assignments: list[Assignment]) -> list[Assignment]:
     """Of a model that is converted, without a rule for what was put in later."""
     if all(a.quantized is None or isinstance(a.quantized, MatMul) for a in assignments):
         return assignments
-    reason = "put in after the model was converted: restore(model) and convert again"
+    reason = "put in after the model was converted (restore(model) and convert again), or left out by its only or skip"
     return [
         replace(a, rule=None, reason=reason)
         if a.quantized is None and a.rule is not None and a.rule.spec is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourbit.errors import UserError
-from fourbit.hardware import LIBRARIES, Machine, Results, estimate, separate_arrays, stored, unit_of, with_scheme
+from fourbit.hardware import LIBRARIES, Machine, Results, estimate, in_full_precision, separate_arrays, stored, unit_of
 from fourbit.report import PALETTE, REFERENCE_COLOR, Grid, Plot, Text, legend, panels
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def costs(results: Results, networks: Networks) -> list[Text | Grid | Plot]:
     ]
     for title, batch, by_recipe in networks.values():
         rows = []
-        base = estimate(with_scheme(next(iter(by_recipe.values())), "fp16"), Machine(), results)
+        base = estimate(in_full_precision(next(iter(by_recipe.values()))), Machine(), results)
         alone = sum(p.compute for p in base.parts)
         for recipe, products in by_recipe.items():
             cells = [recipe, f"{_eight(products):.0%}"]
@@ -122,7 +122,7 @@ def accuracy(results: Results, products: Products, runs: Sequence[Path]) -> list
             costs = [estimate(step, Machine(accumulator=a), results).joules for a in ("fp16", "fixed")]
         except UserError:
             continue
-        base = estimate(with_scheme(step, "fp16"), Machine(), results).joules
+        base = estimate(in_full_precision(step), Machine(), results).joules
         joules = [c / 128 * images for c in costs]
         points.append((f"{model}, {images / 1e6:.2f} M images", recipe, joules, mean))
         rows.append(
@@ -203,7 +203,7 @@ def sensitivity(results: Results, networks: Networks) -> list[Text | Grid | Plot
     name = next(iter(networks))
     title, _, by_recipe = networks[name]
     products = by_recipe["ibm2020"]
-    fp16 = with_scheme(products, "fp16")
+    fp16 = in_full_precision(products)
     others = [other for other in (stored(library) for library in LIBRARIES) if other.library != results.library]
     choices: list[tuple[str, list[tuple[str, Machine, Results]]]] = [
         ("library", [(r.library, Machine(), r) for r in (results, *others)]),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fourbit.errors import UserError
 from fourbit.hardware import (
-    SCHEMES,
     SPEEDS,
     UNITS,
     Results,
@@ -296,9 +295,7 @@ def _limits(results: Results) -> list[Text | Grid | Plot]:
             "adder per column that adds partial sums in memory is not counted."
         ),
         Text(
-            "Formats in place of a recipe's own ("
-            + ", ".join(SCHEMES)
-            + ") stand in the tables of cost without a word "
+            "Formats of other recipes in place of a recipe's own (ibm2020/nvfp4) stand in the tables of cost without a word "
             "about accuracy. NVFP4's scale per tensor and the search for block maxima are not counted."
         ),
     ]

@@ -90,6 +90,10 @@ class Settings:
     """Tokens of a text: characters, bytes, words, bpe (bpe:4096: pieces of words, learned from the training text), or the path
     of a tokenizer.json; None: characters, or what the data set is known for. For your own translations the path of a
     tokenizer.json; None: one is made."""
+    only: Annotated[str | None, TASK] = None
+    """Quantize only layers whose dotted name contains a match of this regular expression; `fourbit explain` shows which."""
+    skip: Annotated[str | None, TASK] = None
+    """Keep layers whose dotted name contains a match in full precision."""
     epochs: Annotated[int, TASK, WHOLE] = 5
     """Passes over the training data."""
     max_steps: Annotated[int | None, TASK, WHOLE] = None
@@ -204,6 +208,10 @@ class TrainConfig(Settings):
     """Seed of weights, data order, augmentation and stochastic rounding."""
     out: Annotated[Path | None, RECORDS] = None
     """Folder of the run. None: runs/MODEL-DATA-RECIPE-seedSEED."""
+
+    def convert_options(self) -> dict[str, Any]:
+        """The options of `fourbit.convert` that make the numbers; `fuse` makes none."""
+        return {name: getattr(self, name) for name in ("seed", "products", "only", "skip")}
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them, in the order recipe and seed first."""

@@ -60,7 +60,7 @@ def load(
     task = make_task(config, torch.device("cpu"), 0, 1)
     require_same_data(folder, config, datasets.identity(task.data))
     model = task.build()
-    options = {"seed": config.seed, "products": config.products, "fuse": config.fuse if fuse is None else fuse}
+    options = {"fuse": config.fuse if fuse is None else fuse, **config.convert_options()}
     if recipe is None or recipe in (config.recipe, own):
         recipes.convert(model, own, **options)
         _checkpoint.restore_model(model, checkpoint.model, path)

@@ -105,7 +105,7 @@ def open_session(config: TrainConfig) -> Session:
     task.check()
     torch.manual_seed(config.seed)
     model = task.build()
-    recipes.convert(model, config.recipe, seed=config.seed, products=config.products, fuse=config.fuse)
+    recipes.convert(model, config.recipe, fuse=config.fuse, **config.convert_options())
     torch.manual_seed(config.seed)  # whatever building and converting drew
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

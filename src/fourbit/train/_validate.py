@@ -137,6 +137,8 @@ def _check_names(config: TrainConfig) -> None:
     catalogues: tuple[tuple[str, str, Iterable[str]], ...] = (("data set", config.data, data.names()),)
     models.kind_of(config.model)
     recipes.get(config.recipe)
+    for field in ("only", "skip"):
+        recipes.require_choice(field, getattr(config, field))
     if config.data not in data.names() and os.path.exists(config.data):
         raise UserError(
             f"data is {config.data}, a place where files are, but must say what they hold: --data text --data-dir "
@@ -166,7 +168,7 @@ def _check_recipes_fit(config: CompareConfig) -> None:
     with place:
         model = models.build(config.model, num_classes=10)
     for recipe in config.recipes:
-        recipes.explain(model, recipe)
+        recipes.explain(model, recipe, only=config.only, skip=config.skip)
 
 
 def _shown(value: Any) -> str:

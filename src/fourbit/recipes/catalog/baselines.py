@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fourbit import formats as f
 from fourbit.ops import REUSE, LayerSpec
-from fourbit.quantizers import DGE, Amax, Block, BlockScale, QuantSpec, StepSize
+from fourbit.quantizers import DGE, Amax, Block, BlockScale, Hadamard, QuantSpec, Rounding, StepSize
 from fourbit.recipes._rule import Recipe, Rule, depthwise, first, last
 from fourbit.recipes.catalog._base import CATALOG
 from fourbit.recipes.catalog.blocks import MX_PAPER, MXFP4, NVFP4, everywhere
@@ -98,5 +98,16 @@ INT4_QAT = _recipe(
     "INT4 weights and activations with learned step sizes (LSQ); backward in full precision, with the forward's operands",
     LayerSpec(LSQ, LSQ),
     "Esser et al., Learned Step Size Quantization, ICLR 2020",
+    n=0,
+)
+_LSQ_HADAMARD = QuantSpec(f.INT4_SYM, StepSize(), transform=Hadamard(32))
+_SPLIT = QuantSpec(f.INT4_PAIR, Amax(), rounding=Rounding.STOCHASTIC, leverage=0.5)
+INT4_LSS = _recipe(
+    "int4-lss",
+    "INT4 with learned step sizes behind a Hadamard transform of 32 (LSQ); gradients split into two INT4 parts, of whose rows "
+    "dgrad and wgrad take half in expectation, by leverage scores (blocks of 32 in all layers, -7 .. 7 for -8 .. 7, the parts "
+    "taken from the rounded sum, last layer in full precision, samples as the rows of convolutions: our choices)",
+    LayerSpec(_LSQ_HADAMARD, _LSQ_HADAMARD, _SPLIT, REUSE, REUSE, REUSE),
+    "Xi et al., Training Transformers with 4-bit Integers, NeurIPS 2023, arXiv 2306.11987",
     n=0,
 )
