@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from fourbit.quantizers import Tile as Tile
     from fourbit.quantizers import quantize as quantize
     from fourbit.quantizers import round_to_format as round_to_format
+    from fourbit.recipes import GradientNoise as GradientNoise
     from fourbit.recipes import LossScaler as LossScaler
     from fourbit.recipes import Phase as Phase
+    from fourbit.recipes import Rate as Rate
     from fourbit.recipes import Recipe as Recipe
     from fourbit.recipes import Rule as Rule
     from fourbit.recipes import Scheduler as Scheduler
