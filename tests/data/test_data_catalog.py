@@ -70,7 +70,7 @@ def test_importing_the_package_imports_neither_datasets_nor_sklearn():
 
 
 def test_a_registered_function_is_listed_and_loaded(monkeypatch):
-    monkeypatch.setattr(fourbit_data._base.DATASETS, "_items", dict(fourbit_data._base.DATASETS._items))
+    monkeypatch.setattr(fourbit_data._registered.DATASETS, "_items", dict(fourbit_data._registered.DATASETS._items))
     digits = load("digits")
 
     @fourbit_data.register("more_digits")

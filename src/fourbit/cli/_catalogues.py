@@ -119,8 +119,8 @@ def models() -> None:
 @app.command
 def data() -> None:
     """List the data sets."""
-    from fourbit.data._base import DATASETS
     from fourbit.data._load import hub_loader
+    from fourbit.data._registered import DATASETS
 
     show(_documented("data set", {**DATASETS, "hf:OWNER/NAME": hub_loader("hf:OWNER/NAME")}))
 

@@ -14,15 +14,15 @@ from fourbit.data import catalog as catalog
 from fourbit.data import own as own
 from fourbit.data._base import Augment as Augment
 from fourbit.data._base import ImageData as ImageData
-from fourbit.data._base import names as names
 from fourbit.data._base import num_batches as num_batches
-from fourbit.data._base import register as register
 from fourbit.data._batches import batches as batches
 from fourbit.data._describe import describe as describe
 from fourbit.data._identity import identity as identity
 from fourbit.data._large_images import LargeImages as LargeImages
 from fourbit.data._load import is_hub as is_hub
 from fourbit.data._load import load as load
+from fourbit.data._registered import names as names
+from fourbit.data._registered import register as register
 from fourbit.data._speech import SpeechData as SpeechData
 from fourbit.data._speech import utterances as utterances
 from fourbit.data._text import TextData as TextData

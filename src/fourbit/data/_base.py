@@ -1,28 +1,14 @@
-"""What a data set is (`ImageData`), and the catalogue of those that `load` knows by name."""
+"""What a data set is: `ImageData`, and what all kinds share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    from fourbit.data._large_images import LargeImages
-    from fourbit.data._speech import SpeechData
-    from fourbit.data._text import TextData
-    from fourbit.data._translation import TranslationData
-
-Loader = Callable[..., "ImageData | LargeImages | TextData | SpeechData | TranslationData"]
-"""Takes the user's folder or None; its further parameters are the options of `load` that it knows."""
-
-DATASETS: Registry[Loader] = Registry("data set")
-register = DATASETS.register
 
 SPLITS = ("train", "test")
 
@@ -109,8 +95,23 @@ class ImageData:
         return self.train_x.shape[2]
 
 
+class HasSplits(Protocol):
+    """What all data sets of examples have: images, utterances, pairs of sentences; `examples` is the word for them."""
+
+    examples: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """In the catalogue."""
+        ...
+
+    def split(self, split: str, /) -> Any:
+        """Inputs and targets of "train" or "test"."""
+        ...
+
+
 def num_batches(
-    data: ImageData | LargeImages | SpeechData | TranslationData,
+    data: HasSplits,
     split: str,
     batch_size: int,
     drop_last: bool | None = None,
@@ -144,12 +145,3 @@ def check_labels(labels: Tensor, num_classes: int, where: str, own: str | None =
             f"label {int(labels[row])} in row {row} of {where} is out of range: labels must be 0 to {num_classes - 1}"
             f"{f' (for data of your own, with any classes: --data {own})' if own else ''}."
         )
-
-
-def names() -> list[str]:
-    """Names that `load` knows.
-
-    >>> {"digits", "cifar10", "ptb"} <= set(names())
-    True
-    """
-    return list(DATASETS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fourbit.data._base import DATASETS, Loader
+from fourbit.data._registered import DATASETS, Loader
 from fourbit.errors import UserError
 
 if TYPE_CHECKING:

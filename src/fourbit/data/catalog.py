@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fourbit.data._base import Augment, ImageData, register
+from fourbit.data._base import Augment, ImageData
 from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column, text_column
 from fourbit.data._images import ImageSource, read_images
 from fourbit.data._large_images import LargeImages, from_tables, open_large_images
 from fourbit.data._own_text import make_text, text_of_tables
+from fourbit.data._registered import register
 from fourbit.data._sources import find_parquet, fingerprint, open_folder, open_hub
 from fourbit.data._speech import SpeechData, make_speech, read_wav_folders
 from fourbit.data._text import TextData, from_characters, from_words, read_lines

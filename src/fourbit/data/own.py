@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourbit.data._base import ImageData, register
+from fourbit.data._base import ImageData
 from fourbit.data._examples import find_examples
 from fourbit.data._large_images import LargeImages
 from fourbit.data._own_images import IMAGES, make_images
 from fourbit.data._own_speech import SOUNDS, make_own_speech
 from fourbit.data._own_text import find_text, make_text
 from fourbit.data._own_translation import own_translation
+from fourbit.data._registered import register
 from fourbit.data._speech import SpeechData
 from fourbit.data._text import TextData
 from fourbit.data._translation import TranslationData

@@ -3,6 +3,7 @@
 from fourbit.nn import functional as functional
 from fourbit.nn._attention import MultiheadAttention as MultiheadAttention
 from fourbit.nn._attention import OutProjection as OutProjection
+from fourbit.nn._average import QEma as QEma
 from fourbit.nn._base import SWAPS as SWAPS
 from fourbit.nn._base import QuantizedLayer as QuantizedLayer
 from fourbit.nn._base import float_state_dict as float_state_dict
@@ -22,6 +23,10 @@ from fourbit.nn._layers import MatMul as MatMul
 from fourbit.nn._observe import Observation as Observation
 from fourbit.nn._observe import OperandStats as OperandStats
 from fourbit.nn._observe import observe as observe
+from fourbit.nn._oscillation import OsciReset as OsciReset
+from fourbit.nn._oscillation import QRamping as QRamping
+from fourbit.nn._oscillation import nearest_weight as nearest_weight
+from fourbit.nn._out_control import OutControl as OutControl
 from fourbit.nn._parts import Composed as Composed
 from fourbit.nn._parts import Part as Part
 from fourbit.nn._processes import synchronize as synchronize
@@ -31,12 +36,7 @@ from fourbit.nn._twins import obstacle as obstacle
 from fourbit.nn._twins import original_class as original_class
 from fourbit.nn._twins import quantized_class as quantized_class
 from fourbit.nn._twins import torch_class_of as torch_class_of
-from fourbit.nn._upkeep import OsciReset as OsciReset
-from fourbit.nn._upkeep import OutControl as OutControl
-from fourbit.nn._upkeep import QEma as QEma
-from fourbit.nn._upkeep import QRamping as QRamping
 from fourbit.nn._upkeep import StepHooks as StepHooks
 from fourbit.nn._upkeep import Upkeep as Upkeep
 from fourbit.nn._upkeep import UpkeepSpec as UpkeepSpec
-from fourbit.nn._upkeep import nearest_weight as nearest_weight
 from fourbit.ops import LayerState as LayerState

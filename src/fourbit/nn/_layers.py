@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
 from fourbit.nn._base import QuantizedLayer, require_input, swaps
-from fourbit.nn._upkeep import Channels
+from fourbit.nn._out_control import Channels
 from fourbit.ops import (
     Contraction,
     Convolution,

@@ -7,11 +7,11 @@ from fourbit.recipes._convert import convert as convert
 from fourbit.recipes._convert import restore as restore
 from fourbit.recipes._convert import scheduler as scheduler
 from fourbit.recipes._explain import explain as explain
-from fourbit.recipes._explanation import GEMMS as GEMMS
-from fourbit.recipes._explanation import CallExplanation as CallExplanation
+from fourbit.recipes._explained import GEMMS as GEMMS
+from fourbit.recipes._explained import CallExplanation as CallExplanation
+from fourbit.recipes._explained import LayerExplanation as LayerExplanation
+from fourbit.recipes._explained import Use as Use
 from fourbit.recipes._explanation import Explanation as Explanation
-from fourbit.recipes._explanation import LayerExplanation as LayerExplanation
-from fourbit.recipes._explanation import Use as Use
 from fourbit.recipes._file import differences as differences
 from fourbit.recipes._file import is_file as is_file
 from fourbit.recipes._file import parse_recipe as parse_recipe

@@ -21,7 +21,8 @@ from fourbit.recipes._chains import chains_of
 from fourbit.recipes._choice import Choice
 from fourbit.recipes._convert import Assignment, assign, convert, resolve
 from fourbit.recipes._count import Call, Counts, counting
-from fourbit.recipes._explanation import CallExplanation, Explanation, LayerExplanation, Use
+from fourbit.recipes._explained import CallExplanation, LayerExplanation, Use
+from fourbit.recipes._explanation import Explanation
 from fourbit.recipes._input import Input, batch_for, run_on
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import ACTIVATIONS, Owners, matrices_of, weights_of

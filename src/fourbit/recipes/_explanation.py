@@ -1,126 +1,20 @@
-"""What `explain` finds: layers and their products, calls outside them, weights, and the shares of each precision."""
+"""An `Explanation`: what `explain` finds, the shares of each precision, and all of it as text."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TypeVar
 
-from fourbit.ops import LayerSpec, ProductSize
-from fourbit.quantizers import QuantSpec
+from fourbit import backends
+from fourbit.ops import SLOTS, LayerSpec
 from fourbit.recipes._chains import ChainExplanation
+from fourbit.recipes._explained import CallExplanation, LayerExplanation
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import MatrixExplanation
-
-GEMMS = {"fprop": ("x_fprop", "w_fprop"), "dgrad": ("g_dgrad", "w_dgrad"), "wgrad": ("g_wgrad", "x_wgrad")}
-"""The three GEMMs and their operand slots."""
-
-
-class Use(NamedTuple):
-    """A product of one call, and which of its gradients are computed: of x (dgrad), of w (wgrad)."""
-
-    size: ProductSize
-    dgrad: bool
-    wgrad: bool
-
-
-@dataclass(frozen=True)
-class LayerExplanation:
-    """One layer: its rule, its spec, and the products of its fprop for the given input (None without an input, or where the
-    layer did not run).
-
-    `sizes`: of every call. `state`: the layer's exponent of GradScale and clip values, in words; empty for a layer that is not
-    converted. `width`: bits of a number that is not quantized, as the model has it. `weights`: names of what it multiplies its
-    inputs by, as in `Explanation.matrices`; empty for a product of two activations.
-    """
-
-    name: str
-    type: str
-    rule: str
-    spec: LayerSpec | None
-    note: str
-    sizes: tuple[Use, ...] | None
-    state: str = ""
-    width: int = 32
-    weights: tuple[str, ...] = ()
-
-    @property
-    def num_macs(self) -> Mapping[str, int] | None:
-        """Multiply-accumulates per GEMM; None without an input."""
-        return None if self.sizes is None else macs_of(self.sizes)
-
-    def operand(self, slot: str) -> str:
-        """Format and scale of a slot, in words."""
-        if self.spec is None:
-            return "full precision"
-        value = getattr(self.spec, slot)
-        resolved = self.spec.resolved(slot)
-        if resolved is None:
-            return "full precision"
-        return f"{resolved.format.name} (reused)" if not isinstance(value, QuantSpec) else str(resolved)
-
-    def precision(self, gemm: str) -> str:
-        """Formats of the two operands of a GEMM, e.g. "fp4_r4_even x int4_sym"."""
-        names = []
-        for slot in GEMMS[gemm]:
-            resolved = self.spec.resolved(slot) if self.spec else None
-            names.append(resolved.format.name if resolved else "full")
-        return " x ".join(names)
-
-    def bits(self, gemm: str) -> str:
-        """Widths of the two operands, wider first, e.g. "8 x 4"; `width` for full precision."""
-        widths = []
-        for slot in GEMMS[gemm]:
-            resolved = self.spec.resolved(slot) if self.spec else None
-            widths.append(resolved.format.bits if resolved else self.width)
-        return " x ".join(str(b) for b in sorted(widths, reverse=True))
-
-
-@dataclass(frozen=True)
-class CallExplanation:
-    """Products outside the layers: those of one operation in one module.
-
-    Args:
-        name: of the module in whose forward it runs; "" for the model itself.
-        type: class of the module.
-        operation: torch's name of it.
-        reason: why it is no layer's.
-        sizes: of every call.
-        width: bits of the wider operand.
-        weights: names of the parameters in it, those with two or more axes.
-    """
-
-    name: str
-    type: str
-    operation: str
-    reason: str
-    sizes: tuple[Use, ...]
-    width: int
-    weights: tuple[str, ...] = ()
-
-    @property
-    def num_macs(self) -> Mapping[str, int]:
-        """Multiply-accumulates per GEMM. Of a product of two activations, dgrad and wgrad are its two gradients."""
-        return macs_of(self.sizes)
-
-    def precision(self, gemm: str) -> str:
-        """As of a layer that is not quantized."""
-        return "full x full"
-
-    def bits(self, gemm: str) -> str:
-        """Likewise."""
-        return f"{self.width} x {self.width}"
-
-
-def macs_of(uses: Iterable[Use]) -> dict[str, int]:
-    """Multiply-accumulates per GEMM."""
-    macs = dict.fromkeys(GEMMS, 0)
-    for size, dgrad, wgrad in uses:
-        for gemm, needed in zip(GEMMS, (True, dgrad, wgrad), strict=True):
-            macs[gemm] += size.macs * needed
-    return macs
 
 
 @dataclass(frozen=True)
@@ -173,8 +67,6 @@ class Explanation:
         return _shares(totals)
 
     def __str__(self) -> str:
-        from fourbit.recipes._explain_text import lines_of
-
         return "\n".join(lines_of(self))
 
 
@@ -182,3 +74,165 @@ def _shares(totals: Mapping[str, int]) -> dict[str, float]:
     whole = sum(totals.values())
     ranked = sorted(totals.items(), key=lambda item: -item[1])
     return {key: value / whole for key, value in ranked if value} if whole else {}
+
+
+FAST = (
+    "where the platform's library rounds the results of a product to bfloat16 (some gradients of convolutions, on a CPU also "
+    "products with FP8 gradients), that is accepted, a relative error of at most 2^-8 per result; on a GPU also float16 (2^-12)"
+)
+EXACT = "every result is rounded once, to the output format"
+
+_ALIKE = 4
+"""So many entries that differ in the numbers of their names alone are one line."""
+
+E = TypeVar("E", "LayerExplanation", "CallExplanation", "MatrixExplanation")
+
+
+def lines_of(explanation: Explanation) -> list[str]:
+    """The recipe, its layers, what is outside them, shares, and how the products are computed."""
+    recipe = explanation.recipe
+    lines = [f"recipe {recipe.name}: {recipe.summary}"]
+    if recipe.source:
+        lines.append(f"source: {recipe.source}")
+    lines += [str(each) for each in (*recipe.phases, *recipe.upkeep)]
+    groups: dict[tuple[str, LayerSpec | None, str], list[LayerExplanation]] = defaultdict(list)
+    for layer in explanation.layers:
+        groups[layer.rule, layer.spec, layer.note].append(layer)
+    whole = explanation.num_macs
+    for (rule, spec, note), layers in groups.items():
+        lines += ["", f"{rule}{f' ({note})' if note else ''}: {_count(layers, 'layer')}"]
+        if spec is None:
+            lines.append("    full precision")
+        else:
+            lines += [f"    {slot:8} {layers[0].operand(slot)}" for slot in SLOTS]
+            if spec.accumulation is not None:
+                lines.append(f"    sums     {spec.accumulation}")
+            lines.append(f"    output   {spec.output.name if spec.output else 'float32'}")
+        alike = _alike(layers, lambda layer: (layer.type, layer.sizes, layer.state))
+        lines += _table(
+            (name, layer.type, _macs(layer.num_macs, number, whole), layer.state) for name, layer, number in alike
+        )
+    lines += _outside(explanation)
+    idle = [name for name, _, _ in _alike([layer for layer in explanation.layers if whole and layer.num_macs is None])]
+    if idle:
+        lines += ["", f"MACs not counted, and not part of the shares: {', '.join(idle)}"]
+    if explanation.uncounted:
+        lines += ["", f"products not known, and not part of the shares: {', '.join(explanation.uncounted)}"]
+    if whole:
+        lines += ["", f"MACs of a training step: {_si(whole)}, by operand bits:"]
+        lines += [f"  {key:8} {share:7.2%}" for key, share in explanation.shares("bits").items()]
+        lines.append("by format:")
+        lines += [f"  {key:28} {share:7.2%}" for key, share in explanation.shares("precision").items()]
+    lines += _weights(explanation)
+    lines += _chains(explanation)
+    return [*lines, "", *_execution(explanation)]
+
+
+def _outside(explanation: Explanation) -> list[str]:
+    """Products that are no layer's, by operation and reason."""
+    calls, whole = explanation.calls, explanation.num_macs
+    if not calls or not whole:
+        return []
+    total = sum(sum(call.num_macs.values()) for call in calls)
+    lines = ["", f"outside all rules: {_count(calls, 'call')}, {total / whole:.1%} of the MACs", "    full precision"]
+    rows = []
+    for name, call, number in _alike(calls, lambda c: (c.type, c.operation, _pattern(c.reason), c.sizes)):
+        reason = _pattern(call.reason) if number > 1 else call.reason
+        rows.append((name or "the model", call.operation, _macs(call.num_macs, number, whole), reason))
+    return lines + _table(rows)
+
+
+def _weights(explanation: Explanation) -> list[str]:
+    """Shares of the weights, and the names of those that no rule is about."""
+    if not explanation.matrices:
+        return []
+    total = sum(matrix.numel for matrix in explanation.matrices)
+    shares = ", ".join(f"{share:.2%} in {bits} bits" for bits, share in explanation.weight_shares().items())
+    lines = ["", f"matrix weights, without embeddings: {_si(total)}, {shares}"]
+    outside = [matrix for matrix in explanation.matrices if matrix.reason]
+    if outside:
+        lines.append("of them under no rule:")
+        alike = _alike(outside, lambda m: (m.numel, m.reason))
+        lines += _table((name, f"{m.numel * n / total:.1%}", m.reason) for name, m, n in alike)
+    return lines
+
+
+def _alike(entries: Iterable[E], key: Callable[[E], Hashable] = lambda entry: None) -> list[tuple[str, E, int]]:
+    """Name, first entry and number of those that differ in the numbers of their names alone, where they are many."""
+    groups: dict[Hashable, list[E]] = defaultdict(list)
+    for entry in entries:
+        groups[_pattern(entry.name), key(entry)].append(entry)
+    found = []
+    for group in groups.values():
+        if len(group) < _ALIKE:
+            found += [(entry.name, entry, 1) for entry in group]
+        else:
+            found.append((f"{_pattern(group[0].name)} ({len(group)})", group[0], len(group)))
+    return found
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """All columns but the last aligned."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True) if w).rstrip() for row in cells]
+
+
+def _macs(macs: Mapping[str, int] | None, number: int, whole: int) -> str:
+    if not macs or not whole:
+        return ""
+    per_gemm = ", ".join(f"{gemm} {_si(n * number)}" for gemm, n in macs.items())
+    return f"{per_gemm} MACs ({sum(macs.values()) * number / whole:.1%})"
+
+
+def _count(entries: Iterable[object], what: str) -> str:
+    number = len(list(entries))
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _chains(explanation: Explanation) -> list[str]:
+    """Which chains are fused in training, which are not, and why."""
+    chains = explanation.chains
+    if not chains:
+        return []
+    fused = sum(chain.fused for chain in chains)
+    alike: dict[str, int] = defaultdict(int)
+    for chain in chains:
+        alike[_pattern(str(chain))] += 1
+    lines = ["", f"chains computed at once in training: {fused} of {len(chains)}"]
+    shown = set()
+    for chain in chains:
+        pattern = _pattern(str(chain))
+        if alike[pattern] < _ALIKE:
+            lines.append(f"  {chain}")
+        elif pattern not in shown:
+            lines.append(f"  {pattern} ({alike[pattern]})")
+            shown.add(pattern)
+    return lines
+
+
+def _execution(explanation: Explanation) -> list[str]:
+    """By what and how the products are computed, and what a training loop has to do about it."""
+    lines = [f"kernels: {status}" for status in backends.statuses()] or ["kernels: none"]
+    if explanation.products is None:
+        lines.append(f"products: fast, unless convert(..., products='exact'). fast: {FAST}. exact: {EXACT}.")
+    else:
+        lines.append(f"products: {explanation.products}: {FAST if explanation.products == 'fast' else EXACT}.")
+    specs = [layer.spec for layer in explanation.layers if layer.spec is not None]
+    if any(spec.needs_loss_scale for spec in specs):
+        lines.append(
+            "one loss scale for all layers: `fourbit train` applies it; a loop of your own needs fourbit.loss_scaler(model)."
+        )
+    return lines
+
+
+def _si(n: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return str(n)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fourbit.recipes import Recipe
-    from fourbit.train._compare import Comparison
+    from fourbit.train._comparison import Comparison
     from fourbit.train._fidelity import Fidelity
     from fourbit.train._load import Trained
     from fourbit.train._result import Result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fourbit import data as datasets
 from fourbit._statistics import half_interval
 from fourbit.errors import NonFiniteError, UserError
 from fourbit.train import _checkpoint
+from fourbit.train._comparison import Comparison, Row, mean
 from fourbit.train._config import CompareConfig, TrainConfig, label_of
 from fourbit.train._display import make_console
 from fourbit.train._folder import (
@@ -36,54 +37,11 @@ from fourbit.train._result import Result
 from fourbit.train._run import finished, run
 from fourbit.train._table import write_tables
 from fourbit.train._validate import validated, validated_comparison
-from fourbit.train.tasks import Metric, metric_of
+from fourbit.train.tasks import metric_of
 
 REFERENCE = "fp32"
 
 CheckData = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One recipe of a comparison; statistics over the seeds that finished. Sample standard deviations; None from n = 1.
-
-    Args:
-        recipe: its name.
-        values: {seed: the metric on the test data}, an accuracy as a fraction; seeds that diverged are missing.
-        diverged: seeds whose run met NaN or infinity.
-        difference, difference_half: to fp32, over the seeds that both finished, and half the width of its 95 % confidence
-            interval (Student's t, seed by seed); None without such seeds, the interval with one.
-        train_loss: mean over seeds of the last epoch's training loss.
-        seconds_per_epoch: mean over seeds of the median epoch.
-    """
-
-    recipe: str
-    values: dict[int, float]
-    diverged: tuple[int, ...]
-    difference: float | None
-    difference_half: float | None
-    train_loss: float | None
-    seconds_per_epoch: float | None
-
-    @property
-    def mean(self) -> float | None:
-        """Mean of the metric."""
-        return mean(list(self.values.values()))
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation of the metric."""
-        return std(list(self.values.values()))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The outcome: `rows` in the order of the recipes, or `interrupted` with fewer runs than asked for."""
-
-    folder: Path
-    metric: Metric
-    rows: tuple[Row, ...]
-    interrupted: bool = False
 
 
 def compare(config: CompareConfig, check_data: CheckData | None = None, table: bool = True) -> Comparison:
@@ -249,13 +207,3 @@ def _number(folder: Path, kind: str, field: str) -> float | None:
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Mean; None of nothing."""
-    return statistics.fmean(values) if values else None
-
-
-def std(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None of fewer than two."""
-    return statistics.stdev(values) if len(values) > 1 else None

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fourbit.train._comparison import Comparison, Row
 from fourbit.train._folder import finite, replace_file
 from fourbit.train.tasks import Metric
-
-if TYPE_CHECKING:
-    from fourbit.train._compare import Comparison, Row
 
 
 def columns(metric: Metric) -> tuple[str, ...]:
