@@ -184,6 +184,7 @@ _debate(
 _debate(
     "families",
     "Radix-4 FP4 with one scale per layer against block scales",
+    "int4-fwd",
     "ibm2020",
     "ibm2020-luq",
     "luq",
@@ -199,6 +200,7 @@ _debate(
         ("luq", "mxfp4-ceil-sr-g"),
         ("fourbit", "mxfp4-ceil-sr-g"),
         ("nvfp4-fqt", "mxfp4-ceil-sr-g"),
+        ("ibm2020", "int4-fwd"),
     ),
 )
 _debate(
