@@ -63,7 +63,7 @@ class _Saved:
 
 CATEGORIES: dict[str, str] = {
     "optimizer": r"Optimizer\.|_foreach|aten::_fused",
-    "quantize": r"fourbit::(round|round_pair|moments|unpack)$",
+    "quantize": r"fourbit::(round|round_pair|round_tiles|moments|unpack|unpack_tiles)$",
     "scale, round and mask results": r"fourbit::epilogue$",
     "fused normalization chain": r"fourbit::norm_",
     "around products": r"fourbit::(gemm|product|contract\w*)$",

@@ -26,7 +26,13 @@ def _nothing(model: nn.Module, network: Network) -> nn.Module:
 
 
 def _recipe(name: str, fuse: bool = True) -> Change:
-    return lambda model, network: fb.convert(model, name, fuse=fuse)
+    def change(model: nn.Module, network: Network) -> nn.Module:
+        try:
+            return fb.convert(model, name, fuse=fuse)
+        except fb.UserError as error:  # a rotation does not divide its layers
+            raise Skip(str(error)) from error
+
+    return change
 
 
 def _four_bit_layers(change: Callable[[nn.Module, Sequence[str]], nn.Module]) -> Change:
