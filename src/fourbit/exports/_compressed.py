@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fourbit.errors import UserError
 from fourbit.exports._safetensors import pack_nibbles
 from fourbit.exports._target import Target, register
-from fourbit.exports._weights import PackedWeight, evaluating, weight_objection, weight_of
+from fourbit.exports._weights import PackedWeight, evaluating, packed_weights, weight_objection
 from fourbit.formats import E8M0, FP4_E2M1, FP8_E4M3FN
 from fourbit.nn import Linear, float_state_dict
 from fourbit.ops import LayerSpec
@@ -71,13 +71,7 @@ def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) ->
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     with evaluating(model) as layers:
         tensors = {key: t.detach().cpu().clone().contiguous() for key, t in float_state_dict(model).items()}
-        for name, layer in layers.items():
-            if layer.spec.is_identity:
-                continue
-            weight = weight_of(name, layer)
-            if not isinstance(weight, PackedWeight):
-                tensors[f"{name}.weight"] = weight.clone()
-                continue
+        for name, layer, weight in packed_weights(layers, tensors):
             if not isinstance(layer, Linear):
                 raise UserError(f"{name} is a {type(layer).__name__}: it packs linear layers alone: take safetensors.")
             found, parts = _packed(name, weight)

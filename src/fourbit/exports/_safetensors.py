@@ -27,13 +27,12 @@ from fourbit._version import __version__
 from fourbit.errors import UserError
 from fourbit.exports._target import Target, register
 from fourbit.exports._weights import (
-    PackedWeight,
     activation_objection,
     activation_of,
     codes_of,
     evaluating,
+    packed_weights,
     weight_objection,
-    weight_of,
 )
 from fourbit.formats import Format
 from fourbit.nn import QuantizedLayer, float_state_dict
@@ -54,13 +53,7 @@ def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) ->
         tensors = {key: t.detach().cpu().clone().contiguous() for key, t in float_state_dict(model).items()}
         described: dict[str, Any] = {}
         formats: dict[str, Format] = {}
-        for name, layer in layers.items():
-            if layer.spec.is_identity:
-                continue
-            weight = weight_of(name, layer)
-            if not isinstance(weight, PackedWeight):
-                tensors[f"{name}.weight"] = weight.clone()
-                continue
+        for name, layer, weight in packed_weights(layers, tensors):
             del tensors[f"{name}.weight"]
             tensors[f"{name}.weight_codes"] = pack_nibbles(weight.codes.flatten(1))
             scale, scale_format = weight.scales, weight.scale_format

@@ -26,7 +26,7 @@ from fourbit.errors import UserError
 from fourbit.nn._base import QuantizedLayer
 
 
-class Upkeep(nn.Module):
+class Upkeep(nn.Module, ABC):
     """The state of one kind of upkeep of one layer.
 
     Attributes:
@@ -59,9 +59,9 @@ class Upkeep(nn.Module):
             self._last = int(self.last)
         return self._last
 
+    @abstractmethod
     def advance(self, step: int, layer: QuantizedLayer) -> None:
         """What happens before the forward pass of a step."""
-        raise NotImplementedError
 
     def require(self) -> None:
         """Refuse a training that does not bring it up to its steps."""
