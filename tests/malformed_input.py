@@ -49,6 +49,12 @@ def kind_of(hint: Any) -> Any:
     return kind_of(members[0]) if members else hint
 
 
+def takes_none(hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return type(None) in typing.get_args(hint)
+
+
 def command_lines() -> Iterator[tuple[list[str], bool]]:
     """Commands with one bad flag each, and whether the value is bad for sure."""
     for name in app:
@@ -71,10 +77,9 @@ def fields() -> Iterator[tuple[type, str, Any, bool]]:
             kind = kind_of(hint)
             wrong = {int: ["1", 1.5, math.nan], float: ["1", b"1"], bool: ["yes", 2, None], Literal: ["x", 3]}
             wrong |= {str: [3, b"x", None], Path: [3, b"x"], tuple: [3, "x", {"a": 1}, (object(),), [[1]]]}
-            if field in ("tokenizer",):
-                wrong[str] = [3, b"x"]
             for value in (*wrong[kind], object(), [], {}) if kind is not tuple else wrong[kind]:
-                yield cls, field, value, True
+                if value is not None or not takes_none(hint):
+                    yield cls, field, value, True
             for value in {int: [-1, 10**30, True], float: [-1.0, math.inf, 10**400], str: ["", LONG]}.get(kind, []):
                 yield cls, field, value, False
 
