@@ -353,3 +353,23 @@ def test_a_hub_set_without_a_test_split_is_refused(folder, monkeypatch):
     FakeHub(monkeypatch, folder, missing=("test",))
     with pytest.raises(UserError, match="uoft-cs/cifar10 on the hub has no test split"):
         load("cifar10")
+
+
+def test_smaller_images_are_means_of_squares_and_kept(folder, monkeypatch):
+    data = load("cifar10", folder.path, image_size=8)
+    squares = folder.train_x.astype(np.float64).reshape(30, 8, 4, 8, 4, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert torch.equal(data.train_x, torch.from_numpy(np.floor(squares + 0.5)).to(torch.uint8))
+    assert data.test_x.shape == (12, 3, 8, 8) and data.augment.crop_padding == 1
+    for channel in range(3):
+        levels = data.train_x[:, channel].double() / 255
+        assert data.mean[channel] == pytest.approx(float(levels.mean()))
+        assert data.std[channel] == pytest.approx(float(levels.std(correction=0)))
+    assert_holds(load("cifar10", folder.path, image_size=32), folder)
+    monkeypatch.setattr(images_module, "_smaller", None)
+    assert torch.equal(load("cifar10", folder.path, image_size=8).train_x, data.train_x)
+
+
+@pytest.mark.parametrize("size", [12, 64, 0])
+def test_a_size_that_divides_nothing_is_refused(folder, size):
+    with pytest.raises(UserError, match="give --image-size 1, 2, 4, 8, 16 or 32"):
+        load("cifar10", folder.path, image_size=size)

@@ -4,6 +4,7 @@ from torch import nn
 
 from fourbit import models
 from fourbit.errors import UserError
+from fourbit.models._mobilenet import MobileNetV2
 
 # name: (channels, image size, parameters, MACs) for 10 classes; for ImageNet, 1000 classes: the counts of torchvision's
 # documentation (its "GFLOPS" are multiply-accumulates: 0.71, 1.81, 4.09, 0.30).
@@ -150,6 +151,23 @@ def test_an_unknown_name_gives_the_nearest_names():
 def test_numbers_out_of_range_are_refused_with_the_remedy(options, message):
     with pytest.raises(UserError, match=message):
         models.build("resnet20", **options)
+
+
+def test_networks_of_another_width():
+    narrow = models.build("resnet20?width=8", num_classes=10)
+    assert [p.shape[0] for p in narrow.parameters() if p.ndim == 4][::6] == [8, 8, 16, 32]
+    with torch.device("meta"):  # 1,968,680: the size that timm gives for mobilenetv2_050
+        assert sum(p.numel() for p in MobileNetV2(1000, 3, large=True, multiplier=0.5).parameters()) == 1_968_680
+    for name, message in (
+        ("resnet20?width=0", "at least 1"),
+        ("resnet20?width=0.5", "must be a whole number"),
+        ("mobilenet_v2?width=x", "must be a number"),
+        ("mobilenet_v2?width=-1", "a multiplier above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            models.build(name, num_classes=10)
+    with pytest.raises(UserError, match="at least 8x8"):
+        models.build("resnet20?width=8", num_classes=10, image_size=7)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("lstm_200", 4_653_200), ("lstm_650", 19_780_400)])

@@ -15,8 +15,10 @@ from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.ops import SLOTS
 from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
+from fourbit.reproduce._lengths import lengths_table
 from fourbit.reproduce._statistics import paired, sentence
 from fourbit.reproduce._table import Column, best_of, best_table, described, sentences, table_of
+from fourbit.reproduce.figures import draw
 from fourbit.train import TrainConfig
 from fourbit.train._folder import RunFolder
 from fourbit.train._validate import validated
@@ -131,7 +133,7 @@ def test_a_stand_in_is_not_taken_for_the_papers_data(tmp_path, monkeypatch):
 
 
 def test_the_best_learning_rate_at_the_edge_is_marked():
-    columns = [Column("fp32", {0: 50.0}, (), 0.05), Column("ibm2020", {0: 60.0}, (), 0.1)]
+    columns = [Column("fp32", {0: 50.0}, (), 0.05, 10), Column("ibm2020", {0: 60.0}, (), 0.1, 10)]
     text = "\n".join(best_table(columns, (0.05, 0.1, 0.2)))
     assert "| 0.05* |" in text and "| 0.1 |" in text and "may lie beyond" in text
     assert "beyond" not in "\n".join(best_table(columns[1:], (0.05, 0.1, 0.2)))
@@ -159,7 +161,7 @@ def test_sentences_say_what_follows_and_what_does_not(differences, higher, words
 
 
 def _columns(**by_recipe):
-    return [Column(r.replace("_", "-"), dict(enumerate(values)), (), 0.1) for r, values in by_recipe.items()]
+    return [Column(r.replace("_", "-"), dict(enumerate(values)), (), 0.1, 10) for r, values in by_recipe.items()]
 
 
 def test_the_pairs_that_answer_a_question_are_compared():
@@ -213,9 +215,9 @@ def test_variants_differ_from_their_base_in_what_their_name_says():
 def test_no_difference_is_drawn_from_the_seeds_that_survived():
     row = rows_of("table1")["resnet18"]
     columns = [
-        Column("fp32", {0: 90.0, 1: 91.0, 2: 92.0}, (), 0.1),
-        Column("ibm2020", {0: 90.5, 1: 91.5}, (2,), 0.1),
-        Column("ibm2020-dw8", {}, (0, 1, 2), 0.1),
+        Column("fp32", {0: 90.0, 1: 91.0, 2: 92.0}, (), 0.1, 10),
+        Column("ibm2020", {0: 90.5, 1: 91.5}, (2,), 0.1, 10),
+        Column("ibm2020-dw8", {}, (0, 1, 2), 0.1, 10),
     ]
     assert table_of(row, columns)[3].endswith("| 91.00 | 2 (1 diverged) | - | - |")
     assert sentences(row, columns, "points") == [
@@ -227,10 +229,10 @@ def test_no_difference_is_drawn_from_the_seeds_that_survived():
 
 def test_each_column_has_its_best_learning_rate():
     row = rows_of("questions")["multiplier"]
-    columns = [Column("fp32", {0: v}, (), lr) for v, lr in ((60.0, 0.05), (70.0, 0.1), (65.0, 0.2))]
-    columns += [Column("ibm2020", {0: v}, (), lr) for v, lr in ((66.0, 0.05), (62.0, 0.1))]
+    columns = [Column("fp32", {0: v}, (), lr, 10) for v, lr in ((60.0, 0.05), (70.0, 0.1), (65.0, 0.2))]
+    columns += [Column("ibm2020", {0: v}, (), lr, 10) for v, lr in ((66.0, 0.05), (62.0, 0.1))]
     assert [(c.recipe, c.lr) for c in best_of(row, columns)] == [("fp32", 0.1), ("ibm2020", 0.05)]
-    more = [Column("fp32", {0: 60.0}, (), 0.05), Column("fp32", {0: 61.0, 1: 50.0, 2: 50.0}, (), 0.1)]
+    more = [Column("fp32", {0: 60.0}, (), 0.05, 10), Column("fp32", {0: 61.0, 1: 50.0, 2: 50.0}, (), 0.1, 10)]
     assert [c.lr for c in best_of(row, more)] == [0.1]  # by the seed that both have
 
 
@@ -283,3 +285,41 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 def test_an_unknown_scale_is_named():
     with pytest.raises(UserError, match="unknown scale 'tiny'"):
         rows_of("table1")["vgg16"].settings("tiny")
+
+
+def test_a_row_of_lengths_shows_the_gap_over_them(tmp_path):
+    changes = {"model": "digits_cnn", "tensorboard": False, "progress": False, "out": tmp_path, "max_test_batches": 1}
+    done = reproduce(
+        "questions", "length", scale="smoke", columns=("fp32", "ibm2020"), seeds=(0, 1), max_steps=3, **changes
+    )
+    assert "| to FP32, after epochs | 1 | 4 |" in done.text
+    runs = tmp_path / "networks-smoke"
+    assert {path.name for path in runs.iterdir()} == {"digits_cnn", "digits_cnn-epochs-1"}
+    stored = json.loads((done.folder / "reproduced.json").read_text())
+    assert [found["epochs"] for found in stored] == [1, 4]
+    assert (done.folder / "reproduced.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((runs / "digits_cnn-epochs-1" / "ibm2020-seed0" / "config.json").read_text())
+    assert config["epochs"] == 1
+
+
+def test_gaps_are_those_of_runs_of_as_many_epochs():
+    columns = [
+        Column("fp32", {0: 60.0, 1: 62.0}, (), 0.1, 3),
+        Column("ibm2020", {0: 55.0, 1: 57.0}, (), 0.1, 3),
+        Column("fp32", {0: 90.0}, (), 0.1, 10),
+        Column("ibm2020", {0: 89.0}, (), 0.1, 10),
+        Column("ibm2020", {0: 1.0}, (), 0.1, 30),
+    ]
+    assert lengths_table(columns)[2:] == [
+        "| FP32 itself | 61.00 | 90.00 | - |",
+        "| TPR FP4 | -5.00 ±0.00 (2) | -1.00 (1) | - |",
+    ]
+
+
+@pytest.mark.parametrize("what", ["fig6", "table1"])
+def test_the_scale_of_half_networks_is_for_questions(what, tmp_path):
+    with pytest.raises(UserError, match="converged is for questions"):
+        if what == "fig6":
+            draw(what, scale="converged", out=tmp_path)
+        else:
+            reproduce(what, "resnet20", scale="converged", out=tmp_path)

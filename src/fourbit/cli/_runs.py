@@ -177,7 +177,7 @@ def reproduce(
     what: str,
     *,
     row: str | None = None,
-    scale: Literal["paper", "small", "smoke"] = "small",
+    scale: Literal["paper", "converged", "small", "smoke"] = "small",
     seeds: Annotated[tuple[int, ...], Parameter(converter=whole_numbers, n_tokens=1, negative="")] = (),
     columns: Annotated[tuple[str, ...], Parameter(converter=words, n_tokens=1, negative="")] = (),
     data_dir: Path | None = None,
@@ -194,7 +194,8 @@ def reproduce(
         what: list: show everything there is. table1, table2, table3, questions, debates: run a row of that table. Or a
             figure: fig1a, fig1b, fig2b, fig3, fig4, fig5, fig6, macs, sums, bias.
         row: Row, as the list calls it.
-        scale: paper: the full schedule. small: an hour or two on two cores. smoke: a minute, to see that it runs.
+        scale: paper: the full schedule. converged: the full schedule of half a network on small pictures, an hour or two of
+            one core for each run; only of questions. small: an hour or two on two cores. smoke: a minute, to see that it runs.
         seeds: Seeds, separated by commas. None: 0.
         columns: Recipes, separated by commas. None: the row's columns.
         data_dir: Folder with the files of the data set. None: the Hugging Face hub. Figures and questions at the scale smoke
@@ -254,7 +255,7 @@ def reproduce(
 
 def _list_reproductions() -> int:
     from fourbit.reproduce import rows_of
-    from fourbit.reproduce._row import COLUMNS, OWN, SCALES, SHORT, TABLES, TITLES
+    from fourbit.reproduce._row import COLUMNS, HALF_ONLY, OWN, SCALES, SHORT, TABLES, TITLES
     from fourbit.reproduce.figures import FIGURES, PAPER
     from fourbit.reproduce.figures import title as figure_title
 
@@ -270,11 +271,11 @@ def _list_reproductions() -> int:
             table.add_column(title, no_wrap=True)
         for r in rows:
             numbers = (f"{r.paper[c]:.2f}{'*' if c == r.bold else ' '}" if c in r.paper else "- " for c in COLUMNS)
-            missing = "".join(f", not at the scale {scale}" for scale in SCALES if scale not in r.scales)
+            missing = ", not at the scale paper" if "paper" not in r.scales else ""
             table.add_row(r.name, r.title + missing, *([] if len(metrics) == 1 else [r.metric]), *numbers)
         show(table)
     say("The paper's numbers; *: printed in bold. Recipes of the columns: " + ", ".join(COLUMNS))
-    say("Scales: " + ", ".join(SCALES))
+    say("Scales: " + ", ".join(SCALES) + f" ({HALF_ONLY})")
     for name in OWN:
         table = make_table(f"{name} --row", TITLES[name], "recipes")
         for r in rows_of(name).values():

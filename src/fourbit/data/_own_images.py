@@ -18,7 +18,7 @@ from fourbit.data._base import SPLITS, Augment, ImageData
 from fourbit.data._cache import cached
 from fourbit.data._examples import Examples, Kind
 from fourbit.data._large_images import LargeImages, _Decoded
-from fourbit.data._pixels import SUFFIXES, Mode, converted, is_grey, opened
+from fourbit.data._pixels import SUFFIXES, Mode, channel_statistics, converted, is_grey, opened
 from fourbit.data._progress import progress_bar
 from fourbit.errors import UserError
 
@@ -75,7 +75,7 @@ def _on_disk(name: str, examples: Examples, size: int, channels: int, mirror: bo
     def measured() -> dict[str, Tensor]:
         decoded = _Decoded(plain, "train", 0, 0, False)
         rows = _spread(len(labels["train"]), MEASURED)
-        return _statistics(torch.stack([decoded[row] for row in rows]))
+        return channel_statistics(torch.stack([decoded[row] for row in rows]))
 
     found = cached("statistics", f"{examples.key}-{size}x{channels}", measured)
     mean, std = (tuple(found[key].tolist()) for key in ("mean", "std"))
@@ -121,18 +121,4 @@ def _decoded(examples: Examples, size: int, channels: int, scaled: bool) -> dict
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 pixels[row] = np.asarray(image).reshape(size, size, channels)
             tensors[split] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return tensors | _statistics(tensors["train"])
-
-
-def _statistics(pixels: Tensor) -> dict[str, Tensor]:
-    """Mean and deviation of pixel/255 per channel, float64 [C]; a deviation is that of one grey level at least."""
-    level = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in range(pixels.shape[1]):
-        share = torch.zeros(256, dtype=torch.float64)
-        for part in pixels[:, channel].split(4096):  # bincount needs eight bytes per pixel
-            share += part.flatten().bincount(minlength=256)
-        share /= share.sum()
-        means.append((share * level).sum())
-        deviations.append((share * (level - means[-1]).square()).sum().sqrt())
-    return {"mean": torch.stack(means), "std": torch.stack(deviations).clamp_min(1 / 255)}
+    return tensors | channel_statistics(tensors["train"])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fourbit.errors import UserError
 
@@ -96,3 +98,17 @@ def _on_white(image: Image) -> Image:
 def _undecodable(where: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{where} cannot be decoded: replace or remove the file ({reason}).")
+
+
+def channel_statistics(pixels: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation of pixel/255 per channel, float64 [C]; a deviation is that of one grey level at least."""
+    level = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(pixels.shape[1]):
+        share = torch.zeros(256, dtype=torch.float64)
+        for part in pixels[:, channel].split(4096):  # bincount needs eight bytes per pixel
+            share += part.flatten().bincount(minlength=256)
+        share /= share.sum()
+        means.append((share * level).sum())
+        deviations.append((share * (level - means[-1]).square()).sum().sqrt())
+    return {"mean": torch.stack(means), "std": torch.stack(deviations).clamp_min(1 / 255)}

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fourbit.data._base import Augment, ImageData
+from fourbit.data._base import ImageData
 from fourbit.data._cache import cached
 from fourbit.data._columns import file_column, number_column, text_column
-from fourbit.data._images import ImageSource, read_images
+from fourbit.data._images import ImageSource, load_images
 from fourbit.data._large_images import LargeImages, from_tables, open_large_images
 from fourbit.data._own_text import make_text, text_of_tables
 from fourbit.data._registered import register
@@ -73,41 +73,44 @@ def digits(data_dir: Path | None) -> ImageData:
 
 
 @register("cifar10")
-def cifar10(data_dir: Path | None) -> ImageData:
+def cifar10(data_dir: Path | None, image_size: int | None = None) -> ImageData:
     """50,000 training and 10,000 test photographs, 32x32 colour, 10 classes. Krizhevsky 2009.
 
-    Augmented in the usual way: 4 pixels of padding, a random 32x32 crop, a random horizontal flip.
+    Augmented in the usual way: 4 pixels of padding, a random 32x32 crop, a random horizontal flip. image_size (16, 8, ...):
+    averaged over squares of pixels, and padded by as much less.
     """
-    source = ImageSource("cifar10", hub_id="uoft-cs/cifar10", channels=3, image_size=32, num_classes=10)
-    return ImageData(
-        name="cifar10",
-        **read_images(source, data_dir),
+    source = ImageSource(
+        "cifar10",
+        hub_id="uoft-cs/cifar10",
+        channels=3,
+        image_size=32,
         classes=CIFAR10_CLASSES,
         # Over all pixels of the training images. (The widespread std of about 0.20 averages per-image deviations.)
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        augment=Augment(crop_padding=4, flip=True),
+        crop_padding=4,
     )
+    return load_images(source, data_dir, image_size)
 
 
 @register("fashion_mnist")
-def fashion_mnist(data_dir: Path | None) -> ImageData:
+def fashion_mnist(data_dir: Path | None, image_size: int | None = None) -> ImageData:
     """60,000 training and 10,000 test pictures of clothes, 28x28 grey, 10 classes. Xiao et al., arXiv 1708.07747.
 
-    Augmented by 2 pixels of padding, a random 28x28 crop, a random horizontal flip.
+    Augmented by 2 pixels of padding, a random 28x28 crop, a random horizontal flip. image_size (14, 7, ...): as for cifar10.
     """
     source = ImageSource(
-        "fashion_mnist", hub_id="zalando-datasets/fashion_mnist", channels=1, image_size=28, num_classes=10
-    )
-    return ImageData(
-        name="fashion_mnist",
-        **read_images(source, data_dir),
+        "fashion_mnist",
+        hub_id="zalando-datasets/fashion_mnist",
+        channels=1,
+        image_size=28,
         classes=FASHION_CLASSES,
         # Over all pixels of the training images.
         mean=(0.2860,),
         std=(0.3530,),
-        augment=Augment(crop_padding=2, flip=True),
+        crop_padding=2,
     )
+    return load_images(source, data_dir, image_size)
 
 
 def _large_images(name: str, hub_id: str, data_dir: Path | None) -> LargeImages:

@@ -108,14 +108,14 @@ def _value(base: str, key: str, text: str, kinds: tuple[type, ...]) -> Any:
     except ValueError:
         value = text
     if type(value) not in kinds:
-        must = "true or false" if bool in kinds else "a whole number"
+        must = "true or false" if bool in kinds else "a number" if float in kinds else "a whole number"
         raise UserError(f"{key} of {base} is {text}, but must be {must}.")
     return value
 
 
 def min_image_size(name: str) -> int:
     """Pixels of the smallest image that a network takes, as far as that is known."""
-    return _min_sizes.get(name, 1)
+    return _min_sizes.get(name.partition("?")[0], 1)
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None) -> nn.Module:

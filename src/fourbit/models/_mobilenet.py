@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.models._base import conv_bn, initialise, register
 
 # (expansion t, output channels c, number of blocks n, stride s of the first block); s of the second row is 2 in the paper.
@@ -55,22 +56,31 @@ class InvertedResidual(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
+def _scaled(channels: int, multiplier: float) -> int:
+    """To the nearest multiple of 8, the next one where that would take off more than a tenth; 8 at least."""
+    wanted = channels * multiplier
+    nearest = max(8, int(wanted + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * wanted else nearest + 8
+
+
 class MobileNetV2(nn.Module):
     """Stem of 32 channels, the stages of `STAGES`, 1x1 convolution to 1280, global average pool, linear.
 
     2,296,922 parameters and 91.2M MACs for 32x32x3 and 10 classes. With the shortcuts of the paper alone (identity only,
     no expansion for t = 1) it would have 2,236,682. `large`: the network of the paper, for images of about 224 pixels, with
-    dropout before the classifier.
+    dropout before the classifier. `multiplier`: of all channels but the last 1280, to multiples of 8 (section 6.1 of the
+    paper).
     """
 
-    def __init__(self, num_classes: int, in_channels: int, large: bool = False):
+    def __init__(self, num_classes: int, in_channels: int, large: bool = False, multiplier: float = 1.0):
         super().__init__()
-        self.stem = conv_bn(in_channels, 32, 3, 2 if large else 1)
-        channels = 32
+        channels = _scaled(32, multiplier)
+        self.stem = conv_bn(in_channels, channels, 3, 2 if large else 1)
         blocks = []
         for number, (expansion, width, depth, stride) in enumerate(STAGES):
             if large and number == 1:
                 stride = 2
+            width = _scaled(width, multiplier)
             for j in range(depth):
                 blocks.append(InvertedResidual(channels, width, expansion, stride if j == 0 else 1, large))
                 channels = width
@@ -90,9 +100,11 @@ class MobileNetV2(nn.Module):
 
 
 @register("mobilenet_v2")
-def mobilenet_v2(num_classes: int, in_channels: int) -> nn.Module:
-    """MobileNetV2, width multiplier 1, CIFAR variant with projected shortcuts."""
-    return MobileNetV2(num_classes, in_channels)
+def mobilenet_v2(num_classes: int, in_channels: int, *, width: float | int = 1.0) -> nn.Module:
+    """MobileNetV2, CIFAR variant with projected shortcuts; `width` is the width multiplier."""
+    if not 0 < width <= 16:
+        raise UserError(f"width of mobilenet_v2 is {width}: give a multiplier above 0, at most 16, as in width=0.5.")
+    return MobileNetV2(num_classes, in_channels, multiplier=width)
 
 
 @register("mobilenet_v2_imagenet", min_size=32)

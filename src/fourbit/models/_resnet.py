@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.models._base import conv_bn, initialise, register
 
 
@@ -123,13 +124,17 @@ class ResNet(nn.Module):
 
 
 @register("resnet20")
-def resnet20(num_classes: int, in_channels: int) -> nn.Module:
-    """ResNet-20 for CIFAR, section 4.2 (n = 3), shortcut option A.
+def resnet20(num_classes: int, in_channels: int, *, width: int = 16) -> nn.Module:
+    """ResNet-20 for CIFAR, section 4.2 (n = 3), shortcut option A; the stages have `width`, 2 `width` and 4 `width` channels.
 
     269,722 parameters (the paper: 0.27M) and 40.55M MACs for 32x32x3 and 10 classes; the figure of 40.8M that is often
     quoted counts option B. Published error on CIFAR-10: 8.75% (table 6).
     """
-    return ResNet(BasicBlock, (3, 3, 3), (16, 32, 64), "A", num_classes, in_channels)
+    if width < 1:
+        raise UserError(
+            f"width of resnet20 is {width}: give a number of channels of at least 1, as in resnet20?width=8."
+        )
+    return ResNet(BasicBlock, (3, 3, 3), (width, 2 * width, 4 * width), "A", num_classes, in_channels)
 
 
 @register("resnet29")

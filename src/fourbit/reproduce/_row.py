@@ -1,17 +1,18 @@
-"""What a row of a table is: the paper's numbers, and the runs that stand for them at three scales."""
+"""What a row of a table is: the paper's numbers, and the runs that stand for them at each scale."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fourbit.errors import UserError, unknown
 
-ScaleName = Literal["paper", "small", "smoke"]
+ScaleName = Literal["paper", "converged", "small", "smoke"]
 TableName = Literal["table1", "table2", "table3", "questions", "debates"]
-SCALES: tuple[ScaleName, ...] = ("paper", "small", "smoke")
+SCALES: tuple[ScaleName, ...] = ("paper", "converged", "small", "smoke")
 TABLES: tuple[TableName, ...] = ("table1", "table2", "table3", "questions", "debates")
+HALF_ONLY = "converged is for questions on ResNet-20 and MobileNetV2, as in questions --row length"
 OWN: tuple[TableName, ...] = ("questions", "debates")
 """Tables of our own, whose rows share the runs of a network."""
 TITLES = {
@@ -53,6 +54,7 @@ class TableRow:
         missing: why a scale is missing.
         higher_is_better: otherwise lower is.
         rates: learning rates to run every column with, instead of the one of `scales`.
+        lengths: {scale: numbers of epochs to run every column for}, instead of the one of `scales`; the schedule fits each.
         pairs: recipes whose difference answers the row's question; every column is compared with FP32 anyway.
         network: of a table of our own, the name of the folder that shares the runs; "": the model's.
     """
@@ -68,6 +70,7 @@ class TableRow:
     missing: str = ""
     higher_is_better: bool = True
     rates: tuple[float, ...] = ()
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pairs: tuple[tuple[str, str], ...] = ()
     network: str = ""
 
@@ -80,8 +83,16 @@ class TableRow:
         if scale not in SCALES:
             raise unknown("scale", scale, SCALES)
         if scale not in self.scales:
-            raise UserError(f"{self.name} of {self.table} cannot run at the scale {scale}: {self.missing}.")
+            why = HALF_ONLY if scale == "converged" else self.missing
+            raise UserError(f"{self.name} of {self.table} cannot run at the scale {scale}: {why}.")
         return dict(self.scales[scale])
+
+    def variations(self, scale: str) -> list[Settings]:
+        """Settings of each comparison that the row consists of, over those of `settings`: one of `rates`, one of `lengths`, or
+        none."""
+        if self.rates:
+            return [{"lr": rate} for rate in self.rates]
+        return [{"epochs": epochs} for epochs in self.lengths.get(scale, ())] or [{}]
 
 
 def said_of(settings: Settings, seeds: Sequence[int]) -> str:

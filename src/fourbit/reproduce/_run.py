@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from fourbit._files import replace_file
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce._row import OWN, ScaleName, TableName, TableRow, said_of
+from fourbit.reproduce._lengths import lengths_picture, lengths_table
+from fourbit.reproduce._row import OWN, ScaleName, Settings, TableName, TableRow, said_of
 from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
 from fourbit.reproduce.catalog import rows_of
@@ -42,8 +44,8 @@ def reproduce(
     table_only: bool = False,
     **settings: Any,
 ) -> Reproduction:
-    """Run one row of a table, or go on with it, and write reproduced.md and reproduced.json, also with the row's columns that
-    earlier calls have left in `out`.
+    """Run one row of a table, or go on with it, and write reproduced.md and reproduced.json, of several lengths also
+    reproduced.png, with the row's columns that earlier calls have left in `out`, too.
 
     Args:
         table, row: as in `fourbit.reproduce.ROWS`.
@@ -69,16 +71,18 @@ def reproduce(
         values["data_dir"] = None
     folder = out / f"{table}-{row}-{scale}"
     parts, contents, all_columns, unit = [], [], [], ""
-    for rate in chosen.rates or (None,):
-        varied: dict[str, Any] = values if rate is None else values | {"lr": rate}
-        place = _runs_folder(chosen, scale, out, varied["model"], rate)
+    for variation in chosen.variations(scale):
+        varied: dict[str, Any] = {**values, **variation}
+        place = _runs_folder(chosen, scale, out, varied["model"], variation)
         plan = CompareConfig(**varied, recipes=tuple(columns) or chosen.columns, seeds=tuple(seeds), out=place)
-        if rate is not None:
-            make_console().print(f"learning rate {rate:g}")
+        if variation:
+            make_console().print(_words(variation))
         check = require_whole if scale == "paper" else None
         if not table_only and compare(plan, check_data=check, table=False).interrupted:
             return Reproduction(chosen, folder, place, "", True)
         comparison = collect(replace(plan, recipes=_wanted(plan, chosen)))
+        if not comparison.rows and table_only and chosen.lengths:
+            continue
         if not comparison.rows:
             raise UserError(
                 f"{place} has no finished run of {row} at the scale {scale}: check --out, or leave out --table-only."
@@ -89,9 +93,9 @@ def reproduce(
                 f"{place} has no finished run of {', '.join(lacking)}: leave out --table-only, or that column."
             )
         unit = "points" if comparison.metric.unit == "%" else comparison.metric.name
-        mine = columns_of(comparison, varied["lr"])
+        mine = columns_of(comparison, varied["lr"], varied["epochs"])
         all_columns += mine
-        at = "" if rate is None else f", learning rate {rate:g}"
+        at = f", {_words(variation)}" if variation else ""
         parts += [
             f"**{chosen.title}** ({table}), {chosen.metric}, scale {scale}{at}",
             f"Ours: {said_of(varied, sorted({s for r in comparison.rows for s in (*r.values, *r.diverged)}))}.",
@@ -104,10 +108,20 @@ def reproduce(
             parts.append(f"Columns of the row without a finished run: {', '.join(f'`{name}`' for name in missing)}.")
         parts.append(_said(chosen, mine, unit, scale))
         contents.append(
-            ({} if rate is None else {"lr": rate})
+            dict(variation)
             | {"table": table, "row": row, "scale": scale, "metric": chosen.metric, "columns": described(chosen, mine)}
         )
+    if not contents:
+        raise UserError(
+            f"{out} has no finished run of {row} at the scale {scale}: check --out, or leave out --table-only."
+        )
     content = contents[0] if len(contents) == 1 else contents
+    picture: bytes | None = None
+    if len(chosen.lengths.get(scale, ())) > 1:
+        parts.append("\n".join(lengths_table(all_columns)))
+        picture = lengths_picture(all_columns, unit, f"{chosen.title} ({values['model']} on {values['data']})")
+        if picture is not None:
+            parts.append("![The gap to FP32 over the length of training](reproduced.png)")
     if chosen.rates:
         best = best_of(chosen, all_columns)
         parts += ["\n".join(best_table(best, chosen.rates)), _said(chosen, best, unit, scale)]
@@ -116,18 +130,34 @@ def reproduce(
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "reproduced.md", text.encode())
         replace_file(folder / "reproduced.json", (json.dumps(content, indent=2) + "\n").encode())
+        if picture is not None:
+            replace_file(folder / "reproduced.png", picture)
     except OSError as error:
         raise UserError(f"the table could not be written to {folder}: {error.strerror or error}.") from error
-    return Reproduction(chosen, folder, _runs_folder(chosen, scale, out, values["model"], None), text, False)
+    return Reproduction(chosen, folder, _runs_folder(chosen, scale, out, values["model"], {}), text, False)
 
 
-def _runs_folder(row: TableRow, scale: str, out: Path, model: str, rate: float | None) -> Path:
-    """Of a row of the paper its own; questions, debates and figures share the runs of a network."""
+def _runs_folder(row: TableRow, scale: str, out: Path, model: str, variation: Settings) -> Path:
+    """Of a row of the paper its own; questions, debates and figures share the runs of a network.
+
+    The folder of a network with options, as in resnet20?width=8, is called resnet20-width-8.
+    """
     if row.table not in OWN:
         return out / f"{row.table}-{row.name}-{scale}"
-    name = row.network or model
-    shared = out / f"networks-{scale}" / name
-    return shared if rate is None or rate == row.settings(scale)["lr"] else shared.with_name(f"{name}-lr-{rate:g}")
+    name = row.network or re.sub("[?&=]", "-", model)
+    usual = row.settings(scale)
+    for key, value in variation.items():
+        name += "" if value == usual[key] else f"-{key}-{value:g}"
+    return out / f"networks-{scale}" / name
+
+
+def _words(variation: Settings) -> str:
+    """Of one key.
+
+    >>> _words({"lr": 0.05}), _words({"epochs": 30})
+    ('learning rate 0.05', '30 epochs')
+    """
+    return f"{variation['epochs']} epochs" if "epochs" in variation else f"learning rate {variation['lr']:g}"
 
 
 def _wanted(plan: CompareConfig, row: TableRow) -> tuple[str, ...]:

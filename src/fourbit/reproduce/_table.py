@@ -24,12 +24,14 @@ class Column:
         values: {seed: the metric}, percentages as such.
         diverged: seeds that met NaN or infinity.
         lr: the learning rate.
+        epochs: the length of training.
     """
 
     recipe: str
     values: Mapping[int, float]
     diverged: tuple[int, ...]
     lr: float
+    epochs: int
 
     @property
     def title(self) -> str:
@@ -48,10 +50,12 @@ class Column:
         return paired([v - other.values[s] for s, v in self.values.items() if s in other.values])
 
 
-def columns_of(comparison: Comparison, lr: float) -> list[Column]:
+def columns_of(comparison: Comparison, lr: float, epochs: int) -> list[Column]:
     """The columns of one comparison."""
     factor = comparison.metric.factor
-    return [Column(r.recipe, {s: v * factor for s, v in r.values.items()}, r.diverged, lr) for r in comparison.rows]
+    return [
+        Column(r.recipe, {s: v * factor for s, v in r.values.items()}, r.diverged, lr, epochs) for r in comparison.rows
+    ]
 
 
 def best_of(row: TableRow, columns: Sequence[Column]) -> list[Column]:

@@ -83,7 +83,8 @@ class Settings:
     """Columns of your own tables, separated by commas: image and label, sound and label, the text, or source and target
     language. None: found by name and type."""
     image_size: Annotated[int | None, TASK, WHOLE] = None
-    """Height and width to which your own images are scaled. None: theirs, if all have the same."""
+    """Height and width to which images are scaled: your own, or (cifar10, fashion_mnist) averaged to a divisor of theirs.
+    None: theirs, if all have the same."""
     mirror: Annotated[bool, TASK, Parameter(negative="")] = False
     """Mirror your own training images at random."""
     tokenizer: Annotated[str | None, TASK] = None

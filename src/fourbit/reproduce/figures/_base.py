@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fourbit._files import replace_file
 from fourbit._registry import Registry
 from fourbit.errors import UserError, unknown
-from fourbit.reproduce._row import SCALES, ScaleName, said_of
+from fourbit.reproduce._row import HALF_ONLY, SCALES, ScaleName, said_of
 from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce.questions import NETWORKS
 from fourbit.train import CompareConfig, compare
@@ -153,6 +153,8 @@ def draw(
         raise UserError("seeds is empty: name at least one.")
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
+    if scale == "converged":
+        raise UserError(f"figures have the scales paper, small and smoke; {HALF_ONLY}.")
     folder = out / f"{name}-{scale}"
     data_dir = None if scale == "smoke" else data_dir
     studio = Studio(scale, folder, out / f"networks-{scale}", data_dir, threads, progress, tuple(seeds))
