@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-rest test-all lint bench bench-full bench-peers gpu-check clean
+.PHONY: demo test test-rest test-all lint docs bench bench-full bench-peers gpu-check clean
 .DEFAULT_GOAL := test
 
 KERNELS := $(wildcard src/fourbit/kernels/cpu/csrc/* src/fourbit/kernels/cpu/_build.py hatch_build.py)
@@ -42,6 +42,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# The documentation as a site, docs/_build/index.html. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 # Results lie in benchmarks/results. BENCH_FLAGS="--microxcaling DIR --fp4-trainkit DIR" names clones of libraries to race.
 BENCHMARKS := quantizers step growth cold_start

@@ -16,7 +16,8 @@ from fourbit.errors import UserError
 from fourbit.ops import SLOTS
 from fourbit.reproduce import COLUMNS, ROWS, reproduce, rows_of
 from fourbit.reproduce._lengths import lengths_table
-from fourbit.reproduce._statistics import paired, sentence
+from fourbit.reproduce._provenance import said_of_commits
+from fourbit.reproduce._statistics import detectable, holm, paired, sentence
 from fourbit.reproduce._table import Column, best_of, best_table, described, sentences, table_of
 from fourbit.reproduce.figures import draw
 from fourbit.train import TrainConfig
@@ -168,7 +169,46 @@ def test_the_pairs_that_answer_a_question_are_compared():
     row = rows_of("questions")["zerosum"]
     said = sentences(row, _columns(fp32=(70.0, 71.0), ibm2020=(66.0, 67.5), ibm2020_zerosum=(68.0, 69.51)), "points")
     assert said[2] == "- ibm2020-zerosum is 2.01 points better than TPR FP4 (95 % interval +1.94 to +2.07, 2 seeds)."
-    assert "of 3 comparisons without any true difference, 0.1 would show one" in said[3]
+    assert "Of 3 comparisons looked at together" in said[3]
+    assert said[3].split("\n")[1].endswith("these differ: ibm2020-zerosum and TPR FP4.")
+
+
+def test_p_values_are_students_and_holms():
+    """Against scipy's paired test, and against the definition of Holm's correction by brute force."""
+    from scipy.stats import ttest_1samp
+
+    random = torch.Generator().manual_seed(0)
+    for n in (2, 3, 5, 12):
+        values = torch.randn(n, generator=random, dtype=torch.float64).tolist()
+        assert paired(values).p == pytest.approx(float(ttest_1samp(values, 0).pvalue), rel=2e-4)
+    ps = torch.rand(8, generator=random).square().tolist()
+    for alpha in torch.linspace(0.01, 0.99, 30).tolist():
+        rejected = set()
+        for rank, (p, place) in enumerate(sorted((p, i) for i, p in enumerate(ps))):
+            if p * (len(ps) - rank) >= alpha:
+                break
+            rejected.add(place)
+        assert {i for i, p in enumerate(holm(ps)) if p < alpha} == rejected
+    assert paired([1.0]).p is None and paired([0.0, 0.0]).p == 1.0 and paired([2.0, 2.0]).p == 0.0
+
+
+def test_the_detectable_difference_is_found_four_times_in_five():
+    random, n, error = torch.Generator().manual_seed(1), 5, 1.0 / math.sqrt(5)
+    draws = torch.randn(4000, n, generator=random, dtype=torch.float64) + detectable(error, n)
+    found = (draws.mean(1).abs() > 2.776 * draws.std(1) / math.sqrt(n)).double().mean()
+    assert 0.74 < float(found) < 0.90  # the t quantiles approximate the noncentral distribution from above
+
+
+def test_the_commits_of_the_runs_are_counted(tmp_path):
+    for seed, commit in enumerate(("a" * 40, "b" * 40 + "+", None)):
+        folder = tmp_path / f"fp32-seed{seed}"
+        folder.mkdir()
+        (folder / "env.json").write_text(json.dumps({"commit": commit}))
+    one, all_three = Column("fp32", {0: 1.0}, (), 0.1, 1), Column("fp32", {0: 1.0, 1: 1.0}, (2,), 0.1, 1)
+    assert said_of_commits(tmp_path, [one]) == "Runs of commit aaaaaaa."
+    assert said_of_commits(tmp_path, [all_three]) == (
+        "Runs of 2 commits (aaaaaaa, bbbbbbb+) and code without a commit (+: with changes)."
+    )
 
 
 def test_every_pair_is_of_columns_of_its_row():

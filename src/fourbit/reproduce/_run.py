@@ -12,6 +12,7 @@ from typing import Any
 from fourbit._files import replace_file
 from fourbit.errors import UserError, unknown
 from fourbit.reproduce._lengths import lengths_picture, lengths_table
+from fourbit.reproduce._provenance import said_of_commits
 from fourbit.reproduce._row import OWN, ScaleName, Settings, TableName, TableRow, said_of
 from fourbit.reproduce._sizes import require_whole
 from fourbit.reproduce._table import Column, best_of, best_table, columns_of, described, sentences, table_of
@@ -98,7 +99,8 @@ def reproduce(
         at = f", {_words(variation)}" if variation else ""
         parts += [
             f"**{chosen.title}** ({table}), {chosen.metric}, scale {scale}{at}",
-            f"Ours: {said_of(varied, sorted({s for r in comparison.rows for s in (*r.values, *r.diverged)}))}.",
+            f"Ours: {said_of(varied, sorted({s for r in comparison.rows for s in (*r.values, *r.diverged)}))}. "
+            + said_of_commits(place, mine),
             "\n".join(table_of(chosen, mine)),
         ]
         parts += ["The paper prints the column in bold type in bold."] if chosen.bold else []

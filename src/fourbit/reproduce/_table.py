@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fourbit.reproduce._row import COLUMNS, TableRow
-from fourbit.reproduce._statistics import Paired, paired, sentence
+from fourbit.reproduce._statistics import Paired, paired, sentence, together
 
 if TYPE_CHECKING:
     from fourbit.train import Comparison
@@ -123,12 +123,8 @@ def sentences(row: TableRow, columns: Sequence[Column], unit: str) -> list[str]:
     ]
     found = [(a, b, a.against(b)) for a, b in pairs if a and b]
     said += ["- " + sentence(a.title, b.title, d, unit, row.higher_is_better) for a, b, d in found if d]
-    tested = sum(1 for _, _, d in found if d and d.half is not None)
-    if tested > 1:
-        said.append(
-            f"\nEach interval covers its own difference with 95 %: of {tested} comparisons without any true difference, "
-            f"{tested / 20:.1f} would show one on average."
-        )
+    notes = together([(a.title, b.title, d) for a, b, d in found if d], unit)
+    said += ["\n" + "\n".join(notes)] if notes else []
     return said
 
 
