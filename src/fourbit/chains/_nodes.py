@@ -154,7 +154,7 @@ class Activated(Node):
         return g * link.passing, None, None
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Call:
     """What travels beside the tensors to the end of a chain, and what comes back.
 

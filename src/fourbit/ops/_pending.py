@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fourbit.ops._as_written import as_written
+from fourbit.ops._uncompiled import as_written
 
 
 class Settles(Protocol):

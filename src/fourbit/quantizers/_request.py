@@ -79,7 +79,7 @@ class QTensor(NamedTuple):
         return self.q.to(torch.float32) * self.scale
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One operand to be rounded, and what is wanted besides its numbers.
 

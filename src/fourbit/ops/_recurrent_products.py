@@ -18,7 +18,7 @@ from fourbit.ops._quantize import clip_request, gradient_request, saw_gradient, 
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.ops._watch import computing
+from fourbit.ops._memory_watcher import computing
 from fourbit.quantizers import Packed, Request, Rounded, carrier_dtype, scale_of
 
 LINEAR = LinearMap()
