@@ -48,7 +48,7 @@ class Linear(QuantizedLayer, nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         if (node := traced(self, input)) is not None:
             return node
-        if self.spec.is_identity:
+        if self.quant.is_identity:
             return super().forward(input)
         require_input(input, self, -1, self.in_features)
         channels = self.quant._modules.get("channels")
@@ -98,7 +98,7 @@ class _Conv(QuantizedLayer, nn.modules.conv._ConvNd):
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
         if (node := traced(self, input)) is not None:
             return node
-        if self.spec.is_identity:
+        if self.quant.is_identity:
             return super().forward(input)
         num_dims = len(self.stride)
         require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
@@ -124,7 +124,7 @@ class _ConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
         if (node := traced(self, input, output_size)) is not None:
             return node
-        if self.spec.is_identity:
+        if self.quant.is_identity:
             return super().forward(input, output_size)
         num_dims = len(self.stride)
         require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
@@ -150,7 +150,7 @@ class Conv2d(_Conv, nn.Conv2d):
         if (node := traced(self, input)) is not None:
             return node
         state = self.quant
-        if self.spec.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
+        if state.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
             return super().forward(input)
         contraction = self.contraction()
         if not isinstance(input, Pending) or input.sizes[1] != self.in_channels:
@@ -204,7 +204,7 @@ class MatMul(QuantizedLayer):
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """[..., M, K], [..., K, N] -> [..., M, N], batch axes broadcast."""
-        if self.spec.is_identity:
+        if self.quant.is_identity:
             return torch.matmul(input, other)
         require_numbers(input, "MatMul")
         require_numbers(other, "MatMul")

@@ -69,6 +69,7 @@ class LayerState(nn.Module):
         plans: what kernels have said to its products.
         with_gradients: whether this forward pass records for a backward pass: only such passes decide something for good.
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
+        is_identity: whether nothing is quantized: the layer then runs torch's own code.
         awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
@@ -152,7 +153,7 @@ class LayerState(nn.Module):
             state.scaling = wanted.scaling
             self.scalings[operand] = state
         self._active = [self.scalings[operand] for operand in spec.remembering()]  # of this spec
-        self.spec = spec
+        self.spec, self.is_identity = spec, spec.is_identity
         self.handle = _enter(self)  # a compiled graph holds for one spec
 
     def _found(self, operand: str, wanted: QuantSpec) -> ScalingState | None:
