@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 from fourbit._registry import Registry
@@ -101,12 +102,15 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
         """The result of the first enabled kernel that takes the call; None: use the reference."""
         work = self.plan(*args, **kwargs)
-        if work is None:
-            return None
-        return work.work(*args, **kwargs) if type(work) is Reusable else work()  # type: ignore[operator]
+        return None if work is None else work()
 
-    def plan(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | Reusable[R] | None:
-        """The plan of the first enabled kernel that takes the call; None: none does."""
+    def plan(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | None:
+        """What will do the call; None: use the reference."""
+        found = self.taken(*args, **kwargs)
+        return partial(found.work, *args, **kwargs) if type(found) is Reusable else found  # type: ignore[return-value]
+
+    def taken(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | Reusable[R] | None:
+        """The plan of the first enabled kernel that takes the call, as it answers; None: none does."""
         for kernel in self._among_enabled() if self._kernels is None else self._kernels:
             work = kernel.plan(*args, **kwargs)
             declined = isinstance(work, str)
@@ -151,7 +155,7 @@ class Plans:
         kept = self._kept.get((operation, kind))
         if kept is not None and kept[0] is _era and kept[1] == description and _watched is None:
             return kept[2]
-        plan = operation.plan(*args)
+        plan = operation.taken(*args)
         if plan is not None and type(plan) is not Reusable:
             return lambda *args: plan()  # type: ignore[operator]
         work = None if plan is None else plan.work  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, exact_weight, fprop, needs_of
 from fourbit.ops._fusion_handovers import OperandHandover, ResultHandover
-from fourbit.ops._pending import numbers_of, settle_all
+from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._rotate import turned
 from fourbit.ops._saved import Saved
 from fourbit.ops._second_derivatives import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
@@ -45,7 +45,7 @@ def contract(
     Raises:
         UserError: a tensor on the meta device.
     """
-    if over is None:
+    if over is None and (isinstance(x, Pending) or isinstance(w, Pending)):
         settle_all((x, w), "a layer")
     if w.is_meta or (over is None and x.is_meta):
         raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
@@ -73,7 +73,10 @@ def contract(
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Without autocast; where there is none, nothing costs nothing."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 class Node(torch.autograd.Function):

@@ -51,4 +51,7 @@ def owns(who: LayerState, tensors: Iterable[Tensor | None]) -> None:
 def computing(who: LayerState | str, num_elements: int) -> AbstractContextManager[None]:
     """To be entered by who computes."""
     watcher = _watcher.get()
-    return nullcontext() if watcher is None else watcher.computing(who, num_elements)
+    return _NOBODY if watcher is None else watcher.computing(who, num_elements)
+
+
+_NOBODY = nullcontext()

@@ -65,13 +65,13 @@ class Operand(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""
+        q, cache = self.q, self.cache
+        if cache is None:
+            return q.unpack(dtype) if isinstance(q, Packed) else q if q.dtype is dtype else q.to(dtype)
         name = f"numbers {dtype}"
-        kept = None if self.cache is None else self.cache.get(name)
-        if kept is None:
-            kept = self.q.unpack(dtype) if isinstance(self.q, Packed) else self.q.to(dtype)
-            if self.cache is not None:
-                self.cache[name] = kept
-        return kept
+        if name not in cache:
+            cache[name] = q.unpack(dtype) if isinstance(q, Packed) else q.to(dtype)
+        return cache[name]
 
     @property
     def is_cpu(self) -> bool:
@@ -145,6 +145,7 @@ class Gemm:
     output: Format | None = None
     plans: Plans | None = None
     scale: Tensor | None = field(init=False)
+    _description: tuple[Any, ...] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         a, b = self.a.scale, self.b.scale
@@ -152,12 +153,15 @@ class Gemm:
 
     def description(self) -> tuple[Any, ...]:
         """All that a kernel may look at before it works: no number of an operand."""
+        if self._description is not None:
+            return self._description
         a, b, scale = self.a, self.b, self.scale
-        return (
+        self._description = (
             *(a.format, a.on_grid, _lies(a.q), b.format, b.on_grid, _lies(b.q), b.cache is None),
             *(scale is None or scale.numel() == 1, self.which, self.contraction, self.layout, self.dtype),
             *(self.products, self.output, torch.get_num_threads()),
         )
+        return self._description
 
     @property
     def keep_infinite(self) -> bool:

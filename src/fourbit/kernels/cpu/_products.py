@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fourbit.backends import Plan, Reusable
-from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
+from fourbit.kernels._check import bits_of, codes_of, fresh, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward
 from fourbit.kernels.cpu._matrices import (
@@ -166,7 +166,7 @@ def _epilogue(raw: Raw, finish: Finish, grid: Any) -> tuple[Tensor, Tensor | Non
         mask=bits_of(finish.mask, "mask", n),
         packed=None if codes is None else codes_of(codes.data, n),
         is_signed=codes is not None and codes.signed,
-        out=pointer(out, "out", out_dtype, n, like=y),
+        out=fresh(out),
         out_dtype=c.CODES[out_dtype],
     )
     clipped = kernels().epilogue(ctypes.byref(arguments))
