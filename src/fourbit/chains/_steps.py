@@ -224,9 +224,13 @@ def _take(w: Pending, behind: LayerState) -> OperandHandover | None:
         return None
     want_out = w.content.residual is not None or behind.wants_float or behind.observer is not None
     call = Call(w.link, w.node, w.content, behind, request, want_out)
-    with torch._C.DisableTorchFunctionSubclass(), computing(_WHO, layout.shape.numel()), _saving_as(w.link):
-        with _unsafe_preserve_version_counter(w):
-            End.apply(w, alpha, call)
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        computing(_WHO, layout.shape.numel()),
+        _saving_as(w.link),
+        _unsafe_preserve_version_counter(w),
+    ):
+        End.apply(w, alpha, call)
     assert call.quantized is not None and call.back is not None
     w.is_taken, w.taker, w.node = True, behind, node_of(w)
     if call.out is not None:

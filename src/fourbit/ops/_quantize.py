@@ -11,6 +11,7 @@ recurrent sweep both. They ask how (`clip_request`, `gradient_specs`), and tell 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 

@@ -26,17 +26,17 @@ from torch import Tensor
 from fourbit.ops._cells import LSTM_CELL, Cell
 from fourbit.ops._contract import full_precision
 from fourbit.ops._gemms import backward, clip_gradient, fprop
+from fourbit.ops._memory_watcher import computing, owns
 from fourbit.ops._quantize import (
     awaits_first_batch,
     awaits_first_gradient,
     see_first_batch,
     see_first_gradient,
 )
+from fourbit.ops._recurrent_products import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
 from fourbit.ops._saved import NUM_TENSORS, Saved
 from fourbit.ops._second_derivatives import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
-from fourbit.ops._recurrent_products import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
-from fourbit.ops._memory_watcher import computing, owns
 
 
 @dataclass(frozen=True)
