@@ -21,9 +21,6 @@ from fourbit.ops._fusion_handovers import OperandHandover as OperandHandover
 from fourbit.ops._fusion_handovers import ResultHandover as ResultHandover
 from fourbit.ops._grouped import grouped as grouped
 from fourbit.ops._matrices import Matrices as Matrices
-from fourbit.ops._memory_watcher import Watcher as Watcher
-from fourbit.ops._memory_watcher import computing as computing
-from fourbit.ops._memory_watcher import watch as watch
 from fourbit.ops._orientation import Orientation as Orientation
 from fourbit.ops._pending import LOCK as LOCK
 from fourbit.ops._pending import STEPS as STEPS
@@ -63,3 +60,6 @@ from fourbit.ops._spec import Reuse as Reuse
 from fourbit.ops._state import LayerState as LayerState
 from fourbit.ops._state import Observer as Observer
 from fourbit.ops._uncompiled import as_written as as_written
+from fourbit.ops._watcher import Watcher as Watcher
+from fourbit.ops._watcher import computing as computing
+from fourbit.ops._watcher import watch as watch

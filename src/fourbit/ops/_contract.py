@@ -14,12 +14,12 @@ from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
 from fourbit.ops._fusion_handovers import OperandHandover, ResultHandover
 from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, exact_weight, fprop, needs_of
-from fourbit.ops._memory_watcher import computing
 from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._rotate import turned
 from fourbit.ops._saved import Saved
 from fourbit.ops._second_derivatives import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._state import LayerState
+from fourbit.ops._watcher import computing
 from fourbit.quantizers import is_shard
 
 

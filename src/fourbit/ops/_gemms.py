@@ -29,6 +29,7 @@ from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
+from fourbit.ops._watcher import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec, StepSize, amax_of, split_outliers, unpack_mask
 
 Both = tuple[Quantized | None, Quantized | None]
@@ -233,6 +234,20 @@ def backward(
         over: takes dx, where x was quantized by the node before.
         rounded: takes the gradient as dgrad has it, in full precision.
     """
+    with computing(state, 0):
+        return _backward(gradient, saved, contraction, state, dtypes, needs, over, rounded)
+
+
+def _backward(
+    gradient: OutputGradient | Tensor,
+    saved: Saved,
+    contraction: Contraction,
+    state: LayerState,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    over: OperandHandover | None,
+    rounded: list[Tensor] | None,
+) -> tuple[Tensor | None, ...]:
     gradient = OutputGradient(gradient) if isinstance(gradient, Tensor) else gradient
     g = None if gradient.g is None else contraction.prepare(gradient.g.detach(), "g")
     if g is None:

@@ -22,7 +22,6 @@ from fourbit.errors import UserError
 from fourbit.ops._contract import full_precision
 from fourbit.ops._contraction import LinearMap
 from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of, quantize_weight
-from fourbit.ops._memory_watcher import computing
 from fourbit.ops._quantize import (
     awaits_first_batch,
     awaits_first_gradient,
@@ -32,6 +31,7 @@ from fourbit.ops._quantize import (
 from fourbit.ops._saved import Saved
 from fourbit.ops._second_derivatives import once, refuse_transforms
 from fourbit.ops._state import LayerState
+from fourbit.ops._watcher import computing
 
 _LINEAR = LinearMap()
 

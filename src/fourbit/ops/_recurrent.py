@@ -26,7 +26,6 @@ from torch import Tensor
 from fourbit.ops._cells import LSTM_CELL, Cell
 from fourbit.ops._contract import full_precision
 from fourbit.ops._gemms import backward, clip_gradient, fprop
-from fourbit.ops._memory_watcher import computing, owns
 from fourbit.ops._quantize import (
     awaits_first_batch,
     awaits_first_gradient,
@@ -37,6 +36,7 @@ from fourbit.ops._recurrent_products import LINEAR, Differentiating, Plain, Quan
 from fourbit.ops._saved import NUM_TENSORS, Saved
 from fourbit.ops._second_derivatives import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
+from fourbit.ops._watcher import computing, owns
 
 
 @dataclass(frozen=True)

@@ -219,18 +219,10 @@ def _gradient(g: Gemm, con: Convolution, of: Any) -> Plan[Raw]:
     shape = (num, out_channels, *size)
     if min(*shape, *x_shape) < 1 or tuple(g.a.q.shape) != shape:
         return "the sizes do not go together"  # the reference says what is wrong
-    into, is_dgrad, geometry = (
-        Layout.channels_last(g.layout.shape),
-        g.which == "dgrad",
-        _geometry(con, x_shape, w_shape, size),
-    )
-    structure, dtype, num_g, num_other = (
-        c.ConvDgrad if is_dgrad else c.ConvWgrad,
-        g.a.q.dtype,
-        g.a.q.numel(),
-        g.b.q.shape.numel(),
-    )
-    known: Any = structure(of=of, **geometry)
+    into, is_dgrad = Layout.channels_last(g.layout.shape), g.which == "dgrad"
+    dtype, num_g, num_other = g.a.q.dtype, g.a.q.numel(), g.b.q.shape.numel()
+    structure = c.ConvDgrad if is_dgrad else c.ConvWgrad
+    known: Any = structure(of=of, **_geometry(con, x_shape, w_shape, size))
     if is_dgrad:
         known.out_dtype = c.CODES[torch.float32]
 

@@ -1,4 +1,4 @@
-"""Telling a watcher who computes: which layer's products, which chain.
+"""Telling a watcher who computes: which layer's products, forward and backward, which chain.
 
 A report about memory must know whose tensors autograd is given to keep. Hooks on modules cannot tell: a fused chain does not
 call its modules, and runs unfused where somebody watches them.
