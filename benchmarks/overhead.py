@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead --recipe ibm2020
 
-CPU time of forward and backward (ResNet-20: of a whole step of SGD) in turns A B A, FP32 before and after; medians. And the calls
-of Python's functions in one step, in which nothing depends on how busy the machine is.
+CPU time of forward and backward (ResNet-20: of a whole step of SGD) in turns A B A, FP32 before and after; medians. And the
+calls of Python's functions in one step, which do not depend on how busy the machine is.
 """
 
 from __future__ import annotations

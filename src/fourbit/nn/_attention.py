@@ -21,7 +21,7 @@ from fourbit.nn._base import require_input, swaps, traced
 from fourbit.nn._layers import Linear
 from fourbit.nn._parts import Composed, PartInfo
 from fourbit.nn.functional import scaled_dot_product_attention
-from fourbit.ops import LinearMap, ProductSize, contract
+from fourbit.ops import LinearMap, Matmul, ProductSize, contract
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -77,15 +77,16 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
         heads = rows // max(1, queries) * self.num_heads
 
         def projection(t: Tensor) -> ProductSize:
-            return ProductSize(1, t.shape[:-1].numel(), E, t.shape[-1], t.numel(), E * t.shape[-1])
+            return one.size(t.shape, (E, t.shape[-1]), (*t.shape[:-1], E))
 
-        size, d = heads * queries * length, self.head_dim
-        q, kv = heads * queries * d, heads * length * d
+        d, one = self.head_dim, LinearMap()
+        q, k, v = (heads, queries, d), (heads, d, length), (heads, length, d)
+        products = heads, queries, length
         return [
             *((n, projection(t), t.requires_grad) for n, t in zip(PROJECTIONS, (query, key, value), strict=True)),
-            ("scores", ProductSize(heads, queries, length, d, q, kv), True),
-            ("values", ProductSize(heads, queries, d, length, size, kv), True),
-            ("out_proj", ProductSize(1, rows, E, E, rows * E, E * E), True),
+            ("scores", Matmul().size(q, k, products), True),
+            ("values", Matmul().size(products, v, q), True),
+            ("out_proj", one.size((rows, E), (E, E), (rows, E)), True),
         ]
 
     def _quantized(self) -> bool:

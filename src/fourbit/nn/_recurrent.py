@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fourbit.errors import UserError
 from fourbit.nn._base import require_input, swaps, traced
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import GRU_CELL, LSTM_CELL, ProductSize, Recurrence, as_written, recurrent
+from fourbit.ops import GRU_CELL, LSTM_CELL, LinearMap, ProductSize, Recurrence, as_written, recurrent
 
 Hidden = tuple[Tensor, Tensor | None]
 
@@ -59,7 +59,7 @@ class _Recurrent(Composed, nn.RNNBase):
             n, k = getattr(self, info.weight).shape
             needed = data.requires_grad or not name.startswith("ih_l0")
             products = {rows: 1} if name.startswith("ih") else steps
-            sizes = [ProductSize(count, m, n, k, count * m * k, n * k) for m, count in products.items()]
+            sizes = [LinearMap().size((m, k), (n, k), (m, n)).repeated(count) for m, count in products.items()]
             found += [(name, size, needed) for size in sizes]
         return found
 

@@ -139,7 +139,7 @@ def _run(model: nn.Module, assignments: list[Assignment], owners: Owners, input:
         def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             x, *others = (*inputs, *named.values())
             w = others[0] if isinstance(module, MatMul) else cast(Tensor, module.weight)
-            found[name].append(Use(contraction.size(x, w, output), x.requires_grad, w.requires_grad))
+            found[name].append(Use(contraction.size(x.shape, w.shape, output.shape), x.requires_grad, w.requires_grad))
 
         return record
 
