@@ -41,14 +41,15 @@ from fourbit.errors import unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Result = TypeVar("Result", covariant=True)
 
 
-class Reusable(Generic[R]):
+class Reusable(Generic[Result]):
     """A plan for every call with the same description. `work` gets the arguments of the call; it holds no tensor of any."""
 
     __slots__ = ("work",)
 
-    def __init__(self, work: Callable[..., R]):
+    def __init__(self, work: Callable[..., Result]):
         self.work = work
 
 

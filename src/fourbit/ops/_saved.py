@@ -103,6 +103,6 @@ def _rejoined(outline: tuple[Any, ...] | None, data: Any, scale: Any, block_data
         return None
     packed, format, on_grid, orientation = outline
     if packed is not None:
-        *lies, blocks = packed
-        data = Packed(data, *lies, None if blocks is None else blocks._replace(data=block_data))
+        shape, stride, signed, grid, blocks = packed
+        data = Packed(data, shape, stride, signed, grid, None if blocks is None else blocks._replace(data=block_data))
     return Operand(data, scale, format, on_grid, None, orientation)

@@ -114,7 +114,7 @@ def matrices(g: Gemm) -> Plan[Raw]:
     return reshaped(multiply(g, Matrix.of(a), right), lambda y: y.view(shape))
 
 
-def reshaped(work: Plan[Raw], turn: Callable[[Tensor], Tensor]) -> Plan[Raw]:
+def reshaped(work: Callable[[], Raw] | str, turn: Callable[[Tensor], Tensor]) -> Callable[[], Raw] | str:
     """A plan whose result is brought into another shape."""
     if isinstance(work, str):
         return work
@@ -135,7 +135,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def multiply(g: Gemm, left: Matrix, right: Matrix) -> Plan[Raw]:
+def multiply(g: Gemm, left: Matrix, right: Matrix) -> Callable[[], Raw] | str:
     """left right, or in wgrad left^T right; the left matrix in the carrier of its format."""
     a, b, turned = g.a, g.b, g.which == "wgrad"
     assert a.format is not None and b.format is not None
