@@ -102,8 +102,10 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
         """The result of the first enabled kernel that takes the call; None: use the reference."""
-        work = self.plan(*args, **kwargs)
-        return None if work is None else work()
+        found = self.taken(*args, **kwargs)
+        if found is None:
+            return None
+        return found.work(*args, **kwargs) if isinstance(found, Reusable) else found()
 
     def plan(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | None:
         """What will do the call; None: use the reference."""
