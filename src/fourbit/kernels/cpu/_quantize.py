@@ -331,7 +331,7 @@ def _unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
         packed=codes_of(packed.data, n),
         n=n,
         is_signed=packed.signed,
-        out=fresh(out),
+        out=pointer(out, "out", dtype, n),
         out_dtype=c.CODES[dtype],
     )
     kernels().unpack(ctypes.byref(arguments))
