@@ -19,6 +19,9 @@ So nothing is allocated, read or unpacked in vain, and one can ask why a layer i
     ROUND.answers(request, scale)                                     {"cpu": "", "cuda": "the tensor is on ..."}
     with backends.watching() as calls: ...                            how often which kernel did what, and why others did not
 
+A plan that depends on the description of the call alone (formats, shapes, dtypes, layouts) is `Reusable`: it is given the
+arguments again, and a layer keeps it in its `Plans`, so that the next step does not ask.
+
 Kernels are found at the first use of an operation, never at import. `fourbit doctor` lists the backends of this machine.
 """
 
@@ -30,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 from fourbit._registry import Registry
@@ -37,7 +41,19 @@ from fourbit.errors import unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Plan: TypeAlias = Callable[[], R] | str
+Result = TypeVar("Result", covariant=True)
+
+
+class Reusable(Generic[Result]):
+    """A plan for every call with the same description. `work` gets the arguments of the call; it holds no tensor of any."""
+
+    __slots__ = ("work",)
+
+    def __init__(self, work: Callable[..., Result]):
+        self.work = work
+
+
+Plan: TypeAlias = Callable[[], R] | Reusable[R] | str
 """What a kernel answers: the work, or why it declines."""
 
 _KERNEL_PACKAGES = ("fourbit.kernels",)
@@ -54,6 +70,8 @@ class Kernel(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:  # noqa: D102
         work = self.plan(*args, **kwargs)
+        if isinstance(work, Reusable):
+            return work.work(*args, **kwargs)
         return None if isinstance(work, str) else work()
 
 
@@ -68,7 +86,7 @@ class Operation(Generic[P, R]):
     def __init__(self, name: str, reference: str):
         self.name, self.reference = name, reference
         self.kernels: list[Kernel[P, R]] = []
-        self._plans: tuple[Callable[P, Plan[R]], ...] | None = None
+        self._kernels: list[Kernel[P, R]] | None = None
         OPERATIONS.add(name, self)
 
     def kernel(self, backend: str) -> Callable[[Callable[P, Plan[R]]], Kernel[P, R]]:
@@ -77,19 +95,32 @@ class Operation(Generic[P, R]):
         def enter(plan: Callable[P, Plan[R]]) -> Kernel[P, R]:
             found = Kernel(self.name, backend, plan)
             self.kernels.append(found)
-            self._plans = None
+            forget_plans()
             return found
 
         return enter
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
         """The result of the first enabled kernel that takes the call; None: use the reference."""
-        if _watched is not None:
-            return self._watched_call(_watched, *args, **kwargs)
-        for plan in self._enabled():
-            work = plan(*args, **kwargs)
-            if not isinstance(work, str):
-                return work()
+        found = self.taken(*args, **kwargs)
+        if found is None:
+            return None
+        return found.work(*args, **kwargs) if isinstance(found, Reusable) else found()
+
+    def plan(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | None:
+        """What will do the call; None: use the reference."""
+        found = self.taken(*args, **kwargs)
+        return partial(found.work, *args, **kwargs) if type(found) is Reusable else found  # type: ignore[return-value]
+
+    def taken(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[], R] | Reusable[R] | None:
+        """The plan of the first enabled kernel that takes the call, as it answers; None: none does."""
+        for kernel in self._among_enabled() if self._kernels is None else self._kernels:
+            work = kernel.plan(*args, **kwargs)
+            declined = isinstance(work, str)
+            if _watched is not None:
+                _watched[Call(self.name, kernel.backend, work if isinstance(work, str) else "")] += 1
+            if not declined:
+                return work  # type: ignore[return-value]
         return None
 
     def answers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str]:
@@ -100,23 +131,45 @@ class Operation(Generic[P, R]):
             found[kernel.backend] = work if isinstance(work, str) else ""
         return found
 
-    def _enabled(self) -> tuple[Callable[P, Plan[R]], ...]:
-        if self._plans is None:
-            self._plans = tuple(kernel.plan for kernel in self._among_enabled())
-        return self._plans
-
     def _among_enabled(self) -> list[Kernel[P, R]]:
         _load()
-        return [kernel for kernel in self.kernels if kernel.backend not in _disabled]
+        self._kernels = [kernel for kernel in self.kernels if kernel.backend not in _disabled]
+        return self._kernels
 
-    def _watched_call(self, calls: Counter[Call], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        for kernel in self._among_enabled():
-            work = kernel.plan(*args, **kwargs)
-            declined = work if isinstance(work, str) else ""
-            calls[Call(self.name, kernel.backend, declined)] += 1
-            if not isinstance(work, str):
-                return work()
-        return None
+
+class Plans:
+    """Plans that somebody keeps from call to call: of each kind of call the last one, as long as its description is the same
+    and nobody has switched kernels. A copy and a pickle begin without any.
+    """
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Any, ...]] = {}
+
+    def work(self, operation: Operation[..., R], kind: Any, description: tuple[Any, ...], *args: Any) -> Any:
+        """What does a call: it is given the arguments; None: no kernel takes it.
+
+        Args:
+            operation, args: of the call.
+            kind: which of its calls.
+            description: all that kernels may look at to answer.
+        """
+        kept = self._kept.get((operation, kind))
+        if kept is not None and kept[0] is _era and kept[1] == description and _watched is None:
+            return kept[2]
+        plan = operation.taken(*args)
+        if plan is not None and type(plan) is not Reusable:
+            return lambda *args: plan()  # type: ignore[operator]
+        work = None if plan is None else plan.work  # type: ignore[union-attr]
+        self._kept[operation, kind] = _era, description, work
+        return work
+
+    def __reduce__(self) -> Any:
+        return Plans, ()
+
+    def __deepcopy__(self, memo: Any) -> Plans:
+        return Plans()
 
 
 OPERATIONS: Registry[Operation[..., Any]] = Registry("operation")
@@ -147,6 +200,8 @@ class Status:
 _statuses: dict[str, Callable[[], Status]] = {}
 _disabled: set[str] = set()
 _watched: Counter[Call] | None = None
+_era = object()
+"""Another one whenever kernels may answer otherwise: plans of an earlier one are not used."""
 _loaded = False
 _loading = threading.RLock()
 
@@ -208,15 +263,18 @@ def without(*names: str) -> Iterator[None]:
         raise unknown("backend", unknown_names[0], _statuses)
     before = set(_disabled)
     _disabled.update(names or _statuses)
-    _forget()
+    forget_plans()
     try:
         yield
     finally:
         _disabled.clear()
         _disabled.update(before)
-        _forget()
+        forget_plans()
 
 
-def _forget() -> None:
+def forget_plans() -> None:
+    """To be called where kernels may answer otherwise from now on: they were switched, or another instruction set is used."""
+    global _era
+    _era = object()
     for operation in OPERATIONS.values():
-        operation._plans = None
+        operation._kernels = None

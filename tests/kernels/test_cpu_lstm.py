@@ -153,7 +153,7 @@ def test_all_steps_at_once_give_the_bits_of_single_steps(isa, spec, size, length
     assert {call.operation for call in calls if not call.declined} >= {"lstm_run", "lstm_run_back"}
     for operation in (LSTM_RUN, LSTM_RUN_BACK):
         monkeypatch.setattr(operation, "kernels", [])
-        monkeypatch.setattr(operation, "_plans", None)
+        monkeypatch.setattr(operation, "_kernels", None)
     with instruction_set(isa):
         one_by_one = trained(lengths, size, spec, poison, last_only)
     for a, b in zip(at_once, one_by_one, strict=True):

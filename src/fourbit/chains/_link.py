@@ -75,7 +75,7 @@ class Link:
         w.content = out
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Unfinished:
     """A layer's product, not scaled and rounded yet; or a finished result `y`."""
 
@@ -95,7 +95,7 @@ class Unfinished:
         return finish(raw._replace(unit=1.0), what)[0]
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Affine:
     """act(slope v + offset + residual).
 
@@ -131,7 +131,7 @@ class Affine:
         return out
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Kept:
     """v itself, in float32 or in 16-bit codes of `format`."""
 

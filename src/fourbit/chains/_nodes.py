@@ -154,7 +154,7 @@ class Activated(Node):
         return g * link.passing, None, None
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Call:
     """What travels beside the tensors to the end of a chain, and what comes back.
 
@@ -212,11 +212,11 @@ class End(Node):
         packed = None if ctx.packed is None else Packed(data, *ctx.packed)
         dw, clipped = None, 0.0
         if do is not None or dq is not None:
-            inner = [link for link, _ in steps(ctx.link, ctx.node) if link is not ctx.link and link.kind != "product"]
-            if any(link.is_visible() for link in inner):
+            chain = list(steps(ctx.link, ctx.node))
+            if any(link.kind != "product" and link.is_visible() for link, _ in chain[1:]):
                 dw, clipped = _by_itself(ctx, do, dq, dq_scale, packed, mask, passes)
             else:
-                clipped = _all_at_once(ctx, do, dq, dq_scale, packed, mask, passes)
+                clipped = _all_at_once(ctx, chain, do, dq, dq_scale, packed, mask, passes)
         if dq is not None and ctx.needs_input_grad[1]:
             d_alpha = (
                 torch.full(ctx.alpha_shape, clipped, dtype=torch.float32) if d_alpha is None else d_alpha + clipped
@@ -236,11 +236,17 @@ def normalization_of(link: Link, node: Any) -> Any:
     return next(node for link, node in steps(link, node) if link.kind == "norm")
 
 
-def _all_at_once(ctx: Any, do: Tensor | None, dq: Tensor | None, dq_scale: float, *saved: Any) -> float:
+def _all_at_once(
+    ctx: Any, chain: list[tuple[Link, Any]], do: Tensor | None, dq: Tensor | None, dq_scale: float, *saved: Any
+) -> float:
     """Compute the gradients of all steps, and leave them there; returns what was clipped."""
-    chain = list(steps(ctx.link, ctx.node))
-    norm = normalization_of(ctx.link, ctx.node)
-    total = next(((link, node) for link, node in chain if link.kind == "sum"), None)
+    norm = total = None
+    for link, node in chain:
+        if link.kind == "norm":
+            norm = node
+        elif link.kind == "sum":
+            total = link, node
+    assert norm is not None
     want_residual = total is not None and total[1].needs_input_grad[3]
     packed, mask, passes = saved
     found = differentiate(norm, ctx.link.act, do, dq, dq_scale, packed, mask, passes, ctx.cap_clips, want_residual)

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from fourbit.backends import Operation
 from fourbit.formats import Format
-from fourbit.ops._handover import NORM_SUPPORTED
+from fourbit.ops._fusion_handovers import NORM_SUPPORTED
 from fourbit.ops._product import Layout
 from fourbit.quantizers import Packed, Quantized, QuantSpec, Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Norm:
     """The normalization itself: parameters and running statistics (None: not tracked), as of torch's batch norm."""
 
@@ -54,7 +54,7 @@ class Activation:
 NO_ACTIVATION, RELU = Activation(), Activation(True)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class NormStatistics:
     """The first call: v, its statistics, and the running ones, one batch further.
 
@@ -71,7 +71,7 @@ class NormStatistics:
     own: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Normalized:
     """What the first call leaves: v (as float32, or in 16-bit codes of `format`), and per channel, [4, C], mean, 1 / std,
     slope and offset."""
@@ -81,7 +81,7 @@ class Normalized:
     moments: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class NormApply:
     """The second call.
 
@@ -99,7 +99,7 @@ class NormApply:
     want_out: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class NormBackward:
     """One backward call.
 
@@ -131,7 +131,7 @@ class NormBackward:
     exponent: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class NormGradients:
     """dv, or its quantizations; the gradients of gamma, beta and the residual; what was clipped, by its sign; and max|dv|."""
 

@@ -173,7 +173,8 @@ def add(w: Tensor, other: Any, inplace: bool) -> Pending | None:
         return None
     if not _is_open(w, Affine, inplace) or hooks_now() is not w.link.hooks:
         return None
-    if w.content.residual is not None or w.content.act.clips or other.shape != w.sizes:
+    shape = other.sizes if isinstance(other, Pending) else other.shape
+    if w.content.residual is not None or w.content.act.clips or shape != w.sizes:
         return None
     settle_all((other,), "a sum")
     residual = other.content if isinstance(other, Pending) else other
@@ -223,7 +224,12 @@ def _take(w: Pending, behind: LayerState) -> OperandHandover | None:
         return None
     want_out = w.content.residual is not None or behind.wants_float or behind.observer is not None
     call = Call(w.link, w.node, w.content, behind, request, want_out)
-    with computing(_WHO, layout.shape.numel()), _saving_as(w.link), _unsafe_preserve_version_counter(w):
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        computing(_WHO, layout.shape.numel()),
+        _saving_as(w.link),
+        _unsafe_preserve_version_counter(w),
+    ):
         End.apply(w, alpha, call)
     assert call.quantized is not None and call.back is not None
     w.is_taken, w.taker, w.node = True, behind, node_of(w)
@@ -266,7 +272,10 @@ def settle(w: Pending, why: str) -> None:
 def _saving_as(link: Link) -> AbstractContextManager[Any]:
     """Save tensors where the chain is, and not where it is computed: a region with hooks of its own, which will be computed
     again without the chain, must not count them."""
-    return nullcontext() if hooks_now() is link.hooks else saved_tensors_hooks(_same, _same)
+    return _AS_IT_IS if hooks_now() is link.hooks else saved_tensors_hooks(_same, _same)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _same(t: Tensor) -> Tensor:

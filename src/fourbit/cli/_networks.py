@@ -23,6 +23,7 @@ def explain(
     classes: Annotated[int | None, WHOLE] = None,
     only: str | None = None,
     skip: str | None = None,
+    kernels: bool = False,
 ) -> None:
     """Show what a recipe does to each layer of a network, and the share of the work in each precision.
 
@@ -35,11 +36,14 @@ def explain(
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
         only: Quantize only layers whose dotted name contains a match of this regular expression, as in `fourbit train`.
         skip: Keep layers whose dotted name contains a match in full precision.
+        kernels: Show also which operations of each layer run in a kernel in a training step, and why the others do not.
     """
     from fourbit.recipes import explain as explain_recipe
+    from fourbit.recipes._explanation import kernel_lines
 
     network, batch = build_network(model, input, classes, 1)
-    say(str(explain_recipe(network, recipe, batch, only=only, skip=skip)))
+    found = explain_recipe(network, recipe, batch, only=only, skip=skip)
+    say("\n".join([str(found), "", *kernel_lines(found)] if kernels else [str(found)]))
 
 
 @app.command

@@ -5,15 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from fourbit.hardware._float import float_of
 from fourbit.hardware._unit import Bits, Unit
-
-if TYPE_CHECKING:
-    from amaranth.hdl import Module, Value
-
-    from fourbit.hardware.units._bits import Stages
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,6 @@ class Converter(Unit):
     def outputs(self) -> dict[str, int]:
         """The code."""
         return {"y": float_of(self.target).bits}
-
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units._inner import convert
-
-        return {"y": convert(self, m, stages, inputs)}
 
     def reference(self, inputs: Bits) -> dict[str, int]:
         """Rounded exactly."""

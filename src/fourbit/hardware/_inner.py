@@ -14,18 +14,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fourbit.errors import UserError
 from fourbit.formats import E8M0, FloatFormat, Format, IntFormat
 from fourbit.hardware._fixed import FixedOperand, fixed_operand
 from fourbit.hardware._float import FLOATS, Float, float_of
 from fourbit.hardware._unit import Bits, Unit
-
-if TYPE_CHECKING:
-    from amaranth.hdl import Module, Value
-
-    from fourbit.hardware.units._bits import Stages
 
 Style = Literal["exact", "fused", "window", "block"]
 
@@ -142,12 +137,6 @@ class InnerProduct(Unit):
     def late(self) -> dict[str, str]:
         """The addend, which comes from the unit before in a chain, is needed only when there are products."""
         return {"c": "multiply"}
-
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units import _inner
-
-        return {"y": _inner.BUILD[self.style](self, m, stages, inputs)}
 
     # What it must compute
 

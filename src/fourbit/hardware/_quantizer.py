@@ -15,17 +15,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fourbit.errors import UserError
 from fourbit.formats import FloatFormat, Format, IntFormat
 from fourbit.hardware._float import Float, float_of
 from fourbit.hardware._unit import RANDOM_BITS, Bits, Unit
-
-if TYPE_CHECKING:
-    from amaranth.hdl import Module, Value
-
-    from fourbit.hardware.units._bits import Stages
 
 Scale = Literal["power", "float"]
 POWER_BITS = 6
@@ -87,12 +82,6 @@ class Quantizer(Unit):
         """A code per target; for several, whether |x s| is beyond the first one's range (`over`), or above half of it."""
         codes = {f.name: f.bits for f in self.targets}
         return codes | ({"over": 1, "high": 1} if len(self.targets) > 1 else {})
-
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units._quantize import quantize
-
-        return quantize(self, m, stages, inputs)
 
     def scaled(self, inputs: Bits) -> tuple[Fraction, bool]:
         """|x s| and whether it is negative; what is no number counts as one with the next larger significand."""
@@ -173,12 +162,6 @@ class RandomSource(Unit):
         """The next one."""
         return {"next": 32}
 
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units._quantize import xorshift
-
-        return {"next": xorshift(inputs["state"])}
-
     def reference(self, inputs: Bits) -> dict[str, int]:
         """The recurrence."""
         x = inputs["state"]
@@ -228,12 +211,6 @@ class Hadamard(Unit):
         """16 sums in two's complement, and their exponent."""
         return {"y": 16 * self.width, "exponent": self.float.exponent_bits}
 
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units._quantize import hadamard
-
-        return hadamard(self, m, stages, inputs)
-
     def reference(self, inputs: Bits) -> dict[str, int]:
         """The matrix, entry by entry."""
         f, bits = self.float, self.float.bits
@@ -282,12 +259,6 @@ class Register(Unit):
     def outputs(self) -> dict[str, int]:
         """The same, a cycle later where `cuts` is ("hold",)."""
         return {"y": self.width}
-
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """See `fourbit.hardware.units`."""
-        from fourbit.hardware.units._bits import Live
-
-        return {"y": stages.cut("hold", Live(x=inputs["x"])).x}
 
     def reference(self, inputs: Bits) -> dict[str, int]:
         """The same."""

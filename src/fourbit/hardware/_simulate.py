@@ -25,7 +25,7 @@ def circuit(unit: Unit) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     require_amaranth()
     from amaranth.hdl import Module, Signal
 
-    from fourbit.hardware.units._bits import Stages
+    from fourbit.hardware.units import Stages, build
 
     m = Module()
     inputs = {name: Signal(width, name=name) for name, width in unit.inputs.items()}
@@ -33,7 +33,7 @@ def circuit(unit: Unit) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     unknown = set(unit.cuts) - set(unit.stages)
     if unknown:
         raise UserError(f"unit {unit.name} has no stage {sorted(unknown)[0]}: choose of {', '.join(unit.stages)}.")
-    for name, value in unit.build(m, Stages(m, unit.cuts), dict(inputs)).items():
+    for name, value in build(unit, m, Stages(m, unit.cuts), dict(inputs)).items():
         m.d.comb += outputs[name].eq(value)
     return m, inputs, outputs
 

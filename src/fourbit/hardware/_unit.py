@@ -1,7 +1,7 @@
 """What every unit is to simulation, synthesis and report: bits in, bits out, and the arithmetic that they stand for.
 
-A unit is a value. `build` makes its circuit (which needs Amaranth); `reference` says in exact arithmetic what the circuit
-must do; `vectors` makes inputs that reach its corners.
+A unit is a value. `reference` says in exact arithmetic what its circuit must do; `vectors` makes inputs that reach its corners.
+The circuit itself, which needs Amaranth, is `units.build`'s.
 """
 
 from __future__ import annotations
@@ -10,14 +10,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fourbit._registry import Registry
-
-if TYPE_CHECKING:
-    from amaranth.hdl import Module, Value
-
-    from fourbit.hardware.units._bits import Stages
 
 Bits = Mapping[str, int]
 
@@ -63,10 +57,6 @@ class Unit(ABC):
     def late(self) -> dict[str, str]:
         """Inputs that enter behind a stage: they come as many cycles later as there are registers before it."""
         return {}
-
-    @abstractmethod
-    def build(self, m: Module, stages: Stages, inputs: dict[str, Value]) -> dict[str, Value]:
-        """The circuit: outputs of inputs."""
 
     @abstractmethod
     def reference(self, inputs: Bits) -> dict[str, int]:

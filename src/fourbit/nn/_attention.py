@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fourbit.errors import UserError
-from fourbit.nn._base import require_input, swaps
+from fourbit.nn._base import require_input, swaps, traced
 from fourbit.nn._layers import Linear
 from fourbit.nn._parts import Composed, PartInfo
 from fourbit.nn.functional import scaled_dot_product_attention
-from fourbit.ops import LinearMap, ProductSize
+from fourbit.ops import LinearMap, Matmul, ProductSize, contract
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -77,15 +77,16 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
         heads = rows // max(1, queries) * self.num_heads
 
         def projection(t: Tensor) -> ProductSize:
-            return ProductSize(1, t.shape[:-1].numel(), E, t.shape[-1], t.numel(), E * t.shape[-1])
+            return one.size(t.shape, (E, t.shape[-1]), (*t.shape[:-1], E))
 
-        size, d = heads * queries * length, self.head_dim
-        q, kv = heads * queries * d, heads * length * d
+        d, one = self.head_dim, LinearMap()
+        q, k, v = (heads, queries, d), (heads, d, length), (heads, length, d)
+        products = heads, queries, length
         return [
             *((n, projection(t), t.requires_grad) for n, t in zip(PROJECTIONS, (query, key, value), strict=True)),
-            ("scores", ProductSize(heads, queries, length, d, q, kv), True),
-            ("values", ProductSize(heads, queries, d, length, size, kv), True),
-            ("out_proj", ProductSize(1, rows, E, E, rows * E, E * E), True),
+            ("scores", Matmul().size(q, k, products), True),
+            ("values", Matmul().size(products, v, q), True),
+            ("out_proj", one.size((rows, E), (E, E), (rows, E)), True),
         ]
 
     def _quantized(self) -> bool:
@@ -96,7 +97,7 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
     def _project(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
         weight, part = self.part_weight(name), self.part(name)
         require_input(x, self, -1, weight.shape[1], (3,))
-        y = F.linear(x, weight) if part.spec.is_identity else part.contract(x, weight, LinearMap())
+        y = F.linear(x, weight) if part.spec.is_identity else contract(x, weight, LinearMap(), part.quant)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _heads(self, t: Tensor) -> Tensor:
@@ -116,8 +117,10 @@ class MultiheadAttention(Composed, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's: [T, B, E], [B, T, E] with batch_first, or [T, E]; the output, and the probabilities if needed."""
+        options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if (node := traced(self, query, key, value, *options)) is not None:
+            return node
         if not self._quantized():
-            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return super().forward(query, key, value, *options)
         batched = query.dim() == 3
         if {query.dim(), key.dim(), value.dim()} not in ({2}, {3}):

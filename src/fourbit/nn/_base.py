@@ -7,7 +7,6 @@ hooks, ties between layers and references held elsewhere all survive, and `resto
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,13 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fourbit.errors import UserError
-from fourbit.ops import (
-    Contraction,
-    LayerSpec,
-    LayerState,
-    Products,
-    contract,
-)
+from fourbit.ops import Contraction, LayerSpec, LayerState, Products
 from fourbit.quantizers import require_numbers
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -57,28 +50,29 @@ def swaps(torch_class: type[nn.Module]) -> Callable[[Q], Q]:
 
     def enter(quantized_class: Q) -> Q:
         SWAPS[torch_class] = quantized_class
-        quantized_class.forward = _in_any_mode(quantized_class.forward)
         return quantized_class
 
     return enter
 
 
-def _in_any_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer is one node in a symbolic trace (torch.fx), as torch's layers are; torch.jit.trace cannot record it."""
+def traced(layer: nn.Module, input: Any, *others: Any) -> Any:
+    """The first question of every `forward`: None, except in a symbolic trace (torch.fx), of which a layer is one node, as
+    torch's layers are.
 
-    @functools.wraps(forward)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], Proxy):
-            tracer = args[0].tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
-        if torch._C._get_tracing_state() is not None:
-            raise UserError(
-                "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with "
-                "restore(model)"
-            )
-        return forward(self, *args, **kwargs)
-
-    return call
+    Raises:
+        UserError: in torch.jit.trace, which cannot record it.
+    """
+    if isinstance(input, Proxy):
+        tracer: Any = input.tracer
+        while others and others[-1] is None:  # was not given
+            others = others[:-1]
+        return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input, *others), {})
+    if torch._C._get_tracing_state() is not None:
+        raise UserError(
+            "torch.jit.trace cannot record quantized layers: use torch.export, or take the conversion back with "
+            "restore(model)"
+        )
+    return None
 
 
 class QuantizedLayer(nn.Module):
@@ -140,10 +134,6 @@ class QuantizedLayer(nn.Module):
         """The bilinear map that the layer computes. It reads torch's attributes only, so that `explain` can ask it of a
         layer that is not converted."""
         raise TypeError(f"{type(self).__name__} defines no contraction")
-
-    def contract(self, x: Tensor, w: Tensor, contraction: Contraction) -> Tensor:
-        """x * w under this layer's spec."""
-        return contract(x, w, contraction, self.quant)
 
     def extra_repr(self) -> str:
         """torch's description plus the operands."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fourbit.errors import UserError
 from fourbit.nn._base import SWAPS, require_input
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import ProductSize, as_written, grouped
+from fourbit.ops import LinearMap, ProductSize, as_written, grouped
 
 
 class Experts(Composed):
@@ -58,7 +58,7 @@ class Experts(Composed):
         for position, name in enumerate(Experts.parts(self)):
             _, n, k = Experts.part_weight(self, name).shape
             rows = [m for m in _rows_of(index, self.num_experts) if m]
-            found += [(name, ProductSize(1, m, n, k, m * k, n * k), position > 0 or x.requires_grad) for m in rows]
+            found += [(name, LinearMap().size((m, k), (n, k), (m, n)), position > 0 or x.requires_grad) for m in rows]
         return found
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:

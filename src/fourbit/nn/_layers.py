@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
-from fourbit.nn._base import QuantizedLayer, require_input, swaps
+from fourbit.nn._base import QuantizedLayer, require_input, swaps, traced
 from fourbit.nn._out_control import Channels
 from fourbit.ops import (
     Contraction,
@@ -46,13 +46,15 @@ class Linear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if self.spec.is_identity:
+        if (node := traced(self, input)) is not None:
+            return node
+        if self.quant.is_identity:
             return super().forward(input)
         require_input(input, self, -1, self.in_features)
         channels = self.quant._modules.get("channels")
         if isinstance(channels, Channels):
             return _add_bias(self._in_parts(input, channels), self.bias, 0)
-        return _add_bias(self.contract(input, self.weight, self.contraction()), self.bias, 0)
+        return _add_bias(contract(input, self.weight, self.contraction(), self.quant), self.bias, 0)
 
     def _in_parts(self, input: Tensor, channels: Channels) -> Tensor:
         """The product, with one of its own for the channels that stand out, once these are known."""
@@ -61,7 +63,7 @@ class Linear(QuantizedLayer, nn.Linear):
             channels.record(input)
         parts = channels.parts()
         if parts is None:
-            return self.contract(input, self.weight, self.contraction())
+            return contract(input, self.weight, self.contraction(), self.quant)
         channels.state.nonfinite = self.quant.nonfinite  # counted together
         y = None
         for state, which in zip((self.quant, channels.state), parts, strict=True):
@@ -94,7 +96,9 @@ class _Conv(QuantizedLayer, nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
-        if self.spec.is_identity:
+        if (node := traced(self, input)) is not None:
+            return node
+        if self.quant.is_identity:
             return super().forward(input)
         num_dims = len(self.stride)
         require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
@@ -103,7 +107,7 @@ class _Conv(QuantizedLayer, nn.modules.conv._ConvNd):
         if _own_padding(self) is None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode)
-        y = _add_bias(self.contract(x, self.weight, self.contraction()), self.bias, num_dims)
+        y = _add_bias(contract(x, self.weight, self.contraction(), self.quant), self.bias, num_dims)
         return y if batched else y.squeeze(0)
 
 
@@ -118,7 +122,9 @@ class _ConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[N, C, ...] or [C, ...] -> [N, out_channels, ...] or [out_channels, ...]."""
-        if self.spec.is_identity:
+        if (node := traced(self, input, output_size)) is not None:
+            return node
+        if self.quant.is_identity:
             return super().forward(input, output_size)
         num_dims = len(self.stride)
         require_input(input, self, -num_dims - 1, self.in_channels, (num_dims + 1, num_dims + 2))
@@ -126,7 +132,7 @@ class _ConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
         padding = self._output_padding(input, output_size, *sizes)
         batched = input.dim() == num_dims + 2
         x = input if batched else input.unsqueeze(0)
-        y = _add_bias(self.contract(x, self.weight, self.contraction(tuple(padding))), self.bias, num_dims)
+        y = _add_bias(contract(x, self.weight, self.contraction(tuple(padding)), self.quant), self.bias, num_dims)
         return y if batched else y.squeeze(0)
 
 
@@ -141,8 +147,10 @@ class Conv2d(_Conv, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] or [C, H, W] -> [N, out_channels, ...] or [out_channels, ...]."""
+        if (node := traced(self, input)) is not None:
+            return node
         state = self.quant
-        if self.spec.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
+        if state.is_identity or torch.compiler.is_compiling() or not can_defer(input, state):
             return super().forward(input)
         contraction = self.contraction()
         if not isinstance(input, Pending) or input.sizes[1] != self.in_channels:
@@ -196,8 +204,8 @@ class MatMul(QuantizedLayer):
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """[..., M, K], [..., K, N] -> [..., M, N], batch axes broadcast."""
-        if self.spec.is_identity:
+        if self.quant.is_identity:
             return torch.matmul(input, other)
         require_numbers(input, "MatMul")
         require_numbers(other, "MatMul")
-        return self.contract(input, other, self.contraction())
+        return contract(input, other, self.contraction(), self.quant)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fourbit.errors import UserError
-from fourbit.nn._base import require_input, swaps
+from fourbit.nn._base import require_input, swaps, traced
 from fourbit.nn._parts import Composed, PartInfo
-from fourbit.ops import GRU_CELL, LSTM_CELL, ProductSize, Recurrence, as_written, recurrent
+from fourbit.ops import GRU_CELL, LSTM_CELL, LinearMap, ProductSize, Recurrence, as_written, recurrent
 
 Hidden = tuple[Tensor, Tensor | None]
 
@@ -59,7 +59,7 @@ class _Recurrent(Composed, nn.RNNBase):
             n, k = getattr(self, info.weight).shape
             needed = data.requires_grad or not name.startswith("ih_l0")
             products = {rows: 1} if name.startswith("ih") else steps
-            sizes = [ProductSize(count, m, n, k, count * m * k, n * k) for m, count in products.items()]
+            sizes = [LinearMap().size((m, k), (n, k), (m, n)).repeated(count) for m, count in products.items()]
             found += [(name, size, needed) for size in sizes]
         return found
 
@@ -162,6 +162,8 @@ class LSTM(_Recurrent, nn.LSTM):
 
     def forward(self, input, hx=None):
         """[T, B, I] or [B, T, I] (batch_first), [T, I], or packed -> outputs and (h, c)."""
+        if (node := traced(self, input, hx)) is not None:
+            return node
         if not self._quantized():
             return super().forward(input, hx)
         return self._forward(input, hx)
@@ -176,6 +178,8 @@ class GRU(_Recurrent, nn.GRU):
 
     def forward(self, input, hx=None):
         """As `LSTM`, but the state is h alone."""
+        if (node := traced(self, input, hx)) is not None:
+            return node
         if not self._quantized():
             return super().forward(input, hx)
         output, (h, _) = self._forward(input, None if hx is None else (hx, None))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as _Conv1D
 
-from fourbit.nn._base import QuantizedLayer, require_input, swaps
-from fourbit.ops import Contraction, LinearMap
+from fourbit.nn._base import QuantizedLayer, require_input, swaps, traced
+from fourbit.ops import Contraction, LinearMap, contract
 
 
 @swaps(_Conv1D)
@@ -24,8 +24,10 @@ class Conv1D(QuantizedLayer, _Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., nx] -> [..., nf]."""
-        if self.spec.is_identity:
+        if (node := traced(self, x)) is not None:
+            return node
+        if self.quant.is_identity:
             return super().forward(x)
         require_input(x, self, -1, self.nx)
-        y = self.contract(x, self.weight.t(), self.contraction())
+        y = contract(x, self.weight.t(), self.contraction(), self.quant)
         return y + self.bias.to(y.dtype)

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from fourbit.errors import UserError
 from fourbit.ops._contraction import Contraction
+from fourbit.ops._fusion_handovers import OperandHandover, ResultHandover
 from fourbit.ops._gemms import OutputGradient, backward, clip_gradient, exact_weight, fprop, needs_of
-from fourbit.ops._handover import OperandHandover, ResultHandover
-from fourbit.ops._node import Node
-from fourbit.ops._pending import numbers_of, settle_all
+from fourbit.ops._pending import Pending, numbers_of, settle_all
 from fourbit.ops._rotate import turned
 from fourbit.ops._saved import Saved
-from fourbit.ops._second import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
+from fourbit.ops._second_derivatives import differentiable_dgrad, refuse_forward_mode, refuse_transforms, refused
 from fourbit.ops._state import LayerState
-from fourbit.ops._watch import computing
+from fourbit.ops._watcher import computing
 from fourbit.quantizers import is_shard
 
 
@@ -45,7 +45,7 @@ def contract(
     Raises:
         UserError: a tensor on the meta device.
     """
-    if over is None:
+    if over is None and (isinstance(x, Pending) or isinstance(w, Pending)):
         settle_all((x, w), "a layer")
     if w.is_meta or (over is None and x.is_meta):
         raise UserError("a tensor on the meta device has no numbers to quantize: move layer and input to a real device")
@@ -73,7 +73,23 @@ def contract(
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Without autocast; where there is none, nothing costs nothing."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
+
+
+class Node(torch.autograd.Function):
+    """torch.autograd.Function, for callers that have made sure that no transform of torch.func is at work.
+
+    Torch's own `apply` looks for transforms and builds what they would need, which takes longer than the node itself.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """What `forward` returns, with this node as its origin; tensors that have outlived a transform are plain ones."""
+        plain = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
+        return super(torch.autograd.Function, cls).apply(*plain)  # type: ignore[misc]
 
 
 class _Contract(Node):

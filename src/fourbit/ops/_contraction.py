@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class ProductSize(NamedTuple):
     def macs(self) -> int:
         """Multiply-accumulates."""
         return self.count * self.m * self.n * self.k
+
+    def repeated(self, count: int) -> ProductSize:
+        """So many of them, of other `x` and the same `w`."""
+        return self._replace(count=self.count * count, x=self.x * count)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,9 @@ class Contraction(ABC):
         return True
 
     @abstractmethod
-    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
-        """Of fprop as products of matrices; dgrad and wgrad have as many multiply-accumulates."""
+    def size(self, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> ProductSize:
+        """Of fprop as products of matrices, from the shapes of operands and result; dgrad and wgrad have as many
+        multiply-accumulates. Whoever counts them, counts them here."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,9 @@ class LinearMap(Contraction):
         is_open = which == "wgrad"
         return Orientation(tuple(shape), (1,) * len(shape), (), leading, (), last, is_open)
 
-    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+    def size(self, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> ProductSize:
         """Rows times in_features times out_features."""
-        return ProductSize(1, y.shape[:-1].numel(), y.shape[-1], x.shape[-1], x.numel(), w.numel())
+        return ProductSize(1, prod(y[:-1]), y[-1], x[-1], prod(x), prod(w))
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,11 @@ class Matmul(Contraction):
             row, last = last, row
         return Orientation(tuple(shape), (1,) * len(shape), batch, row, (), last, is_open=True)
 
-    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+    def size(self, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> ProductSize:
         """One product per matrix of the batch; vectors are matrices of one row or column."""
-        rows = x.shape[-2] if x.dim() > 1 else 1
-        columns = w.shape[-1] if w.dim() > 1 else 1
-        count = y.numel() // max(1, rows * columns)
-        return ProductSize(count, rows, columns, x.shape[-1], x.numel(), w.numel())
+        rows = x[-2] if len(x) > 1 else 1
+        columns = w[-1] if len(w) > 1 else 1
+        return ProductSize(prod(y) // max(1, rows * columns), rows, columns, x[-1], prod(x), prod(w))
 
 
 _CONV: dict[tuple[int, bool], Callable[..., Tensor]] = {
@@ -282,12 +287,11 @@ class Convolution(Contraction):
             return Orientation(split, merges, (1,), (2,), spots, (0,), is_open=True)
         return Orientation(split, merges, (1,), (0,), spots, (2,))
 
-    def size(self, x: Tensor, w: Tensor, y: Tensor) -> ProductSize:
+    def size(self, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> ProductSize:
         """One product per group: pixels of the output (of the input where transposed) times channels times the weights that
         meet in one of them."""
         t = x if self.transposed else y
-        channels = t.shape[1] // self.groups
-        return ProductSize(self.groups, t.numel() // t.shape[1], channels, w[0].numel(), x.numel(), w.numel())
+        return ProductSize(self.groups, prod(t) // t[1], t[1] // self.groups, prod(w[1:]), prod(x), prod(w))
 
 
 def _decode_convolution(fields: Sequence[int]) -> Convolution:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourbit.ops._compensate import compensated
 from fourbit.ops._contraction import Contraction
-from fourbit.ops._handover import NORM_SUPPORTED, OperandHandover, ResultHandover
+from fourbit.ops._fusion_handovers import NORM_SUPPORTED, OperandHandover, ResultHandover
 from fourbit.ops._leverage import sampled
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._pending import Pending
@@ -29,13 +29,14 @@ from fourbit.ops._rotate import WHICH, oriented, turned, unrotated
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import REUSE, LayerSpec
 from fourbit.ops._state import LayerState
+from fourbit.ops._watcher import computing
 from fourbit.quantizers import Packed, Quantized, QuantSpec, StepSize, amax_of, split_outliers, unpack_mask
 
 Both = tuple[Quantized | None, Quantized | None]
 """A gradient for dgrad and for wgrad; None where it is in full precision, or not needed."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Weight:
     """A weight, quantized once for any number of products: for fprop, as kept for dgrad, the codes of fprop, its mask, and what
     dw is multiplied by (None: 1)."""
@@ -48,7 +49,7 @@ class Weight:
     slope: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class OutputGradient:
     """The gradient of y: as a tensor, with its largest magnitude where that is known, or quantized by the node behind."""
 
@@ -81,7 +82,7 @@ def fprop(
     """
     spec = state.spec
     if isinstance(w, Tensor):
-        state.begin()
+        state.begin(over is not None)
     compute = torch.float64 if over is None and x.dtype == torch.float64 else torch.float32
     outliers = x_slope = None
     if over is None:
@@ -96,7 +97,7 @@ def fprop(
     sums = (spec.accumulation, sum_key(state, "fprop"))
     takes_codes = result is not None and x_fprop.format is not None and weight.fprop.format is not None
     output = spec.output if takes_codes else None
-    gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output)
+    gemm = Gemm("fprop", contraction, x_fprop, weight.fprop, None, compute, state.products, *sums, output, state.plans)
     if outliers is not None:
         w_numbers = weight.fprop.to(compute)
         w_numbers = w_numbers if weight.fprop.scale is None else w_numbers * weight.fprop.scale
@@ -135,14 +136,14 @@ def _without_outliers(x: Tensor, quantile: float, contraction: Contraction, stat
 
 def _hand_over(gemm: Gemm, spec: LayerSpec, result: ResultHandover) -> Tensor:
     """Leave the product to the node behind; what it cannot take is finished here."""
-    raw = multiply(gemm)
-    scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
-    rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
-    if raw.y.dtype == torch.int16:
-        scale = 1.0
-    elif not rounds or NORM_SUPPORTED(raw.y, spec.output) is None:
-        y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
-        raw, scale = Raw(y, rounded=True), 1.0
+    raw, scale = multiply(gemm), 1.0
+    if raw.y.dtype != torch.int16:
+        rounds = not (raw.rounded or gemm.keep_infinite) and raw.high is None
+        if rounds and NORM_SUPPORTED(raw.y, spec.output) is not None:
+            scale = raw.unit if gemm.scale is None else raw.unit * float(gemm.scale)
+        else:
+            y, _ = finish(raw, Finish(gemm.scale, spec.output, gemm.keep_infinite, None, torch.float32))
+            raw = Raw(y, rounded=True)
     raw = raw._replace(y=raw.y.contiguous(memory_format=torch.channels_last))
     result.raw, result.scale, result.output = raw, scale, spec.output
     return Pending.make(raw.y.shape, raw.y.stride())
@@ -233,8 +234,22 @@ def backward(
         over: takes dx, where x was quantized by the node before.
         rounded: takes the gradient as dgrad has it, in full precision.
     """
+    with computing(state, 0):
+        return _backward(gradient, saved, contraction, state, dtypes, needs, over, rounded)
+
+
+def _backward(
+    gradient: OutputGradient | Tensor,
+    saved: Saved,
+    contraction: Contraction,
+    state: LayerState,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    over: OperandHandover | None,
+    rounded: list[Tensor] | None,
+) -> tuple[Tensor | None, ...]:
     gradient = OutputGradient(gradient) if isinstance(gradient, Tensor) else gradient
-    g = None if gradient.g is None else contraction.prepare(gradient.g, "g")
+    g = None if gradient.g is None else contraction.prepare(gradient.g.detach(), "g")
     if g is None:
         assert gradient.quantized is not None
         for_dgrad, for_wgrad = gradient.quantized
@@ -282,9 +297,8 @@ def dgrad(
     if resolved is not None and resolved.leverage is not None:
         a = sampled(a, contraction, resolved.leverage, state.counter.row_key("dgrad"), None)
     sums = (spec.accumulation, sum_key(state, "dgrad"))
-    gemm = Gemm(
-        "dgrad", contraction, a, saved.w.natural(contraction, "w"), saved.x_layout, compute, state.products, *sums
-    )
+    w = saved.w.natural(contraction, "w")
+    gemm = Gemm("dgrad", contraction, a, w, saved.x_layout, compute, state.products, *sums, None, state.plans)
     if over is not None and not over.link.is_visible():
         _give_back(gemm, spec, late, over)
         return None, None
@@ -321,7 +335,7 @@ def wgrad(
     resolved = spec.resolved("g_wgrad")
     if resolved is not None and resolved.leverage is not None:
         a = sampled(a, contraction, resolved.leverage, state.counter.row_key("wgrad"), x)
-    gemm = Gemm("wgrad", contraction, a, x, saved.w_layout, compute, state.products, *sums)
+    gemm = Gemm("wgrad", contraction, a, x, saved.w_layout, compute, state.products, *sums, None, state.plans)
     if turned(spec, "wgrad", saved.w_mask):
         dw, _ = product(gemm, spec.output, compute, late)
         mask, codes, key = saved.w_mask, _codes(saved.w_codes), rotation_key(state, "fprop")

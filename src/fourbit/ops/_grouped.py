@@ -29,9 +29,9 @@ from fourbit.ops._quantize import (
     see_first_gradient,
 )
 from fourbit.ops._saved import Saved
-from fourbit.ops._second import once, refuse_transforms
+from fourbit.ops._second_derivatives import once, refuse_transforms
 from fourbit.ops._state import LayerState
-from fourbit.ops._watch import computing
+from fourbit.ops._watcher import computing
 
 _LINEAR = LinearMap()
 

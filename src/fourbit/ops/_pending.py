@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fourbit.ops._as_written import as_written
+from fourbit.ops._uncompiled import as_written
 
 
 class Settles(Protocol):
@@ -91,10 +91,6 @@ class Pending(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == _GRAD_FN and isinstance(args[0], Pending) and node_of(args[0]) is not args[0].node:
-            return node_of(args[0])  # not of a chain's making: it stays
-        if _is_autograds_own(func, args):
-            return _alias(args[0])
         others = not _PLAIN.issuperset(types)
         step = None if others else STEPS.get(func)
         if step is not None:
@@ -102,6 +98,10 @@ class Pending(Tensor):
                 result = step(*args, **kwargs)
             if result is not None:
                 return result
+        if func == _GRAD_FN and isinstance(args[0], Pending) and node_of(args[0]) is not args[0].node:
+            return node_of(args[0])  # not of a chain's making: it stays
+        if _is_autograds_own(func, args):
+            return _alias(args[0])
         leaves = tree_leaves((args, kwargs))
         settle_all(leaves, getattr(func, "__name__", str(func)))
         left = [w for w in leaves if isinstance(w, Pending)]

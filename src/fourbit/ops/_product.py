@@ -12,14 +12,13 @@ one pass over memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fourbit.backends import Operation
+from fourbit.backends import Operation, Plans
 from fourbit.formats import Format
 from fourbit.ops._accumulation import Accumulation, accumulate
 from fourbit.ops._contraction import Contraction, Which
@@ -66,13 +65,13 @@ class Operand(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers in a dtype that holds them."""
+        q, cache = self.q, self.cache
+        if cache is None:
+            return q.unpack(dtype) if isinstance(q, Packed) else q if q.dtype is dtype else q.to(dtype)
         name = f"numbers {dtype}"
-        kept = None if self.cache is None else self.cache.get(name)
-        if kept is None:
-            kept = self.q.unpack(dtype) if isinstance(self.q, Packed) else self.q.to(dtype)
-            if self.cache is not None:
-                self.cache[name] = kept
-        return kept
+        if name not in cache:
+            cache[name] = q.unpack(dtype) if isinstance(q, Packed) else q.to(dtype)
+        return cache[name]
 
     @property
     def is_cpu(self) -> bool:
@@ -122,13 +121,16 @@ class Layout(NamedTuple):
         return self.empty(t.dtype, t.device).copy_(t)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Gemm:
     """One of the three products of a layer: fprop(x, w), dgrad(g, w) or wgrad(g, x); `layout` is that of dx or dw.
 
     With an `accumulation`, whose random words `key` names, it does not go to a backend as a whole: see `accumulate`.
     With `output`, whoever takes the result knows the backend's 16-bit codes: it may return them instead of numbers, scaled
-    and rounded to that format.
+    and rounded to that format. `plans` are its layer's.
+
+    Attributes:
+        scale: the product of the operands' scales; None: 1.
     """
 
     which: Which
@@ -141,12 +143,25 @@ class Gemm:
     accumulation: Accumulation | None = None
     key: int | None = None
     output: Format | None = None
+    plans: Plans | None = None
+    scale: Tensor | None = field(init=False)
+    _description: tuple[Any, ...] | None = field(init=False, default=None)
 
-    @cached_property
-    def scale(self) -> Tensor | None:
-        """The product of the operands' scales; None: 1."""
-        scales = [s for s in (self.a.scale, self.b.scale) if s is not None]
-        return None if not scales else scales[0] if len(scales) == 1 else scales[0] * scales[1]
+    def __post_init__(self) -> None:
+        a, b = self.a.scale, self.b.scale
+        self.scale = b if a is None else a if b is None else a * b
+
+    def description(self) -> tuple[Any, ...]:
+        """All that a kernel may look at before it works: no number of an operand."""
+        if self._description is not None:
+            return self._description
+        a, b, scale = self.a, self.b, self.scale
+        self._description = (
+            *(a.format, a.on_grid, _lies(a.q), b.format, b.on_grid, _lies(b.q), b.cache is None),
+            *(scale is None or scale.numel() == 1, self.which, self.contraction, self.layout, self.dtype),
+            *(self.products, self.output, torch.get_num_threads()),
+        )
+        return self._description
 
     @property
     def keep_infinite(self) -> bool:
@@ -164,7 +179,14 @@ class Raw(NamedTuple):
     rounded: bool = False
 
 
-@dataclass(frozen=True)
+def _lies(q: Tensor | Packed) -> tuple[Any, ...]:
+    """How numbers lie in memory."""
+    if isinstance(q, Packed):
+        return q.shape, q.stride, q.signed, q.grid, q.blocks is None, q.data.device
+    return q.shape, q.stride(), q.dtype, q.device
+
+
+@dataclass(slots=True, eq=False)
 class Finish:
     """What becomes of a Raw.
 
@@ -186,6 +208,12 @@ class Finish:
     layout: Layout | None = None
     mask: Tensor | None = None
     codes: Packed | Tensor | None = None
+
+    def description(self) -> tuple[Any, ...]:
+        """All that a kernel may look at before it works, of the result of a Gemm with a description of its own."""
+        late, codes = self.late, self.codes
+        lies = None if codes is None else _lies(codes)
+        return self.output, self.keep_infinite, self.dtype, late is None or late.numel() == 1, self.mask is None, lies
 
 
 GEMM: Operation[[Gemm], Raw] = Operation("gemm", reference="ops._product.reference_product")
@@ -216,17 +244,25 @@ def product(
     """
     what = Finish(gemm.scale, output, gemm.keep_infinite, late, dtype, gemm.layout, mask, codes)
     if gemm.accumulation is None and gemm.dtype != torch.float64:
-        done = PRODUCT(gemm, what)
+        done = _by_plan(PRODUCT, gemm, (gemm.description(), what.description()), gemm, what)
         if done is not None:
             return done
     return finish(multiply(gemm), what)
+
+
+def _by_plan(operation: Operation[..., Any], gemm: Gemm, description: tuple[Any, ...], *args: Any) -> Any:
+    """What a kernel makes of the call, by its layer's plan; None: none takes it."""
+    if gemm.plans is None:
+        return operation(*args)
+    work = gemm.plans.work(operation, gemm.which, description, *args)
+    return None if work is None else work(*args)
 
 
 def multiply(gemm: Gemm) -> Raw:
     """The product without scales and rounding."""
     if gemm.accumulation is not None:
         return Raw(_accumulate(gemm, gemm.accumulation))
-    raw = None if gemm.dtype == torch.float64 else GEMM(gemm)
+    raw = None if gemm.dtype == torch.float64 else _by_plan(GEMM, gemm, gemm.description(), gemm)
     return Raw(reference_product(gemm)) if raw is None else raw
 
 

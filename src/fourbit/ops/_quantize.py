@@ -11,11 +11,10 @@ recurrent sweep both. They ask how (`clip_request`, `gradient_specs`), and tell 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from fourbit.formats import Format
 from fourbit.ops._contraction import Contraction, LinearMap, Which
 from fourbit.ops._rotate import WHICH, oriented
 from fourbit.ops._spec import OPERANDS, REUSE
@@ -29,10 +28,14 @@ from fourbit.quantizers import (
     amax_of,
     in_backward,
     is_packable,
+    prepare,
     request_for,
+    require_numbers,
     run,
     run_pair,
 )
+
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # ---- forward ----
 
@@ -49,23 +52,23 @@ def quantize_operand(
     """An operand of the forward pass; with `save`, also what backward needs of it.
 
     Args:
-        x: with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
+        x: dense, and without a graph; with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
         carrier: False: the numbers themselves are not needed where there are packed codes of them.
         toward: an average to whose side numbers are rounded, as x.
     """
-    format: Format | None = None
-    stored: Tensor | None = None
-    rotation = _rotation(state, slot)
+    format, stored, rotation, tile, wide = spec.format, None, None, None, False
+    if x.dtype not in _NUMBERS:
+        require_numbers(x, "quantize")
+    if spec.needs_orientation:
+        x, rotation, tile, wide = prepare(x), _rotation(state, slot), state.spec.tile(slot), _is_wide(x, spec)
     remembers = spec.scaling.state_class is not None
     if remembers:
-        x, rotation = (x if rotation is None else rotation.apply(x)), None
+        x, rotation = (x if rotation is None else prepare(rotation.apply(x))), None
         format, stored = state.scalings[slot[0]].use(x, spec.format, state)
     key = state.counter.key(slot) if spec.stochastic else None
-    request = request_for(x, spec, state.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
-    if not carrier and state.observer is None and spec.in_tiles:
-        request = replace(request, carrier=False)
-    if toward is not None:
-        request = replace(request, toward=toward)
+    tile = None if tile is None or tile.is_tensor else tile
+    carrier = carrier or state.observer is not None or not spec.in_tiles
+    request = Request(x, spec, format, tile, stored, key, save, carrier, rotation, wide, toward)
     result = run(request)
     if remembers:
         state.scalings[slot[0]].saw(result.amax, state)
@@ -160,7 +163,10 @@ def _gradient_request(
         stored = None
     elif stored is None:
         stored = state.scalings["g"].stored
-    key, rotation = state.counter.key(slot) if spec.stochastic else None, _rotation(state, slot)
+    key = state.counter.key(slot) if spec.stochastic else None
+    if not spec.needs_orientation:
+        return Request(g, spec, spec.format, None, stored, key)
+    rotation = _rotation(state, slot)
     return request_for(g, spec, state.spec.tile(slot), stored, key, rotation=rotation, wide=_is_wide(g, spec))
 
 

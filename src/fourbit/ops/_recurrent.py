@@ -32,11 +32,11 @@ from fourbit.ops._quantize import (
     see_first_batch,
     see_first_gradient,
 )
+from fourbit.ops._recurrent_products import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
 from fourbit.ops._saved import NUM_TENSORS, Saved
-from fourbit.ops._second import once, refuse_forward_mode, refuse_transforms
+from fourbit.ops._second_derivatives import once, refuse_forward_mode, refuse_transforms
 from fourbit.ops._state import LayerState
-from fourbit.ops._steps import LINEAR, Differentiating, Plain, Quantizing, learned, plain_dgrad
-from fourbit.ops._watch import computing, owns
+from fourbit.ops._watcher import computing, owns
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ NUM_TENSORS = 16
 """How many tensors a `Saved` has: numbers, scale and scales of blocks of four operands, two masks, and two slopes."""
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Saved:
     """What a forward pass leaves for backward.
 
@@ -42,27 +42,28 @@ class Saved:
 
     def tensors(self) -> list[Tensor | None]:
         """All of them, `NUM_TENSORS`."""
-        kept = self.x, self.w, self.x_codes, self.w_codes
+        x_codes = None if self.x_codes is self.x else self.x_codes
+        w_codes = None if self.w_codes is self.w else self.w_codes
         return [
-            *(t for operand in kept for t in _tensors(operand)),
-            self.x_mask,
-            self.w_mask,
-            self.w_slope,
-            self.x_slope,
+            *(*_tensors(self.x), *_tensors(self.w), *_tensors(x_codes), *_tensors(w_codes)),
+            *(self.x_mask, self.w_mask, self.w_slope, self.x_slope),
         ]
 
     def outline(self) -> tuple[Any, ...]:
         """The rest."""
-        kept = self.x, self.w, self.x_codes, self.w_codes
-        return [_outline(operand) for operand in kept], self.x_layout, self.w_layout
+        x_codes = _SAME if self.x_codes is self.x else _outline(self.x_codes)
+        w_codes = _SAME if self.w_codes is self.w else _outline(self.w_codes)
+        return _outline(self.x), _outline(self.w), x_codes, w_codes, self.x_layout, self.w_layout
 
     @staticmethod
     def of(outline: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Saved:
         """What `outline` and `tensors` took apart."""
-        kept, x_layout, w_layout = outline
-        *data, x_mask, w_mask, w_slope, x_slope = tensors
-        x, w, x_codes, w_codes = (_rejoined(k, data[3 * i : 3 * i + 3]) for i, k in enumerate(kept))
+        of_x, of_w, of_x_codes, of_w_codes, x_layout, w_layout = outline
+        x, w = _rejoined(of_x, *tensors[0:3]), _rejoined(of_w, *tensors[3:6])
         assert x is not None and w is not None
+        x_codes = x if of_x_codes is _SAME else _rejoined(of_x_codes, *tensors[6:9])
+        w_codes = w if of_w_codes is _SAME else _rejoined(of_w_codes, *tensors[9:12])
+        x_mask, w_mask, w_slope, x_slope = tensors[12:]
         return Saved(x, w, x_codes, w_codes, x_mask, w_mask, x_layout, w_layout, w_slope, x_slope)
 
     @staticmethod
@@ -79,26 +80,29 @@ def _tensors(kept: Operand | None) -> tuple[Tensor | None, Tensor | None, Tensor
     return kept.q.data, kept.scale, None if kept.q.blocks is None else kept.q.blocks.data
 
 
-def _outline(kept: Operand | None) -> Operand | None:
+_SAME: Any = "same"
+"""In the place of the operand of fprop where that of the backward product is the same."""
+
+
+def _outline(kept: Operand | None) -> tuple[Any, ...] | None:
+    """An operand without its tensors."""
     if kept is None:
         return None
-    q = kept.q
-    bare: Packed | Tensor = _NOTHING
+    q, packed = kept.q, None
     if isinstance(q, Packed):
         blocks = None if q.blocks is None else q.blocks._replace(data=_NOTHING)
-        bare = Packed(_NOTHING, q.shape, q.stride, q.signed, q.grid, blocks)
-    return Operand(bare, None, kept.format, kept.on_grid, None, kept.orientation)
+        packed = q.shape, q.stride, q.signed, q.grid, blocks
+    return packed, kept.format, kept.on_grid, kept.orientation
 
 
 _NOTHING = torch.empty(0)
 
 
-def _rejoined(outline: Operand | None, tensors: Sequence[Any]) -> Operand | None:
+def _rejoined(outline: tuple[Any, ...] | None, data: Any, scale: Any, block_data: Any) -> Operand | None:
     if outline is None:
         return None
-    q, (data, scale, block_data) = outline.q, tensors
-    whole = data
-    if isinstance(q, Packed):
-        blocks = None if q.blocks is None else q.blocks._replace(data=block_data)
-        whole = Packed(data, q.shape, q.stride, q.signed, q.grid, blocks)
-    return Operand(whole, scale, outline.format, outline.on_grid, None, outline.orientation)
+    packed, format, on_grid, orientation = outline
+    if packed is not None:
+        shape, stride, signed, grid, blocks = packed
+        data = Packed(data, shape, stride, signed, grid, None if blocks is None else blocks._replace(data=block_data))
+    return Operand(data, scale, format, on_grid, None, orientation)

@@ -140,9 +140,16 @@ class LayerSpec:
 
     def tile(self, slot: str) -> Tile:
         """Who shares a scale in a slot, in the orientation of its own product (with REUSE: of the one that it comes from)."""
-        spec = self.resolved(slot)
-        origin = _REUSED_FROM[slot] if getattr(self, slot) is REUSE else slot
-        return Tile(None, None) if spec is None else tile_of(spec.granularity, origin not in _CHANNELS_SUMMED)
+        return self._tiles[slot]
+
+    @cached_property
+    def _tiles(self) -> dict[str, Tile]:
+        found = {}
+        for slot in SLOTS:
+            spec, origin = self.resolved(slot), _REUSED_FROM[slot] if getattr(self, slot) is REUSE else slot
+            whole = Tile(None, None)
+            found[slot] = whole if spec is None else tile_of(spec.granularity, origin not in _CHANNELS_SUMMED)
+        return found
 
     def transform(self, slot: str) -> Hadamard | None:
         """How a slot is rotated along the axis that its own product sums over."""
@@ -230,7 +237,7 @@ class LayerSpec:
         """Whether the gradients rely on a `LossScaler`."""
         return self.g_scaling is not None and self.g_scaling.scaling.needs_loss_scale
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any slot, or the accumulation, draws random words."""
         if self.accumulation is not None and self.accumulation.stochastic:

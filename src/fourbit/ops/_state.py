@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fourbit.backends import Plans
 from fourbit.errors import UserError
 from fourbit.ops._counter import Counter
 from fourbit.ops._product import Products
@@ -65,8 +66,10 @@ class LayerState(nn.Module):
         scalings: what is remembered of "x", "w" and "g"; without those of which nothing ever was.
         counter: of the random words.
         nonfinite: tensors of x, w and g with NaN or infinity, counted; not in checkpoints.
+        plans: what kernels have said to its products.
         with_gradients: whether this forward pass records for a backward pass: only such passes decide something for good.
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
+        is_identity: whether nothing is quantized: the layer then runs torch's own code.
         awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
@@ -86,6 +89,7 @@ class LayerState(nn.Module):
     ):
         super().__init__()
         self.products: Products = products
+        self.plans = Plans()
         self.observer: Observer | None = None
         self.with_gradients = True
         self.scalings: dict[str, ScalingState] = {}
@@ -149,7 +153,7 @@ class LayerState(nn.Module):
             state.scaling = wanted.scaling
             self.scalings[operand] = state
         self._active = [self.scalings[operand] for operand in spec.remembering()]  # of this spec
-        self.spec = spec
+        self.spec, self.is_identity = spec, spec.is_identity
         self.handle = _enter(self)  # a compiled graph holds for one spec
 
     def _found(self, operand: str, wanted: QuantSpec) -> ScalingState | None:
@@ -183,8 +187,12 @@ class LayerState(nn.Module):
 
     # ---- in a step ----
 
-    def begin(self) -> None:
-        """Start of a forward pass: apply what the last backward pass has left."""
+    def begin(self, has_x: bool = False) -> None:
+        """Start of a forward pass: apply what the last backward pass has left.
+
+        Args:
+            has_x: the node before, which has quantized x, has begun for it.
+        """
         counter = self.counter
         counter.piece = 0
         if in_backward():
@@ -198,8 +206,15 @@ class LayerState(nn.Module):
             for upkeep in self._modules.values():
                 upkeep.require()  # type: ignore[union-attr,operator]
         counter.begin()
-        with torch.no_grad():
-            for state in self._active:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._begin(has_x)
+        else:  # as in every node of autograd
+            self._begin(has_x)
+
+    def _begin(self, has_x: bool) -> None:
+        for state in self._active:
+            if not (has_x and state.operand == "x"):
                 state.begin(self)
 
     @property
@@ -324,8 +339,8 @@ class LayerState(nn.Module):
                     state.reshard(whole, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and pickles get a handle of their own."""
-        super().__setstate__(state)
+        """Copies and pickles get a handle and plans of their own."""
+        super().__setstate__({"plans": Plans()} | state)
         self.handle = _enter(self)
 
     def _replicate_for_data_parallel(self) -> LayerState:

@@ -37,6 +37,7 @@ from fourbit.quantizers._request import Request as Request
 from fourbit.quantizers._request import Rounded as Rounded
 from fourbit.quantizers._request import TilesRounded as TilesRounded
 from fourbit.quantizers._request import carrier_dtype as carrier_dtype
+from fourbit.quantizers._request import prepare as prepare
 from fourbit.quantizers._request import request_for as request_for
 from fourbit.quantizers._request import require_numbers as require_numbers
 from fourbit.quantizers._request import run as run

@@ -49,16 +49,15 @@ class ClipState(ScalingState):
         if not now.training or self.signed(now) is None:
             return
         alpha, floor = self.alpha.detach(), self.floor
-        with torch.no_grad():
-            if not alpha.is_cpu:
-                alpha.copy_(torch.where(alpha <= 0, floor, alpha))
-                torch.mul(alpha, 0.5, out=floor)
-                return
-            value = alpha.item()
-            if value <= 0:
-                value = floor.item()
-                alpha.fill_(value)
-            floor.fill_(value / 2)
+        if not alpha.is_cpu:
+            alpha.copy_(torch.where(alpha <= 0, floor, alpha))
+            torch.mul(alpha, 0.5, out=floor)
+            return
+        value = alpha.item()
+        if value <= 0:
+            value = floor.item()
+            alpha.fill_(value)
+        floor.fill_(value / 2)
 
     def use(self, x: Tensor, format: Format, now: Pass) -> tuple[Format, Tensor | None]:
         """Format and alpha; the first training batch decides what is still open.

@@ -31,9 +31,14 @@ def is_exponent(exponent: Tensor) -> Tensor:
 def exponent_scale(exponent: Tensor) -> Tensor:
     """2^exponent in float32, an average of exponents rounded to an integer; 1 where UNSET."""
     if exponent.is_cpu and exponent.dim() == 0:  # the host is faster than torch with one number
-        k = round(exponent.item())
-        return torch.scalar_tensor(1.0 if k == UNSET else math.ldexp(1.0, k), dtype=torch.float32)
+        return torch.scalar_tensor(_power(exponent), dtype=torch.float32)
     return torch.exp2(torch.where(exponent == UNSET, 0, exponent).to(torch.float32).round())
+
+
+def _power(exponent: Tensor) -> float:
+    """The same of one exponent, on the host."""
+    k = round(exponent.item())
+    return 1.0 if k == UNSET else math.ldexp(1.0, k)
 
 
 class LargestGradient(ScalingState):
@@ -130,8 +135,11 @@ class ExponentState(LargestGradient):
 
     def saw(self, amax: Tensor | float, now: Pass) -> None:
         """Takes note, as the exponent scales it."""
-        scale = exponent_scale(self.exponent)
-        self._note(amax * scale if isinstance(amax, Tensor) else amax * float(scale))
+        exponent = self.exponent
+        if isinstance(amax, Tensor) or exponent.dim():
+            self._note(amax * exponent_scale(exponent))
+        else:
+            self._note(amax * _power(exponent))
 
     @property
     def stored(self) -> Tensor | None:

@@ -35,7 +35,7 @@ def has_integer_codes(format: Format) -> bool:
     return all(v.is_integer() for v in format.grid) and format.min >= -8 and format.max <= (7 if format.min < 0 else 15)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Packed:
     """Packed codes, and what is needed to get the tensor back: `grid`, or None for integers, `signed` or not; `blocks`, the
     scales of an operand [G, R, S, K] in tiles."""

@@ -79,7 +79,7 @@ class QTensor(NamedTuple):
         return self.q.to(torch.float32) * self.scale
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One operand to be rounded, and what is wanted besides its numbers.
 
@@ -202,8 +202,8 @@ def run(request: Request) -> Quantized:
         return _run_tiles(request, request.tile)
     statistics = Statistics(request.x)
     scale = request.spec.scaling.of(statistics, request.format, request.stored)
-    rounded = None if request.toward is not None else ROUND(request, scale)
-    return _finish(request, scale, rounded or _round(request, scale, statistics))
+    kernel = None if request.toward is not None else ROUND.plan(request, scale)
+    return _finish(request, scale, _round(request, scale, statistics) if kernel is None else kernel())
 
 
 def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:

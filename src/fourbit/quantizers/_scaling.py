@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
@@ -177,10 +178,8 @@ class Sawb(Scaling):
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """alpha / format.max, at least 2^-126."""
-        c1, c2 = self.coefficients(format)
+        c1, c2, flat, sparse = _constants(self, format)
         mean_square, mean_abs, amax = statistics.moments
-        flat = max(1.0, 0.65 * (2.0 / math.sqrt(3.0) * c1 - c2))
-        sparse = (_SPARSE * c1 - c2) / _SPARSE**2
         if isinstance(mean_square, float) and isinstance(mean_abs, float) and isinstance(amax, float):
             is_sparse = mean_square > _SPARSE**2 * mean_abs**2 > 0
             least = min(amax, sparse * mean_square / mean_abs if is_sparse else flat * mean_abs)
@@ -200,13 +199,17 @@ class Sawb(Scaling):
         return "SAWB"
 
 
+@lru_cache(maxsize=256)
+def _constants(sawb: Sawb, format: Format) -> tuple[float, float, float, float]:
+    """c1, c2, and the factors t and k of a format."""
+    c1, c2 = sawb.coefficients(format)
+    flat = max(1.0, 0.65 * (2.0 / math.sqrt(3.0) * c1 - c2))
+    return c1, c2, flat, (_SPARSE * c1 - c2) / _SPARSE**2
+
+
 def to_float32(value: float) -> float:
     """The nearest float32. A sum, product, quotient or root of float32 numbers comes out as if computed in float32."""
     return c_float(value).value
-
-
-def _at_least_tiny(scale: float) -> Tensor:
-    return torch.scalar_tensor(max(scale, TINY), dtype=torch.float32)
 
 
 def at_least_tiny(scale: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from fourbit.errors import UserError
@@ -115,19 +116,19 @@ class QuantSpec:
         if self.samples < 1 or (self.samples > 1 and not self.rounding.draws):
             raise UserError("samples must be 1, or more with stochastic rounding")
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether it needs random words."""
         fresh = self.transform is not None and self.transform.is_fresh
         drawn = self.rounding.draws or fresh or self.leverage is not None
         return drawn or (isinstance(self.scaling, BlockScale) and self.scaling.draws)
 
-    @property
+    @cached_property
     def in_tiles(self) -> bool:
         """Whether several scales are shared by parts of the operand."""
         return self.granularity != "tensor" and self.granularity != Tile(None, None)
 
-    @property
+    @cached_property
     def needs_orientation(self) -> bool:
         """Whether it matters which axis the product sums over."""
         return self.in_tiles or self.transform is not None

@@ -64,7 +64,7 @@ class Statistics:
     """
 
     def __init__(self, x: Tensor, dims: tuple[int, ...] | None = None, count: Tensor | int | None = None):
-        self.x, self.dims, self.count = x.detach(), dims, count
+        self.x, self.dims, self.count = x.detach() if x.requires_grad else x, dims, count
 
     @cached_property
     def moments(self) -> Moments:

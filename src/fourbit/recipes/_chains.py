@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from fourbit import backends
 from fourbit.chains import Link, watch_chains
 from fourbit.nn import quantized_layers
 from fourbit.ops import LayerState
-from fourbit.recipes._input import Input, batch_for, first_line, run_on
+from fourbit.recipes._input import Batch, Input, batch_for, first_line, run_on
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,30 @@ def chains_of(model: nn.Module, convert: Any, input: Input) -> tuple[ChainExplan
         )
     found: list[tuple[Link, LayerState | str]] = []
     try:
-        twin = copy.deepcopy(model, _results_stored_on(model))
-        if not quantized_layers(twin):
-            convert(twin)
-        twin.train()
-        batch = batch_for(twin, input)
-        with torch.random.fork_rng(), torch.enable_grad():
-            run_on(twin, batch)  # the first batch decides what PACT will do with the next
-            for layer in quantized_layers(twin).values():
-                layer.quant.settle()
-            with watch_chains(lambda link, end: found.append((link, end))):
-                run_on(twin, batch)
+        with (
+            trained_once(model, convert, input) as (twin, batch),
+            watch_chains(lambda link, end: found.append((link, end))),
+        ):
+            run_on(twin, batch)
     except Exception as error:
         reason = f"a copy of the model does not train on this input ({first_line(error)})"
         return (ChainExplanation(everything[:1], reason, False),)
     return tuple(_explained(twin, found))
+
+
+@contextmanager
+def trained_once(model: nn.Module, convert: Any, input: Input) -> Iterator[tuple[nn.Module, Batch]]:
+    """A copy of `model` in training, which has seen the batch once: the first decides what PACT will do with the next."""
+    twin = copy.deepcopy(model, _results_stored_on(model))
+    if not quantized_layers(twin):
+        convert(twin)
+    twin.train()
+    batch = batch_for(twin, input)
+    with torch.random.fork_rng(), torch.enable_grad():
+        run_on(twin, batch)
+        for layer in quantized_layers(twin).values():
+            layer.quant.settle()
+        yield twin, batch
 
 
 def _results_stored_on(model: nn.Module) -> dict[int, Any]:

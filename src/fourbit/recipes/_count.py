@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fourbit.ops import ProductSize
+from fourbit.ops import Convolution, LinearMap, Matmul, ProductSize
 
 
 class Operands(NamedTuple):
@@ -30,8 +30,8 @@ class Operands(NamedTuple):
 
 def _matrices(x: Tensor, w: Tensor) -> list[Operands]:
     """[.., m, k] by [.., k, n]; vectors are matrices of one row or column."""
-    m, n = (x.shape[-2] if x.dim() > 1 else 1), (w.shape[-1] if w.dim() > 1 else 1)
-    return [Operands(ProductSize(x.shape[:-2].numel(), m, n, x.shape[-1], x.numel(), w.numel()), (x,), (w,))]
+    y = (*x.shape[:-1], *(w.shape[-1:] if w.dim() > 1 else ()))
+    return [Operands(Matmul().size(x.shape, w.shape, y), (x,), (w,))]
 
 
 def _outer(x: Tensor, w: Tensor) -> list[Operands]:
@@ -45,16 +45,15 @@ def _grouped(x: Tensor, w: Tensor) -> list[Operands]:
 
 
 def _convolution(x: Tensor, w: Tensor, y: Tensor, transposed: bool, groups: int) -> list[Operands]:
-    t = x if transposed else y
-    n = t.shape[1] // groups
-    return [Operands(ProductSize(groups, t.numel() // t.shape[1], n, w[0].numel(), x.numel(), w.numel()), (x,), (w,))]
+    convolution = Convolution((), (), (), groups, transposed)  # of which the size asks nothing else
+    return [Operands(convolution.size(x.shape, w.shape, y.shape), (x,), (w,))]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> list[Operands]:
     """Scores and values, of every head; masks leave nothing out, as torch's own count has it."""
-    heads, m, n = q.shape[:-2].numel(), q.shape[-2], k.shape[-2]
-    scores = ProductSize(heads, m, n, q.shape[-1], q.numel(), k.numel())
-    values = ProductSize(heads, m, v.shape[-1], n, heads * m * n, v.numel())
+    products = (*q.shape[:-1], k.shape[-2])
+    scores = Matmul().size(q.shape, k.mT.shape, products)
+    values = Matmul().size(products, v.shape, (*q.shape[:-1], v.shape[-1]))
     return [Operands(scores, (q,), (k,)), Operands(values, (q, k), (v,))]
 
 
@@ -62,7 +61,7 @@ def _recurrent(x: Tensor, weights: Sequence[Tensor]) -> list[Operands]:
     """All steps of a layer: every row of the input, or of the states, by every weight."""
     rows = x.shape[:-1].numel()
     return [
-        Operands(ProductSize(1, rows, w.shape[0], w.shape[1], rows * w.shape[1], w.numel()), (x,), (w,))
+        Operands(LinearMap().size((rows, w.shape[1]), w.shape, (rows, w.shape[0])), (x,), (w,))
         for w in weights
         if w.dim() == 2
     ]

@@ -24,6 +24,7 @@ from fourbit.recipes._count import Call, Counts, counting
 from fourbit.recipes._explained import CallExplanation, LayerExplanation, Use
 from fourbit.recipes._explanation import Explanation
 from fourbit.recipes._input import Input, batch_for, run_on
+from fourbit.recipes._kernels import kernels_of
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import ACTIVATIONS, Owners, matrices_of, weights_of
 
@@ -66,6 +67,9 @@ def explain(
         tuple
         if input is None
         else lambda: chains_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), input),
+        tuple
+        if input is None
+        else lambda: kernels_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), input),
     )
 
 
@@ -135,7 +139,7 @@ def _run(model: nn.Module, assignments: list[Assignment], owners: Owners, input:
         def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             x, *others = (*inputs, *named.values())
             w = others[0] if isinstance(module, MatMul) else cast(Tensor, module.weight)
-            found[name].append(Use(contraction.size(x, w, output), x.requires_grad, w.requires_grad))
+            found[name].append(Use(contraction.size(x.shape, w.shape, output.shape), x.requires_grad, w.requires_grad))
 
         return record
 

@@ -13,6 +13,7 @@ from fourbit import backends
 from fourbit.ops import SLOTS, LayerSpec
 from fourbit.recipes._chains import ChainExplanation
 from fourbit.recipes._explained import CallExplanation, LayerExplanation
+from fourbit.recipes._kernels import KernelExplanation
 from fourbit.recipes._rule import Recipe
 from fourbit.recipes._weights import MatrixExplanation
 
@@ -29,7 +30,7 @@ class Explanation:
         matrices: parameters with two or more axes, but for those of embeddings and normalizations: of the layers, and of
             other modules. With an input, of the latter only what is multiplied, or does not run.
         uncounted: operators of other libraries that take parameters, "module: operator": what they multiply is not known.
-        find_chains: finds `chains`.
+        find_chains, find_kernels: find `chains` and `kernels`.
     """
 
     recipe: Recipe
@@ -39,12 +40,19 @@ class Explanation:
     matrices: tuple[MatrixExplanation, ...] = ()
     uncounted: tuple[str, ...] = ()
     find_chains: Callable[[], tuple[ChainExplanation, ...]] = tuple
+    find_kernels: Callable[[], tuple[KernelExplanation, ...]] = tuple
 
     @cached_property
     def chains(self) -> tuple[ChainExplanation, ...]:
         """Convolutions, batch normalizations and what follows them, that are computed at once in training, and those that are
         not, with the reason. Empty without an input. A copy of the model takes two training steps when first asked."""
         return self.find_chains()
+
+    @cached_property
+    def kernels(self) -> tuple[KernelExplanation, ...]:
+        """Which operations of each layer kernels do in training, forward and backward, and why the others do not; what a
+        fused chain does between layers is not among them. Empty without an input. As for `chains`, a copy takes two steps."""
+        return self.find_kernels()
 
     @property
     def num_macs(self) -> int:
@@ -85,7 +93,7 @@ EXACT = "every result is rounded once, to the output format"
 _ALIKE = 4
 """So many entries that differ in the numbers of their names alone are one line."""
 
-E = TypeVar("E", "LayerExplanation", "CallExplanation", "MatrixExplanation")
+E = TypeVar("E", "LayerExplanation", "CallExplanation", "MatrixExplanation", "KernelExplanation")
 
 
 def lines_of(explanation: Explanation) -> list[str]:
@@ -155,6 +163,15 @@ def _weights(explanation: Explanation) -> list[str]:
         alike = _alike(outside, lambda m: (m.numel, m.reason))
         lines += _table((name, f"{m.numel * n / total:.1%}", m.reason) for name, m, n in alike)
     return lines
+
+
+def kernel_lines(explanation: Explanation) -> list[str]:
+    """Kernels by layer: what they do, and in a sentence why the reference does the rest."""
+    lines = ["kernels in a training step, by layer:"]
+    for name, entry, _ in _alike(explanation.kernels, lambda k: (k.taken, k.declined)):
+        lines.append(f"  {name or 'not known'}: {', '.join(entry.taken) or 'none'}")
+        lines += [f"    not {why}" for why in entry.declined]
+    return lines if explanation.kernels else [*lines, "  no layer in low precision"]
 
 
 def _alike(entries: Iterable[E], key: Callable[[E], Hashable] = lambda entry: None) -> list[tuple[str, E, int]]:

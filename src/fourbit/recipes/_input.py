@@ -45,17 +45,16 @@ def batch_for(model: nn.Module, input: Input) -> Batch:
         ) from error
 
 
-def run_on(model: nn.Module, batch: Batch) -> None:
-    """A forward pass, for what can be seen of it.
+def run_on(model: nn.Module, batch: Batch) -> Any:
+    """A forward pass, for what can be seen of it, and what it returns.
 
     Raises:
         UserError: the model does not take such a batch.
     """
     try:
         if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from amaranth.hdl import Cat, Const, Module, Mux, Value, signed, unsigned
 
 from fourbit.formats import E8M0
+from fourbit.hardware._converter import Converter
 from fourbit.hardware._float import float_of
+from fourbit.hardware._inner import InnerProduct
 from fourbit.hardware.units._accumulate import add, align_addend
 from fourbit.hardware.units._bits import Live, Stages, shift_right, total, wire
 from fourbit.hardware.units._operand import read_fixed, read_float, read_magnitude
 from fourbit.hardware.units._round import normalise_and_round
-
-if TYPE_CHECKING:
-    from fourbit.hardware._converter import Converter
-    from fourbit.hardware._inner import InnerProduct
 
 Inputs = dict[str, Value]
 

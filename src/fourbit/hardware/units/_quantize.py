@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from amaranth.hdl import Cat, Const, Module, Mux, Value, signed, unsigned
 
 from fourbit.formats import FloatFormat, Format, IntFormat
 from fourbit.hardware._float import Float
+from fourbit.hardware._quantizer import Hadamard, Quantizer
 from fourbit.hardware._unit import RANDOM_BITS
 from fourbit.hardware.units._bits import Live, Stages, shift_right, wire
-
-if TYPE_CHECKING:
-    from fourbit.hardware._quantizer import Hadamard, Quantizer
 
 
 def _read(f: Float, code: Value) -> tuple[Value, Value, Value]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.backends import Plan
-from fourbit.kernels._check import CHANNELS_LAST, pointer, require
+from fourbit.backends import Plan, Reusable
+from fourbit.kernels._check import CHANNELS_LAST, fresh, pointer, require
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._matrices import Matrix, has_bfloat16, has_int8, int8, integers_of, multiply, reshaped
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
@@ -123,27 +123,27 @@ def _own_forward(g: Gemm, con: Convolution, x: Tensor, size: list[int]) -> Plan[
         return "the convolution is dilated, empty or padded by more than its kernel"
     if g.scale is not None and g.scale.numel() != 1:
         return "parts of an operand have scales"
-    return lambda: _run_forward(g, con, x, size, of)
+    into, takes_codes = Layout.channels_last((num, out_channels, *size)), is_half(g.output)
+    grid = float_grid(g.output) if takes_codes and g.output is not None else c.FloatGrid()
+    known = c.ConvFprop(of=of or c.Integers(), grid=grid, scale=1.0, **_geometry(con, x.shape, g.b.q.shape, size))
+    dtype, num_x, num_w = x.dtype, x.numel(), g.b.q.shape.numel()
 
+    def run(g: Gemm) -> Raw:
+        scale = 1.0 if g.scale is None else float(g.scale)
+        halves = takes_codes and math.isfinite(scale)
+        y = torch.empty_strided(*into, dtype=torch.int16 if halves else torch.float32)
+        x = g.a.q.contiguous(memory_format=CHANNELS_LAST)  # type: ignore[union-attr]
+        w = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
+        arguments = c.ConvFprop.from_buffer_copy(known)
+        arguments.x = pointer(x, "x", dtype, num_x, CHANNELS_LAST)
+        arguments.w = pointer(w, "w", torch.int8, num_w, CHANNELS_LAST)
+        arguments.out = fresh(y)
+        if halves:
+            arguments.halves, arguments.scale = True, scale
+        require(bool(kernels().conv_fprop(ctypes.byref(arguments))), "an instruction set with convolutions")
+        return Raw(y, rounded=halves)
 
-def _run_forward(g: Gemm, con: Convolution, x: Tensor, size: list[int], of: Any) -> Raw:
-    num, out_channels = x.shape[0], g.b.q.shape[0]
-    scale = 1.0 if g.scale is None else float(g.scale)
-    halves = is_half(g.output) and math.isfinite(scale)
-    y = Layout.channels_last((num, out_channels, *size)).empty(torch.int16 if halves else torch.float32, x.device)
-    x, w = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, int8(g.b)))
-    arguments = c.ConvFprop(
-        x=pointer(x, "x", x.dtype, x.numel(), CHANNELS_LAST),
-        w=pointer(w, "w", torch.int8, w.numel(), CHANNELS_LAST),
-        out=pointer(y, "out", y.dtype, num * out_channels * math.prod(size), CHANNELS_LAST),
-        halves=halves,
-        scale=scale if halves else 1.0,
-        grid=float_grid(g.output) if halves else c.FloatGrid(),
-        of=of or c.Integers(),
-        **_geometry(con, x.shape, w.shape, size),
-    )
-    require(bool(kernels().conv_fprop(ctypes.byref(arguments))), "an instruction set with convolutions")
-    return Raw(y, rounded=halves)
+    return Reusable(run)
 
 
 FEW_CHANNELS = 64
@@ -207,7 +207,7 @@ def _integer_gradient(g: Gemm, con: Convolution) -> Plan[Raw]:
 
 def _gradient(g: Gemm, con: Convolution, of: Any) -> Plan[Raw]:
     """A gradient by the library, which takes these operands and channels."""
-    assert g.layout is not None and g.b.format is not None
+    assert g.layout is not None and g.b.format is not None and isinstance(g.a.q, Tensor)
     if con.dilation != (1, 1) or g.b.format.max > 127:
         return f"the convolution is dilated, or {g.b.format.name} does not fit int8"
     x_shape, w_shape = (g.layout.shape, g.b.q.shape) if g.which == "dgrad" else (g.b.q.shape, g.layout.shape)
@@ -219,24 +219,29 @@ def _gradient(g: Gemm, con: Convolution, of: Any) -> Plan[Raw]:
     shape = (num, out_channels, *size)
     if min(*shape, *x_shape) < 1 or tuple(g.a.q.shape) != shape:
         return "the sizes do not go together"  # the reference says what is wrong
-    return lambda: _run_gradient(g, con, of, _geometry(con, x_shape, w_shape, size))
+    into, is_dgrad = Layout.channels_last(g.layout.shape), g.which == "dgrad"
+    dtype, num_g, num_other = g.a.q.dtype, g.a.q.numel(), g.b.q.shape.numel()
+    structure = c.ConvDgrad if is_dgrad else c.ConvWgrad
+    known: Any = structure(of=of, **_geometry(con, x_shape, w_shape, size))
+    if is_dgrad:
+        known.out_dtype = c.CODES[torch.float32]
 
+    def run(g: Gemm) -> Raw:
+        gradient = g.a.q.contiguous(memory_format=CHANNELS_LAST)  # type: ignore[union-attr]
+        operand = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
+        y = torch.empty_strided(*into, dtype=torch.float32)
+        arguments: Any = structure.from_buffer_copy(known)
+        arguments.g = pointer(gradient, "g", dtype, num_g, CHANNELS_LAST)
+        at = pointer(operand, "x or w", torch.int8, num_other, CHANNELS_LAST)
+        if is_dgrad:
+            arguments.w, arguments.out = at, fresh(y)
+            done = kernels().conv_dgrad(ctypes.byref(arguments))
+        else:
+            arguments.x, arguments.dw = at, fresh(y)
+            done = kernels().conv_wgrad(ctypes.byref(arguments))
+        if done:
+            return Raw(y)
+        work = _onednn_backward(g, con)  # the sums of more terms than any network has do not fit 32 bits
+        return work() if callable(work) else Raw(reference_product(g))
 
-def _run_gradient(g: Gemm, con: Convolution, of: Any, geometry: dict[str, int]) -> Raw:
-    assert g.layout is not None and isinstance(g.a.q, Tensor)
-    other = g.b.q.shape
-    gradient = g.a.q.contiguous(memory_format=CHANNELS_LAST)
-    operand = int8(g.b).contiguous(memory_format=CHANNELS_LAST)
-    y = Layout.channels_last(g.layout.shape).empty(torch.float32, gradient.device)
-    at = pointer(gradient, "g", gradient.dtype, gradient.numel(), CHANNELS_LAST)
-    other_at = pointer(operand, "x or w", torch.int8, other.numel(), CHANNELS_LAST)
-    out = pointer(y, "out", torch.float32, g.layout.shape.numel(), CHANNELS_LAST)
-    if g.which == "dgrad":
-        arguments = c.ConvDgrad(g=at, w=other_at, out=out, out_dtype=c.CODES[torch.float32], of=of, **geometry)
-        done = kernels().conv_dgrad(ctypes.byref(arguments))
-    else:
-        done = kernels().conv_wgrad(ctypes.byref(c.ConvWgrad(x=other_at, g=at, dw=out, of=of, **geometry)))
-    if done:
-        return Raw(y)
-    work = _onednn_backward(g, con)  # the sums of more terms than any network has do not fit 32 bits
-    return Raw(reference_product(g)) if isinstance(work, str) else work()
+    return Reusable(run)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fourbit.backends import Status
+from fourbit.backends import Status, forget_plans
 from fourbit.errors import UserError, unknown
 from fourbit.kernels.cpu._build import LIBRARY
 from fourbit.kernels.cpu._structures import ABI, FUNCTIONS
@@ -75,6 +75,7 @@ class Library:
         kernels run."""
         done = bool(self._use_isa(name.encode()))
         self._look()
+        forget_plans()
         return done
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit.backends import Plan
+from fourbit.backends import Plan, Reusable
 from fourbit.formats import Format
-from fourbit.kernels._check import bits_of, codes_of, pointer, require
+from fourbit.kernels._check import bits_of, codes_of, fresh, pointer, require
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._quantize import float_grid, kernels
 from fourbit.ops import Finish, Gemm, Operand, Raw
@@ -99,7 +99,7 @@ def matrices(g: Gemm) -> Plan[Raw]:
     if g.which == "fprop":
         own = own_integers(g)
         if not isinstance(own, str):
-            return lambda: Raw(own())
+            return Reusable(lambda g: Raw(own(g, None)))
     if not a.q.shape or not b.q.shape or (g.which != "wgrad" and len(b.q.shape) != 2):
         return "an operand is no matrix"
     if g.which == "wgrad":
@@ -114,7 +114,7 @@ def matrices(g: Gemm) -> Plan[Raw]:
     return reshaped(multiply(g, Matrix.of(a), right), lambda y: y.view(shape))
 
 
-def reshaped(work: Plan[Raw], turn: Callable[[Tensor], Tensor]) -> Plan[Raw]:
+def reshaped(work: Callable[[], Raw] | str, turn: Callable[[Tensor], Tensor]) -> Callable[[], Raw] | str:
     """A plan whose result is brought into another shape."""
     if isinstance(work, str):
         return work
@@ -135,7 +135,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def multiply(g: Gemm, left: Matrix, right: Matrix) -> Plan[Raw]:
+def multiply(g: Gemm, left: Matrix, right: Matrix) -> Callable[[], Raw] | str:
     """left right, or in wgrad left^T right; the left matrix in the carrier of its format."""
     a, b, turned = g.a, g.b, g.which == "wgrad"
     assert a.format is not None and b.format is not None
@@ -193,13 +193,13 @@ def own_multiply(
     depth, columns = right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
     require(left.shape[0 if turned else 1] == depth, "a matrix with as many columns as the other has rows")
-    y = left.new_empty(num_rows, columns, dtype=torch.float32)
+    y = torch.empty(num_rows, columns, dtype=torch.float32)
     n = num_rows * columns
     arguments: Any = c.MatMul(
         a=pointer(left, "a", left.dtype, num_rows * depth, torch.contiguous_format),
         turned=turned,
         b=pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
-        out=pointer(y, "out", torch.float32, n, torch.contiguous_format),
+        out=fresh(y),
         rows=num_rows,
         columns=columns,
         depth=depth,
@@ -228,8 +228,8 @@ def own_multiply(
     return y, None if codes is None else torch.tensor(arguments.clipped, dtype=torch.float32)
 
 
-def own_integers(g: Gemm, finish: Finish | None = None) -> Plan[Tensor]:
-    """A forward product of small integers: exact, and finished at once.
+def own_integers(g: Gemm, finish: Finish | None = None) -> Callable[[Gemm, Finish | None], Tensor] | str:
+    """A forward product of small integers: exact, and finished at once. Or why there is none.
 
     Where bfloat16 is multiplied too, only with a weight that is multiplied several times: for others `_int_mm` is as fast.
     """
@@ -245,13 +245,42 @@ def own_integers(g: Gemm, finish: Finish | None = None) -> Plan[Tensor]:
         return f"{kernels().isa} has no product of these formats and this size"
     if cache is None and kernels().has_dot_product:
         return "torch multiplies int8 as fast"
-    if finish is None:
-        return lambda: _own_integers(g, x, of, None, None)
-    if declined := why_not_finished(finish):
+    if finish is not None and (declined := why_not_finished(finish)):
         return declined
-    if finish.late is not None or finish.mask is not None:
+    if finish is not None and (finish.late is not None or finish.mask is not None):
         return "a forward product has no mask, and no scale behind the rounding"
-    return lambda: _own_integers(g, x, of, finish.scale, finish.output)
+    grid = None if finish is None or finish.output is None else float_grid(finish.output)
+    shape = (*x.shape[:-1], w.shape[0])
+    known = c.MatMul(
+        rows=x.shape[:-1].numel(),
+        columns=w.shape[0],
+        depth=w.shape[1],
+        scale=1.0,
+        rounds=grid is not None,
+        grid=grid or c.FloatGrid(),
+        post=1.0,
+        integers=True,
+        is_unsigned=x.dtype == torch.uint8,
+        of=of,
+    )
+
+    dtype, num_x, num_w = x.dtype, x.numel(), w.shape.numel()
+
+    def run(g: Gemm, finish: Finish | None) -> Tensor:
+        x, w = g.a.q.contiguous(), int8(g.b).contiguous()  # type: ignore[union-attr]
+        y = torch.empty(shape, dtype=torch.float32)
+        arguments = c.MatMul.from_buffer_copy(known)
+        arguments.a = pointer(x, "a", dtype, num_x, torch.contiguous_format)
+        arguments.b = pointer(w, "b", torch.int8, num_w, torch.contiguous_format)
+        arguments.out = fresh(y)
+        if finish is not None and finish.scale is not None:
+            arguments.scale = float(finish.scale)
+        if g.b.cache is not None:
+            arguments.panels = panels(arguments, g.b.cache)
+        require(bool(kernels().multiply(ctypes.byref(arguments))), "an instruction set with products")
+        return y
+
+    return run
 
 
 _INTEGERS = (torch.int8, torch.uint8)
@@ -266,32 +295,6 @@ def why_not_finished(finish: Finish) -> str:
     if finish.output is not None and float_grid(finish.output) is None:
         return f"no kernel rounds products to {finish.output.name}"
     return ""
-
-
-def _own_integers(g: Gemm, x: Tensor, of: Any, scale: Tensor | None, output: Format | None) -> Tensor:
-    cache, grid = g.b.cache, None if output is None else float_grid(output)
-    x, w = x.contiguous(), int8(g.b).contiguous()
-    y = torch.empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
-    arguments: Any = c.MatMul(
-        a=pointer(x, "a", x.dtype, x.numel(), torch.contiguous_format),
-        b=pointer(w, "b", torch.int8, w.numel(), torch.contiguous_format),
-        out=pointer(y, "out", torch.float32, y.numel(), torch.contiguous_format),
-        rows=x.shape[:-1].numel(),
-        columns=w.shape[0],
-        depth=w.shape[1],
-        scale=1.0 if scale is None else float(scale),
-        rounds=grid is not None,
-        post=1.0,
-        integers=True,
-        is_unsigned=x.dtype == torch.uint8,
-        of=of,
-    )
-    if grid is not None:
-        arguments.grid = grid
-    if cache is not None:
-        arguments.panels = panels(arguments, cache)
-    require(bool(kernels().multiply(ctypes.byref(arguments))), "an instruction set with products")
-    return y
 
 
 def panels(arguments: Any, cache: dict[str, Any]) -> int:

@@ -94,17 +94,18 @@ def _statistics(s: NormStatistics) -> Normalized:
     require((norm.running_mean is None) == (norm.running_var is None), "both running statistics, or none")
     for vector in (norm.gamma, norm.beta, norm.running_mean, norm.running_var):
         require(vector is None or vector.shape == (channels,), "one number for each channel")
+    at = None if coded else pointer(y, "y", _F32, n, CHANNELS_LAST)
     moments = torch.empty(4, channels, dtype=_F32)
     first = fresh(moments)
     mean, inv_std, slope, offset = range(first, first + 16 * channels, 4 * channels)
     task: Any = c.NormStatistics(
-        y=None if coded else pointer(y, "y", _F32, n, CHANNELS_LAST),
+        y=at,
         rows=n // channels,
         channels=channels,
         scale=s.scale,
         rounds=grid is not None,
         coded=coded,
-        kept=pointer(v, "v", torch.int16 if halves else _F32, n, CHANNELS_LAST),
+        kept=pointer(v, "v", torch.int16, n, CHANNELS_LAST) if coded else at if v is y else fresh(v),
         halves=halves,
         gamma=optional(norm.gamma, "gamma", _F32, channels),
         beta=optional(norm.beta, "beta", _F32, channels),

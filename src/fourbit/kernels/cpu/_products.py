@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.backends import Plan
-from fourbit.kernels._check import bits_of, codes_of, pointer, require, require_disjoint
+from fourbit.backends import Plan, Reusable
+from fourbit.kernels._check import bits_of, codes_of, fresh, pointer, require, require_disjoint
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward
 from fourbit.kernels.cpu._matrices import (
@@ -79,8 +79,8 @@ def product(g: Gemm, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     if not isinstance(g.contraction, LinearMap):
         return "only linear maps are finished as they are written"
     if g.which == "fprop":
-        y = own_integers(g, finish)
-        return y if isinstance(y, str) else lambda: (y(), None)
+        multiply = own_integers(g, finish)
+        return multiply if isinstance(multiply, str) else Reusable(lambda g, finish: (multiply(g, finish), None))
     if (declined := _why_not(g)) or (declined := why_not_finished(finish)):
         return declined
     if not isinstance(a.q, Tensor) or layout is None or not layout.is_contiguous():
@@ -91,8 +91,8 @@ def product(g: Gemm, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
     if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
         return "masked results come in sixteens, with codes of integers"
-    turned, shape = g.which == "wgrad", b.q.shape
-    if not a.q.dim() or not shape or (not turned and len(shape) != 2):
+    turned = g.which == "wgrad"
+    if not a.q.dim() or not b.q.shape or (not turned and len(b.q.shape) != 2):
         return "an operand is no matrix"
     left, right = Matrix.of(a), Matrix.of(b)
     depth, rows = left.shape if turned else left.shape[::-1]
@@ -101,12 +101,14 @@ def product(g: Gemm, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     if layout.shape.numel() != rows * right.shape[1]:
         return "the result has another size"
 
-    def run() -> tuple[Tensor, Tensor | None]:
-        numbers = int8(b) if g.which == "dgrad" else rows_of(int8(b))
-        y, clipped = own_multiply(left.make(), numbers, turned, of, finish, b.cache)
-        return y if y.shape == layout.shape else y.view(layout.shape), clipped
+    shape = layout.shape
 
-    return run
+    def run(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None]:
+        numbers = int8(g.b) if g.which == "dgrad" else rows_of(int8(g.b))
+        y, clipped = own_multiply(Matrix.of(g.a).make(), numbers, turned, of, finish, g.b.cache)
+        return y if y.shape == shape else y.view(shape), clipped
+
+    return Reusable(run)
 
 
 _SUMS = (torch.float32, torch.bfloat16, torch.int32)
@@ -164,7 +166,7 @@ def _epilogue(raw: Raw, finish: Finish, grid: Any) -> tuple[Tensor, Tensor | Non
         mask=bits_of(finish.mask, "mask", n),
         packed=None if codes is None else codes_of(codes.data, n),
         is_signed=codes is not None and codes.signed,
-        out=pointer(out, "out", out_dtype, n, like=y),
+        out=fresh(out),
         out_dtype=c.CODES[out_dtype],
     )
     clipped = kernels().epilogue(ctypes.byref(arguments))

@@ -51,6 +51,7 @@ RULE_OF = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.UNDERFLOW: 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@lru_cache(maxsize=1)
 def kernels() -> Library:
     """The loaded library."""
     loaded = library()

@@ -63,7 +63,7 @@ class GradientReturn:
         self.grad, self.clipped = Mailbox(), Mailbox()
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class OperandHandover:
     """The operand of a layer, quantized by the node before it.
 
@@ -97,7 +97,7 @@ class OperandHandover:
         return quantized
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class ResultHandover:
     """The result of a layer's fprop for the node behind it: round(scale * raw) to `output`, not yet carried out.
 

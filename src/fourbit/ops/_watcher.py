@@ -1,4 +1,4 @@
-"""Telling a watcher who computes: which layer's products, which chain.
+"""Telling a watcher who computes: which layer's products, forward and backward, which chain.
 
 A report about memory must know whose tensors autograd is given to keep. Hooks on modules cannot tell: a fused chain does not
 call its modules, and runs unfused where somebody watches them.
@@ -51,4 +51,7 @@ def owns(who: LayerState, tensors: Iterable[Tensor | None]) -> None:
 def computing(who: LayerState | str, num_elements: int) -> AbstractContextManager[None]:
     """To be entered by who computes."""
     watcher = _watcher.get()
-    return nullcontext() if watcher is None else watcher.computing(who, num_elements)
+    return _NOBODY if watcher is None else watcher.computing(who, num_elements)
+
+
+_NOBODY = nullcontext()

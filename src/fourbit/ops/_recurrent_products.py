@@ -18,7 +18,7 @@ from fourbit.ops._quantize import clip_request, gradient_request, saw_gradient, 
 from fourbit.ops._saved import Saved
 from fourbit.ops._spec import LayerSpec
 from fourbit.ops._state import LayerState
-from fourbit.ops._watch import computing
+from fourbit.ops._watcher import computing
 from fourbit.quantizers import Packed, Request, Rounded, carrier_dtype, scale_of
 
 LINEAR = LinearMap()
@@ -224,7 +224,8 @@ class Differentiating:
             return False
         packed, scale = [q if isinstance(q, Packed) else None for q in codes], scale_of(request)
         task = LstmBackward(steps, dy, dh, dc, gates, cells, d_gates, request, scale, w, masks, packed, spec.output)
-        done = LSTM_RUN_BACK(task)
+        with computing(state, 0):
+            done = LSTM_RUN_BACK(task)
         if done is None:
             return False
         amaxes, self._alpha = done
