@@ -6,7 +6,12 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.nn._base import quantized_layers
+from fourbit.nn._out_control import Channels
+from fourbit.nn._parts import Composed
+from fourbit.ops import SLOTS, LayerSpec, Matmul
+from fourbit.quantizers import BlockScale, QuantSpec, Share, StepSize
 
 
 def synchronize(model: nn.Module) -> None:
@@ -20,7 +25,8 @@ def synchronize(model: nn.Module) -> None:
                      gradient of those that voted as the sum says, -1 (no vote) if none did
         loss scale   the largest gradient of all
 
-    DistributedDataParallel alone copies the buffers of the first process to the others, whose votes are then lost.
+    DistributedDataParallel alone copies the buffers of the first process to the others, whose votes are then lost. Behind
+    `share_batch`, the first batch has decided for all processes already, and the vote is that of the largest gradient of all.
 
     Args:
         model: with the same layers in every process.
@@ -43,3 +49,70 @@ def _everywhere(t: Tensor) -> Tensor:
     found = [torch.empty_like(t) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, t.contiguous())
     return torch.stack(found)
+
+
+def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None) -> None:
+    """Compute in several processes what one would with the whole batch, up to the order of sums. Call it in every process,
+    behind `convert`; `synchronize` stays behind each backward pass.
+
+    In training passes, and of activations and gradients,
+
+        largest magnitudes, means   are those of the whole batch (an exchange of a few numbers per operand that is scaled by them)
+        first batch                 decides clip values, their form and exponents by the whole batch
+        GradScale                   moves by the vote of the largest gradient of all processes
+        random words                are those that the element has in the whole batch
+
+    The batch lies in the processes as its consecutive parts, of one size, samples along the first axis, whose number is a multiple
+    of the blocks in which wgrad sums over samples. A process's loss is the mean over its part: its gradients are then, for n
+    processes, n times what they are in one, and exponents log2(n) lower, which the mean over processes takes back.
+
+    Without it each process scales its part by itself, which needs no exchange in the pass.
+
+    Args:
+        model: with the same layers in every process, which run in the same order.
+        group: the processes that share the batch; None: all.
+
+    Raises:
+        UserError: before `init_process_group`, or a layer whose operands depend on the batch in another way.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise UserError("no processes share the batch yet: call torch.distributed.init_process_group first")
+    layers = quantized_layers(model)
+    composed = [m for m in model.modules() if isinstance(m, Composed) and not isinstance(m, nn.MultiheadAttention)]
+    inner = {part for whole in composed for part in whole.modules()}
+    for name, layer in layers.items():
+        objection = "runs its products in pieces" if layer in inner else _objection(layer.spec)
+        objection = objection or ("has channels of its own" if _has_channels(layer.quant) else "")
+        if objection:
+            raise UserError(
+                f"{name or type(layer).__name__} cannot share a batch: it {objection}. Train without share_batch, each process "
+                "with scales of its part"
+            )
+    share = Share(group)
+    for layer in layers.values():
+        of_activations = isinstance(layer.contraction(), Matmul)
+        layer.quant.share = share, "xwg" if of_activations else "xg"
+
+
+def _has_channels(quant: nn.Module) -> bool:
+    return any(isinstance(m, Channels) for m in quant.children())
+
+
+def _objection(spec: LayerSpec) -> str:
+    """What of a spec depends on the batch beyond largest magnitudes and means; "" where nothing does."""
+    if spec.compensates:
+        return "restores what rounding has lost of a gradient"
+    if spec.accumulation is not None and spec.accumulation.stochastic:
+        return "draws random words for its sums"
+    for slot in SLOTS:
+        operand = spec.resolved(slot)
+        if slot[0] == "w" or not isinstance(operand, QuantSpec):
+            continue
+        scaling = operand.scaling
+        if isinstance(scaling, StepSize):
+            return f"learns the step size of {slot[0]} from the number of its elements"
+        if isinstance(scaling, BlockScale) and (scaling.corrected or scaling.draws):
+            return f"corrects the scales of {slot[0]}"
+        if operand.outliers is not None or operand.leverage is not None:
+            return f"parts {slot[0]} by its quantiles or leverage"
+    return ""

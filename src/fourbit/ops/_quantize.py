@@ -64,8 +64,9 @@ def quantize_operand(
     request = request_for(x, spec, state.spec.tile(slot), stored, key, format, save, rotation, _is_wide(x, spec))
     if not carrier and state.observer is None and spec.in_tiles:
         request = replace(request, carrier=False)
-    if toward is not None:
-        request = replace(request, toward=toward)
+    part = state.part(slot, spec.needs_orientation)
+    if toward is not None or part is not None:
+        request = replace(request, toward=toward, part=part)
     result = run(request)
     if remembers:
         state.scalings[slot[0]].saw(result.amax, state)
@@ -161,7 +162,9 @@ def _gradient_request(
     elif stored is None:
         stored = state.scalings["g"].stored
     key, rotation = state.counter.key(slot) if spec.stochastic else None, _rotation(state, slot)
-    return request_for(g, spec, state.spec.tile(slot), stored, key, rotation=rotation, wide=_is_wide(g, spec))
+    request = request_for(g, spec, state.spec.tile(slot), stored, key, rotation=rotation, wide=_is_wide(g, spec))
+    part = state.part(slot, spec.needs_orientation)
+    return request if part is None else replace(request, part=part)
 
 
 def _oriented(state: LayerState, slot: str, g: Tensor, spec: QuantSpec, contraction: Contraction) -> Tensor:

@@ -26,7 +26,7 @@ from fourbit.errors import UserError
 from fourbit.ops._counter import Counter
 from fourbit.ops._product import Products
 from fourbit.ops._spec import LayerSpec
-from fourbit.quantizers import QTensor, QuantSpec, ScalingState, in_backward, is_shard
+from fourbit.quantizers import QTensor, QuantSpec, ScalingState, Share, Slice, in_backward, is_shard
 
 
 class Observer(Protocol):
@@ -68,6 +68,7 @@ class LayerState(nn.Module):
         with_gradients: whether this forward pass records for a backward pass: only such passes decide something for good.
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
         awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
+        share: this process's share in the batch, if scales are those of the whole (`fourbit.share_batch`), and in which operands.
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
 
@@ -75,6 +76,7 @@ class LayerState(nn.Module):
     fuse = True
     awaits_scheduler = False
     wants_float = False
+    share: tuple[Share, str] | None = None
 
     def __init__(
         self,
@@ -249,6 +251,21 @@ class LayerState(nn.Module):
 
     # ---- several processes ----
 
+    def share_of(self, operand: str) -> Share | None:
+        """This process's share in "x", "w" or "g", if scales are those of the whole batch; only training has shares."""
+        if self.share is None or not self.training or operand not in self.share[1]:
+            return None
+        return self.share[0]
+
+    def part(self, slot: str, is_oriented: bool) -> Slice | None:
+        """Where an operand lies in that of the whole batch. Samples are its first axis, or rows, or summed over in wgrad."""
+        share = self.share_of(slot[0])
+        if share is None or self.share is None:
+            return None
+        if not is_oriented or "w" in self.share[1]:  # of a product of two activations, groups come first
+            return Slice(share, 0)
+        return Slice(share, 3 if slot.endswith("wgrad") else 1)
+
     def shared(self) -> Tensor:
         """What this process tells the others of the layer after a backward pass: see `fourbit.nn.synchronize`.
 
@@ -275,7 +292,10 @@ class LayerState(nn.Module):
             return found
 
         for state, (votes, decisions) in zip(self.scalings.values(), self._told(), strict=True):
-            settled.append(state.agree(of_all(votes), None if self._agreed else of_all(decisions)))
+            cast = of_all(votes)
+            if self.share is not None:  # what one process would have noted of the whole batch
+                cast = [t.amax(0, keepdim=True).expand_as(t) for t in cast]
+            settled.append(state.agree(cast, None if self._agreed else of_all(decisions)))
         self._agreed = self._agreed or all(settled)
 
     def _told(self) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -1,0 +1,112 @@
+"""Processes that share a batch compute what one does with the whole of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fourbit as fb
+from fourbit import recipes
+from fourbit.quantizers import Share, Slice, random_words, words_at
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
+RECIPES = ("ibm2020", "ibm2020-channel-gradscale", "ibm2020-global-scale", "fourbit", "luq", "nvfp4", "nvfp4-4over6")
+STEPS, BATCH = 4, 64
+
+
+class Network(nn.Module):
+    """Both geometries, an activation without and one with negative numbers, and a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.first, self.second, self.last = (nn.Linear(16 * n, 16) for n in (4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.inner(F.relu(self.conv(x)))).flatten(1)
+        return self.last(self.second(F.relu(self.first(x))))
+
+
+def without_output(recipe: str) -> recipes.Recipe:
+    """The recipe, its products not rounded: each process's would be, before their mean is taken."""
+    found = recipes.get(recipe)
+    rules = (r if r.spec is None else replace(r, spec=replace(r.spec, output=None)) for r in found.rules)
+    return replace(found, name=f"{recipe}-wide", rules=tuple(rules))
+
+
+def trained(recipe: str, rank: int, world: int, shared: bool = True) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = fb.convert(Network(), without_output(recipe)).double()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    if world > 1 and shared:
+        fb.share_batch(model)
+    optimizer = torch.optim.SGD(fb.param_groups(model), 0.1, momentum=0.9)
+    scaler = fb.loss_scaler(model)
+    generator, losses, scales = torch.Generator().manual_seed(1), [], []
+    for _ in range(STEPS):
+        x = torch.randn(BATCH, 3, 6, 6, generator=generator, dtype=torch.float64) * torch.linspace(
+            0.5, 2, BATCH, dtype=torch.float64
+        ).view(-1, 1, 1, 1)
+        y = torch.randint(16, (BATCH,), generator=generator)
+        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(wrapped(x[mine]), y[mine])
+        (scaler.scale(loss) if scaler else loss).backward()
+        fb.synchronize(model)
+        if scaler is None or scaler.unscale_(optimizer):
+            optimizer.step()
+        if scaler:
+            scaler.update()
+        total = loss.detach() / world
+        if world > 1:
+            distributed.all_reduce(total)
+        losses.append(float(total))
+        scales.append({n: t.clone() for n, t in model.state_dict().items() if n.endswith(("alpha", "form", "exponent"))})
+    return {"losses": losses, "scales": scales, "model": {n: t.clone() for n, t in model.state_dict().items()}}
+
+
+def work(rank: int, folder: str, world: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {recipe: trained(recipe, rank, world) for recipe in RECIPES}
+    found["alone"] = trained("fourbit", rank, world, shared=False)
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, (str(folder), request.param), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_number_of_processes_trains_as_one_does(processes, recipe):
+    world = len(processes)
+    alone = trained(recipe, 0, 1)
+    shift = world.bit_length() - 1
+    for found in (each[recipe] for each in processes):
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+        for mine, whole in zip(found["scales"], alone["scales"], strict=True):
+            for name, t in whole.items():
+                expected = t - shift if name.endswith("exponent") else t
+                torch.testing.assert_close(mine[name], expected, rtol=1e-6, atol=0, msg=name)
+        for name, t in alone["model"].items():
+            if not name.endswith(("g_exponent", "g_amax")):
+                torch.testing.assert_close(found["model"][name], t, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_without_it_each_process_scales_its_part(processes):
+    alone = trained("fourbit", 0, 1)
+    assert processes[0]["alone"]["losses"][1:] != pytest.approx(alone["losses"][1:], rel=1e-6)
