@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as distributed
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fourbit as fb
 from fourbit import recipes
-from fourbit.quantizers import Share, Slice, random_words, words_at
+from several_processes import together
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
-RECIPES = ("ibm2020", "ibm2020-channel-gradscale", "ibm2020-global-scale", "fourbit", "luq", "nvfp4", "nvfp4-4over6")
+RECIPES = ("ibm2020", "ibm2020-channel-gradscale", "fourbit", "luq", "nvfp4", "nvfp4-4over6")
 STEPS, BATCH = 4, 64
 
 
@@ -71,24 +68,20 @@ def trained(recipe: str, rank: int, world: int, shared: bool = True) -> dict[str
         if world > 1:
             distributed.all_reduce(total)
         losses.append(float(total))
-        scales.append({n: t.clone() for n, t in model.state_dict().items() if n.endswith(("alpha", "form", "exponent"))})
+        scales.append(
+            {n: t.clone() for n, t in model.state_dict().items() if n.endswith(("alpha", "form", "exponent"))}
+        )
     return {"losses": losses, "scales": scales, "model": {n: t.clone() for n, t in model.state_dict().items()}}
 
 
-def work(rank: int, folder: str, world: int) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def work(rank: int, world: int) -> dict[str, Any]:
     found = {recipe: trained(recipe, rank, world) for recipe in RECIPES}
-    found["alone"] = trained("fourbit", rank, world, shared=False)
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found | {"alone": trained("fourbit", rank, world, shared=False)}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (str(folder), request.param), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return together(work, request.param, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -184,7 +184,7 @@ class _Ramping(_Watched, StepHooks):
         self.waited.add_(1.0)
         due = self.waited % self.period == 0
         weight.grad.copy_(torch.where(due, self.gradient / self.waited, 0.0))
-        kept = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+        kept = {k: _numbers(v).clone() for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
         self._kept = due, weight.detach().clone(), kept
 
     def after_step(self, weight: nn.Parameter, state: dict[str, Any]) -> None:
@@ -197,6 +197,12 @@ class _Ramping(_Watched, StepHooks):
         weight.copy_(torch.where(due, torch.where(self.waited == 1, weight, moved), before))
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                value.copy_(torch.where(due, value, kept.get(name, torch.zeros_like(value))))
+                new = _numbers(value)
+                value.copy_(torch.where(due, new, kept.get(name, torch.zeros_like(new))))
         self.waited.masked_fill_(due, 0.0)
         self.gradient.masked_fill_(due, 0.0)
+
+
+def _numbers(t: Tensor) -> Tensor:
+    """What an optimizer remembers of a weight: torchao's states of few bits are codes and scales."""
+    return t.dequantize() if hasattr(t, "codes") else t

@@ -11,7 +11,11 @@ from fourbit.nn._base import quantized_layers
 from fourbit.nn._out_control import Channels
 from fourbit.nn._parts import Composed
 from fourbit.ops import SLOTS, LayerSpec, Matmul
-from fourbit.quantizers import BlockScale, QuantSpec, Share, StepSize
+from fourbit.quantizers import BlockScale, QuantSpec, Share, Sharing, StepSize
+
+_OF_SAMPLES = {"x_fprop": (0, 1), "x_wgrad": (0, 3), "g_dgrad": (0, 1), "g_wgrad": (0, 3)}
+_OF_GROUPS: dict[str, tuple[int, int]] = dict.fromkeys(SLOTS, (0, 0))
+"""Where samples are in an operand: rows, or summed over; of a product of two activations, its groups."""
 
 
 def synchronize(model: nn.Module) -> None:
@@ -57,14 +61,15 @@ def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None)
 
     In training passes, and of activations and gradients,
 
-        largest magnitudes, means   are those of the whole batch (an exchange of a few numbers per operand that is scaled by them)
-        first batch                 decides clip values, their form and exponents by the whole batch
+        largest magnitudes, means   are those of the whole batch: an exchange of a few numbers per operand scaled by them
+        first batch                 decides clip values, their form and exponents as a whole
         GradScale                   moves by the vote of the largest gradient of all processes
-        random words                are those that the element has in the whole batch
+        random words                are those that an element has in the whole batch
 
-    The batch lies in the processes as its consecutive parts, of one size, samples along the first axis, whose number is a multiple
-    of the blocks in which wgrad sums over samples. A process's loss is the mean over its part: its gradients are then, for n
-    processes, n times what they are in one, and exponents log2(n) lower, which the mean over processes takes back.
+    The batch lies in the processes as its consecutive parts, of one size, samples along the first axis, whose number is a
+    multiple of the blocks in which wgrad sums over samples. A process's loss is the mean over its part: its gradients are then,
+    for n processes, n times what they are in one, and exponents log2(n) lower, which the mean over processes takes back. A loss
+    scale and a fixed scale of gradients do not follow that factor.
 
     Without it each process scales its part by itself, which needs no exchange in the pass.
 
@@ -90,8 +95,7 @@ def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None)
             )
     share = Share(group)
     for layer in layers.values():
-        of_activations = isinstance(layer.contraction(), Matmul)
-        layer.quant.share = share, "xwg" if of_activations else "xg"
+        layer.quant.sharing = Sharing(share, _OF_GROUPS if isinstance(layer.contraction(), Matmul) else _OF_SAMPLES)
 
 
 def _has_channels(quant: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from fourbit.errors import UserError
 from fourbit.ops._counter import Counter
 from fourbit.ops._product import Products
 from fourbit.ops._spec import LayerSpec
-from fourbit.quantizers import QTensor, QuantSpec, ScalingState, Share, Slice, in_backward, is_shard
+from fourbit.quantizers import QTensor, QuantSpec, ScalingState, Share, Sharing, Slice, in_backward, is_shard
 
 
 class Observer(Protocol):
@@ -68,7 +68,7 @@ class LayerState(nn.Module):
         with_gradients: whether this forward pass records for a backward pass: only such passes decide something for good.
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
         awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
-        share: this process's share in the batch, if scales are those of the whole (`fourbit.share_batch`), and in which operands.
+        sharing: of which operands this process has parts, if scales are those of the whole (`fourbit.share_batch`).
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
 
@@ -76,7 +76,7 @@ class LayerState(nn.Module):
     fuse = True
     awaits_scheduler = False
     wants_float = False
-    share: tuple[Share, str] | None = None
+    sharing: Sharing | None = None
 
     def __init__(
         self,
@@ -153,6 +153,8 @@ class LayerState(nn.Module):
         self._active = [self.scalings[operand] for operand in spec.remembering()]  # of this spec
         self.spec = spec
         self.handle = _enter(self)  # a compiled graph holds for one spec
+        if self.sharing is not None and self.sharing.in_evaluation:
+            self.sharing = None  # whether parts of a layer do for a spec is looked at anew
 
     def _found(self, operand: str, wanted: QuantSpec) -> ScalingState | None:
         for state in self._made:
@@ -252,19 +254,16 @@ class LayerState(nn.Module):
     # ---- several processes ----
 
     def share_of(self, operand: str) -> Share | None:
-        """This process's share in "x", "w" or "g", if scales are those of the whole batch; only training has shares."""
-        if self.share is None or not self.training or operand not in self.share[1]:
-            return None
-        return self.share[0]
+        """This process's share in "x", "w" or "g", where it has but a part of it and scales are those of the whole."""
+        part = self.part("g_dgrad" if operand == "g" else f"{operand}_fprop", False)
+        return None if part is None else part.share
 
     def part(self, slot: str, is_oriented: bool) -> Slice | None:
-        """Where an operand lies in that of the whole batch. Samples are its first axis, or rows, or summed over in wgrad."""
-        share = self.share_of(slot[0])
-        if share is None or self.share is None:
+        """Where an operand lies in the whole: as it is, or as [groups, rows, spots, sums]."""
+        sharing = self.sharing
+        if sharing is None or slot not in sharing.axes or not (self.training or sharing.in_evaluation):
             return None
-        if not is_oriented or "w" in self.share[1]:  # of a product of two activations, groups come first
-            return Slice(share, 0)
-        return Slice(share, 3 if slot.endswith("wgrad") else 1)
+        return Slice(sharing.share, sharing.axes[slot][is_oriented])
 
     def shared(self) -> Tensor:
         """What this process tells the others of the layer after a backward pass: see `fourbit.nn.synchronize`.
@@ -293,7 +292,7 @@ class LayerState(nn.Module):
 
         for state, (votes, decisions) in zip(self.scalings.values(), self._told(), strict=True):
             cast = of_all(votes)
-            if self.share is not None:  # what one process would have noted of the whole batch
+            if self.sharing is not None:  # what one process would have noted of the whole batch
                 cast = [t.amax(0, keepdim=True).expand_as(t) for t in cast]
             settled.append(state.agree(cast, None if self._agreed else of_all(decisions)))
         self._agreed = self._agreed or all(settled)
@@ -330,6 +329,15 @@ class LayerState(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def __getattr__(self, name: str) -> Any:
+        """As torch's. What divides a linear layer looks for its weight in all of its children."""
+        if name == "weight":
+            raise AttributeError(
+                "a layer's quant has no weight: torch's parallelize_module divides layers before they are quantized, so call "
+                "it first, and convert behind it"
+            )
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP puts a parameter's shard in the place of the whole by an assignment."""

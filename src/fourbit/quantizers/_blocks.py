@@ -124,6 +124,11 @@ class BlockScale(Scaling):
         return self.clip_rms is not None
 
     @property
+    def has_tensor_scale(self) -> bool:
+        """With `tensor_bound`, but for outer blocks."""
+        return self.tensor_bound is not None and not self.outer
+
+    @property
     def draws(self) -> bool:
         """Whether the scales need random words."""
         return self.rounding == "stochastic"
@@ -271,7 +276,7 @@ def quantize_tiles(
         return to_grid(unfold(folded.t * factor, x.shape), others)
 
     share = part.share if part is not None and scaling.reads_data else None
-    spans = part is not None and (tile.rows if part.axis == 1 else tile.sums if part.axis == 3 else 1) is None
+    spans = part is not None and part.spans(tile)
     statistics = Statistics(folded.t, Folded.DIMS, folded.count, share, spans)
     shape = scale_shape(x.shape, tile)
     if isinstance(scaling, BlockScale):

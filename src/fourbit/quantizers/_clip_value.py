@@ -77,7 +77,7 @@ class ClipState(ScalingState):
         else:
             goes_negative = (x < 0).any()
             if share is not None:
-                goes_negative = share.largest(goes_negative.to(torch.float32)) > 0
+                goes_negative = share.largest(goes_negative.to(torch.float32), x.numel()) > 0
             signed = format.signed or (clip.signed_format is not None and bool(goes_negative))
         format = self._form(format, signed)
         if tried is None:

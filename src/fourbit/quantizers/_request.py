@@ -122,6 +122,13 @@ class Request:
         """Whether the position in x decides which word an element gets, or none gets one."""
         return self.part is None or not self.spec.rounding.draws
 
+    @property
+    def has_own_scales(self) -> bool:
+        """Whether all scales are of elements of x alone."""
+        if self.part is None or not self.spec.scaling.reads_data:
+            return True
+        return self.tile is not None and not (self.part.spans(self.tile) or self.spec.scaling.has_tensor_scale)
+
 
 class Rounded(NamedTuple):
     """The numbers, max|x| (of those that share a scale), and what is saved for backward.
@@ -204,7 +211,7 @@ def scale_of(request: Request) -> Tensor:
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
-    if request.tile is not None and request.toward is None and request.part is None:
+    if request.tile is not None and request.toward is None and request.has_own_words and request.has_own_scales:
         found = ROUND_TILES(request)
         if found is not None:
             q = request.x.new_empty(0) if found.q is None else found.q

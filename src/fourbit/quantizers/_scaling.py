@@ -69,6 +69,11 @@ class Scaling(ABC):
         """Whether the straight-through gradient passes in a range only (`bound` is not None)."""
         return False
 
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether tiles have scales over one of the whole tensor."""
+        return False
+
     def objection(self, granularity: Granularity) -> str:
         """Why it has no scale for a granularity, and what to write; "" where it has one."""
         return ""

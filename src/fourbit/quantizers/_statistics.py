@@ -81,7 +81,7 @@ class Statistics:
     def moments(self) -> Moments:
         """All three at once. Means are taken in float64, so that they do not depend on the order of summation."""
         found = self._moments()
-        return found if self._share is None or not self._spans else _of_all(found, self._share)
+        return found if self._share is None or not self._spans else _of_all(found, self._share, self.x.numel())
 
     def _moments(self) -> Moments:
         if self.dims is None:
@@ -107,20 +107,20 @@ class Statistics:
         if "moments" in self.__dict__:
             return torch.as_tensor(self.moments.amax)
         amax = amax_of(self.x, self.dims)
-        return self._share.largest(amax) if self._share is not None and self._spans else amax
+        return self._share.largest(amax, self.x.numel()) if self._share is not None and self._spans else amax
 
     @cached_property
     def largest(self) -> Tensor:
         """The largest of `amax`, 0-d."""
         largest = self.amax.max() if self.amax.numel() else self.amax.new_zeros(())
-        return largest if self._share is None or self._spans else self._share.largest(largest)
+        return largest if self._share is None or self._spans else self._share.largest(largest, self.x.numel())
 
 
-def _of_all(mine: Moments, share: Share) -> Moments:
+def _of_all(mine: Moments, share: Share, size: int) -> Moments:
     """The moments of the whole batch."""
     means = torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in mine[:2]])
     mean_square, mean_abs = share.total(means) / share.count
-    amax = share.largest(torch.as_tensor(mine.amax, dtype=torch.float32))
+    amax = share.largest(torch.as_tensor(mine.amax, dtype=torch.float32), size)
     if isinstance(mine.amax, float):
         return Moments(float(mean_square), float(mean_abs), float(amax))
     return Moments(mean_square, mean_abs, amax)
