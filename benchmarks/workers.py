@@ -1,7 +1,7 @@
 """Whether 1, 2 and 4 workers compute the same: losses and scales of one training, step by step, with one global batch.
 
     python -m benchmarks.workers
-    python -m benchmarks.workers --workers 1,2 --recipes ibm2020 --ways ddp --steps 3
+    python -m benchmarks.workers --workers 1,2 --recipes ibm2020 --ways "ddp;fsdp" --steps 3
 
 A row of the table is a network, a recipe and a way to train in several processes; its numbers are how far the loss of the
 global batch is from that of one process, relative, over the steps, and whether clip values, their forms and exponents are the
@@ -14,8 +14,7 @@ random, in float32, with gloo on one machine.
 
     ddp         DistributedDataParallel, each worker with scales of its part, which `synchronize` lets agree
     ddp, whole  with `share_batch`
-    fsdp        `fully_shard` of every block and of the whole, likewise
-    fsdp, whole
+    fsdp        `fully_shard` of every block and of the whole, with `synchronize`; "fsdp, whole" likewise
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from fourbit import models
 
 BATCH = 64
 NETWORKS, RECIPES = ("cnn", "cnn, whole", "gpt"), ("fp32", "ibm2020", "fourbit", "nvfp4")
-WAYS = ("ddp", "ddp, whole", "fsdp", "fsdp, whole")
+WAYS = ("ddp", "ddp, whole", "fsdp, whole")
 Found = dict[str, Any]
 
 
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", default=";".join(NETWORKS))
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--ways", default=";".join(WAYS))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     chosen = parser.parse_args(arguments)
     cases = [
         (n, r, w) for n in chosen.networks.split(";") for r in chosen.recipes.split(",") for w in chosen.ways.split(";")

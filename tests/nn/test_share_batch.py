@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -14,24 +16,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fourbit as fb
 from fourbit import recipes
+from fourbit.errors import UserError
+from fourbit.quantizers import Share, Slice
 from several_processes import together
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
-RECIPES = ("ibm2020", "ibm2020-channel-gradscale", "fourbit", "luq", "nvfp4", "nvfp4-4over6")
+RECIPES = ("ibm2020-attention", "ibm2020-channel-gradscale", "fourbit", "luq", "nvfp4", "nvfp4-4over6")
 STEPS, BATCH = 4, 64
 
 
 class Network(nn.Module):
-    """Both geometries, an activation without and one with negative numbers, and a product of two activations."""
+    """Both geometries, inputs without and with negative numbers, and products of two activations."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_attention: bool = False) -> None:
         super().__init__()
         self.conv, self.inner = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True) if with_attention else None
         self.first, self.second, self.last = (nn.Linear(16 * n, 16) for n in (4, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.inner(F.relu(self.conv(x)))).flatten(1)
-        return self.last(self.second(F.relu(self.first(x))))
+        x = F.relu(self.inner(F.relu(self.conv(x)))).flatten(2).transpose(1, 2)
+        x = x if self.attention is None else self.attention(x, x, x, need_weights=False)[0]
+        return self.last(self.second(F.relu(self.first(x.flatten(1)))))
 
 
 def without_output(recipe: str) -> recipes.Recipe:
@@ -43,7 +49,7 @@ def without_output(recipe: str) -> recipes.Recipe:
 
 def trained(recipe: str, rank: int, world: int, shared: bool = True) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = fb.convert(Network(), without_output(recipe)).double()
+    model = fb.convert(Network(recipe.endswith("attention")), without_output(recipe)).double()
     wrapped = DistributedDataParallel(model) if world > 1 else model
     if world > 1 and shared:
         fb.share_batch(model)
@@ -76,6 +82,12 @@ def trained(recipe: str, rank: int, world: int, shared: bool = True) -> dict[str
 
 def work(rank: int, world: int) -> dict[str, Any]:
     found = {recipe: trained(recipe, rank, world) for recipe in RECIPES}
+    model = fb.convert(Network(), "nvfp4")
+    fb.share_batch(model)
+    try:
+        model(torch.ones(16 if rank else 32, 3, 6, 6))
+    except UserError as error:
+        found["unequal"] = str(error)
     return found | {"alone": trained("fourbit", rank, world, shared=False)}
 
 
@@ -103,3 +115,45 @@ def test_any_number_of_processes_trains_as_one_does(processes, recipe):
 def test_without_it_each_process_scales_its_part(processes):
     alone = trained("fourbit", 0, 1)
     assert processes[0]["alone"]["losses"][1:] != pytest.approx(alone["losses"][1:], rel=1e-6)
+
+
+def test_parts_of_different_sizes_end_all_processes_in_one_sentence(processes):
+    for found in processes:
+        assert "parts of" in found["unequal"] and "equal part of the batch" in found["unequal"]
+
+
+@pytest.mark.parametrize(("axis", "order"), [(0, (0, 1, 2)), (1, (0, 1, 2)), (2, (2, 0, 1)), (-1, (1, 2, 0))])
+def test_an_element_has_the_position_that_it_has_in_the_whole(axis, order):
+    """`order`: of axes in memory, the slowest first."""
+    back = [order.index(d) for d in range(3)]
+    whole = torch.arange(6 * 4 * 2).view([(6, 4, 2)[d] for d in order]).permute(back)
+    for number, part in enumerate(whole.chunk(2, axis)):
+        share = Share.__new__(Share)
+        share.number, share.count = number, 2
+        dense = part.permute(order).contiguous().permute(back)
+        assert torch.equal(Slice(share, axis).positions(dense), part)
+
+
+def test_what_depends_on_the_batch_in_another_way_is_refused(tmp_path):
+    with pytest.raises(UserError, match="init_process_group first"):
+        fb.share_batch(fb.convert(Network(), "nvfp4"))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for model, recipe, why in (
+            (Network(), "int4-qat", "learns the step size of x"),
+            (
+                nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 16), nn.Linear(16, 16)),
+                "int4-fwd",
+                "runs its products in pieces",
+            ),
+            (Network(with_attention=True), "luq", "has tokens before samples"),
+            (Network(), "ibm2020-corrected", "restores what rounding has lost"),
+        ):
+            with pytest.raises(UserError, match=why):
+                fb.share_batch(fb.convert(model, recipe))
+        model = fb.convert(Network(), "luq")
+        fb.share_batch(model)
+        assert copy.deepcopy(model).inner.quant.sharing is not None
+        assert pickle.loads(pickle.dumps(model)).inner.quant.sharing is None
+    finally:
+        distributed.destroy_process_group()

@@ -83,10 +83,13 @@ def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None)
     if not (distributed.is_available() and distributed.is_initialized()):
         raise UserError("no processes share the batch yet: call torch.distributed.init_process_group first")
     layers = quantized_layers(model)
-    composed = [m for m in model.modules() if isinstance(m, Composed) and not isinstance(m, nn.MultiheadAttention)]
-    inner = {part for whole in composed for part in whole.modules()}
+    composed = [m for m in model.modules() if isinstance(m, Composed)]
+    attentions = {part for m in composed if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    in_pieces = {part for m in composed if not isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     for name, layer in layers.items():
-        objection = "runs its products in pieces" if layer in inner else _objection(layer.spec)
+        objection = "runs its products in pieces" if layer in in_pieces else _objection(layer.spec)
+        if layer in attentions and _has_places(layer.spec):
+            objection = "has tokens before samples, and scales or random words by their place"
         objection = objection or ("has channels of its own" if _has_channels(layer.quant) else "")
         if objection:
             raise UserError(
@@ -120,3 +123,12 @@ def _objection(spec: LayerSpec) -> str:
         if operand.outliers is not None or operand.leverage is not None:
             return f"parts {slot[0]} by its quantiles or leverage"
     return ""
+
+
+def _has_places(spec: LayerSpec) -> bool:
+    """Whether it matters where a sample lies: random words, and tiles along samples in wgrad."""
+    operands = {slot: spec.resolved(slot) for slot in SLOTS if slot[0] != "w"}
+    return any(
+        operand is not None and (operand.stochastic or (slot.endswith("wgrad") and spec.tile(slot).sums is not None))
+        for slot, operand in operands.items()
+    )

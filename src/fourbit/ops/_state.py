@@ -355,6 +355,8 @@ class LayerState(nn.Module):
         """Copies and pickles get a handle of their own."""
         super().__setstate__(state)
         self.handle = _enter(self)
+        if self.sharing is not None and self.sharing.share is None:  # out of a file
+            self.sharing = None
 
     def _replicate_for_data_parallel(self) -> LayerState:
         raise UserError(
