@@ -39,7 +39,7 @@ def test_lightning_tells_two_arms_apart(recipe):
 
 
 def test_a_loop_of_ones_own_learns_the_digits():
-    assert float(printed("own_loop.py").split()[-1].rstrip("%")) > 95
+    assert float(printed("own_loop.py").split()[-1].rstrip("%")) > 90
 
 
 def last_line(text: str) -> tuple[float, float]:

@@ -75,6 +75,7 @@ def test_a_run_that_is_resumed_goes_on_to_the_bit(kind, tmp_path):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_trains_nearly_as_with_states_of_32_bits():
     """Not AdamWFp8: it rounds second moments to 0 where first ones are not, and divides by epsilon."""
     last, kinds = {}, KINDS[:2]
