@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fourbit.nn import nonfinite_layers as nonfinite_layers
     from fourbit.nn import observe as observe
     from fourbit.nn import quantized_layers as quantized_layers
+    from fourbit.nn import share_batch as share_batch
     from fourbit.nn import synchronize as synchronize
     from fourbit.ops import REUSE as REUSE
     from fourbit.ops import Accumulation as Accumulation
@@ -74,7 +75,7 @@ _HOME = {
     "export": "exports",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
-    "synchronize": "nn",
+    **dict.fromkeys(("share_batch", "synchronize"), "nn"),
     **dict.fromkeys(("REUSE", "Accumulation", "LayerSpec"), "ops"),
     **dict.fromkeys(
         ("Amax", "ClipValue", "FixedScale", "GradScale", "LossScaled", "QTensor", "QuantSpec"), "quantizers"

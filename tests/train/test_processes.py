@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fourbit as fb
 from fourbit.cli import main
+from fourbit.train._config import TrainConfig
+from fourbit.train._session import _steps_per_epoch
 
 COMMAND = ("train", "--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--epochs", "1", "--no-progress")
 COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--no-tensorboard")
@@ -41,6 +44,13 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert one["step"] == two["step"] and two["stopped"] == "done"
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
     assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.006)
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused_with_those_that_they_can():
+    """The parts of a session that the refusal looks at."""
+    for batch_size, number, choices in ((10, 4, "give 8 or 12"), (3, 4, "give 4.")):
+        with pytest.raises(fb.UserError, match=choices):
+            _steps_per_epoch(TrainConfig(batch_size=batch_size), None, number)
 
 
 def children(process: int) -> list[int]:

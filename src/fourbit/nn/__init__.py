@@ -29,6 +29,7 @@ from fourbit.nn._oscillation import nearest_weight as nearest_weight
 from fourbit.nn._out_control import OutControl as OutControl
 from fourbit.nn._parts import Composed as Composed
 from fourbit.nn._parts import Part as Part
+from fourbit.nn._processes import share_batch as share_batch
 from fourbit.nn._processes import synchronize as synchronize
 from fourbit.nn._recurrent import GRU as GRU
 from fourbit.nn._recurrent import LSTM as LSTM

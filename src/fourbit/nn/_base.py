@@ -106,6 +106,15 @@ class QuantizedLayer(nn.Module):
         super().__init__(*args, **kwargs)
         self.attach(spec or LayerSpec(), seed, index, products)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's."""
+        if "." in name:
+            raise UserError(
+                f"torch's parallelize_module divides layers before they are quantized: call it first, and convert behind it "
+                f"({type(self).__name__} has {name} for itself)"
+            )
+        super().register_parameter(name, param)
+
     @property
     def spec(self) -> LayerSpec:
         """The six slots."""

@@ -12,6 +12,7 @@ from fourbit.chains import begin, begin_with, can_defer, take
 from fourbit.errors import UserError
 from fourbit.nn._base import QuantizedLayer, require_input, swaps, traced
 from fourbit.nn._out_control import Channels
+from fourbit.nn._tensor_parallel import parallel_linear
 from fourbit.ops import (
     Contraction,
     Convolution,
@@ -23,7 +24,7 @@ from fourbit.ops import (
     ResultHandover,
     contract,
 )
-from fourbit.quantizers import require_numbers
+from fourbit.quantizers import is_shard, require_numbers
 
 
 def _add_bias(y: Tensor, bias: Tensor | None, num_trailing: int) -> Tensor:
@@ -51,6 +52,8 @@ class Linear(QuantizedLayer, nn.Linear):
         if self.quant.is_identity:
             return super().forward(input)
         require_input(input, self, -1, self.in_features)
+        if is_shard(self.weight):
+            return parallel_linear(input, self.weight, self.bias, self.contraction(), self.quant)
         channels = self.quant._modules.get("channels")
         if isinstance(channels, Channels):
             return _add_bias(self._in_parts(input, channels), self.bias, 0)

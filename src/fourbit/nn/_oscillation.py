@@ -4,7 +4,7 @@ middle (OsciReset), or updated less often (Q-Ramping)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ class _Ramping(_Watched, StepHooks):
         self.spec = spec
         self._hold(layer, "period", "waited", "gradient")
         self.period.fill_(1.0)
-        self._kept: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
+        self._kept: tuple[Tensor, Tensor, dict[str, _Kept]] | None = None
 
     def advance(self, step: int, layer: QuantizedLayer) -> None:
         place = step % self.spec.every
@@ -184,7 +184,7 @@ class _Ramping(_Watched, StepHooks):
         self.waited.add_(1.0)
         due = self.waited % self.period == 0
         weight.grad.copy_(torch.where(due, self.gradient / self.waited, 0.0))
-        kept = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+        kept = {k: _keep(v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
         self._kept = due, weight.detach().clone(), kept
 
     def after_step(self, weight: nn.Parameter, state: dict[str, Any]) -> None:
@@ -197,6 +197,35 @@ class _Ramping(_Watched, StepHooks):
         weight.copy_(torch.where(due, torch.where(self.waited == 1, weight, moved), before))
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                value.copy_(torch.where(due, value, kept.get(name, torch.zeros_like(value))))
+                _take_back(value, due, kept.get(name))
         self.waited.masked_fill_(due, 0.0)
         self.gradient.masked_fill_(due, 0.0)
+
+
+class _Kept(NamedTuple):
+    """What an optimizer remembered of a weight; of torchao's states of few bits also their codes, and scales of blocks."""
+
+    numbers: Tensor
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def _numbers(t: Tensor) -> Tensor:
+    return t.dequantize() if hasattr(t, "codes") else t
+
+
+def _keep(t: Any) -> _Kept:
+    parts = (t.codes.clone(), t.scale.clone()) if hasattr(t, "codes") else ()
+    return _Kept(_numbers(t).clone(), *parts)
+
+
+def _take_back(t: Any, due: Tensor, kept: _Kept | None) -> None:
+    """What is not due is what it was, 0 where it was nothing. In a block of few bits with something due, to a rounding."""
+    new = _numbers(t)
+    t.copy_(torch.where(due, new, torch.zeros_like(new) if kept is None else kept.numbers))
+    if kept is None or kept.codes is None or kept.scale is None:
+        return
+    blocks = kept.scale.numel()
+    waits = ~due.reshape(blocks, -1).any(1)
+    t.codes.view(torch.uint8).view(blocks, -1)[waits] = kept.codes.view(torch.uint8).view(blocks, -1)[waits]
+    t.scale[waits] = kept.scale[waits]

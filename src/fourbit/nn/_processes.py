@@ -6,7 +6,16 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.nn._base import quantized_layers
+from fourbit.nn._out_control import Channels
+from fourbit.nn._parts import Composed
+from fourbit.ops import SLOTS, LayerSpec, Matmul
+from fourbit.quantizers import BlockScale, QuantSpec, Share, Sharing, StepSize
+
+_OF_SAMPLES = {"x_fprop": (0, 1), "x_wgrad": (0, 3), "g_dgrad": (0, 1), "g_wgrad": (0, 3)}
+_OF_GROUPS: dict[str, tuple[int, int]] = dict.fromkeys(SLOTS, (0, 0))
+"""Where samples are in an operand: rows, or summed over; of a product of two activations, its groups."""
 
 
 def synchronize(model: nn.Module) -> None:
@@ -20,7 +29,8 @@ def synchronize(model: nn.Module) -> None:
                      gradient of those that voted as the sum says, -1 (no vote) if none did
         loss scale   the largest gradient of all
 
-    DistributedDataParallel alone copies the buffers of the first process to the others, whose votes are then lost.
+    DistributedDataParallel alone copies the buffers of the first process to the others, whose votes are then lost. Behind
+    `share_batch`, the first batch has decided for all processes already, and the vote is that of the largest gradient of all.
 
     Args:
         model: with the same layers in every process.
@@ -43,3 +53,82 @@ def _everywhere(t: Tensor) -> Tensor:
     found = [torch.empty_like(t) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, t.contiguous())
     return torch.stack(found)
+
+
+def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None) -> None:
+    """Compute in several processes what one would with the whole batch, up to the order of sums. Call it in every process,
+    behind `convert`; `synchronize` stays behind each backward pass.
+
+    In training passes, and of activations and gradients,
+
+        largest magnitudes, means   are those of the whole batch: an exchange of a few numbers per operand scaled by them
+        first batch                 decides clip values, their form and exponents as a whole
+        GradScale                   moves by the vote of the largest gradient of all processes
+        random words                are those that an element has in the whole batch
+
+    The batch lies in the processes as its consecutive parts, of one size, samples along the first axis, whose number is a
+    multiple of the blocks in which wgrad sums over samples. A process's loss is the mean over its part: its gradients are then,
+    for n processes, n times what they are in one, and exponents log2(n) lower, which the mean over processes takes back. A loss
+    scale and a fixed scale of gradients do not follow that factor.
+
+    Without it each process scales its part by itself, which needs no exchange in the pass.
+
+    Args:
+        model: with the same layers in every process, which run in the same order.
+        group: the processes that share the batch; None: all.
+
+    Raises:
+        UserError: before `init_process_group`, or a layer whose operands depend on the batch in another way.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise UserError("no processes share the batch yet: call torch.distributed.init_process_group first")
+    layers = quantized_layers(model)
+    composed = [m for m in model.modules() if isinstance(m, Composed)]
+    attentions = {part for m in composed if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    in_pieces = {part for m in composed if not isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    for name, layer in layers.items():
+        objection = "runs its products in pieces" if layer in in_pieces else _objection(layer.spec)
+        if layer in attentions and _has_places(layer.spec):
+            objection = "has tokens before samples, and scales or random words by their place"
+        objection = objection or ("has channels of its own" if _has_channels(layer.quant) else "")
+        if objection:
+            raise UserError(
+                f"{name or type(layer).__name__} cannot share a batch: it {objection}. Train without share_batch, each process "
+                "with scales of its part"
+            )
+    share = Share(group)
+    for layer in layers.values():
+        layer.quant.sharing = Sharing(share, _OF_GROUPS if isinstance(layer.contraction(), Matmul) else _OF_SAMPLES)
+
+
+def _has_channels(quant: nn.Module) -> bool:
+    return any(isinstance(m, Channels) for m in quant.children())
+
+
+def _objection(spec: LayerSpec) -> str:
+    """What of a spec depends on the batch beyond largest magnitudes and means; "" where nothing does."""
+    if spec.compensates:
+        return "restores what rounding has lost of a gradient"
+    if spec.accumulation is not None and spec.accumulation.stochastic:
+        return "draws random words for its sums"
+    for slot in SLOTS:
+        operand = spec.resolved(slot)
+        if slot[0] == "w" or not isinstance(operand, QuantSpec):
+            continue
+        scaling = operand.scaling
+        if isinstance(scaling, StepSize):
+            return f"learns the step size of {slot[0]} from the number of its elements"
+        if isinstance(scaling, BlockScale) and (scaling.corrected or scaling.draws):
+            return f"corrects the scales of {slot[0]}"
+        if operand.outliers is not None or operand.leverage is not None:
+            return f"parts {slot[0]} by its quantiles or leverage"
+    return ""
+
+
+def _has_places(spec: LayerSpec) -> bool:
+    """Whether it matters where a sample lies: random words, and tiles along samples in wgrad."""
+    operands = {slot: spec.resolved(slot) for slot in SLOTS if slot[0] != "w"}
+    return any(
+        operand is not None and (operand.stochastic or (slot.endswith("wgrad") and spec.tile(slot).sums is not None))
+        for slot, operand in operands.items()
+    )

@@ -11,6 +11,7 @@ recurrent sweep both. They ask how (`clip_request`, `gradient_specs`), and tell 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def quantize_operand(
     key = state.counter.key(slot) if spec.stochastic else None
     tile = None if tile is None or tile.is_tensor else tile
     carrier = carrier or state.observer is not None or not spec.in_tiles
-    request = Request(x, spec, format, tile, stored, key, save, carrier, rotation, wide, toward)
+    part = state.part(slot, spec.needs_orientation)
+    request = Request(x, spec, format, tile, stored, key, save, carrier, rotation, wide, toward, part)
     result = run(request)
     if remembers:
         state.scalings[slot[0]].saw(result.amax, state)
@@ -164,10 +166,12 @@ def _gradient_request(
     elif stored is None:
         stored = state.scalings["g"].stored
     key = state.counter.key(slot) if spec.stochastic else None
+    part = state.part(slot, spec.needs_orientation)
     if not spec.needs_orientation:
-        return Request(g, spec, spec.format, None, stored, key)
-    rotation = _rotation(state, slot)
-    return request_for(g, spec, state.spec.tile(slot), stored, key, rotation=rotation, wide=_is_wide(g, spec))
+        return Request(g, spec, spec.format, None, stored, key, part=part)
+    rotation, tile = _rotation(state, slot), state.spec.tile(slot)
+    request = request_for(g, spec, tile, stored, key, rotation=rotation, wide=_is_wide(g, spec))
+    return request if part is None else replace(request, part=part)
 
 
 def _oriented(state: LayerState, slot: str, g: Tensor, spec: QuantSpec, contraction: Contraction) -> Tensor:

@@ -27,7 +27,7 @@ from fourbit.errors import UserError
 from fourbit.ops._counter import Counter
 from fourbit.ops._product import Products
 from fourbit.ops._spec import LayerSpec
-from fourbit.quantizers import QTensor, QuantSpec, ScalingState, in_backward, is_shard
+from fourbit.quantizers import QTensor, QuantSpec, ScalingState, Share, Sharing, Slice, in_backward, is_shard
 
 
 class Observer(Protocol):
@@ -71,6 +71,7 @@ class LayerState(nn.Module):
         fuse: whether the layer may leave its product to the normalization behind it (`fourbit.chains`).
         is_identity: whether nothing is quantized: the layer then runs torch's own code.
         awaits_scheduler: whether its recipe has phases that no `Scheduler` has carried out so far.
+        sharing: of which operands this process has parts, if scales are those of the whole (`fourbit.share_batch`).
         wants_float: whether its input was needed as a tensor, too, when it came as codes; then both come out of one pass.
     """
 
@@ -78,6 +79,7 @@ class LayerState(nn.Module):
     fuse = True
     awaits_scheduler = False
     wants_float = False
+    sharing: Sharing | None = None
 
     def __init__(
         self,
@@ -155,6 +157,8 @@ class LayerState(nn.Module):
         self._active = [self.scalings[operand] for operand in spec.remembering()]  # of this spec
         self.spec, self.is_identity = spec, spec.is_identity
         self.handle = _enter(self)  # a compiled graph holds for one spec
+        if self.sharing is not None and self.sharing.in_evaluation:
+            self.sharing = None  # whether parts of a layer do for a spec is looked at anew
 
     def _found(self, operand: str, wanted: QuantSpec) -> ScalingState | None:
         for state in self._made:
@@ -264,6 +268,18 @@ class LayerState(nn.Module):
 
     # ---- several processes ----
 
+    def share_of(self, operand: str) -> Share | None:
+        """This process's share in "x", "w" or "g", where it has but a part of it and scales are those of the whole."""
+        part = self.part("g_dgrad" if operand == "g" else f"{operand}_fprop", False)
+        return None if part is None else part.share
+
+    def part(self, slot: str, is_oriented: bool) -> Slice | None:
+        """Where an operand lies in the whole: as it is, or as [groups, rows, spots, sums]."""
+        sharing = self.sharing
+        if sharing is None or slot not in sharing.axes or not (self.training or sharing.in_evaluation):
+            return None
+        return Slice(sharing.share, sharing.axes[slot][is_oriented])
+
     def shared(self) -> Tensor:
         """What this process tells the others of the layer after a backward pass: see `fourbit.nn.synchronize`.
 
@@ -290,7 +306,10 @@ class LayerState(nn.Module):
             return found
 
         for state, (votes, decisions) in zip(self.scalings.values(), self._told(), strict=True):
-            settled.append(state.agree(of_all(votes), None if self._agreed else of_all(decisions)))
+            cast = of_all(votes)
+            if self.sharing is not None:  # what one process would have noted of the whole batch
+                cast = [t.amax(0, keepdim=True).expand_as(t) for t in cast]
+            settled.append(state.agree(cast, None if self._agreed else of_all(decisions)))
         self._agreed = self._agreed or all(settled)
 
     def _told(self) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -326,6 +345,15 @@ class LayerState(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def __getattr__(self, name: str) -> Any:
+        """As torch's. What divides a linear layer looks for its weight in all of its children."""
+        if name == "weight":
+            raise AttributeError(
+                "a layer's quant has no weight: torch's parallelize_module divides layers before they are quantized, so call "
+                "it first, and convert behind it"
+            )
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP puts a parameter's shard in the place of the whole by an assignment."""
         if name == "with_gradients":  # every pass sets it; nn.Module would take a while to see that it is no parameter
@@ -342,6 +370,8 @@ class LayerState(nn.Module):
         """Copies and pickles get a handle and plans of their own."""
         super().__setstate__({"plans": Plans()} | state)
         self.handle = _enter(self)
+        if self.sharing is not None and self.sharing.share is None:  # out of a file
+            self.sharing = None
 
     def _replicate_for_data_parallel(self) -> LayerState:
         raise UserError(

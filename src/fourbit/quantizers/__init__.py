@@ -66,6 +66,9 @@ from fourbit.quantizers._scaling_state import ScalingState as ScalingState
 from fourbit.quantizers._scaling_state import Stored as Stored
 from fourbit.quantizers._scaling_state import in_backward as in_backward
 from fourbit.quantizers._scaling_state import is_shard as is_shard
+from fourbit.quantizers._share import Share as Share
+from fourbit.quantizers._share import Sharing as Sharing
+from fourbit.quantizers._share import Slice as Slice
 from fourbit.quantizers._spec import QuantSpec as QuantSpec
 from fourbit.quantizers._spec import half_of as half_of
 from fourbit.quantizers._statistics import MOMENTS as MOMENTS

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fourbit.errors import UserError
 from fourbit.formats import E8M0, Format, get
 from fourbit.quantizers._round import Rounding, grid_of, nearest_number, round_to_format
 from fourbit.quantizers._scaling import Bound, Scaling, to_float32
+from fourbit.quantizers._share import Slice
 from fourbit.quantizers._statistics import Statistics
 from fourbit.quantizers._tiles import BlockScales, Folded, Tile, fold, scale_shape, unfold
 from fourbit.quantizers._words import random_words, stream_key
@@ -70,6 +71,7 @@ class BlockScale(Scaling):
             (TetraJet-v2: 128), and multiplied into the scales that are kept; 0: of the tensor.
     """
 
+    reads_data: ClassVar[bool] = True
     format: Format = E8M0
     rounding: ScaleRounding = "floor"
     tensor_bound: float | None = None
@@ -122,6 +124,11 @@ class BlockScale(Scaling):
         return self.clip_rms is not None
 
     @property
+    def has_tensor_scale(self) -> bool:
+        """With `tensor_bound`, but for outer blocks."""
+        return self.tensor_bound is not None and not self.outer
+
+    @property
     def draws(self) -> bool:
         """Whether the scales need random words."""
         return self.rounding == "stochastic"
@@ -137,9 +144,8 @@ class BlockScale(Scaling):
         amax = statistics.amax
         if self.tensor_bound is None:
             return torch.ones((), dtype=torch.float32, device=amax.device)
-        largest = amax.max() if amax.numel() else amax.new_zeros(())
-        if self.outer:
-            largest = _over_outer(amax, max(1, self.outer // statistics.x.shape[6]))
+        outer = max(1, self.outer // statistics.x.shape[6]) if self.outer else 0
+        largest = _over_outer(amax, outer) if outer else statistics.largest
         reach = self.tensor_bound * self.reach(format)[0]
         encode = torch.tensor(reach, dtype=torch.float32, device=amax.device) / largest
         return torch.where(largest > 0, encode.clamp(max=FLOAT32_MAX), torch.where(largest == 0, 1.0, largest))
@@ -250,6 +256,7 @@ def quantize_tiles(
     key: int | None,
     to_grid: Callable[[Tensor, Tensor | None], Tensor],
     toward: Tensor | None = None,
+    part: Slice | None = None,
 ) -> Tiled:
     """Scale and round an operand.
 
@@ -257,6 +264,7 @@ def quantize_tiles(
         x: [G, R, S, K].
         to_grid: rounds numbers in grid units, [G, R, S, K], given those of `toward`.
         toward: an average in the shape of x, or None.
+        part: of the batch, which x is in this process, if its scales are those of the whole batch.
     """
     x = x.to(torch.float32)
     folded = fold(x, tile)
@@ -267,7 +275,9 @@ def quantize_tiles(
         others = None if average is None else unfold(average.t * factor, x.shape)
         return to_grid(unfold(folded.t * factor, x.shape), others)
 
-    statistics = Statistics(folded.t, Folded.DIMS, folded.count)
+    share = part.share if part is not None and scaling.reads_data else None
+    spans = part is not None and part.spans(tile)
+    statistics = Statistics(folded.t, Folded.DIMS, folded.count, share, spans)
     shape = scale_shape(x.shape, tile)
     if isinstance(scaling, BlockScale):
         return _with_block_scales(x, folded, statistics, tile, scaling, format, key, in_units)
@@ -305,8 +315,7 @@ def _with_block_scales(
     def error(block: Tensor, codes: Tensor) -> Tensor:
         values = fold(codes, tile).t * block
         if scaling.tensor_bound is not None:
-            largest = statistics.amax.max() if statistics.amax.numel() else 0.0
-            values = values * largest / (scaling.tensor_bound * scaling.reach(format)[0])
+            values = values * statistics.largest / (scaling.tensor_bound * scaling.reach(format)[0])
         squares = (values - folded.t).square()
         total = torch.zeros_like(block)
         for r, s, k in itertools.product(*(range(folded.t.shape[d]) for d in Folded.DIMS)):  # one after the other

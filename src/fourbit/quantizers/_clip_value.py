@@ -15,6 +15,7 @@ from fourbit.quantizers._packed import has_integer_codes
 from fourbit.quantizers._round import round_to_format
 from fourbit.quantizers._scaling import TINY, Bound, Scaling, at_least_tiny, to_float32
 from fourbit.quantizers._scaling_state import Pass, ScalingState, Stored, in_backward, is_shard
+from fourbit.quantizers._share import Share
 from fourbit.quantizers._statistics import Statistics, amax_of
 from fourbit.quantizers._tiles import Granularity
 from fourbit.quantizers._words import random_words, stream_key
@@ -69,15 +70,18 @@ class ClipState(ScalingState):
         signed = self.signed(now)
         if signed is not None:
             return self._form(format, signed), self._value(now)
-        clip, tried, usable = self.scaling, self._tried(now), True
+        clip, tried, usable, share = self.scaling, self._tried(now), True, now.share_of(self.operand)
         if tried is not None:
             signed, value = tried
         else:
-            signed = format.signed or (clip.signed_format is not None and x.numel() > 0 and bool((x < 0).any()))
+            goes_negative = (x < 0).any()
+            if share is not None:
+                goes_negative = share.largest(goes_negative.to(torch.float32), x.numel()) > 0
+            signed = format.signed or (clip.signed_format is not None and bool(goes_negative))
         format = self._form(format, signed)
         if tried is None:
-            value = clip.init if clip.init is not None else best_clip_value(x, format)
-            amax = amax_of(x)
+            value = clip.init if clip.init is not None else best_clip_value(x, format, share=share)
+            amax = amax_of(x) if share is None else share.largest(amax_of(x))
             usable = bool((amax > 0) & amax.isfinite())
         if now.training and usable and not now.with_gradients:
             self._trial = signed, value
@@ -264,25 +268,32 @@ def _clip_value(stored: Tensor | None) -> Tensor | float:
     return stored.detach().to(torch.float32).view(()).clamp_min(TINY)
 
 
-def best_clip_value(x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16) -> float:
+def best_clip_value(
+    x: Tensor, format: Format, num_candidates: int = 64, num_samples: int = 1 << 16, share: Share | None = None
+) -> float:
     """The clip value that minimises sum (x - Q(x))^2 on (a random sample of) `x`, among fractions of max|x|.
 
     The sample is the same for every call with as many elements: positions come from `random_words`. (A regular one would
     meet the same column of every image.)
 
+    With a `share`, `x` is this process's part of what the clip value is for.
+
     Returns 1.0 for an empty, all-zero or non-finite tensor.
     """
     x = x.detach().flatten().to(torch.float32)
-    amax = float(amax_of(x))
+    amax = float(amax_of(x) if share is None else share.largest(amax_of(x)))
     if not 0 < amax < float("inf"):
         return 1.0
-    if x.numel() > num_samples:
+    first, whole = (0, x.numel()) if share is None else (share.number * x.numel(), share.count * x.numel())
+    if whole > num_samples:
         words = random_words(stream_key(num_samples), (num_samples,), x.device).to(torch.int64)
-        x = x[(words & 0xFFFFFFFF) % x.numel()]
-    best = (float("inf"), amax)
-    for i in range(1, num_candidates + 1):
-        alpha = amax * i / num_candidates
+        places = (words & 0xFFFFFFFF) % whole - first
+        x = x[places if share is None else places[(places >= 0) & (places < x.numel())]]
+    alphas = [amax * i / num_candidates for i in range(1, num_candidates + 1)]
+    errors = []
+    for alpha in alphas:
         scale = alpha / format.max
-        error = float((round_to_format(x / scale, format) * scale - x).double().square().sum())
-        best = min(best, (error, alpha))
-    return best[1]
+        errors.append(float((round_to_format(x / scale, format) * scale - x).double().square().sum()))
+    if share is not None:
+        errors = share.total(torch.tensor(errors, dtype=torch.float64, device=x.device)).tolist()
+    return min(zip(errors, alphas, strict=True))[1]

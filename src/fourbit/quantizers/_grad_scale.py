@@ -122,7 +122,10 @@ class ExponentState(LargestGradient):
     def see(self, amax: Tensor, now: Pass) -> Tensor | None:
         """Sets the first exponent. A backward pass in evaluation mode takes its exponent from the gradient at hand and leaves
         the layer's alone."""
-        exponent, first = self.exponent, self.scaling.first_exponent(amax)
+        exponent, share, largest = self.exponent, now.share_of("g"), amax
+        if share is not None and not self.is_known:
+            largest = share.largest(amax)
+        first = self.scaling.first_exponent(largest)
         if now.training:
             exponent.copy_(torch.where(exponent == UNSET, first, exponent))
             self._note(amax * exponent_scale(exponent))

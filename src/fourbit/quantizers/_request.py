@@ -26,11 +26,12 @@ from fourbit.formats import Format
 from fourbit.quantizers._blocks import fits_bfloat16, quantize_tiles
 from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
 from fourbit.quantizers._round import Rounding, nearest_number, round_to_format, round_toward
+from fourbit.quantizers._share import Slice
 from fourbit.quantizers._spec import QuantSpec
 from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
 from fourbit.quantizers._tiles import Tile, fold, unfold
 from fourbit.quantizers._transform import Rotation
-from fourbit.quantizers._words import random_words, stream_key
+from fourbit.quantizers._words import random_words, stream_key, words_at
 
 
 @lru_cache(maxsize=256)
@@ -94,6 +95,7 @@ class Request:
         wide: with scales of blocks, q in float32 even where bfloat16 holds it, for products in float32.
         rotation: of x along its last axis, before anything else.
         toward: a running average of x, in its shape: of the two neighbours of a number, the one on its side is taken.
+        part: of a batch, which x is in this process: its scale and its words are then those of the whole batch.
     """
 
     x: Tensor
@@ -107,6 +109,25 @@ class Request:
     rotation: Rotation | None = None
     wide: bool = False
     toward: Tensor | None = None
+    part: Slice | None = None
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of x, or of the whole batch."""
+        shared = self.part is not None and self.spec.scaling.reads_data
+        return Statistics(self.x, share=self.part.share if shared and self.part is not None else None)
+
+    @property
+    def has_own_words(self) -> bool:
+        """Whether the position in x decides which word an element gets, or none gets one."""
+        return self.part is None or not self.spec.rounding.draws
+
+    @property
+    def has_own_scales(self) -> bool:
+        """Whether all scales are of elements of x alone."""
+        if self.part is None or not self.spec.scaling.reads_data:
+            return True
+        return self.tile is not None and not (self.part.spans(self.tile) or self.spec.scaling.has_tensor_scale)
 
 
 class Rounded(NamedTuple):
@@ -185,12 +206,12 @@ def prepare(x: Tensor) -> Tensor:
 
 def scale_of(request: Request) -> Tensor:
     """The scale that `run` would use for a whole tensor, 0-d."""
-    return request.spec.scaling.of(Statistics(request.x), request.format, request.stored)
+    return request.spec.scaling.of(request.statistics, request.format, request.stored)
 
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
-    if request.tile is not None and request.toward is None:
+    if request.tile is not None and request.toward is None and request.has_own_words and request.has_own_scales:
         found = ROUND_TILES(request)
         if found is not None:
             q = request.x.new_empty(0) if found.q is None else found.q
@@ -200,19 +221,20 @@ def run(request: Request) -> Quantized:
         request = replace(request, x=request.rotation.apply(request.x), rotation=None)
     if request.tile is not None:
         return _run_tiles(request, request.tile)
-    statistics = Statistics(request.x)
+    statistics = request.statistics
     scale = request.spec.scaling.of(statistics, request.format, request.stored)
-    kernel = None if request.toward is not None else ROUND.plan(request, scale)
+    kernel = ROUND.plan(request, scale) if request.toward is None and request.has_own_words else None
     return _finish(request, scale, _round(request, scale, statistics) if kernel is None else kernel())
 
 
 def run_pair(first: Request, second: Request) -> tuple[Quantized, Quantized]:
     """Quantize one tensor to two formats with the same scale, reading it once where a kernel can."""
-    statistics = Statistics(first.x)
+    statistics = first.statistics
     scale = first.spec.scaling.of(statistics, first.format, first.stored)
-    both = ROUND_PAIR(first, second, scale)
+    own = first.has_own_words and second.has_own_words
+    both = ROUND_PAIR(first, second, scale) if own else None
     if both is None:
-        both = [ROUND(r, scale) or _round(r, scale, statistics) for r in (first, second)]
+        both = [(ROUND(r, scale) if own else None) or _round(r, scale, statistics) for r in (first, second)]
     return _finish(first, scale, both[0]), _finish(second, scale, both[1])
 
 
@@ -246,9 +268,9 @@ def _to_grid(scaled: Tensor, request: Request, toward: Tensor | None = None) -> 
         return nearest_number(scaled, format) if nearest else round_to_format(scaled, format, spec.rounding)
     if request.key is None:
         raise UserError("stochastic rounding needs a key: pass key=stream_key(seed, ...)")
-    q = _draw(scaled, format, spec, request.key, 0)
+    q = _draw(scaled, request, request.key, 0)
     for i in range(1, spec.samples):
-        q = q.add_(_draw(scaled, format, spec, request.key, i))
+        q = q.add_(_draw(scaled, request, request.key, i))
     return q if spec.samples == 1 else q.div_(spec.samples)
 
 
@@ -265,6 +287,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
         request.key,
         lambda scaled, toward: _to_grid(scaled, request, toward),
         request.toward,
+        request.part,
     )
     mask = None
     if request.save and spec.scaling.clips:
@@ -282,11 +305,15 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     return Quantized(tensor, tiled.amax, packed, mask)
 
 
-def _draw(scaled: Tensor, format: Format, spec: QuantSpec, key: int, sample: int) -> Tensor:
+def _draw(scaled: Tensor, request: Request, key: int, sample: int) -> Tensor:
     """One stochastic rounding; words go to elements in the order in which these lie in memory."""
     words = torch.empty_like(scaled, dtype=torch.int32)
-    memory_flat(words).copy_(random_words(stream_key(key, sample), (scaled.numel(),), scaled.device))
-    return round_to_format(scaled, format, spec.rounding, words)
+    key = stream_key(key, sample)
+    if request.part is None:
+        memory_flat(words).copy_(random_words(key, (scaled.numel(),), scaled.device))
+    else:
+        words.copy_(words_at(key, request.part.positions(words)))
+    return round_to_format(scaled, request.format, request.spec.rounding, words)
 
 
 def request_for(

@@ -60,12 +60,19 @@ class Scaling(ABC):
     """Whether all products of a forward and a backward pass see one scale."""
     is_power_of_two: ClassVar[bool] = False
     """Whether multiplying by it is an addition to the exponent."""
+    reads_data: ClassVar[bool] = False
+    """Whether it is found anew from the numbers of every operand."""
     needs_loss_scale: ClassVar[bool] = False
     """Whether it relies on a `LossScaler`."""
 
     @property
     def clips(self) -> bool:
         """Whether the straight-through gradient passes in a range only (`bound` is not None)."""
+        return False
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether tiles have scales over one of the whole tensor."""
         return False
 
     def objection(self, granularity: Granularity) -> str:
@@ -105,6 +112,8 @@ class FixedScale(Scaling):
 @dataclass(frozen=True)
 class Amax(Scaling):
     """scale = max|x| / format.max, of the tensor or of each channel: nothing saturates."""
+
+    reads_data: ClassVar[bool] = True
 
     def of(self, statistics: Statistics, format: Format, stored: Tensor | None) -> Tensor:
         """max|x| / format.max, at least 2^-126."""
@@ -150,6 +159,7 @@ class Sawb(Scaling):
     Source: Choi et al., MLSys 2019; coefficients from fms-model-optimizer.
     """
 
+    reads_data: ClassVar[bool] = True
     c1: float | None = None
     c2: float | None = None
     clipped: bool = False

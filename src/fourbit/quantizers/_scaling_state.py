@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.formats import Format
+from fourbit.quantizers._share import Share
 
 
 class Pass(Protocol):
@@ -27,6 +28,10 @@ class Pass(Protocol):
     """Of the layer."""
     with_gradients: bool
     """Whether the forward pass records for a backward pass: only such passes decide something for good."""
+
+    def share_of(self, operand: str) -> Share | None:
+        """The process's share in an operand, if what is decided is decided by the whole batch."""
+        ...
 
 
 class Stored:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fourbit.backends import Operation
+from fourbit.quantizers._share import Share
 
 
 def is_dense(x: Tensor) -> bool:
@@ -61,14 +62,28 @@ class Statistics:
 
     Args:
         count: how many elements share one, where zeros fill up what is missing of the axes.
+        share: of which `x` is in this process, if the largest magnitudes are those of the whole batch.
+        spans: whether elements of all processes share each of `amax`.
     """
 
-    def __init__(self, x: Tensor, dims: tuple[int, ...] | None = None, count: Tensor | int | None = None):
+    def __init__(
+        self,
+        x: Tensor,
+        dims: tuple[int, ...] | None = None,
+        count: Tensor | int | None = None,
+        share: Share | None = None,
+        spans: bool = True,
+    ):
         self.x, self.dims, self.count = x.detach() if x.requires_grad else x, dims, count
+        self._share, self._spans = share, spans
 
     @cached_property
     def moments(self) -> Moments:
         """All three at once. Means are taken in float64, so that they do not depend on the order of summation."""
+        found = self._moments()
+        return found if self._share is None or not self._spans else _of_all(found, self._share, self.x.numel())
+
+    def _moments(self) -> Moments:
         if self.dims is None:
             found = MOMENTS(self.x)
             if found is not None:
@@ -89,4 +104,23 @@ class Statistics:
     @cached_property
     def amax(self) -> Tensor:
         """max|x|."""
-        return torch.as_tensor(self.moments.amax) if "moments" in self.__dict__ else amax_of(self.x, self.dims)
+        if "moments" in self.__dict__:
+            return torch.as_tensor(self.moments.amax)
+        amax = amax_of(self.x, self.dims)
+        return self._share.largest(amax, self.x.numel()) if self._share is not None and self._spans else amax
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest of `amax`, 0-d."""
+        largest = self.amax.max() if self.amax.numel() else self.amax.new_zeros(())
+        return largest if self._share is None or self._spans else self._share.largest(largest, self.x.numel())
+
+
+def _of_all(mine: Moments, share: Share, size: int) -> Moments:
+    """The moments of the whole batch."""
+    means = torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in mine[:2]])
+    mean_square, mean_abs = share.total(means) / share.count
+    amax = share.largest(torch.as_tensor(mine.amax, dtype=torch.float32), size)
+    if isinstance(mine.amax, float):
+        return Moments(float(mean_square), float(mean_abs), float(amax))
+    return Moments(mean_square, mean_abs, amax)

@@ -147,7 +147,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _steps_per_epoch(config: TrainConfig, task: Task, num_processes: int) -> int:
     if config.batch_size % num_processes:
-        raise UserError(f"batch_size is {config.batch_size}, but must be a multiple of the {num_processes} processes.")
+        below = config.batch_size // num_processes * num_processes
+        choices = " or ".join(str(n) for n in (below, below + num_processes) if n)
+        raise UserError(
+            f"batch_size is {config.batch_size}, which {num_processes} processes cannot share equally: give {choices}."
+        )
     batches = task.num_batches()
     steps = batches // config.grad_accumulation
     if steps == 0:
