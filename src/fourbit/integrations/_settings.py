@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from fourbit import recipes
 from fourbit.errors import UserError
 from fourbit.nn import MatMul, quantized_layers
+from fourbit.ops import Products
 from fourbit.recipes import Choice
 from fourbit.recipes._convert import assign
 
@@ -50,10 +51,12 @@ def convert(
     model: nn.Module,
     recipe: str,
     *,
+    seed: int = 0,
+    products: str = "fast",
+    fuse: bool = True,
     only: Choice | None = None,
     skip: Choice | None = None,
     allow_converted: bool = False,
-    **options: Any,
 ) -> Settings:
     """`fourbit.convert`; returns what a file is to say of it.
 
@@ -63,16 +66,14 @@ def convert(
     Raises:
         UserError: as `fourbit.convert`, or the model was converted otherwise.
     """
-    chosen: dict[str, Any] = {"only": only, "skip": skip}
-    seen = {name: _Recorded(choice) for name, choice in chosen.items() if callable(choice)}
+    seen_only, seen_skip = _recorded(only), _recorded(skip)
     converted = any(not isinstance(layer, MatMul) for layer in quantized_layers(model).values())
     if allow_converted and converted:
-        _require_converted(model, recipe, **(chosen | seen))
+        _require_converted(model, recipe, seen_only, seen_skip)
     else:
-        recipes.convert(model, recipe, **options, **(chosen | seen))
-    words = {name: seen[name].expression() if name in seen else choice for name, choice in chosen.items()}
-    kept = {name: value for name, value in options.items() if name in ("seed", "products")}
-    return Settings(recipe, **kept, **words)
+        kind = cast("Products", products)  # refused there if it is none
+        recipes.convert(model, recipe, seed=seed, products=kind, fuse=fuse, only=seen_only, skip=seen_skip)
+    return Settings(recipe, seed, products, _expression(seen_only), _expression(seen_skip))
 
 
 def _require_converted(model: nn.Module, recipe: str, only: Choice | None, skip: Choice | None) -> None:
@@ -91,15 +92,23 @@ def _require_converted(model: nn.Module, recipe: str, only: Choice | None, skip:
 class _Recorded:
     """A predicate that keeps the names which it has chosen."""
 
-    def __init__(self, predicate: Any):
+    def __init__(self, predicate: Callable[[str, nn.Module], bool]):
         functools.update_wrapper(self, predicate)
-        self._predicate, self._names = predicate, []
+        self._predicate = predicate
+        self.names: list[str] = []
 
     def __call__(self, name: str, module: nn.Module) -> bool:
         chosen = bool(self._predicate(name, module))
         if chosen:
-            self._names.append(name)
+            self.names.append(name)
         return chosen
 
-    def expression(self) -> str:
-        return f"^({'|'.join(map(re.escape, self._names))})$"
+
+def _recorded(choice: Choice | None) -> Choice | None:
+    return _Recorded(choice) if callable(choice) else choice
+
+
+def _expression(choice: Choice | None) -> str | None:
+    if isinstance(choice, _Recorded):
+        return f"^({'|'.join(map(re.escape, choice.names))})$"
+    return choice  # type: ignore[return-value]
