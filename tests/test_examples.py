@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"hf_trainer.py": "transformers", "lightning_module.py": "lightning"}
+NEEDS = {
+    "hf_trainer.py": "transformers",
+    "lightning_module.py": "lightning",
+    "export.py": "onnxruntime",
+    "own_loop.py": "sklearn",
+}
 
 pytestmark = pytest.mark.slow
 
@@ -33,3 +38,15 @@ def test_the_model_that_was_loaded_has_the_loss_of_the_one_that_was_trained(reci
 @pytest.mark.parametrize("recipe", ["ibm2020", "mxfp4-ceil-sr-g"])
 def test_lightning_tells_two_arms_apart(recipe):
     assert float(printed("lightning_module.py", recipe).split()[-1]) > 0.9
+
+
+def test_a_loop_of_ones_own_learns_digits():
+    assert float(re.findall(r"test accuracy (\S+)%", printed("own_loop.py"))[-1]) > 85
+
+
+def test_the_export_has_the_accuracy_of_the_model(tmp_path):
+    pytest.importorskip("onnx")
+    said = re.search(r"model (\S+)%, of the export (\S+)%; logits differ by (\S+) ", printed("export.py", str(tmp_path / "e")))
+    mine, exported, far = map(float, said.groups())
+    assert mine > 85 and abs(mine - exported) < 1 and (tmp_path / "e" / "README.md").exists()
+    assert far < 0.3  # one number beside a decision point may fall to its other side

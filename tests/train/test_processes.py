@@ -16,7 +16,7 @@ import torch
 from fourbit.cli import main
 
 COMMAND = ("train", "--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--epochs", "1", "--no-progress")
-COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--no-tensorboard")
+COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--log-to=none")
 
 
 @pytest.fixture(autouse=True)
