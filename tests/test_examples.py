@@ -46,7 +46,9 @@ def test_a_loop_of_ones_own_learns_digits():
 
 def test_the_export_has_the_accuracy_of_the_model(tmp_path):
     pytest.importorskip("onnx")
-    said = re.search(r"model (\S+)%, of the export (\S+)%; logits differ by (\S+) ", printed("export.py", str(tmp_path / "e")))
+    said = re.search(
+        r"model (\S+)%, of the export (\S+)%; logits differ by (\S+) ", printed("export.py", str(tmp_path / "e"))
+    )
     mine, exported, far = map(float, said.groups())
     assert mine > 85 and abs(mine - exported) < 1 and (tmp_path / "e" / "README.md").exists()
     assert far < 0.3  # one number beside a decision point may fall to its other side

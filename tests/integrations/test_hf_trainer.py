@@ -125,6 +125,27 @@ def test_the_choice_of_layers_is_kept_and_a_checkpoint_of_another_is_refused(tmp
         trainer(only="nothing")
 
 
+def test_a_folder_with_a_damaged_or_malicious_configuration_is_refused_and_runs_no_code(tmp_path):
+    folder = tmp_path / "model"
+    save_pretrained(convert(gpt2(), "luq"), folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    good = dict(config["quantization_config"])
+    for change, words in (
+        ({"recipe": f"{folder / 'code.py'}:make"}, "unknown recipe"),
+        ({"recipe": {"a": 1}}, "must be a name"),
+        ({"seed": "x"}, "must be a whole number"),
+        ({"only": "("}, "not a regular expression"),
+        ({"skip": [1]}, "must be a regular expression"),
+        ({"products": "other"}, "products must be"),
+    ):
+        config["quantization_config"] = good | change
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=words):
+            AutoModelForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_clip_values_have_a_group_and_layers_are_logged(tmp_path):
     heard: list[dict] = []
 

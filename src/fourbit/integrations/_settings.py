@@ -29,6 +29,13 @@ class Settings:
     only: str | None = None
     skip: str | None = None
 
+    def __post_init__(self) -> None:
+        """Files of other people may hold anything; what the rest is, `fourbit.convert` looks at itself."""
+        for name, kind, words in (("recipe", str, "a name"), ("seed", int, "a whole number")):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise UserError(f"{name} is {value!r}, but must be {words}: correct the configuration.")
+
     def as_dict(self) -> dict[str, Any]:
         """For files: without what is None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
