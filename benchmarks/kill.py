@@ -34,7 +34,7 @@ from fourbit.data import load
 from fourbit.train import _checkpoint
 
 SMALL = ("--model", "digits_cnn", "--data", "digits", "--no-progress", "--log-every", "1", "--threads", "1")
-SMALL += ("--batch-size", "359", "--no-tensorboard")
+SMALL += ("--batch-size", "359", "--log-to=none")
 COMMANDS = {
     "train": (
         "train",

@@ -20,7 +20,7 @@ from fourbit.cli import main
 from fourbit.cli._terminal import program
 from fourbit.train import CompareConfig, TrainConfig
 
-DIGITS = ("--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--no-tensorboard")
+DIGITS = ("--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--log-to=none")
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_compare_prints_a_table_and_skips_what_is_done(capsys):
     flags = [
         "compare",
         *DIGITS[:4],
-        "--no-tensorboard",
+        "--log-to=none",
         "--recipes",
         "fp32,int4-fwd",
         "--seeds",

@@ -24,7 +24,7 @@ EVERY = 47
 """Of the cases, so many go into one that is not slow."""
 
 TINY = {"model": "digits_cnn", "data": "digits", "recipe": "fp32", "epochs": 1, "max_steps": 1, "batch_size": 16}
-TINY |= {"tensorboard": False, "progress": False, "max_test_batches": 1}
+TINY |= {"log_to": (), "progress": False, "max_test_batches": 1}
 
 
 def sampled(cases: list, ids: list[str]) -> list:
@@ -125,7 +125,7 @@ def test_damaged_data(capsys, tmp_path, case):
         "--max-steps=1",
         "--batch-size=2",
         "--no-progress",
-        "--no-tensorboard",
+        "--log-to=none",
         "--max-test-batches=1",
     ]
     flags += ["--observe-every=0", "--threads=1", "--out=run"]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 import fourbit as fb  # noqa: E402
 from fourbit.errors import UserError  # noqa: E402
-from fourbit.integrations.transformers import FourBitMixin, FourBitTrainer, convert, save_pretrained  # noqa: E402
+from fourbit.integrations.transformers import FourBitMixin, FourBitTrainer, convert, load_state, save_pretrained  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,60 @@ def test_a_resumed_run_and_a_loaded_folder_equal_the_whole_run_to_the_bit(tmp_pa
     assert [name for name, t in again.model.state_dict().items() if not torch.equal(t, state[name])] == []
     config = json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["recipe"]) == ("fourbit", recipe)
+
+
+def test_the_choice_of_layers_is_kept_and_a_checkpoint_of_another_is_refused(tmp_path):
+    def trainer(recipe="mxfp4", seed=0, **choice):  # layers of mxfp4 remember nothing
+        return FourBitTrainer(
+            gpt2(), arguments(tmp_path), train_dataset=tokens(), recipe=recipe, seed=seed, **choice
+        )  # fmt: skip
+
+    whole = trainer(skip=lambda name, layer: "attn" in name, only="h.1")
+    whole.train()
+    layers = set(fb.quantized_layers(whole.model))
+    assert layers == {"transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert set(fb.quantized_layers(loaded)) == layers
+    rows = torch.stack([row["input_ids"] for row in tokens()[:2]])
+    assert torch.equal(whole.model.eval()(rows).logits, loaded.eval()(rows).logits)
+    again = trainer(skip=lambda name, layer: "attn" in name, only="h.1")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(t, whole.model.state_dict()[name]) for name, t in again.model.state_dict().items())
+    goes_on = FourBitTrainer(loaded, arguments(tmp_path), train_dataset=tokens())
+    goes_on._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    for other, setting in (
+        (trainer(), "only='h.1', not with only=None"),
+        (trainer(only="h.1"), "not with skip=None"),
+        (trainer("nvfp4"), "recipe='mxfp4', not with recipe='nvfp4'"),
+        (trainer(seed=1), "seed=0, not with seed=1"),
+    ):
+        with pytest.raises(UserError, match=setting):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(UserError, match="only and skip choose layers for a recipe"):
+        FourBitTrainer(gpt2(), arguments(tmp_path), train_dataset=tokens(), only="h.1")
+    with pytest.raises(UserError, match="only 'nothing' chooses no layer"):
+        trainer(only="nothing")
+
+
+def test_a_folder_with_a_damaged_or_malicious_configuration_is_refused_and_runs_no_code(tmp_path):
+    folder = tmp_path / "model"
+    save_pretrained(convert(gpt2(), "luq"), folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    good = dict(config["quantization_config"])
+    for change, words in (
+        ({"recipe": f"{folder / 'code.py'}:make"}, "unknown recipe"),
+        ({"recipe": {"a": 1}}, "must be a name"),
+        ({"seed": "x"}, "must be a whole number"),
+        ({"only": "("}, "not a regular expression"),
+        ({"skip": [1]}, "must be a regular expression"),
+        ({"products": "other"}, "products must be"),
+    ):
+        config["quantization_config"] = good | change
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=words):
+            AutoModelForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_clip_values_have_a_group_and_layers_are_logged(tmp_path):
@@ -172,8 +226,10 @@ def test_what_cannot_be_trained_is_said(tmp_path):
     with pytest.raises(UserError, match=r"has no fourbit\.safetensors: it was not saved by this trainer"):
         trainer(gpt2(), recipe="ibm2020")._load_from_checkpoint(str(folder))
     save_pretrained(convert(gpt2(), "luq"), folder)
-    with pytest.raises(UserError, match="belongs to another model or recipe"):
+    with pytest.raises(UserError, match="trained with recipe='luq', not with recipe='ibm2020'"):
         trainer(gpt2(), recipe="ibm2020")._load_from_checkpoint(str(folder))
+    with pytest.raises(UserError, match="belongs to another model or recipe"):
+        load_state(convert(gpt2(), "ibm2020"), folder / "fourbit.safetensors")
     (folder / "fourbit.safetensors").write_bytes(b"\x08")
     with pytest.raises(UserError, match="cannot be read"):
         trainer(gpt2(), recipe="luq")._load_from_checkpoint(str(folder))

@@ -94,8 +94,37 @@ def test_what_cannot_be_trained_is_said(tmp_path):
     with pytest.raises(UserError, match="no optimizer has the clip values"):
         trainer(tmp_path, FourBit("ibm2020")).fit(Module(forgetful=True), batches())
     trainer(tmp_path, FourBit("ibm2020"), epochs=1).fit(Module(), batches())
-    for other, message in (("luq", "not trained by luq"), ("ibm2020-no-tpr", "by ibm2020, not by ibm2020-no-tpr")):
+    for other, message in (
+        (FourBit("luq"), "not trained by luq in these layers"),
+        (FourBit("ibm2020-no-tpr"), "recipe='ibm2020', not with recipe='ibm2020-no-tpr'"),
+        (FourBit("ibm2020", seed=1), "with seed=0, not with seed=1"),
+    ):
         with pytest.raises(UserError, match=message):
-            trainer(tmp_path, FourBit(other)).fit(
-                Module(), batches(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=False
-            )
+            trainer(tmp_path, other).fit(Module(), batches(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=False)
+
+
+def test_a_module_that_is_converted_otherwise_is_not_trained_under_the_recipes_name(tmp_path):
+    module = Module()
+    for _ in range(2):
+        trainer(tmp_path, FourBit("mxfp4", skip="net.2")).fit(module, batches())  # the second finds it converted
+    for other in (FourBit("nvfp4", skip="net.2"), FourBit("mxfp4")):
+        with pytest.raises(UserError, match="the model is converted already, and net"):
+            trainer(tmp_path, other).fit(module, batches())
+
+
+def test_the_choice_of_layers_is_kept_and_a_checkpoint_of_another_is_refused(tmp_path):
+    def fit(recipe="mxfp4", **options):
+        callback, module = FourBit(recipe, skip=options.pop("skip", None)), Module()
+        trainer(tmp_path, callback, epochs=options.pop("epochs", 2)).fit(module, batches(), **options)
+        return module, callback.state_dict()
+
+    whole, kept = fit(skip=lambda name, layer: layer.out_features == layer.in_features)
+    assert set(fb.quantized_layers(whole)) == {"net.0"} and kept["skip"] == r"^(net\.2)$"
+    old = {"ckpt_path": tmp_path / "epoch=0.ckpt", "weights_only": False}
+    again, _ = fit(skip=lambda name, layer: name == "net.2", **old)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
+    for other in ({}, {"skip": "net.0"}):
+        with pytest.raises(UserError, match=r"trained with skip='\^\(net.*2\)\$', not with skip="):
+            fit(**other, **old)
+    with pytest.raises(UserError, match="only and skip choose layers for a recipe"):
+        FourBit(None, skip="x")

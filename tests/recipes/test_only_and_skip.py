@@ -96,7 +96,7 @@ def test_explain_of_a_converted_model_that_is_told_less_says_what_was_left_out()
 
 
 def test_a_run_keeps_its_choice_in_its_configuration_and_is_loaded_by_it(tmp_path):
-    options = {"model": "digits_cnn", "data": "digits", "max_steps": 1, "progress": False, "tensorboard": False} | {
+    options = {"model": "digits_cnn", "data": "digits", "max_steps": 1, "progress": False, "log_to": ()} | {
         "max_test_batches": 1,
         "observe_every": 0,
     }

@@ -56,7 +56,7 @@ def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypa
     whole = data.load("digits")
     small = dataclasses.replace(whole, train_x=whole.train_x[:64], train_y=whole.train_y[:64])
     monkeypatch.setattr(data, "load", lambda name, folder=None: small)
-    changes = {"model": "digits_cnn", "data": "digits", "tensorboard": False, "progress": False, "out": tmp_path}
+    changes = {"model": "digits_cnn", "data": "digits", "log_to": (), "progress": False, "out": tmp_path}
     done = reproduce("table1", "resnet18", scale="smoke", seeds=(0, 1), **changes)
     assert not done.interrupted and "say nothing about accuracy" in done.text
     stored = json.loads((tmp_path / "table1-resnet18-smoke" / "reproduced.json").read_text())
@@ -73,7 +73,7 @@ def test_a_row_runs_writes_its_table_and_goes_on_where_it_was(tmp_path, monkeypa
 
 
 def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
-    changes = {"tensorboard": False, "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
+    changes = {"log_to": (), "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
     reproduce("questions", "radix", columns=("fp32", "ibm2020-no-tpr"), **changes)
     done = reproduce("questions", "radix", columns=("ibm2020-radix2", "luq"), seeds=(1,), **changes)
     stored = json.loads((tmp_path / "questions-radix-smoke" / "reproduced.json").read_text())["columns"]
@@ -99,7 +99,7 @@ def test_a_smaller_call_loses_nothing_from_the_table(tmp_path):
 
 
 def test_the_table_alone_is_that_of_the_finished_runs(tmp_path):
-    changes = {"tensorboard": False, "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
+    changes = {"log_to": (), "progress": False, "out": tmp_path, "epochs": 1, "scale": "smoke"}
     with pytest.raises(UserError, match="digits_cnn has no finished run of radix at the scale smoke: check --out, or"):
         reproduce("questions", "radix", table_only=True, **changes)
     done = reproduce("questions", "radix", columns=("fp32", "ibm2020-radix2"), **changes)
@@ -118,7 +118,7 @@ def test_the_table_alone_is_that_of_the_finished_runs(tmp_path):
 def test_a_folder_of_a_rows_own_keeps_every_column(tmp_path, monkeypatch):
     small = dataclasses.replace(data.load("digits"), name="cifar10")
     monkeypatch.setattr(data, "load", lambda name, folder=None: small)
-    changes = {"model": "digits_cnn", "tensorboard": False, "progress": False, "out": tmp_path, "scale": "smoke"}
+    changes = {"model": "digits_cnn", "log_to": (), "progress": False, "out": tmp_path, "scale": "smoke"}
     reproduce("table1", "resnet18", columns=("fp32", "luq"), **changes)
     assert "`luq`" in reproduce("table1", "resnet18", columns=("fp32",), **changes).text
 
@@ -220,7 +220,7 @@ def test_a_debate_shares_the_runs_of_its_network(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     (text / "input.txt").write_text("".join(f"line {i} of a play, {i * i}\n" for i in range(400)))
-    changes = {"tensorboard": False, "progress": False, "data_dir": text, "out": tmp_path, "scale": "smoke"}
+    changes = {"log_to": (), "progress": False, "data_dir": text, "out": tmp_path, "scale": "smoke"}
     done = reproduce("debates", "gemms", columns=("fp32", "mxfp4-ceil"), **changes)
     assert done.runs == tmp_path / "networks-smoke" / "gpt" and "test perplexity" in done.text
     other = reproduce("debates", "rounding", columns=("fp32",), table_only=True, **changes)

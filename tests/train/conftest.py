@@ -53,7 +53,7 @@ def make_config(tmp_path: Path) -> Callable[..., TrainConfig]:
 
     def make(name: str = "run", **fields: Any) -> TrainConfig:
         small = {"model": "digits_cnn", "data": "digits", "recipe": "fp32", "epochs": 2, "batch_size": BATCH_SIZE}
-        quick = {"log_every": 1, "observe_every": 2, "tensorboard": False, "progress": False}
+        quick = {"log_every": 1, "observe_every": 2, "log_to": (), "progress": False}
         return TrainConfig(**{**small, **quick, "out": tmp_path / name, **fields})
 
     return make

@@ -24,7 +24,7 @@ def small(tmp_path):
     """`small(**fields)`: a comparison of one-epoch runs."""
 
     def make(**fields):
-        task = {"model": "digits_cnn", "data": "digits", "epochs": 1, "batch_size": 32, "tensorboard": False}
+        task = {"model": "digits_cnn", "data": "digits", "epochs": 1, "batch_size": 32, "log_to": ()}
         plan = {"recipes": ("fp32", "int4-fwd", "ibm2020"), "seeds": (0, 1), "observe_every": 0, "out": tmp_path / "c"}
         return CompareConfig(**{**task, **plan, **fields})
 

@@ -31,7 +31,7 @@ def text(tmp_path, monkeypatch) -> Path:
 def config(text: Path, out: Path | None = None, **changes) -> TrainConfig:
     values = {
         "model": MODEL, "data": "text", "data_dir": text, "tokenizer": "bpe:300", "batch_size": 4, "epochs": 2, "max_steps": 12,
-        "optimizer": "adamw", "lr": 0.003, "recipe": "fp32", "tensorboard": False, "threads": 1, "log_every": 1,
+        "optimizer": "adamw", "lr": 0.003, "recipe": "fp32", "log_to": (), "threads": 1, "log_every": 1,
         "schedule": "wsd", "warmup_steps": 3, "gradient_clip": 1.0, "progress": False, "sample_tokens": 5,
     }  # fmt: skip
     return TrainConfig(**{**values, "out": out, **changes})

@@ -28,7 +28,7 @@ def folder(tmp_path) -> Path:
 def config(folder: Path, out: Path | None = None, **changes) -> TrainConfig:
     values = {
         "model": "lstm_200", "data": "ptb", "data_dir": folder, "batch_size": 4, "sequence_length": 6, "epochs": 2,
-        "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "tensorboard": False, "threads": 1,
+        "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "log_to": (), "threads": 1,
     }  # fmt: skip
     return TrainConfig(**{**values, "out": out, **changes})
 
@@ -134,9 +134,7 @@ def test_a_comparison_is_a_table_of_perplexities(folder, tmp_path, capsys):
         for k in ("model", "data", "data_dir", "batch_size", "sequence_length", "optimizer")
     }
     found = compare(
-        CompareConfig(
-            **shared, epochs=1, recipes=("fp32", "ibm2020"), seeds=(0,), out=tmp_path / "c", tensorboard=False
-        )
+        CompareConfig(**shared, epochs=1, recipes=("fp32", "ibm2020"), seeds=(0,), out=tmp_path / "c", log_to=())
     )
     assert "test perplexity" in (tmp_path / "c" / "table.md").read_text()
     assert "perplexity" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_text_of_ones_own_trains_and_counts_unknown_characters(make_config, tmp_
 
 def test_from_the_command_line_errors_are_one_line_and_exit_2(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["train", "--model", "digits_cnn", "--data", "images", "--no-tensorboard", "--data-dir"]
+    command = ["train", "--model", "digits_cnn", "--data", "images", "--log-to=none", "--data-dir"]
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([str(tmp_path / "empty")], "empty has no images: need a folder for each class"),
@@ -118,7 +118,7 @@ def test_hf_names_may_stand_for_a_folder_and_name_the_run(shapes, tmp_path, monk
         "hf:./shapes",
         "--max-steps",
         "1",
-        "--no-tensorboard",
+        "--log-to=none",
     ]
     assert main(["train", *words]) == 0
     assert "data: 192 training and 48 test images of 12 classes, 12x12 grey" in capsys.readouterr().out

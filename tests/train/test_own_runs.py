@@ -42,7 +42,7 @@ data = "digits"
 recipe = "mine.toml"
 epochs = 1
 batch-size = 32
-tensorboard = false
+log_to = []
 milestones = [0.5]
 observe_every = 0
 """
@@ -76,7 +76,7 @@ def test_a_run_of_ones_own_network_and_recipe_goes_on_with_the_same_alone(capsys
         [0.5],
     )
     assert main(["train", "--model", "net.py:Net", "--data", "digits", "--recipe", "ibm2020", "--epochs", "1"]
-        + ["--batch-size", "32", "--no-tensorboard", "--milestones", "0.5", "--observe-every", "0", "--lr", "0.05"]
+        + ["--batch-size", "32", "--log-to=none", "--milestones", "0.5", "--observe-every", "0", "--lr", "0.05"]
         + ["--out", "b"]) == 0  # fmt: skip
     assert tensors(Path("a")) == tensors(Path("b"))
     Path("mine.toml").write_text(Path("mine.toml").read_text().replace("fp4_r4_even", "fp4_r2"))
@@ -140,13 +140,13 @@ def test_settings_that_are_wrong_are_one_sentence(capsys, text, words):
 
 
 def test_a_flag_goes_before_the_file(capsys):
-    Path("s.toml").write_text("epochs = 0\ntensorboard = true\n")
+    Path("s.toml").write_text('epochs = 0\nlog_to = ["tensorboard"]\n')
     assert "epochs is 0" in failing(capsys, "train", "--config", "s.toml")
     command = [
         "train",
         "--config=s.toml",
         "--epochs=1",
-        "--no-tensorboard",
+        "--log-to=none",
         "--model=digits_cnn",
         "--data=digits",
         "--batch-size=16",
@@ -162,7 +162,7 @@ def test_runs_are_listed_with_their_state(capsys):
         "--recipe=fp32",
         "--max-steps=1",
         "--batch-size=16",
-        "--no-tensorboard",
+        "--log-to=none",
     ]
     for name in ("done", "bad", "broken"):
         assert main(["train", *small, f"--out=r/{name}"]) == 0

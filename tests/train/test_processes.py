@@ -19,7 +19,7 @@ from fourbit.train._config import TrainConfig
 from fourbit.train._session import _steps_per_epoch
 
 COMMAND = ("train", "--model", "digits_cnn", "--data", "digits", "--recipe", "fp32", "--epochs", "1", "--no-progress")
-COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--no-tensorboard")
+COMMAND += ("--batch-size", "128", "--eval-batch-size", "359", "--threads", "1", "--no-augment", "--log-to=none")
 
 
 @pytest.fixture(autouse=True)

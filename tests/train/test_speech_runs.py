@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
 def config(folder: Path, out: Path, **changes) -> TrainConfig:
     values = {
         "model": "bilstm_speech", "data": "spoken_digits", "data_dir": folder, "batch_size": 20, "epochs": 8,
-        "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "tensorboard": False, "threads": 1,
+        "optimizer": "adam", "lr": 0.003, "weight_decay": 0.0, "log_to": (), "threads": 1,
         "out": out,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})

@@ -269,13 +269,54 @@ def test_a_folder_that_is_not_empty_is_left_alone(make_config):
 def test_tensorboard_gets_the_same_numbers(make_config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = make_config(recipe="ibm2020", epochs=1, tensorboard=True)
+    config = make_config(recipe="ibm2020", epochs=1, log_to=("tensorboard",))
     train(config)
     events = EventAccumulator(str(config.out / "tb"))
     events.Reload()
     losses = [line["loss"] for line in metrics(config.out) if line["kind"] == "step"]
     assert [e.value for e in events.Scalars("loss/train")] == pytest.approx(losses)
     assert {"accuracy/test", "lr", "grad_scale_exponent/fc"} <= set(events.Tags()["scalars"])
+
+
+def test_wandb_and_trackio_get_the_same_numbers(make_config, monkeypatch):
+    """Through accelerate's trackers, of which these are stand-ins."""
+    from accelerate import tracking
+
+    heard: dict[str, list] = {}
+
+    class Stand(tracking.GeneralTracker):
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, run_name, **options):
+            super().__init__()
+            heard[self.name] = [(run_name, options)]
+
+        def store_init_configuration(self, values):
+            heard[self.name].append(values)
+
+        def log(self, values, step=None, **options):
+            heard[self.name].append((step, values))
+
+        def finish(self):
+            heard[self.name].append("finish")
+
+    stands = {name: type(name, (Stand,), {"name": name}) for name in ("wandb", "trackio")}
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", stands)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: list(stands))
+    config = make_config(recipe="ibm2020", epochs=1, log_to=("wandb", "trackio"))
+    train(config)
+    losses = [line["loss"] for line in metrics(config.out) if line["kind"] == "step"]
+    for name, more in (("wandb", {"dir": str(config.out)}), ("trackio", {"resume": "never"})):
+        start, settings, *points, end = heard[name]
+        assert start == ("fourbit", {"name": config.out.name, **more}) and end == "finish"
+        assert settings["recipe"] == "ibm2020"
+        assert [values["loss/train"] for _, values in points if "loss/train" in values] == losses
+    assert not (config.out / "tb").exists()
+    with pytest.raises(UserError, match="tensorboard is not installed: pip install 'fourbit"):
+        train(make_config(out=config.out.parent / "b", log_to=("tensorboard",)))
+    with pytest.raises(UserError, match="unknown tracker 'wand': did you mean 'wandb'"):
+        train(make_config(log_to=("wand",)))
 
 
 def test_the_report_reads_what_a_run_wrote(make_config):

@@ -44,7 +44,7 @@ def config(folder: Path, out: Path, **changes) -> TrainConfig:
     values = {
         "model": "transformer_small", "data": "multi30k", "data_dir": folder, "batch_size": 60, "epochs": 12,
         "optimizer": "adam", "lr": 0.004, "beta2": 0.98, "warmup_steps": 40, "schedule": "inverse_sqrt",
-        "weight_decay": 0.0, "tensorboard": False, "threads": 1, "out": out,
+        "weight_decay": 0.0, "log_to": (), "threads": 1, "out": out,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fourbit.cli._app import app
 from fourbit.cli._terminal import say
@@ -32,7 +32,8 @@ def explain(
         recipe: Recipe; `fourbit recipes` lists them.
         input: Channels, height and width of an image (None: 3x32x32, for ImageNet 3x224x224), tokens of a row of text
             (None: 35, or the context of gpt), frames and features of an utterance (None: 50x40), or tokens of source and target
-            (None: 20x20).
+            (None: 20x20). Networks of transformers that are for none of these (hf:whisper, hf:deberta) are shown with the
+            inputs that they are made for.
         classes: Number of classes (None: 10), or of the vocabulary's tokens (None: 10000).
         only: Quantize only layers whose dotted name contains a match of this regular expression, as in `fourbit train`.
         skip: Keep layers whose dotted name contains a match in full precision.
@@ -41,7 +42,7 @@ def explain(
     from fourbit.recipes import explain as explain_recipe
     from fourbit.recipes._explanation import kernel_lines
 
-    network, batch = build_network(model, input, classes, 1)
+    network, batch = _build_to_look_at(model, input, classes)
     found = explain_recipe(network, recipe, batch, only=only, skip=skip)
     say("\n".join([str(found), "", *kernel_lines(found)] if kernels else [str(found)]))
 
@@ -75,6 +76,19 @@ def memory(
     before = memory_report(network, batch).total
     report = memory_report(convert(network, recipe), batch)
     say(f"{report}\nby the same network in FP32: {format_bytes(before)}; now {report.total / before:.3f}x of it")
+
+
+def _build_to_look_at(model: str, input: str | None, classes: int | None) -> tuple[Module, Any]:
+    """As `build_network`; and any network of transformers, with None for its `dummy_inputs`."""
+    from fourbit.models import build_hf_untouched
+
+    try:
+        return build_network(model, input, classes, 1)
+    except UserError:
+        library, _, rest = model.partition(":")
+        if library != "hf" or input is not None or classes is not None:
+            raise
+        return build_hf_untouched(rest), None
 
 
 def build_network(

@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from fourbit import nn as fnn
 from fourbit import recipes
 from fourbit.errors import UserError
+from fourbit.integrations._settings import Settings, convert
 from fourbit.integrations._steps import by_layer, scheduler_of
 from fourbit.nn import Observation
+from fourbit.recipes import Choice
 
 
 class FourBit(Callback):
@@ -31,12 +33,14 @@ class FourBit(Callback):
 
     Args:
         recipe: a name of the catalogue; None: the module is converted already.
-        seed, products, fuse: as of `fourbit.convert`.
+        seed, products, fuse, only, skip: as of `fourbit.convert`. Checkpoints keep all but `fuse`, and a run goes on with the
+            same alone.
         observe: whether layers' statistics are logged.
 
     Raises:
-        UserError: as `fourbit.convert`; a recipe that scales the loss; an optimizer without the clip values; a checkpoint of
-            another recipe; or an average of weights that was copied before the conversion.
+        UserError: as `fourbit.convert`; a module that is converted otherwise; a recipe that scales the loss; an optimizer
+            without the clip values; a checkpoint of another recipe, seed, `only` or `skip`; or an average of weights that was
+            copied before the conversion.
     """
 
     def __init__(
@@ -46,10 +50,15 @@ class FourBit(Callback):
         seed: int = 0,
         products: str = "fast",
         fuse: bool = True,
+        only: Choice | None = None,
+        skip: Choice | None = None,
         observe: bool = True,
     ):
+        if recipe is None and (only is not None or skip is not None):
+            raise UserError("only and skip choose layers for a recipe: name one (FourBit('ibm2020', ...)).")
         self.recipe, self.observe = recipe, observe
-        self._options: dict[str, Any] = {"seed": seed, "products": products, "fuse": fuse}
+        self._options: dict[str, Any] = {"seed": seed, "products": products, "fuse": fuse, "only": only, "skip": skip}
+        self._settings: Settings | None = None
         self._open = ExitStack()
         self._current: Observation | None = None
         self._scheduler: Any = None
@@ -61,10 +70,9 @@ class FourBit(Callback):
             raise UserError(
                 "an average of weights copies the module when it is set up: put FourBit before it among the callbacks."
             )
-        converted = any(not isinstance(layer, fnn.MatMul) for layer in fnn.quantized_layers(pl_module).values())
-        if self.recipe is not None and not converted:
-            recipes.convert(pl_module, self.recipe, **self._options)
-        elif not converted:
+        if self.recipe is not None:
+            self._settings = convert(pl_module, self.recipe, allow_converted=True, **self._options)
+        elif not fnn.quantized_layers(pl_module):
             raise UserError("the module has no quantized layer: name a recipe (FourBit('ibm2020')).")
         if recipes.loss_scaler(pl_module) is not None:
             raise UserError(
@@ -80,8 +88,8 @@ class FourBit(Callback):
         found = {name.removeprefix(prefix) for name in tensors if ".quant." in name}
         if found and found != wanted:
             raise UserError(
-                f"the checkpoint was not trained by {self.recipe or 'the recipe of the module'}, but by another recipe: give "
-                "that one."
+                f"the checkpoint was not trained by {self.recipe or 'the recipe of the module'} in these layers: give the "
+                "recipe, only and skip that it was trained with."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -127,11 +135,10 @@ class FourBit(Callback):
         self._open.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The recipe, for the checkpoint."""
-        return {"recipe": self.recipe}
+        """What the module was converted by, for the checkpoint."""
+        return {} if self._settings is None else self._settings.as_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another recipe."""
-        saved = state_dict.get("recipe")
-        if saved is not None and self.recipe is not None and saved != self.recipe:
-            raise UserError(f"the checkpoint was trained by {saved}, not by {self.recipe}: give FourBit({saved!r}).")
+        """Refuses a checkpoint of another recipe, seed, `only` or `skip`."""
+        if self._settings is not None and state_dict.get("recipe") is not None:
+            self._settings.require(state_dict, "the checkpoint")

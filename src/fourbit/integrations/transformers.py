@@ -9,8 +9,8 @@
 Other trainers (Seq2SeqTrainer, those of TRL): `class Mine(FourBitMixin, Seq2SeqTrainer): ...`.
 
 A folder that was saved holds float weights in model.safetensors as always, what layers remember of their quantization in
-fourbit.safetensors under the names of modules, and recipe, seed and products in config.json (`quantization_config`). A
-program that has not imported this module loads the float weights, and transformers says so.
+fourbit.safetensors under the names of modules, and recipe, seed, products, `only` and `skip` in config.json
+(`quantization_config`). A program that has not imported this module loads the float weights, and transformers says so.
 
 It is a Trainer and no TrainerCallback, because a callback neither makes the optimizer (whose clip values have a group of
 their own) nor hears of the folder that a run is resumed from.
@@ -18,6 +18,7 @@ their own) nor hears of the folder that a run is resumed from.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,8 +38,11 @@ from fourbit import nn as fnn
 from fourbit import recipes
 from fourbit._version import __version__
 from fourbit.errors import UserError
+from fourbit.integrations import _settings
+from fourbit.integrations._settings import Settings
 from fourbit.integrations._steps import by_layer, means, scheduler_of
 from fourbit.nn import Observation
+from fourbit.recipes import Choice
 
 METHOD = "fourbit"
 STATE_FILE = "fourbit.safetensors"
@@ -50,11 +54,27 @@ class FourBitConfig(QuantizationConfigMixin):
     Args:
         recipe: a name of the catalogue.
         seed, products: as of `fourbit.convert`.
+        only, skip: as of `fourbit.convert`, regular expressions.
     """
 
-    def __init__(self, recipe: str, seed: int = 0, products: str = "fast", version: str = __version__, **_: Any):
+    def __init__(
+        self,
+        recipe: str,
+        seed: int = 0,
+        products: str = "fast",
+        only: str | None = None,
+        skip: str | None = None,
+        version: str = __version__,
+        **_: Any,
+    ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.recipe, self.seed, self.products, self.version = recipe, seed, products, version
+        self.only, self.skip = only, skip
+
+    @property
+    def settings(self) -> Settings:
+        """What the model is converted by."""
+        return Settings(self.recipe, self.seed, self.products, self.only, self.skip)
 
 
 class FourBitQuantizer(HfQuantizer):
@@ -65,7 +85,7 @@ class FourBitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config: Any = self.quantization_config
-        recipes.convert(model, config.recipe, seed=config.seed, products=config.products)  # type: ignore[arg-type]
+        recipes.convert(model, **config.settings.as_dict())
         folder = str(model.config.name_or_path)
         found = cached_file(folder, STATE_FILE, _raise_exceptions_for_missing_entries=False)
         if found is None:
@@ -116,27 +136,43 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path, state_dict: Mapp
     tensors = model.state_dict() if state_dict is None else state_dict
     state = quantizer_state(tensors)
     model.save_pretrained(folder, state_dict={name: t for name, t in tensors.items() if name not in state})
-    save_state(state, folder)
+    save_state(state, folder, settings_of(model))
 
 
-def save_state(state: Mapping[str, Any], folder: str | Path) -> None:
-    """Write what layers remember."""
+def settings_of(model: nn.Module) -> Settings | None:
+    """What a model was converted by, where its config says so."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.settings if isinstance(config, FourBitConfig) else None
+
+
+def save_state(state: Mapping[str, Any], folder: str | Path, settings: Settings | None = None) -> None:
+    """Write what layers remember, and what the model was converted by."""
     whole = {
         name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().contiguous() for name, t in state.items()
     }
-    safetensors.torch.save_file(whole, Path(folder) / STATE_FILE, metadata={"format": "pt", "fourbit": __version__})
+    metadata = {"format": "pt", "fourbit": __version__}
+    if settings is not None:
+        metadata["settings"] = json.dumps(settings.as_dict())
+    safetensors.torch.save_file(whole, Path(folder) / STATE_FILE, metadata=metadata)
 
 
-def load_state(model: nn.Module, file: str | Path) -> None:
+def load_state(model: nn.Module, file: str | Path, settings: Settings | None = None) -> None:
     """Give the layers of a converted model what those of the saved one remembered.
 
+    Args:
+        settings: what the model was converted by; None: not known.
+
     Raises:
-        UserError: the file is damaged, or of a model with other layers or of another recipe.
+        UserError: the file is damaged, of a model with other layers, or of one that was converted by other settings.
     """
     try:
-        saved = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(file, "pt") as opened:
+            before = json.loads((opened.metadata() or {}).get("settings", "{}"))
+            saved = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}): take another checkpoint.") from error
+    if settings is not None and isinstance(before, dict):
+        settings.require(before, f"the model in {Path(file).parent}")
     wanted = quantizer_state(model.state_dict())
     missing, strange = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     if missing or strange:
@@ -147,12 +183,26 @@ def load_state(model: nn.Module, file: str | Path) -> None:
     model.load_state_dict(saved, strict=False)
 
 
-def convert(model: PreTrainedModel, recipe: str, *, seed: int = 0, products: str = "fast") -> PreTrainedModel:
-    """`fourbit.convert`, which also notes the recipe in the model's config. The recipe is a name of the catalogue."""
-    recipes.convert(model, recipe, seed=seed, products=products)  # type: ignore[arg-type]
-    if getattr(model, "config", None) is not None:
-        model.config.quantization_config = FourBitConfig(recipe=recipe, seed=seed, products=products)
+def convert(
+    model: PreTrainedModel,
+    recipe: str,
+    *,
+    seed: int = 0,
+    products: str = "fast",
+    only: Choice | None = None,
+    skip: Choice | None = None,
+) -> PreTrainedModel:
+    """`fourbit.convert`, which also notes its arguments in the model's config: a predicate as the regular expression of the
+    names that it has chosen. The recipe is a name of the catalogue."""
+    _convert(model, recipe, seed=seed, products=products, only=only, skip=skip)
     return model
+
+
+def _convert(model: Any, recipe: str, **options: Any) -> Settings:
+    settings = _settings.convert(model, recipe, **options)
+    if getattr(model, "config", None) is not None:
+        model.config.quantization_config = FourBitConfig(**settings.as_dict())
+    return settings
 
 
 _Base: Any = object  # the Trainer is among the bases of who mixes it in
@@ -163,14 +213,14 @@ class FourBitMixin(_Base):
 
     Args:
         recipe: a name of the catalogue; None: the model is converted already (by `convert` or `from_pretrained`).
-        seed, products: as of `fourbit.convert`.
+        seed, products, only, skip: as of `fourbit.convert`. Checkpoints keep them, and `train` goes on with the same alone.
         alpha_weight_decay: of PACT's clip values, which have a group of their own; None: that of the weights.
         observe: whether underflow, saturation and signal-to-noise ratio of every layer's operands go to whatever the Trainer
             reports to, at the steps that it logs; their means over layers are among the logged numbers.
 
     Raises:
-        UserError: as `fourbit.convert`; a recipe that scales the loss, for which the Trainer has no place; or an optimizer
-            of yours without the clip values.
+        UserError: as `fourbit.convert`; a recipe that scales the loss, for which the Trainer has no place; an optimizer
+            of yours without the clip values; or a checkpoint that was trained with another recipe, seed, `only` or `skip`.
     """
 
     def __init__(
@@ -179,27 +229,35 @@ class FourBitMixin(_Base):
         recipe: str | None = None,
         seed: int = 0,
         products: str = "fast",
+        only: Choice | None = None,
+        skip: Choice | None = None,
         alpha_weight_decay: float | None = None,
         observe: bool = True,
         **kwargs: Any,
     ):
-        self._recipe, self._convert_options = recipe, {"seed": seed, "products": products}
+        self._recipe = recipe
+        self._convert_options: dict[str, Any] = {"seed": seed, "products": products, "only": only, "skip": skip}
+        if recipe is None and (only is not None or skip is not None):
+            raise UserError("only and skip choose layers for a recipe: name one (recipe='ibm2020').")
         self._alpha_weight_decay = alpha_weight_decay
         super().__init__(*args, **kwargs)
         self._steps = _Steps(observe and not self.args.torch_compile, recipe)
-        self._convert(self.model)
+        self._settings = self._convert(self.model)
         self.add_callback(self._steps)
 
-    def _convert(self, model: Any) -> None:
+    def _convert(self, model: Any) -> Settings | None:
         if self._recipe is not None:
-            convert(model, self._recipe, **self._convert_options)
+            settings = _convert(model, self._recipe, **self._convert_options)
         elif not fnn.quantized_layers(model):
             raise UserError("the model has no quantized layer: name a recipe (recipe='ibm2020').")
+        else:
+            settings = settings_of(model)
         if recipes.loss_scaler(model) is not None:
             raise UserError(
                 "the recipe scales the loss, which transformers' Trainer has no place for: take one with GradScale, such as "
                 "ibm2020."
             )
+        return settings
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The fresh model of `model_init`, converted."""
@@ -248,7 +306,7 @@ class FourBitMixin(_Base):
         state = quantizer_state(tensors)
         super()._save(output_dir, state_dict={name: t for name, t in tensors.items() if name not in state})
         if self.args.should_save:
-            save_state(state, output_dir or self.args.output_dir)
+            save_state(state, output_dir or self.args.output_dir, self._settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Also what layers remember, and the weights of models whose modules have other names in files than in memory, which
@@ -259,10 +317,10 @@ class FourBitMixin(_Base):
         mine = self.accelerator.unwrap_model(self.model if model is None else model)
         if isinstance(mine, PreTrainedModel) and not _has_names_of(Path(resume_from_checkpoint), mine):
             saved = type(mine).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-            mine.load_state_dict(saved.state_dict())
+            mine.load_state_dict(fnn.float_state_dict(saved) | quantizer_state(mine.state_dict()))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_state(mine, file)
+        load_state(mine, file, self._settings)
 
 
 class FourBitTrainer(FourBitMixin, Trainer):

@@ -24,6 +24,7 @@ from fourbit.models._densenet import DenseNet as DenseNet
 from fourbit.models._digits import DigitsCnn as DigitsCnn
 from fourbit.models._googlenet import GoogLeNet as GoogLeNet
 from fourbit.models._gpt import Gpt as Gpt
+from fourbit.models._hf import build_hf_untouched as build_hf_untouched
 from fourbit.models._language import LstmLanguageModel as LstmLanguageModel
 from fourbit.models._mobilenet import MobileNetV2 as MobileNetV2
 from fourbit.models._own import is_own as is_own

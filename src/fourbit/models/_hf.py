@@ -175,7 +175,7 @@ def hf_builder(config: Any, rest: str) -> tuple[Kind, Any]:
         ("text", transformers.AutoModelForMaskedLM),
     ]
     if getattr(config, "is_encoder_decoder", False):
-        kinds.insert(0, ("translation", transformers.AutoModelForSeq2SeqLM))
+        kinds[0] = ("translation", transformers.AutoModelForSeq2SeqLM)  # Whisper's decoder alone is not Whisper
     for kind, auto in kinds:
         if type(config) in auto._model_mapping:
             return kind, auto
@@ -224,6 +224,30 @@ def build_hf(rest: str, num_classes: int, in_channels: int, image_size: int | No
     found = HfLanguageModel(model, masked=auto is transformers.AutoModelForMaskedLM)
     _require_causal(lambda tokens: found(tokens)[0], found, rest, num_classes)
     return found
+
+
+_LOOKED_AT = ("SpeechSeq2Seq", "CTC", "AudioClassification", "Seq2SeqLM", "CausalLM", "MaskedLM", "ImageClassification")
+"""Auto classes for `build_hf_untouched`, the first that has the model."""
+
+
+def build_hf_untouched(rest: str) -> nn.Module:
+    """The network as transformers builds it from its configuration: of the class that this names, else of the first of
+    `_LOOKED_AT`, else AutoModel. For `explain`, which needs none of our interfaces.
+
+    Raises:
+        UserError: as `hf_config`, or it cannot be built.
+    """
+    transformers = import_library("hf")
+    config = hf_config(rest)
+    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    autos = [getattr(transformers, f"AutoModelFor{what}") for what in _LOOKED_AT]
+    auto = next((auto for auto in autos if type(config) in auto._model_mapping), transformers.AutoModel)
+    try:
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named(config)
+        return auto.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever the model's code meets in a configuration that does not fit
+        raise UserError(f"hf:{rest} cannot be built ({reason(error)}): change its configuration.") from error
 
 
 def _adapt_to_tokens(config: Any, num_tokens: int) -> None:

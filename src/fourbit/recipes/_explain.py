@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fourbit.errors import UserError
 from fourbit.nn import SWAPS, Composed, MatMul, QuantizedLayer, torch_class_of
 from fourbit.ops import Contraction
 from fourbit.recipes._chains import chains_of
 from fourbit.recipes._choice import Choice
 from fourbit.recipes._convert import Assignment, assign, convert, resolve
 from fourbit.recipes._count import Call, Counts, counting
+from fourbit.recipes._dummy import dummy_batch
 from fourbit.recipes._explained import CallExplanation, LayerExplanation, Use
 from fourbit.recipes._explanation import Explanation
 from fourbit.recipes._input import Input, batch_for, run_on
@@ -42,9 +44,10 @@ def explain(
     Args:
         model: not yet converted, or converted by the same recipe (then its scales and clip values are shown too); it is not
             changed.
-        input: one batch (several tensors where the model takes several, a dictionary where it takes them by name), or its
-            shape (random numbers then), to count multiply-accumulates with. Gradients of operands that need none (the input of
-            the first layer, frozen weights) count 0, because they are never computed.
+        input: one batch (a tuple where the model takes several arguments, a dictionary where it takes them by name), or its
+            shape (random numbers then), to count multiply-accumulates with. None: the `dummy_inputs` of a model of
+            transformers; of another model nothing is run or counted. Gradients of operands that need none (the input of the
+            first layer, frozen weights) count 0, because they are never computed.
         only, skip: as of `convert`.
 
     Raises:
@@ -53,7 +56,14 @@ def explain(
     recipe = resolve(recipe)
     assignments = _as_they_are(assign(model, recipe, only, skip))
     owners = Owners(model, assignments)
-    run = None if input is None else _run(model, assignments, owners, input)
+    run, failure = None, ()
+    given = dummy_batch(model) if input is None else input
+    try:
+        run = None if given is None else _run(model, assignments, owners, given)
+    except UserError as error:
+        if input is not None:
+            raise
+        failure = (str(error).replace("an input", "its dummy_inputs", 1) + " (give a batch as input)",)
     sizes = run.sizes if run else {}
     layers = tuple(_explain_layer(a, sizes.get(a.name)) for a in assignments)
     converted = [layer for a in assignments if (layer := _converted(a)) is not None]
@@ -63,13 +73,13 @@ def explain(
         converted[0].quant.products if converted else None,
         run.calls if run else (),
         matrices_of(owners, run.counts if run else None, sizes),
-        tuple(f"{owners.names[m] or 'the model'}: {operator}" for m, operator in run.counts.unknown) if run else (),
+        tuple(f"{owners.names[m] or 'the model'}: {op}" for m, op in run.counts.unknown) if run else failure,
         tuple
-        if input is None
-        else lambda: chains_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), input),
+        if given is None or run is None
+        else lambda: chains_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), given),
         tuple
-        if input is None
-        else lambda: kernels_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), input),
+        if given is None or run is None
+        else lambda: kernels_of(model, lambda twin: convert(twin, recipe, only=only, skip=skip), given),
     )
 
 

@@ -29,7 +29,8 @@ class Explanation:
             input.
         matrices: parameters with two or more axes, but for those of embeddings and normalizations: of the layers, and of
             other modules. With an input, of the latter only what is multiplied, or does not run.
-        uncounted: operators of other libraries that take parameters, "module: operator": what they multiply is not known.
+        uncounted: operators of other libraries that take parameters, "module: operator": what they multiply is not known; or
+            why nothing was counted, where a model does not run on its `dummy_inputs`.
         find_chains, find_kernels: find `chains` and `kernels`.
     """
 

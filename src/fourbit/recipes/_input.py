@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fourbit.errors import UserError
 
-Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
-"""Arguments of a model: one tensor, several, or by name."""
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""Arguments of a model: one tensor, several arguments of any kind (with a tensor somewhere in them), or by name."""
 Input = Batch | tuple[int, ...]
 """A batch, or its shape."""
 
@@ -29,9 +30,8 @@ def batch_for(model: nn.Module, input: Input) -> Batch:
     if isinstance(input, Mapping) and input and all(isinstance(key, str) for key in input):
         return dict(input)
     found = tuple(input) if isinstance(input, tuple | list) else ()
-    tensors = tuple(t for t in found if isinstance(t, Tensor))
-    if found and len(tensors) == len(found):
-        return tensors
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+        return found
     sizes = tuple(n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0)
     if not sizes or len(sizes) != len(found):
         raise UserError(f"the input is {_what(input)}, but must be a batch, or the shape of one: (128, 3, 32, 32).")
@@ -64,9 +64,14 @@ def run_on(model: nn.Module, batch: Batch) -> Any:
 
 def _shapes(batch: Batch) -> Iterator[str]:
     if isinstance(batch, Mapping):
-        yield from (f"{n}={tuple(t.shape) if isinstance(t, Tensor) else repr(t)}" for n, t in batch.items())
+        yield from (f"{name}={_shown(value)}" for name, value in batch.items())
     else:
-        yield from (str(tuple(t.shape)) for t in (batch if isinstance(batch, tuple) else (batch,)))
+        yield from map(_shown, batch if isinstance(batch, tuple) else (batch,))
+
+
+def _shown(argument: Any) -> str:
+    """The shapes in it."""
+    return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, argument))
 
 
 def first_line(error: Exception) -> str:

@@ -28,3 +28,5 @@ from fourbit.report._style import panels as panels
 from fourbit.report._style import step_axis as step_axis
 from fourbit.report._style import style as style
 from fourbit.report._tables import markdown_table as markdown_table
+from fourbit.report._watch import watch as watch
+from fourbit.report._watch import watching as watching

@@ -100,6 +100,19 @@ def training_curves(groups: Sequence[Group], metric: str) -> Plot | None:
     return Plot("curves", title, caption + _cross_note(shown), figure)
 
 
+def loss_curves(groups: Sequence[Group]) -> Figure | None:
+    """The training loss alone, for runs that have not been evaluated yet."""
+    look = looks(groups)
+    figure, (axis,) = panels(1, "Training loss", columns=1, height=3.9, sharey=False, extra=0.9)
+    for group in groups:
+        _group_curve(axis, [_loss(r, smoothing_width(groups)) for r in group.runs], look[group.label], True, group)
+    if not axis.lines:
+        return None
+    _dress_loss(axis)
+    legend(figure, {g.name: _handle(look[g.label]) for g in groups})
+    return figure
+
+
 def curves_beside_reference(groups: Sequence[Group], metric: str) -> Plot | None:
     """Small multiples: the metric of each recipe over that of full precision."""
     judged = [g for g in groups if g.metric == metric]

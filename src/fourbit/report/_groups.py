@@ -17,7 +17,7 @@ from fourbit.report._read import Run, planned_order, text
 
 NOT_SETTINGS = (
     *("seed", "out", "data_dir", "data_identity"),
-    *("progress", "tensorboard", "log_every", "observe_every", "checkpoint_every", "keep_every"),
+    *("progress", "log_to", "log_every", "observe_every", "checkpoint_every", "keep_every"),
     "sample_tokens",
     *("threads", "tune_malloc", "workers"),
 )

@@ -46,6 +46,15 @@ def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     return tuple(part.strip() for part in tokens[0].value.split(",") if part.strip())
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""What `log_to` may name."""
+
+
+def _trackers(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Names of trackers, or none."""
+    return () if tokens[0].value.strip() == "none" else words(type_, tokens)
+
+
 def whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
     try:
@@ -184,8 +193,11 @@ class Settings:
     """Tokens that a language model writes at the end of its training, to sample.txt; 0: none."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
     """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
-    tensorboard: Annotated[bool, RECORDS] = True
-    """Write TensorBoard files, to the folder tb."""
+    log_to: Annotated[tuple[str, ...], RECORDS, Parameter(converter=_trackers, n_tokens=1, negative="")] = (
+        "tensorboard",
+    )
+    """Where the numbers go besides metrics.jsonl, separated by commas: tensorboard (the folder tb of the run), wandb, trackio;
+    or none."""
     progress: Annotated[bool, RECORDS] = True
     """Show a progress bar, if the output is a terminal."""
 
@@ -275,6 +287,6 @@ def _flags(config: Settings) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
             flags += [f"--{name}", shlex.quote(text)]
     return flags

@@ -25,7 +25,7 @@ from fourbit.errors import UserError
 from fourbit.train._config import DEFAULT_LENGTH, TrainConfig
 
 MAY_DIFFER = frozenset(
-    {"out", "data_dir", "progress", "tensorboard", "threads", "tune_malloc", "log_every", "observe_every"}
+    {"out", "data_dir", "progress", "log_to", "threads", "tune_malloc", "log_every", "observe_every"}
     | {"checkpoint_every", "keep_every", "sample_tokens", "on_nonfinite", "workers"}
 )
 """Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""

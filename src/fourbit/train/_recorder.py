@@ -1,4 +1,4 @@
-"""Writes down what happens in a run: to metrics.jsonl, to TensorBoard, and for the person in front of it.
+"""Writes down what happens in a run: to metrics.jsonl, to trackers such as TensorBoard, and for the person in front of it.
 
 Epochs are counted from 0 in the files and from 1 on the screen.
 """
@@ -17,7 +17,7 @@ from fourbit.train._folder import RunFolder
 from fourbit.train._observe import histogram_lines, layer_lines, scales
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
-from fourbit.train._tensorboard import Board
+from fourbit.train._trackers import Board
 from fourbit.train.tasks import metric_of
 
 

@@ -18,7 +18,7 @@ from fourbit.train._result import Result
 from fourbit.train._session import Session, open_session
 from fourbit.train._signals import StopRequest
 from fourbit.train._state import LoopState, load_optimizer_tensors, load_rng_tensors
-from fourbit.train._tensorboard import Board
+from fourbit.train._trackers import Board
 from fourbit.train._validate import validated
 
 
@@ -65,7 +65,7 @@ def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Res
             folder.reopen(config, _environment(session), metrics_bytes=0)
         else:
             folder.create(config, _environment(session))
-    board = Board(folder.path / "tb" if config.tensorboard and main else None, state.step)
+    board = Board(config.log_to if main else (), folder.path, state.step, config.as_dict())
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
         display.say(f"data: {datasets.describe(session.task.data)}")

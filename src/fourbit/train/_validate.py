@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fourbit._types import hints_of, require_types
 from fourbit.errors import UserError, unknown
-from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, CompareConfig, Settings, TrainConfig, label_of
+from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, TRACKERS, CompareConfig, Settings, TrainConfig, label_of
 
 DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3}
 MIN_EVAL_BATCH_SIZE = 256
@@ -76,6 +76,9 @@ def validated(config: TrainConfig) -> TrainConfig:
             raise UserError(f"{field} is {_shown(value)}, but must be {words}.")
     if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
         raise UserError("nesterov needs optimizer sgd and a momentum above 0: set them, or leave nesterov out.")
+    for name in config.log_to:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
     _check_names(config)
     _check_device(config.device)
     return dataclasses.replace(
