@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
     from fourbit import backends as backends
     from fourbit import conform as conform
+    from fourbit import diagnosis as diagnosis
     from fourbit import exports as exports
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
+    from fourbit.diagnosis._watch import Watch as Watch
     from fourbit.errors import NonFiniteError as NonFiniteError
     from fourbit.errors import UserError as UserError
     from fourbit.exports import export as export
@@ -69,9 +71,12 @@ if TYPE_CHECKING:
     from fourbit.recipes import param_groups as param_groups
     from fourbit.recipes import restore as restore
     from fourbit.recipes import scheduler as scheduler
+    from fourbit.report import diagnose as diagnose
 
 _HOME = {
     "export": "exports",
+    "diagnose": "report",
+    "Watch": "diagnosis._watch",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
     "synchronize": "nn",
@@ -99,6 +104,7 @@ _PACKAGES = (
     "train",
     "report",
     "conform",
+    "diagnosis",
     "exports",
 )
 

@@ -20,6 +20,7 @@ from cyclopts import CycloptsError
 from fourbit._interrupt import interrupted
 from fourbit.cli import _catalogues as _catalogues
 from fourbit.cli import _conform as _conform
+from fourbit.cli import _diagnose as _diagnose
 from fourbit.cli import _exports as _exports
 from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs

@@ -183,6 +183,8 @@ class Settings:
     """Tokens that a language model writes at the end of its training, to sample.txt; 0: none."""
     on_nonfinite: Annotated[Literal["stop", "skip", "ignore"], RECORDS] = "stop"
     """At NaN or infinity in the loss, a layer or a gradient: stop, leave out that step, or go on regardless."""
+    warn: Annotated[bool, RECORDS] = True
+    """Say what goes wrong while it does, each kind once: what `fourbit diagnose` finds."""
     tensorboard: Annotated[bool, RECORDS] = True
     """Write TensorBoard files, to the folder tb."""
     progress: Annotated[bool, RECORDS] = True
