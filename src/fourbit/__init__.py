@@ -72,10 +72,12 @@ if TYPE_CHECKING:
     from fourbit.recipes import restore as restore
     from fourbit.recipes import scheduler as scheduler
     from fourbit.report import diagnose as diagnose
+    from fourbit.tuning import tune as tune
 
 _HOME = {
     "export": "exports",
     "diagnose": "report",
+    "tune": "tuning",
     "Watch": "diagnosis._watch",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),

@@ -51,27 +51,21 @@ class Fault:
     where: str = ""
 
 
-def every_slot(slot: str, **changes: Any) -> Callable[[Recipe], Recipe]:
-    """A recipe whose rules with that operand in 4 bits have it changed."""
+def every_slot(*slots: str, **changes: Any) -> Callable[[Recipe], Recipe]:
+    """A recipe whose rules with these operands in 4 bits have them changed."""
 
     def change(recipe: Recipe) -> Recipe:
         def of(rule: recipes.Rule) -> recipes.Rule:
             spec = rule.spec
-            if spec is None or getattr(spec, slot) in (None, REUSE) or len(getattr(spec, slot).format.grid) > 16:
+            own = {slot: getattr(spec, slot, None) for slot in slots}
+            if spec is None or any(s in (None, REUSE) or len(s.format.grid) > 16 for s in own.values()):
                 return rule
-            return dataclasses.replace(
-                rule, spec=dataclasses.replace(spec, **{slot: dataclasses.replace(getattr(spec, slot), **changes)})
-            )
+            faulty = {slot: dataclasses.replace(s, **changes) for slot, s in own.items()}
+            return dataclasses.replace(rule, spec=dataclasses.replace(spec, **faulty))
 
         return dataclasses.replace(recipe, name="faulty", rules=tuple(map(of, recipe.rules)))
 
     return change
-
-
-def grown_scale(recipe: Recipe) -> Recipe:
-    for slot in ("g_dgrad", "g_wgrad"):
-        recipe = every_slot(slot, scaling=GradScale(max=512.0))(recipe)
-    return recipe
 
 
 def layer_of(session: Session, name: str = LAYER) -> Any:
@@ -160,7 +154,11 @@ FAULTS = (
     Fault(
         "dead-layer", "a batch normalization closed for good after six steps", on_step=kill_layer, where="features.6.0"
     ),
-    Fault("gradient-shrinks", "gradients scaled up to 512, where the format ends at 64", recipe=grown_scale),
+    Fault(
+        "gradient-shrinks",
+        "gradients scaled up to 512, where the format ends at 64",
+        recipe=every_slot("g_dgrad", "g_wgrad", scaling=GradScale(max=512.0)),
+    ),
     Fault("gradient-shrinks-with-depth", "thirty layers", {"model": "deep", "max_steps": 10}),
     Fault(
         "sums-broken",
@@ -260,9 +258,8 @@ def run_with(fault: Fault, folder: Path) -> Path:
     if fault.recipe is not None:
         settings["recipe"] = str(folder / "faulty.toml")
         recipes.write_recipe(fault.recipe(recipes.get("ibm2020")), folder / "faulty.toml")
-    with put_in(fault):
-        with suppress(NonFiniteError):
-            train(TrainConfig(**settings))
+    with put_in(fault), suppress(NonFiniteError):
+        train(TrainConfig(**settings))
     return folder / "run"
 
 
