@@ -205,7 +205,7 @@ def test_a_convolution_writes_one_gradient_per_pixel_of_its_input():
 def test_products_of_activations_run_in_fp16_and_have_no_weights_for_the_optimizer():
     from torch import nn
 
-    from fourbit.cli._hardware import products_of
+    from fourbit.tuning._products import products_of
     from fourbit.recipes import Recipe, Rule, catalog, explain
 
     net = nn.TransformerEncoderLayer(16, 2, 32)
