@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
-LONG = ("hardware report", "reproduce table", "reproduce questions", "train --model transformer_small")
+LONG = ("hardware report", "reproduce table", "reproduce questions", "train --model transformer_small", "tune")
 """They train or price several large networks; other tests run the same commands on small ones."""
 
 
@@ -80,7 +80,7 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FOURBIT_CACHE", str(tmp_path / "cache"))
     words = shlex.split(command)[1:]
-    if words[0] in ("train", "compare"):
+    if words[0] in ("train", "compare", "tune"):
         words = [{"resnet20": "digits_cnn", "cifar10": "digits", "0,1,2": "0"}.get(word, word) for word in words]
         words += ["--max-steps", "1"]
     if words[0] == "reproduce" and words[1] != "list":
@@ -93,7 +93,7 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
         write_data(Path(name))
     if words[0] in ("fidelity", "export", "evaluate"):
         assert main(["train", "--model", "digits_cnn", "--data", "digits", "--max-steps", "1", "--out", words[1]]) == 0
-    if words[0] == "report":
+    if words[0] in ("report", "diagnose"):
         assert (
             main(
                 ["compare", "--model", "digits_cnn", "--data", "digits", "--recipes", "ibm2020", "--seeds", "0"]

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
     from fourbit import backends as backends
     from fourbit import conform as conform
+    from fourbit import diagnosis as diagnosis
     from fourbit import exports as exports
     from fourbit import formats as formats
     from fourbit import nn as nn
     from fourbit import recipes as recipes
+    from fourbit.diagnosis._watch import Watch as Watch
     from fourbit.errors import NonFiniteError as NonFiniteError
     from fourbit.errors import UserError as UserError
     from fourbit.exports import export as export
@@ -70,9 +72,14 @@ if TYPE_CHECKING:
     from fourbit.recipes import param_groups as param_groups
     from fourbit.recipes import restore as restore
     from fourbit.recipes import scheduler as scheduler
+    from fourbit.report import diagnose as diagnose
+    from fourbit.tuning import tune as tune
 
 _HOME = {
     "export": "exports",
+    "diagnose": "report",
+    "tune": "tuning",
+    "Watch": "diagnosis._watch",
     **dict.fromkeys(("NonFiniteError", "UserError"), "errors"),
     **dict.fromkeys(("LayerState", "float_state_dict", "nonfinite_layers", "observe", "quantized_layers"), "nn"),
     **dict.fromkeys(("share_batch", "synchronize"), "nn"),
@@ -100,6 +107,7 @@ _PACKAGES = (
     "train",
     "report",
     "conform",
+    "diagnosis",
     "exports",
 )
 

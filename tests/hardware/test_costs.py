@@ -205,8 +205,8 @@ def test_a_convolution_writes_one_gradient_per_pixel_of_its_input():
 def test_products_of_activations_run_in_fp16_and_have_no_weights_for_the_optimizer():
     from torch import nn
 
-    from fourbit.cli._hardware import products_of
     from fourbit.recipes import Recipe, Rule, catalog, explain
+    from fourbit.tuning._products import products_of
 
     net = nn.TransformerEncoderLayer(16, 2, 32)
     found = products_of(explain(net, Recipe("one", (Rule(catalog.TPR),)), (5, 3, 16)))

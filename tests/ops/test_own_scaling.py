@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fourbit as fb
 from fourbit.errors import UserError
+from fourbit.nn._lines import scales
 from fourbit.quantizers import Amax, ClipValue, GradScale, Scaling, ScalingState, Stored, amax_of
-from fourbit.train._observe import scales
 
 
 class Largest(ScalingState):

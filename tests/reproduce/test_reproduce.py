@@ -328,7 +328,7 @@ def test_an_unknown_scale_is_named():
 
 
 def test_a_row_of_lengths_shows_the_gap_over_them(tmp_path):
-    changes = {"model": "digits_cnn", "tensorboard": False, "progress": False, "out": tmp_path, "max_test_batches": 1}
+    changes = {"model": "digits_cnn", "log_to": (), "progress": False, "out": tmp_path, "max_test_batches": 1}
     done = reproduce(
         "questions", "length", scale="smoke", columns=("fp32", "ibm2020"), seeds=(0, 1), max_steps=3, **changes
     )

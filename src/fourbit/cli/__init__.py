@@ -20,9 +20,11 @@ from cyclopts import CycloptsError
 from fourbit._interrupt import interrupted
 from fourbit.cli import _catalogues as _catalogues
 from fourbit.cli import _conform as _conform
+from fourbit.cli import _diagnose as _diagnose
 from fourbit.cli import _exports as _exports
 from fourbit.cli import _networks as _networks
 from fourbit.cli import _runs as _runs
+from fourbit.cli import _tune as _tune
 from fourbit.cli._app import EXIT_USER_ERROR, app
 from fourbit.cli._config_file import with_config_file
 from fourbit.cli._hardware import hardware

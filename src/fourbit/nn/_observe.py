@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourbit.errors import unknown
 from fourbit.nn._base import quantized_layers
+from fourbit.nn._vitals import norm_vitals, operand_vitals
 from fourbit.ops import Observer
 from fourbit.quantizers import QTensor
 
@@ -51,8 +53,9 @@ class OperandStats:
 class Observation(Mapping[str, dict[str, OperandStats]]):
     """{layer: {slot: OperandStats}}, filled while the `observe` block runs."""
 
-    def __init__(self, histograms: bool):
-        self._with_histograms = histograms
+    def __init__(self, histograms: bool, model: nn.Module | None = None):
+        self._with_histograms, self._model = histograms, model
+        self._vitals: dict[str, dict[str, Any]] = {}
         self._stats: dict[str, dict[str, OperandStats]] = {}
         self._histograms: dict[str, dict[str, dict[str, object]]] = {}
 
@@ -84,8 +87,15 @@ class Observation(Mapping[str, dict[str, OperandStats]]):
         and the positive `grid` and `decision_points` of the format. Empty unless asked for."""
         return self._histograms
 
-    def _record(self, layer: str, slot: str, x: Tensor, quantized: QTensor) -> None:
+    def vitals(self) -> dict[str, dict[str, Any]]:
+        """{"layers": {layer: {slot: what `fourbit.diagnosis` reads beside the statistics}}, "norms": {normalization: running
+        statistics}}. Empty unless asked for."""
+        return {} if self._model is None else {"layers": self._vitals, "norms": norm_vitals(self._model)}
+
+    def _record(self, layer: str, module: nn.Module, slot: str, x: Tensor, quantized: QTensor) -> None:
         self._stats.setdefault(layer, {})[slot] = _stats_of(x, quantized)
+        if self._model is not None:
+            self._vitals.setdefault(layer, {})[slot] = operand_vitals(module, slot, x, quantized)
         if self._with_histograms:
             self._histograms.setdefault(layer, {})[slot] = _histogram_of(x, quantized)
 
@@ -94,28 +104,30 @@ class Observation(Mapping[str, dict[str, OperandStats]]):
 class _LayerObserver:
     observation: Observation
     layer: str
+    module: nn.Module
     outer: Observer | None
 
     def record(self, slot: str, x: Tensor, quantized: QTensor) -> None:
-        self.observation._record(self.layer, slot, x, quantized)
+        self.observation._record(self.layer, self.module, slot, x, quantized)
         if self.outer is not None:
             self.outer.record(slot, x, quantized)
 
 
 @contextmanager
-def observe(model: nn.Module, histograms: bool = False) -> Iterator[Observation]:
+def observe(model: nn.Module, histograms: bool = False, vitals: bool = False) -> Iterator[Observation]:
     """Watch the operands of all quantized layers of `model` while the block runs.
 
     Args:
         histograms: also count magnitudes in grid units (slower).
+        vitals: also measure what `fourbit.diagnosis` needs: channel sums, a few weights, running statistics.
 
     Returns:
         An `Observation` that fills as forward and backward passes run. Numerics and gradients are unchanged.
     """
-    observation = Observation(histograms)
+    observation = Observation(histograms, model if vitals else None)
     layers = quantized_layers(model)
     for name, layer in layers.items():
-        layer.quant.observer = _LayerObserver(observation, name, layer.quant.observer)
+        layer.quant.observer = _LayerObserver(observation, name, layer, layer.quant.observer)
     try:
         yield observation
     finally:

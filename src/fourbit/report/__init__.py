@@ -9,6 +9,8 @@ The package reads files and imports neither the trainer nor torch, so that a pag
 runs that are still going, or that someone else did.
 """
 
+from fourbit.report._diagnose import Diagnosis as Diagnosis
+from fourbit.report._diagnose import diagnose as diagnose
 from fourbit.report._html import write_report as write_report
 from fourbit.report._number_line import draw_number_line as draw_number_line
 from fourbit.report._page import Chapter as Chapter

@@ -19,6 +19,7 @@ NOT_SETTINGS = (
     *("seed", "out", "data_dir", "data_identity"),
     *("progress", "log_to", "log_every", "observe_every", "checkpoint_every", "keep_every"),
     "sample_tokens",
+    "warn",
     *("threads", "tune_malloc", "workers"),
 )
 """Fields of `config.json` in which the runs of one group may differ: they do not touch the numbers, or differ by design. For

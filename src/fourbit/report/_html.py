@@ -19,6 +19,7 @@ import jinja2
 from fourbit._files import problem, replace_file
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
+from fourbit.report._diagnose import diagnosed_groups
 from fourbit.report._figures import Section, sections
 from fourbit.report._groups import Group, group_runs, listing, metrics, title
 from fourbit.report._metric import name, sign, unit
@@ -118,6 +119,7 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
         .render(
             title=title(groups),
             summary=summary_sentences(groups, summaries),
+            diagnoses=[(f"{d.run.recipe}, seed {d.run.seed}", f) for d in diagnosed_groups(groups) for f in d.findings],
             notes=[note for r in runs for note in r.notes],
             results=tables.result_tables(summaries),
             has_percent=any(unit(m) for m in metrics(groups)),

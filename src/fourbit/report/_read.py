@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from fourbit.diagnosis import History
+from fourbit.diagnosis import number as number
 from fourbit.errors import UserError
 from fourbit.report._metric import ACCURACY
 
@@ -37,13 +39,6 @@ STATISTICS = ("underflow", "saturation", "sqnr_db")
 
 RATE = "_per_s"
 """What the names of rates end with."""
-
-
-def number(value: object) -> float:
-    """`value` as a float; NaN for null (how the trainer writes infinity and NaN) and for anything not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class Run:
     """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest.
 
     `scales` has the exponents and clip values of every logged step, `trace` the statistics of every observation, `sample`
-    what a language model was given and what it wrote.
+    what a language model was given and what it wrote, `history` what the diagnosis reads.
     """
 
     path: Path
@@ -98,6 +93,7 @@ class Run:
     histograms: Sequence[Record] = ()
     notes: Sequence[str] = ()
     sample: tuple[str, str] | None = None
+    history: History = field(default_factory=History)
 
     @property
     def recipe(self) -> str:
@@ -265,7 +261,16 @@ def load_run(folder: Path) -> Run:
         histograms=kinds["histograms"],
         notes=notes,
         sample=_sample(folder / "sample.txt"),
+        history=_history(kinds),
     )
+
+
+def _history(kinds: Mapping[str, Sequence[Record]]) -> History:
+    history = History()
+    for lines in kinds.values():
+        for line in lines:
+            history.add(line)
+    return history
 
 
 def _sample(path: Path) -> tuple[str, str] | None:
@@ -289,7 +294,7 @@ def _object(path: Path) -> Record:
 
 def _records(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
     """The lines by kind, and notes about lines that had to be skipped."""
-    kinds: dict[str, list[Record]] = {k: [] for k in ("step", "epoch", "layers", "histograms", "final")}
+    kinds: dict[str, list[Record]] = {k: [] for k in ("step", "epoch", "layers", "vitals", "histograms", "final")}
     damaged: list[int] = []
     newest = -1
     try:

@@ -198,6 +198,8 @@ class Settings:
     )
     """Where the numbers go besides metrics.jsonl, separated by commas: tensorboard (the folder tb of the run), wandb, trackio;
     or none."""
+    warn: Annotated[bool, RECORDS] = True
+    """Say what goes wrong while it does, each kind once: what `fourbit diagnose` finds."""
     progress: Annotated[bool, RECORDS] = True
     """Show a progress bar, if the output is a terminal."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourbit import recipes
 from fourbit.errors import UserError
@@ -18,8 +18,12 @@ from fourbit.ops import REUSE, LayerSpec
 from fourbit.train._config import MAX_THREADS
 from fourbit.train._display import make_console
 from fourbit.train._load import load
+from fourbit.train.tasks import Batch, Task
 
 LOSS_SCALE = 2.0**12
+
+UNSEEN = 10_000
+"""An epoch that no run has come to."""
 
 
 class Fidelity(NamedTuple):
@@ -46,31 +50,38 @@ def weight_gradients(
     folder: Path, recipe: str | recipes.Recipe, data_dir: Path | None, model_file: str | None = None
 ) -> dict[str, Tensor]:
     """dL/dW of every matrix and kernel, float64, flat: of one training batch under a recipe with the float weights of the run.
-    No epoch of the run has seen a batch of the same images; of a text it is the first window. A pass before it sets clip
-    values, exponents, or the loss scale; without one the loss is multiplied by 2^12, so that sums in FP16 do not underflow.
+    No epoch of the run has seen a batch of the same images; of a text it is the first window. See `gradients_of`.
     """
     trained = load(folder, None, recipe, data_dir, None, model_file)
-    model, task = trained.model, trained.task
-    batch = next(iter(task.batches("train", epoch=10_000)))
+    batch = next(iter(trained.task.batches("train", epoch=UNSEEN)))
+    return gradients_of(trained.model, trained.task, batch, trained.config.seed)[0]
+
+
+def gradients_of(model: nn.Module, task: Task, batch: Batch, seed: int) -> tuple[dict[str, Tensor], float]:
+    """dL/dW of every matrix and kernel, float64, flat, by the name of its layer; and the loss. A pass before it sets clip
+    values, exponents, or the loss scale; without one the loss is multiplied by 2^12, so that sums in FP16 do not underflow."""
     for layer in quantized_layers(model).values():
         for child in layer.quant.children():
             if isinstance(child, Upkeep) and child.seen() < 0:
                 child.at(0, layer)
     scaler, scale, restore = recipes.loss_scaler(model), LOSS_SCALE, task.snapshot()
+    loss = torch.zeros(())
     for _ in range(2):
-        torch.manual_seed(trained.config.seed)  # dropout
+        torch.manual_seed(seed)  # dropout
         restore()
         for parameter in model.parameters():
             parameter.grad = None
         scale = scaler.value if scaler else LOSS_SCALE
-        (task.loss(model, batch)[0] * scale).backward()
+        loss = task.loss(model, batch)[0]
+        (loss * scale).backward()
         if scaler:
             scaler.update()
-    return {
+    found = {
         name.removesuffix(".weight"): parameter.grad.detach().double().flatten() / scale
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and parameter.dim() > 1
     }
+    return found, float(loss.detach())
 
 
 def fidelity(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fourbit.train._config import DEFAULT_LENGTH, TrainConfig
 
 MAY_DIFFER = frozenset(
     {"out", "data_dir", "progress", "log_to", "threads", "tune_malloc", "log_every", "observe_every"}
-    | {"checkpoint_every", "keep_every", "sample_tokens", "on_nonfinite", "workers"}
+    | {"checkpoint_every", "keep_every", "sample_tokens", "on_nonfinite", "workers", "warn"}
 )
 """Fields that a resumed run may change: they do not touch the numbers (threads: beyond the order of sums)."""
 
@@ -77,11 +77,12 @@ def replace_file(path: Path, content: bytes) -> None:
 class RunFolder:
     """A run's files. Make one with `create` or `reopen`; `active` False (other processes than the first) writes nothing.
 
-    `data`: `fourbit.data.identity` of the data, for a run that trains.
+    `data`: `fourbit.data.identity` of the data, for a run that trains. `listeners` are called with every line that is written.
     """
 
     def __init__(self, path: Path, active: bool = True, data: str = ""):
         self.path, self.active, self.data = path, active, data
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     @property
     def checkpoint(self) -> Path:
@@ -173,13 +174,16 @@ class RunFolder:
         """Append a line to metrics.jsonl."""
         if not self.active:
             return
-        line = json.dumps(finite({"kind": kind, "step": step, **fields}), allow_nan=False) + "\n"
+        record = finite({"kind": kind, "step": step, **fields})
+        line = json.dumps(record, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
         # Unbuffered: a line that did not fit must not come back when the file is closed.
         with writing(path), open(path, "ab", buffering=0) as file:
             rest = line.encode()
             while rest:
                 rest = rest[file.write(rest) :]
+        for listener in self.listeners:
+            listener(record)
 
     def write_sample(self, text: str) -> None:
         """Write sample.txt: what the network says or draws at the end."""

@@ -122,7 +122,7 @@ class Loop:
         # Histograms: at the first step, at the last observation of an epoch, at the last step.
         ends_epoch = bool(every) and state.step + every >= end < session.total_steps
         histograms = observing and (state.step == 0 or ends_epoch or is_last)
-        with observe(session.bare, histograms) if observing else nullcontext() as observation:
+        with observe(session.bare, histograms, vitals=True) if observing else nullcontext() as observation:
             (loss_sum, correct, images, norm), in_range = self._forward_backward(group)
         allowed = self.guard.step_allowed(loss_sum, norm, state.step + 1)
         if allowed and in_range:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from fourbit.nn import Observation
+from fourbit.nn._lines import histogram_lines, layer_lines, scales
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
 from fourbit.train._folder import RunFolder
-from fourbit.train._observe import histogram_lines, layer_lines, scales
 from fourbit.train._result import Result
 from fourbit.train._state import LoopState, Tally
 from fourbit.train._trackers import Board
@@ -65,8 +65,10 @@ class Recorder:
         )
 
     def layers(self, state: LoopState, model: nn.Module, observation: Observation) -> None:
-        """The lines "layers" and, where there are histograms, "histograms"."""
+        """The lines "layers", "vitals" and, where there are histograms, "histograms"."""
         self.folder.record("layers", state.step, layers=layer_lines(model, observation))
+        first = {"loss": state.whole.loss} if state.step == 1 else {}
+        self.folder.record("vitals", state.step, **first, **observation.vitals())
         if histograms := histogram_lines(model, observation):
             self.folder.record("histograms", state.step, histograms=histograms)
 

@@ -20,6 +20,7 @@ from fourbit.train._signals import StopRequest
 from fourbit.train._state import LoopState, load_optimizer_tensors, load_rng_tensors
 from fourbit.train._trackers import Board
 from fourbit.train._validate import validated
+from fourbit.train._warn import warn_live
 
 
 def run(
@@ -68,6 +69,8 @@ def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Res
     board = Board(config.log_to if main else (), folder.path, state.step, config.as_dict())
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
+        if config.warn:
+            warn_live(folder, display)
         display.say(f"data: {datasets.describe(session.task.data)}")
         with StopRequest() as stop, display:
             return Loop(session, state, Recorder(config, folder, board, display), stop).run()

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fourbit.nn import Observation, quantized_layers
+from fourbit.nn._base import quantized_layers
+from fourbit.nn._observe import Observation
 from fourbit.ops import REUSE
 
 MAX_GRID = 256
