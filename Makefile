@@ -27,12 +27,12 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 test: $(STAMP)
 	$(PYTEST) -m 'not slow'
 
-# What takes longer: long trainings, sanitizers, huge tensors, emulated processors, wheels. Then the layers once more with kernels
-# and torch as on processors without AVX-512.
+# What takes longer: long trainings, sanitizers, huge tensors, emulated processors, wheels. Then, on processors with AVX-512, the
+# layers once more with kernels and torch as on those without.
 LAYERS := tests/kernels/test_layer_parity.py tests/nn tests/ops tests/chains tests/recipes tests/train
 test-rest: $(STAMP)
 	$(PYTEST) -m slow
-	test "$$(uname -m)" != x86_64 || FOURBIT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	! grep -q avx512f /proc/cpuinfo || FOURBIT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 		$(PYTEST) -m 'not slow' $(LAYERS)
 
 test-all: test test-rest

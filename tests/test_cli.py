@@ -109,7 +109,7 @@ def test_a_wrong_setting_is_one_line_and_nothing_is_written(capsys, flags, words
     ("command", "words"),
     [
         ("tarin", 'Did you mean "train"'),
-        ("tarin", "explain. See "),
+        ("tarin", 'Did you mean "train"? '),
         ("compare --model digits_cnn --data digits --recipes fp32,ibm", "unknown recipe 'ibm'"),
         ("compare --recipes ,", "recipes is empty"),
         ("compare --seeds 0,x", '"0,x" is not a list of whole numbers'),

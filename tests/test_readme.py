@@ -1,4 +1,4 @@
-"""What the README says works: its code blocks run, its commands are commands."""
+"""What the README and the how-tos say works: code blocks run (those of the how-tos in test_docs.py), commands are commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from fourbit.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^    (fourbit .*)$", README, re.MULTILINE)
+HOWTOS = sorted((ROOT / "docs" / "howto").glob("*.md"))
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for text in (README, *(page.read_text() for page in HOWTOS))
+        for command in re.findall(r"^    (fourbit .*)$", text, re.MULTILINE)
+        if "mymodule" not in command  # the user's own; tests/conform has such
+    )
+)
 LONG = ("hardware report", "reproduce table", "reproduce questions", "train --model transformer_small", "tune")
 """They train or price several large networks; other tests run the same commands on small ones."""
 
@@ -89,8 +97,17 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
         if words[1] == "table1":
             digits = data.load("digits")
             monkeypatch.setattr(data, "load", lambda name, folder=None: digits)
-    for name in [w.removeprefix("hf:./") for w in words if "path/to/" in w]:
+    for name in [w.removeprefix("hf:./") for w in words if "path/to/" in w and ":make" not in w]:
         write_data(Path(name))
+    if "mine.toml" in words and words[1] != "save":
+        assert main(["recipes", "save", "ibm2020", "--to", "mine.toml"]) == 0
+    if "path/to/net.py:make" in words:
+        Path("path/to/net.py").write_text(
+            "from torch import nn\n\n\ndef make(num_classes, in_channels):\n"
+            "    convolutions = [nn.Conv2d(width, 8, 3, stride=2) for width in (in_channels, 8, 8)]\n"
+            "    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)]\n"
+            "    return nn.Sequential(*convolutions, *pool)\n"
+        )
     if words[0] in ("fidelity", "export", "evaluate"):
         assert main(["train", "--model", "digits_cnn", "--data", "digits", "--max-steps", "1", "--out", words[1]]) == 0
     if words[0] in ("report", "diagnose"):
@@ -107,7 +124,7 @@ def test_the_commands_run(command, tmp_path, monkeypatch, capsys):
 
 
 def test_there_are_blocks_and_commands_to_test():
-    assert len(BLOCKS) >= 2 and len(COMMANDS) >= 6
+    assert BLOCKS and len(COMMANDS) >= 6
 
 
 def test_the_makefile_has_the_targets_that_the_readme_names():

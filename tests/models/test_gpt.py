@@ -134,7 +134,7 @@ def test_its_name_says_how_much_it_reads():
         ("gpt?widht=64", "unknown option of gpt 'widht': did you mean 'width'"),
         ("gpt?width=wide", "width of gpt is wide, but must be a whole number"),
         ("gpt?tied=1", "tied of gpt is 1, but must be true or false"),
-        ("resnet20?depth=3", r"resnet20 has no options: leave out \?depth=3"),
+        ("resnet18?depth=3", r"resnet18 has no options: leave out \?depth=3"),
     ],
 )
 def test_options_that_make_no_network_are_refused_in_one_sentence(name, message):

@@ -53,7 +53,7 @@ class OwnConvolution(nn.Conv2d):
 
 
 class Crowded(nn.Linear):
-    def contract(self) -> None: ...
+    def attach(self) -> None: ...
 
 
 @pytest.mark.parametrize("cls", [Tagged, Deeper])
@@ -97,7 +97,7 @@ def test_subclasses_of_layers_of_several_products_are_converted(layer, x):
     [
         (OwnForward(4, 4), "OwnForward has a forward of its own"),
         (OwnConvolution(4, 4, 1), "OwnConvolution has a _conv_forward of its own"),
-        (Crowded(4, 4), "Crowded has an attribute 'contract'"),
+        (Crowded(4, 4), "Crowded has an attribute 'attach'"),
         (nn.RNN(4, 4), "RNN cannot be converted"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_run_of_any_length_is_observed_about_twenty_times_and_at_its_end(make_
     from fourbit.train._recorder import Recorder
 
     seen = []
-    observed = contextmanager(lambda model, histograms: iter([histograms]))  # without the work
+    observed = contextmanager(lambda model, histograms, vitals: iter([histograms]))  # without the work
     monkeypatch.setattr(_loop, "observe", observed)
     monkeypatch.setattr(
         Recorder, "layers", lambda self, state, model, histograms: seen.append((state.step, histograms))

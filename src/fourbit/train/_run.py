@@ -70,7 +70,7 @@ def _train(session: Session, folder: RunFolder, resume: bool, title: str) -> Res
     display = Display(session.total_steps, config.epochs, bar=config.progress, active=main, title=title)
     try:
         if config.warn:
-            warn_live(folder, display)
+            warn_live(folder, display, goes_on=resume)
         display.say(f"data: {datasets.describe(session.task.data)}")
         with StopRequest() as stop, display:
             return Loop(session, state, Recorder(config, folder, board, display), stop).run()

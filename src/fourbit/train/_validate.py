@@ -87,7 +87,7 @@ def validated(config: TrainConfig) -> TrainConfig:
         eval_batch_size=config.eval_batch_size or _eval_batch_size(config),
         lr=DEFAULT_LR[config.optimizer] if config.lr is None else config.lr,
         alpha_weight_decay=config.weight_decay if config.alpha_weight_decay is None else config.alpha_weight_decay,
-        out=config.out or _default_out(config),
+        out=config.out or default_out(config),
     )
 
 
@@ -178,6 +178,7 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _default_out(config: TrainConfig) -> Path:
+def default_out(config: TrainConfig) -> Path:
+    """The folder of a run that names none."""
     model, data = (re.sub(r"[^\w.-]+", "_", name) for name in (config.model, config.data))
     return Path("runs") / f"{model}-{data}-{label_of(config.recipe)}-seed{config.seed}"

@@ -9,18 +9,19 @@ from fourbit.train._display import Display
 from fourbit.train._folder import RunFolder
 
 
-def warn_live(folder: RunFolder, display: Display) -> None:
+def warn_live(folder: RunFolder, display: Display, goes_on: bool) -> None:
     """From now on, each kind of finding is said once, and none that a sitting before has said.
 
     Args:
-        folder: of the run; its metrics.jsonl ends where the run goes on.
+        folder: of the run.
+        goes_on: its metrics.jsonl has lines already, and ends where the run goes on.
     """
 
     def say(finding: Finding) -> None:
         display.say(f"warning: {finding}")
 
     warner = Warner(say)
-    if folder.active:
+    if folder.active and goes_on:
         with (folder.path / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:

@@ -18,10 +18,10 @@ from fourbit.errors import UserError
 from fourbit.recipes import Recipe
 from fourbit.recipes._input import Input
 from fourbit.train import TrainConfig, train
-from fourbit.train._config import label_of
 from fourbit.train._display import make_console
 from fourbit.train._folder import has_run, read_json, replace_file, writing
 from fourbit.train._load import Trained, load
+from fourbit.train._validate import default_out, validated
 from fourbit.train.tasks import metric_of
 from fourbit.tuning._candidates import Candidate, Candidates, alternative
 from fourbit.tuning._choose import Step, choose
@@ -70,9 +70,11 @@ def tune(
 ) -> Tuned:
     """See `fourbit.tuning.tune`."""
     budget = BUDGET if budget is None and max_loss is None else budget
+    validated(config)
     _check(config, budget, max_loss, num_batches)
     base, above = recipes.get(config.recipe), alternative(recipes.get(high))
-    folder = config.out or Path(f"runs/tune-{config.model}-{config.data}-{label_of(config.recipe)}-seed{config.seed}")
+    usual = default_out(config)
+    folder = config.out or usual.with_name(f"tune-{usual.name}")
     steps = STEPS if config.max_steps is None else config.max_steps
     config = replace(config, out=folder / "run", max_steps=steps, epochs=max(config.epochs, steps), keep_every=0)
     _claim(folder, config, high, num_batches)
