@@ -23,7 +23,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, capsys):
 @pytest.mark.parametrize("name", ["look_inside", "own_recipe"])
 def test_a_notebook_runs(name, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", 4)
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute()
     assert all(cell.outputs for cell in book.cells if cell.cell_type == "code" and "print" in cell.source)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -307,3 +308,21 @@ def test_a_report_begins_with_what_is_wrong(tmp_path: Any):
     page = fb.report.write_report([tmp_path / "bad"], tmp_path / "page.html").read_text()
     assert page.index("What is wrong") < page.index('id="results"')
     assert "Everything is zero in second" in page
+
+
+def test_losses_that_begin_at_zero_or_below_are_not_compared_with_their_beginning():
+    """Distances to a starting point, likelihoods of densities: legal, and no ratio says anything about them."""
+    for first, slope in ((0.0, 0.01), (-1.0, -0.01), (-1.0, 0.0)):
+        assert not examined(losses(*(first + slope * step for step in range(200))))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32])
+def test_a_loss_may_be_a_number_a_tensor_or_an_array(kind):
+    said: list[Finding] = []
+    watch = fb.Watch(
+        fb.convert(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), "int4-fwd"), every=10, say=said.append
+    )
+    for step in range(200):
+        watch.loss(step, kind(2 - 0.005 * step))
+    watch._warner.add({"kind": "final", "step": 200})
+    assert not said

@@ -95,7 +95,7 @@ class History:
         for line in self._lines["vitals"]:
             for name, layer in _entries(line, "layers"):
                 pair = _at(layer, "w_fprop", "codes")
-                if isinstance(pair, list) and len(pair) == 2:
+                if _are_lists_of_numbers(pair):
                     found.setdefault(name, []).append(pair)
         whole = {name: pairs for name, pairs in found.items() if len({len(p[0]) for p in pairs}) == 1}
         return {
@@ -127,3 +127,10 @@ def _at(value: Any, *keys: str) -> Any:
 
 def _element(values: Any, index: int) -> object:
     return values[index] if isinstance(values, list) and len(values) > index else None
+
+
+def _are_lists_of_numbers(pair: object) -> bool:
+    """Whether it is two lists of as many numbers."""
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, list) for part in pair):
+        return False
+    return len(pair[0]) == len(pair[1]) and all(isinstance(v, int | float) for part in pair for v in part)

@@ -115,9 +115,9 @@ def left_out(history: History) -> Iterator[Sign]:
 
 
 def learns_nothing(history: History) -> Iterator[Sign]:
-    """A loss that stays where it began."""
+    """A loss that stays where it began. Only of losses that begin above zero, as cross entropy does."""
     steps, losses = history.numbers("step", "loss")
-    if len(steps) < 4 or steps[-1] < LEARNING_STEPS or np.isnan(losses).any():
+    if len(steps) < 4 or steps[-1] < LEARNING_STEPS or np.isnan(losses).any() or not history.first_loss > 0:
         return
     ratio = float(np.mean(losses[steps > 0.75 * steps[-1]])) / history.first_loss
     if ratio > LEARNS_NOTHING:
@@ -125,9 +125,9 @@ def learns_nothing(history: History) -> Iterator[Sign]:
 
 
 def early_jump(history: History) -> Iterator[Sign]:
-    """A loss that rises far above its beginning in the first steps."""
+    """A loss that rises far above its beginning in the first steps. Only of losses that begin above zero."""
     steps, losses = history.numbers("step", "loss")
-    if not len(steps) or steps[-1] < LEARNING_STEPS:
+    if not len(steps) or steps[-1] < LEARNING_STEPS or not history.first_loss > 0:
         return
     early = (steps <= max(EARLY_STEPS, EARLY_SHARE * steps[-1])) & np.isfinite(losses)
     if not early.any():

@@ -56,10 +56,12 @@ class Watch:
             yield
         self.saw(step, observation)
 
-    def loss(self, step: int, loss: float, **more: Any) -> None:
-        """The loss of a step, and the `loss_scale` where there is one. Kept are observed steps and every tenth."""
+    def loss(self, step: int, loss: Any, **more: Any) -> None:
+        """The loss of a step, and the `loss_scale` where there is one: numbers, or tensors or arrays of one. Kept are observed
+        steps and every tenth."""
         if step % self.every == 0 or step % 10 == 0:
-            self._warner.add({"kind": "step", "step": step + 1, "loss": loss, "scales": scales(self.model), **more})
+            given = {"loss": float(loss), **{name: float(value) for name, value in more.items()}}
+            self._warner.add({"kind": "step", "step": step + 1, "scales": scales(self.model), **given})
 
     def saw(self, step: int, observation: Observation) -> None:
         """Take what `observe(model, vitals=True)` has gathered in a step."""

@@ -368,7 +368,7 @@ class LayerState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles get a handle and plans of their own."""
-        super().__setstate__({"plans": Plans()} | state)
+        super().__setstate__({"plans": Plans(), "is_identity": state["spec"].is_identity} | state)
         self.handle = _enter(self)
         if self.sharing is not None and self.sharing.share is None:  # out of a file
             self.sharing = None
