@@ -454,3 +454,17 @@ def test_a_state_made_for_another_spec_is_refused():
     assert fb.nn.functional.linear(x, w, None, spec, state).shape == (2, 4)
     with pytest.raises(UserError, match="the state was made for another spec"):
         fb.nn.functional.linear(x, w, None, LayerSpec(), state)
+
+
+@pytest.mark.parametrize("recipe", ["ibm2020", "luq", "nvfp4"])
+def test_a_linear_layer_takes_a_vector_as_it_takes_one_row(recipe):
+    torch.manual_seed(0)
+    model = fb.convert(nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))), recipe)
+    twin, x = copy.deepcopy(model), torch.randn(32)
+    found = []
+    for net, given in ((model, x.clone().requires_grad_()), (twin, x[None].clone().requires_grad_())):
+        y = net(given)
+        y.square().sum().backward()
+        found.append([y.detach().view(-1), given.grad.view(-1), net[1].weight.grad])
+    assert model(x).shape == (32,)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

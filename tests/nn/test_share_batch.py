@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fourbit as fb
 from fourbit import recipes
 from fourbit.errors import UserError
-from fourbit.quantizers import Share, Slice
+from fourbit.quantizers import Share, Slice, Tile
 from several_processes import together
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed training")
@@ -162,3 +163,23 @@ def test_what_depends_on_the_batch_in_another_way_is_refused(tmp_path):
         assert pickle.loads(pickle.dumps(model)).inner.quant.sharing is None
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "tile", "block", "refused"),
+    [
+        (3, (1, 4, 1, 16), Tile(1, 32), 1, True),
+        (3, (1, 4, 1, 64), Tile(1, 32), 1, False),
+        (3, (1, 4, 1, 16), Tile(1, 16), 32, True),
+        (1, (1, 8, 1, 64), Tile(16, 16), 1, True),
+        (1, (1, 8, 1, 20), Tile(1, 16), 64, False),
+        (3, (1, 4, 1, 7), Tile(1, None), 1, False),
+    ],
+)
+def test_parts_that_cut_blocks_of_the_whole_batch_are_refused(axis, shape, tile, block, refused):
+    share = Share.__new__(Share)
+    share.number, share.count = 0, 2
+    with pytest.raises(UserError, match="give each a multiple of") if refused else nullcontext():
+        Slice(share, axis).require_whole(shape, tile, block)
+    share.count = 1
+    Slice(share, axis).require_whole(shape, tile, block)

@@ -52,6 +52,8 @@ class Linear(QuantizedLayer, nn.Linear):
         if self.quant.is_identity:
             return super().forward(input)
         require_input(input, self, -1, self.in_features)
+        if input.dim() == 1:  # a product has rows
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         if is_shard(self.weight):
             return parallel_linear(input, self.weight, self.bias, self.contraction(), self.quant)
         channels = self.quant._modules.get("channels")

@@ -211,6 +211,9 @@ def scale_of(request: Request) -> Tensor:
 
 def run(request: Request) -> Quantized:
     """Quantize one operand."""
+    if request.part is not None and (request.tile is not None or request.rotation is not None):
+        turned = request.spec.transform.size if request.spec.transform is not None else 1
+        request.part.require_whole(request.x.shape, request.tile, turned)
     if request.tile is not None and request.toward is None and request.has_own_words and request.has_own_scales:
         found = ROUND_TILES(request)
         if found is not None:

@@ -7,7 +7,7 @@ come by the same operands in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,25 @@ class Slice(NamedTuple):
     def spans(self, tile: Tile) -> bool:
         """Whether elements of several processes share a scale of [groups, rows, spots, sums] in such tiles."""
         return self.axis in (1, 3) and (tile.rows if self.axis == 1 else tile.sums) is None
+
+    def require_whole(self, shape: Sequence[int], tile: Tile | None, block: int) -> None:
+        """Raise a UserError where the ends of the parts cut tiles, or blocks of a rotation, that the whole would have there.
+
+        Args:
+            shape: of the part, [groups, rows, spots, sums].
+            tile: who shares a scale.
+            block: numbers along the last axis that a rotation mixes; 1: none.
+        """
+        if self.share.count == 1 or self.axis not in (1, 3):
+            return
+        size = None if tile is None else (tile.rows if self.axis == 1 else tile.sums)
+        for unit in (size or 1, block if self.axis == 3 else 1):
+            if shape[self.axis] % unit:
+                raise UserError(
+                    f"each process has {shape[self.axis]} of the terms or rows of a product, which blocks of {unit} do not "
+                    f"divide, so that they would not be those of the whole batch: give each a multiple of {unit}, or do "
+                    "without share_batch."
+                )
 
     def positions(self, t: Tensor) -> Tensor:
         """The position of each element in the memory of the whole, int64, for an operand that lies in memory as `t` does."""
