@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks._ways import Training
-from fourbit import backends
+from fourbit.kernels.cpu._library import library
+from fourbit.kernels.cpu._structures import FUNCTIONS
 
 
 def saved_bytes(training: Training, layers: Sequence[str]) -> dict[str, int | None]:
@@ -63,10 +65,11 @@ class _Saved:
 
 CATEGORIES: dict[str, str] = {
     "optimizer": r"Optimizer\.|_foreach|aten::_fused",
-    "quantize": r"fourbit::(round|round_pair|round_tiles|moments|unpack|unpack_tiles)$",
+    "quantize": r"fourbit::(clip|log_round|float_round|table_round|round_tiles|moments|split|unpack|unpack_tiles)$",
     "scale, round and mask results": r"fourbit::epilogue$",
     "fused normalization chain": r"fourbit::norm_",
-    "around products": r"fourbit::(gemm|product|contract\w*)$",
+    "our products": r"fourbit::(multiply|panel_count|pack_panels|conv_\w+|accumulate)$",
+    "cells of recurrent layers": r"fourbit::lstm_",
     "attention": r"attention",
     "products": r"\bmm\b|addmm|bmm|_int_mm|matmul|linear|convolution|conv2d|qconv|qlinear",
     "normalization": r"batch_norm|layer_norm|native_norm",
@@ -79,27 +82,39 @@ CATEGORIES: dict[str, str] = {
 
 
 def profile(training: Training, steps: int = 3) -> dict[str, float]:
-    """Seconds per step by category (self time of each operation, so that they add up), and "outside operations".
+    """Seconds per step by category (self time of each operation, so that they add up).
 
-    The calls of this library's kernels are marked while it runs, because they are no operations of torch.
+    The functions of this library are marked while it runs, because they are no operations of torch.
     """
     training()
-    call = backends.Operation.__call__
-
-    def marked(operation: backends.Operation[..., Any], *arguments: Any) -> Any:
-        with torch.profiler.record_function(f"fourbit::{operation.name}"):
-            return call(operation, *arguments)
-
-    backends.Operation.__call__ = marked
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for _ in range(steps):
-                with torch.profiler.record_function("step"):
-                    training()
-    finally:
-        backends.Operation.__call__ = call
+    with _marked_functions(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            with torch.profiler.record_function("step"):
+                training()
     found = dict.fromkeys(CATEGORIES, 0.0)
     for event in profiler.key_averages():
         category = next(c for c, pattern in CATEGORIES.items() if re.search(pattern, event.key))
         found[category] += event.self_cpu_time_total * 1e-6 / steps
     return found
+
+
+@contextlib.contextmanager
+def _marked_functions() -> Iterator[None]:
+    """The functions of the C++ library are events of the profiler by their names, as fourbit::clip."""
+    loaded = library()
+    functions = {} if loaded is None else {name: getattr(loaded, name) for name in FUNCTIONS if hasattr(loaded, name)}
+
+    def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with torch.profiler.record_function(f"fourbit::{name}"):
+                return function(*arguments)
+
+        return call
+
+    try:
+        for name, function in functions.items():
+            setattr(loaded, name, marked(name, function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(loaded, name, function)

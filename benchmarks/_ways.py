@@ -134,9 +134,16 @@ class Training:
         return contextlib.nullcontext() if self.way.kernels else backends.without()
 
     def loss(self) -> Tensor:
-        """Mean cross entropy."""
+        """Mean cross entropy.
+
+        Raises:
+            Skip: a layer refuses its input, as recurrent ones where a rotation does not divide their sums.
+        """
         with torch.autocast("cpu", torch.bfloat16, enabled=self.way.autocast):
-            logits = self.run(self.x)
+            try:
+                logits = self.run(self.x)
+            except fb.UserError as error:
+                raise Skip(str(error)) from None
         return F.cross_entropy(logits.flatten(0, -2).float(), self.y.flatten())
 
     def __call__(self) -> None:

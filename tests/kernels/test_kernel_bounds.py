@@ -258,6 +258,27 @@ def radix_4(n: int) -> Tensor:
 
 
 @every_isa_of_products
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9), (7, 40, 5000)]
+)
+def test_products_of_bfloat16_keep_to_their_memory(isa, shape, turned):
+    rows, columns, depth = shape
+    a, b = input(radix_4(rows * depth)), input(radix_4(depth * columns))
+
+    def call(memory):
+        product = c.MatMul(a=a.data_ptr(), b16=b.data_ptr(), b_turned=turned, turned=turned, scale=1.0, post=1.0)
+        product.rows, product.columns, product.depth = rows, columns, depth
+        product.out = memory.output(4 * rows * columns)
+        if not library().multiply(ctypes.byref(product)):  # the kernels that multiply integers
+            ctypes.memset(product.out, 0, 4 * rows * columns)
+            return isa
+        return product.clipped
+
+    check(isa, call)
+
+
+@every_isa_of_products
 @pytest.mark.parametrize("integers", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 32, 2), (13, 33, 3), (25, 47, 64), (5, 300, 7), (400, 16, 9)])
 def test_panels_and_what_is_multiplied_by_them_keep_to_their_memory(isa, shape, integers):

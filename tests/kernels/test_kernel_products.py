@@ -556,3 +556,37 @@ def test_a_weight_kept_in_panels_gives_every_bit_again(isa, rows, depth, columns
                 expected, _ = product(gemm, output, torch.float32)
             assert found is not None and torch.equal(found[0], expected)
             assert kept[which].cache
+
+
+@each_implementation("product")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 8, 4), (37, 50, 33), (96, 31, 80), (9, 5001, 3), (5002, 7, 20)])
+def test_numbers_in_bfloat16_are_multiplied_with_float32_sums(implementation, which, sizes, dtype):
+    rows, inner, outer = sizes
+    x, w, g = (torch.randn(size).bfloat16() for size in ((rows, inner), (outer, inner), (rows, outer)))
+    a, b = {"fprop": (x, w), "dgrad": (g, w), "wgrad": (g, x)}[which]
+    like = None if which == "fprop" else Layout.of(x if which == "dgrad" else w)
+    gemm = Gemm(which, LinearMap(), Operand(a, torch.tensor(0.75)), Operand(b), like, torch.float32, "exact")
+    found = implementation(gemm, Finish(gemm.scale, None, True, torch.tensor(2.0), dtype, like))
+    if not has_dot_product(implementation.isa):
+        assert found is None
+        return
+    expected = 1.5 * reference_product(replace(gemm, dtype=torch.float64))
+    of_sizes = replace(gemm, a=Operand(a.abs()), b=Operand(b.abs()), dtype=torch.float64)
+    bound = 2.0**-20 * 1.5 * reference_product(of_sizes)
+    if dtype == torch.bfloat16:
+        bound += 2.0**-8 * expected.abs()
+    assert found is not None and found[0].dtype == dtype and found[0].shape == expected.shape
+    assert bool(((found[0].double() - expected).abs() <= bound).all())
+
+
+@each_implementation("product")
+def test_numbers_in_bfloat16_that_are_not_finite_reach_the_result(implementation):
+    x = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0], [2.0, 3.0]]).bfloat16()
+    w = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).bfloat16()
+    gemm = Gemm("fprop", LinearMap(), Operand(x), Operand(w), None, torch.float32, "fast")
+    found = implementation(gemm, Finish(None, None, True, None, torch.float32))
+    assert (found is not None) == has_dot_product(implementation.isa)
+    if found is not None:
+        assert_same(found[0], x.float() @ w.float().t())

@@ -28,6 +28,7 @@ from fourbit.ops._pending import Pending as Pending
 from fourbit.ops._pending import node_of as node_of
 from fourbit.ops._pending import plain_tensors_only as plain_tensors_only
 from fourbit.ops._pending import settle_all as settle_all
+from fourbit.ops._product import BLOCK_CARRIER as BLOCK_CARRIER
 from fourbit.ops._product import EPILOGUE as EPILOGUE
 from fourbit.ops._product import GEMM as GEMM
 from fourbit.ops._product import PRODUCT as PRODUCT

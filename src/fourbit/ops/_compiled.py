@@ -125,7 +125,7 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
     else:
         dtype = torch.float32 if resolved.samples > 1 else carrier_dtype(resolved.format)
         if form.has_blocks:
-            exact = resolved.samples == 1 and fits_bfloat16(resolved.format, scale_format)
+            exact = resolved.samples == 1 and fits_bfloat16(resolved.format.grid, scale_format)
             dtype = torch.bfloat16 if exact else torch.float32
         oriented = form.orientation is not None
         data = t.new_empty(form.shape, dtype=dtype) if oriented else _blank(t, dtype, contraction, slot[0])

@@ -170,7 +170,7 @@ def _forward_operand(
         return *_kept(quantized, spec), quantized.mask, slope
     m, orientation = oriented(slot, t, contraction, state.spec)
     toward = None if toward is None else oriented(slot, toward, contraction, state.spec)[0]
-    quantized = quantize_operand(state, slot, m, spec, save=True, toward=toward)
+    quantized = quantize_operand(state, slot, m, spec, save=True, toward=toward, contraction=contraction)
     if spec.estimator is not None and state.with_gradients:
         slope = spec.estimator.slope(m * quantized.tensor.scales.reciprocal(), quantized.tensor.format)
         slope = contraction.prepare(orientation.back(slope), slot[0])

@@ -58,7 +58,7 @@ class Operand(NamedTuple):
             return self
         q, scale = self.q, self.scale
         if isinstance(q, Packed):
-            q = q.unpack(carrier_dtype(self.format) if self.on_grid and self.format else torch.float32)
+            q = q.unpack(carrier_dtype(self.format) if self.on_grid and self.format else _carrier(q, contraction))
         if scale is not None and scale.dim():
             q, scale = q.to(torch.float32) * scale, None
         return Operand(contraction.prepare(self.orientation.back(q), name), scale, self.format, self.on_grid)
@@ -82,6 +82,17 @@ class Operand(NamedTuple):
     def device(self) -> torch.device:
         """Where they are."""
         return self.q.data.device if isinstance(self.q, Packed) else self.q.device
+
+
+def _carrier(q: Packed, contraction: Contraction) -> torch.dtype:
+    """What codes with the scales of blocks are unpacked to."""
+    return torch.bfloat16 if q.fits_bfloat16 and not in_float32(contraction, q.data.device) else torch.float32
+
+
+def in_float32(contraction: Contraction, device: torch.device) -> bool:
+    """Whether numbers with the scales of blocks are wanted in float32, even where bfloat16 holds them."""
+    wanted = BLOCK_CARRIER(contraction, device)
+    return device.type == "cpu" if wanted is None else wanted == torch.float32
 
 
 class Layout(NamedTuple):
@@ -222,6 +233,10 @@ EPILOGUE: Operation[[Raw, Finish], tuple[Tensor, Tensor | None]] = Operation(
     "epilogue", reference="ops._product._finish"
 )
 """What follows a product: its result, and the sum of what was clipped."""
+BLOCK_CARRIER: Operation[[Contraction, torch.device], torch.dtype] = Operation(
+    "block_carrier", reference="(float32 on a CPU, bfloat16 elsewhere)"
+)
+"""In which dtype a backend multiplies numbers with the scales of their blocks, float32 or bfloat16, with float32 sums."""
 PRODUCT: Operation[[Gemm, Finish], tuple[Tensor, Tensor | None]] = Operation(
     "product", reference="(gemm, then epilogue, whose results it has)"
 )

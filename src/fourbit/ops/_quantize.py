@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fourbit.ops._contraction import Contraction, LinearMap, Which
+from fourbit.ops._product import in_float32
 from fourbit.ops._rotate import WHICH, oriented
 from fourbit.ops._spec import OPERANDS, REUSE
 from fourbit.ops._state import LayerState
@@ -49,6 +50,7 @@ def quantize_operand(
     save: bool = False,
     carrier: bool = True,
     toward: Tensor | None = None,
+    contraction: Contraction | None = None,
 ) -> Quantized:
     """An operand of the forward pass; with `save`, also what backward needs of it.
 
@@ -56,12 +58,18 @@ def quantize_operand(
         x: dense, and without a graph; with scales for parts of it, or a rotation, as [groups, rows, spots, sums].
         carrier: False: the numbers themselves are not needed where there are packed codes of them.
         toward: an average to whose side numbers are rounded, as x.
+        contraction: the product that the numbers are for; None: not for one.
     """
     format, stored, rotation, tile, wide = spec.format, None, None, None, False
     if x.dtype not in _NUMBERS:
         require_numbers(x, "quantize")
     if spec.needs_orientation:
-        x, rotation, tile, wide = prepare(x), _rotation(state, slot), state.spec.tile(slot), _is_wide(x, spec)
+        x, rotation, tile, wide = (
+            prepare(x),
+            _rotation(state, slot),
+            state.spec.tile(slot),
+            _is_wide(x, spec, contraction),
+        )
     remembers = spec.scaling.state_class is not None
     if remembers:
         x, rotation = (x if rotation is None else prepare(rotation.apply(x))), None
@@ -107,7 +115,7 @@ def quantize_gradient(
     for_dgrad, for_wgrad = (
         None
         if spec is None
-        else _gradient_request(state, slot, _oriented(state, slot, g, spec, contraction), spec, stored)
+        else _gradient_request(state, slot, _oriented(state, slot, g, spec, contraction), spec, stored, contraction)
         for slot, spec in (("g_dgrad", first), ("g_wgrad", second))
     )
     if one_read and for_dgrad and for_wgrad:
@@ -159,7 +167,12 @@ def _one_read(state: LayerState, *specs: QuantSpec | None) -> bool:
 
 
 def _gradient_request(
-    state: LayerState, slot: str, g: Tensor, spec: QuantSpec, stored: Tensor | None = None
+    state: LayerState,
+    slot: str,
+    g: Tensor,
+    spec: QuantSpec,
+    stored: Tensor | None = None,
+    contraction: Contraction | None = None,
 ) -> Request:
     if spec.scaling.state_class is None:
         stored = None
@@ -170,7 +183,7 @@ def _gradient_request(
     if not spec.needs_orientation:
         return Request(g, spec, spec.format, None, stored, key, part=part)
     rotation, tile = _rotation(state, slot), state.spec.tile(slot)
-    request = request_for(g, spec, tile, stored, key, rotation=rotation, wide=_is_wide(g, spec))
+    request = request_for(g, spec, tile, stored, key, rotation=rotation, wide=_is_wide(g, spec, contraction))
     return request if part is None else replace(request, part=part)
 
 
@@ -273,6 +286,6 @@ def _saw(state: LayerState, slot: str, request: Request, result: Quantized) -> N
         state.observer.record(slot, x, result.tensor)
 
 
-def _is_wide(x: Tensor, spec: QuantSpec) -> bool:
-    """Whether numbers times the scales of blocks are wanted in float32: a CPU multiplies them so, and keeps codes."""
-    return x.device.type == "cpu" and is_packable(spec.format)
+def _is_wide(x: Tensor, spec: QuantSpec, contraction: Contraction | None) -> bool:
+    """Whether numbers times the scales of blocks are wanted in float32 by what multiplies them; codes are kept of them."""
+    return is_packable(spec.format) and (contraction is None or in_float32(contraction, x.device))

@@ -2,7 +2,6 @@
 
 from fourbit.quantizers._blocks import BlockScale as BlockScale
 from fourbit.quantizers._blocks import codes_of_scales as codes_of_scales
-from fourbit.quantizers._blocks import fits_bfloat16 as fits_bfloat16
 from fourbit.quantizers._blocks import scale_fits_byte as scale_fits_byte
 from fourbit.quantizers._clip_value import ClipState as ClipState
 from fourbit.quantizers._clip_value import ClipValue as ClipValue
@@ -83,6 +82,7 @@ from fourbit.quantizers._tiles import Block as Block
 from fourbit.quantizers._tiles import BlockScales as BlockScales
 from fourbit.quantizers._tiles import Granularity as Granularity
 from fourbit.quantizers._tiles import Tile as Tile
+from fourbit.quantizers._tiles import fits_bfloat16 as fits_bfloat16
 from fourbit.quantizers._tiles import fold as fold
 from fourbit.quantizers._tiles import scale_shape as scale_shape
 from fourbit.quantizers._tiles import tile_of as tile_of

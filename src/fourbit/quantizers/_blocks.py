@@ -413,20 +413,3 @@ def _codes_of(format: Format) -> tuple[Tensor, bool]:
     nan = [code for code, value in enumerate(format.values) if math.isnan(value)]
     codes = [format.encode(value) for value in format.grid]
     return torch.tensor([*codes, nan[0] if nan else 0], dtype=torch.uint8), bool(nan)
-
-
-@lru_cache(maxsize=256)
-def fits_bfloat16(format: Format, scale_format: Format | None) -> bool:
-    """Whether bfloat16 holds every product of a number and a scale."""
-    if scale_format is None or _significand(format) + _significand(scale_format) > 8:
-        return False
-    return format.smallest * scale_format.smallest >= 2.0**-133  # the smallest number of bfloat16
-
-
-def _significand(format: Format) -> int:
-    """Bits of the longest odd part of a number."""
-    longest = 1
-    for value in format.grid:
-        numerator = abs(value).as_integer_ratio()[0]
-        longest = max(longest, (numerator // (numerator & -numerator)).bit_length() if numerator else 1)
-    return longest

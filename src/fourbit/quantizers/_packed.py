@@ -17,7 +17,7 @@ from torch import Tensor
 from fourbit.backends import Operation
 from fourbit.formats import Format
 from fourbit.quantizers._statistics import memory_flat
-from fourbit.quantizers._tiles import BlockScales
+from fourbit.quantizers._tiles import BlockScales, fits_bfloat16
 
 BLOCK = 64
 """Elements per block."""
@@ -46,6 +46,14 @@ class Packed:
     signed: bool
     grid: tuple[float, ...] | None = None
     blocks: BlockScales | None = None
+
+    @property
+    def fits_bfloat16(self) -> bool:
+        """Whether bfloat16 holds every product of a number and the scale of its block."""
+        if self.blocks is None:
+            return False
+        integers = tuple(float(n) for n in (range(-8, 8) if self.signed else range(16)))
+        return fits_bfloat16(self.grid or integers, self.blocks.format)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The grid values, times their block's scale, in the original shape and order of axes."""

@@ -23,13 +23,13 @@ from torch import Tensor
 from fourbit.backends import Operation
 from fourbit.errors import UserError
 from fourbit.formats import Format
-from fourbit.quantizers._blocks import fits_bfloat16, quantize_tiles
+from fourbit.quantizers._blocks import quantize_tiles
 from fourbit.quantizers._packed import Packed, is_packable, pack, pack_mask
 from fourbit.quantizers._round import Rounding, nearest_number, round_to_format, round_toward
 from fourbit.quantizers._share import Slice
 from fourbit.quantizers._spec import QuantSpec
 from fourbit.quantizers._statistics import Statistics, is_dense, memory_flat
-from fourbit.quantizers._tiles import Tile, fold, unfold
+from fourbit.quantizers._tiles import Tile, fits_bfloat16, fold, unfold
 from fourbit.quantizers._transform import Rotation
 from fourbit.quantizers._words import random_words, stream_key, words_at
 
@@ -302,7 +302,7 @@ def _run_tiles(request: Request, tile: Tile) -> Quantized:
     if request.save and spec.samples == 1 and is_packable(format):
         packed = replace(pack(codes.nan_to_num(0.0), format), blocks=tiled.blocks)  # the scale says NaN
     if tiled.blocks is not None:
-        exact = spec.samples == 1 and fits_bfloat16(format, tiled.blocks.format) and not request.wide
+        exact = spec.samples == 1 and fits_bfloat16(format.grid, tiled.blocks.format) and not request.wide
         codes, carrier = tiled.blocks.times(codes), torch.bfloat16 if exact else torch.float32
     tensor = QTensor(codes.to(carrier), tiled.scale, format, (tiled.each, tiled.tile))
     return Quantized(tensor, tiled.amax, packed, mask)

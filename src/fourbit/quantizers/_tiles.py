@@ -15,6 +15,7 @@ The last tile of an axis may be smaller.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -173,6 +174,24 @@ class BlockScales(NamedTuple):
         """Each element of q [G, R, S, K] times the scale of its tile, float32."""
         t = fold(q.to(torch.float32), self.tile).t
         return unfold(t * self.numbers().view(scale_shape(q.shape, self.tile)), q.shape)
+
+
+@lru_cache(maxsize=256)
+def fits_bfloat16(grid: tuple[float, ...], scale_format: Format | None) -> bool:
+    """Whether bfloat16 holds every product of a number of the grid and a scale."""
+    if scale_format is None or _significand(grid) + _significand(tuple(scale_format.grid)) > 8:
+        return False
+    smallest = min(abs(value) for value in grid if value)
+    return smallest * scale_format.smallest >= 2.0**-133  # the smallest number of bfloat16
+
+
+def _significand(grid: tuple[float, ...]) -> int:
+    """Bits of the longest odd part of a number."""
+    longest = 1
+    for value in grid:
+        numerator = abs(value).as_integer_ratio()[0]
+        longest = max(longest, (numerator // (numerator & -numerator)).bit_length() if numerator else 1)
+    return longest
 
 
 def scale_shape(shape: torch.Size, tile: Tile) -> tuple[int, ...]:

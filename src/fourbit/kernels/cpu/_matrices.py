@@ -175,6 +175,10 @@ def _multiply_halves(left: Matrix, right: Matrix, turned: bool, unit: float) -> 
     return Raw(low, high, 1.0 / unit)
 
 
+MOST_TURNED = (1 << 31) // 16 - 1
+"""The longest sum of a product with a right matrix in bfloat16 that is given as its transpose."""
+
+
 def own_multiply(
     left: Tensor,
     right: Tensor,
@@ -182,15 +186,18 @@ def own_multiply(
     of: Any,
     finish: Finish | None = None,
     cache: dict[str, Any] | None = None,
+    right_turned: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The product, finished, in float32; `turned`: of the transposed `left`. And the sum of what was clipped.
 
     Args:
+        right: int8; or bfloat16, where the library multiplies such numbers.
         of: of the operands, as by `operands_of`, which says that there is such a product.
         cache: of the right operand, whose panels are packed once.
+        right_turned: `right`, in bfloat16, is given as its transpose.
     """
     left, right = left.contiguous(), right.contiguous()
-    depth, columns = right.shape
+    depth, columns = right.shape[::-1] if right_turned else right.shape
     num_rows = left.shape[1] if turned else left.shape[0]
     require(left.shape[0 if turned else 1] == depth, "a matrix with as many columns as the other has rows")
     y = torch.empty(num_rows, columns, dtype=torch.float32)
@@ -198,7 +205,7 @@ def own_multiply(
     arguments: Any = c.MatMul(
         a=pointer(left, "a", left.dtype, num_rows * depth, torch.contiguous_format),
         turned=turned,
-        b=pointer(right, "b", torch.int8, depth * columns, torch.contiguous_format),
+        b_turned=right_turned,
         out=fresh(y),
         rows=num_rows,
         columns=columns,
@@ -207,6 +214,12 @@ def own_multiply(
         post=1.0,
         of=of,
     )
+    at = pointer(right, "b", right.dtype, depth * columns, torch.contiguous_format)
+    if right.dtype == torch.bfloat16:
+        arguments.b16 = at
+    else:
+        require(right.dtype == torch.int8 and not right_turned, "int8 or bfloat16 numbers")
+        arguments.b = at
     if cache is not None:
         arguments.panels = panels(arguments, cache)
     codes = None
@@ -288,7 +301,7 @@ _INTEGERS = (torch.int8, torch.uint8)
 
 def why_not_finished(finish: Finish) -> str:
     """Why a product cannot be finished as it is written; "" where it can."""
-    if finish.dtype != torch.float32 or finish.keep_infinite:
+    if finish.dtype != torch.float32 or (finish.keep_infinite and finish.output is not None):
         return "the result is not float32, or an operand is in full precision"
     if any(t is not None and t.numel() != 1 for t in (finish.scale, finish.late)):
         return "parts of the result have scales"

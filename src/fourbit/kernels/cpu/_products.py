@@ -4,6 +4,7 @@
     int8 x int8 (forward)                  _int_mm, or ours, exact        ours, or oneDNN's int8 convolution, exact
     gradient in one int8 x int8            _int_mm, or ours, exact        as below; backward, 1x1 convolutions are as Linear
     gradient in bfloat16                   ours                           ours, or oneDNN's, rounded to bfloat16
+    numbers with the scales of blocks      ours, in bfloat16              float32, the reference's
     where ours does not run:
     gradient in two int8 x int8            two _int_mm, exact             oneDNN's, rounded to bfloat16
     other gradients that bfloat16 holds    bfloat16, rounded to it        oneDNN's, rounded to bfloat16
@@ -21,6 +22,7 @@ reference's anyway.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from fourbit.kernels._check import bits_of, codes_of, fresh, pointer, require, r
 from fourbit.kernels.cpu import _structures as c
 from fourbit.kernels.cpu._convolutions import convolve, convolve_backward
 from fourbit.kernels.cpu._matrices import (
+    MOST_TURNED,
     Matrix,
     int8,
     matrices,
@@ -41,7 +44,20 @@ from fourbit.kernels.cpu._matrices import (
     why_not_finished,
 )
 from fourbit.kernels.cpu._quantize import float_grid, kernels
-from fourbit.ops import EPILOGUE, GEMM, PRODUCT, Convolution, Finish, Gemm, Layout, LinearMap, Raw
+from fourbit.ops import (
+    BLOCK_CARRIER,
+    EPILOGUE,
+    GEMM,
+    PRODUCT,
+    Contraction,
+    Convolution,
+    Finish,
+    Gemm,
+    Layout,
+    LinearMap,
+    Operand,
+    Raw,
+)
 from fourbit.quantizers import Packed, carrier_dtype, is_dense
 
 
@@ -75,40 +91,68 @@ def _why_not(g: Gemm) -> str:
 @PRODUCT.kernel("cpu")
 def product(g: Gemm, finish: Finish) -> Plan[tuple[Tensor, Tensor | None]]:
     """The products of Linear, finished before they are written for the first time."""
-    a, b, layout = g.a, g.b, finish.layout
+    a, b, layout, fprop = g.a, g.b, finish.layout, g.which == "fprop"
     if not isinstance(g.contraction, LinearMap):
         return "only linear maps are finished as they are written"
-    if g.which == "fprop":
+    wide = _are_bfloat16(a, b)
+    if fprop and not wide:
         multiply = own_integers(g, finish)
         return multiply if isinstance(multiply, str) else Reusable(lambda g, finish: (multiply(g, finish), None))
-    if (declined := _why_not(g)) or (declined := why_not_finished(finish)):
+    if wide:
+        if not kernels().has_dot_product or finish.mask is not None:
+            return f"{kernels().isa} does not multiply bfloat16, or the result is masked"
+        declined = why_not_finished(replace(finish, dtype=torch.float32))
+    else:
+        declined = _why_not(g) or why_not_finished(finish)
+    if declined:
         return declined
-    if not isinstance(a.q, Tensor) or layout is None or not layout.is_contiguous():
+    if not isinstance(a.q, Tensor) or (layout is None) != fprop or (layout is not None and not layout.is_contiguous()):
         return "the gradient or the result does not lie in order"
-    of = operands_of(a.format, b.format, a.q.dtype)
-    if of is None or b.format.max > 127:  # type: ignore[union-attr]
+    of = c.Integers() if wide else operands_of(a.format, b.format, a.q.dtype)
+    if of is None or (not wide and b.format.max > 127):  # type: ignore[union-attr]
         return f"{kernels().isa} has no product of these formats"
     integers = isinstance(finish.codes, Packed) and finish.codes.grid is None
-    if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):
+    if finish.mask is not None and (layout.shape[-1] % 16 or (finish.codes is not None and not integers)):  # type: ignore[union-attr]
         return "masked results come in sixteens, with codes of integers"
     turned = g.which == "wgrad"
     if not a.q.dim() or not b.q.shape or (not turned and len(b.q.shape) != 2):
         return "an operand is no matrix"
     left, right = Matrix.of(a), Matrix.of(b)
     depth, rows = left.shape if turned else left.shape[::-1]
-    if 0 in left.shape or 0 in right.shape or depth != right.shape[0]:
+    of_depth, columns = right.shape[::-1] if fprop else right.shape
+    if 0 in left.shape or 0 in right.shape or depth != of_depth:
         return "an operand is empty, or the sizes do not go together"
-    if layout.shape.numel() != rows * right.shape[1]:
+    shape = torch.Size((*a.q.shape[:-1], columns)) if layout is None else layout.shape
+    if shape.numel() != rows * columns:
         return "the result has another size"
-
-    shape = layout.shape
+    if wide and depth > MOST_TURNED:
+        return "the sum is too long"
 
     def run(g: Gemm, finish: Finish) -> tuple[Tensor, Tensor | None]:
-        numbers = int8(g.b) if g.which == "dgrad" else rows_of(int8(g.b))
-        y, clipped = own_multiply(Matrix.of(g.a).make(), numbers, turned, of, finish, g.b.cache)
-        return y if y.shape == shape else y.view(shape), clipped
+        if wide:
+            numbers = Matrix.of(g.b).make()
+        else:
+            numbers = int8(g.b) if g.which == "dgrad" else rows_of(int8(g.b))
+        y, clipped = own_multiply(Matrix.of(g.a).make(), numbers, turned, of, finish, g.b.cache, fprop)
+        return (y if y.shape == shape else y.view(shape)).to(finish.dtype), clipped
 
     return Reusable(run)
+
+
+def _are_bfloat16(*operands: Operand) -> bool:
+    """Whether all are numbers in bfloat16 without formats, as those with the scales of blocks in them are."""
+    return all(
+        o.format is None and isinstance(o.q, Tensor) and o.q.dtype == torch.bfloat16 and o.q.is_cpu and not o.q.is_neg()
+        for o in operands
+    )
+
+
+@BLOCK_CARRIER.kernel("cpu")
+def block_carrier(contraction: Contraction, device: torch.device) -> Plan[torch.dtype]:
+    """What linear maps multiply with float32 sums."""
+    if device.type != "cpu":
+        return f"the numbers are on {device}"
+    return lambda: torch.bfloat16 if isinstance(contraction, LinearMap) and kernels().has_dot_product else torch.float32
 
 
 _SUMS = (torch.float32, torch.bfloat16, torch.int32)

@@ -190,7 +190,7 @@ def _round_tiles(request: Request) -> TilesRounded:
     size = 1 if rotation is None else rotation.transform.size
     shape = torch.Size((*x.shape[:3], -(-x.shape[3] // size) * size))
     n = shape.numel()
-    narrow = fits_bfloat16(format, scaling.format) and not request.wide
+    narrow = fits_bfloat16(format.grid, scaling.format) and not request.wide
     steps = _as_x_lies(x, shape, turned)
     out = None
     if request.carrier or not request.save:

@@ -284,7 +284,7 @@ void multiply_as(Task& task) {
 }
 
 bool multiply(MatMul* t) {
-  if (!has_ranges(t->of) || (t->integers && t->turned)) return false;
+  if (!has_ranges(t->of) || (t->integers && t->turned) || t->b16) return false;
   t->clipped = 0.0;
   if (!t->rows || !t->columns) return true;  // nothing to share among the threads
   Task task(*t);

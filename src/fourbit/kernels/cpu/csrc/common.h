@@ -332,11 +332,14 @@ struct ConvDgrad {
 };
 
 // out = post * round(scale * a b), in float32: a is bfloat16 [rows, depth], or [depth, rows] if `turned`; b is [depth, columns],
-// integers of 8 bits. Masked and summed as by Epilogue: then the columns must come in sixteens.
+// integers of 8 bits; or b16 instead, in bfloat16, for kernels that multiply such numbers, which take those below 2^-126 for zero.
+// Masked and summed as by Epilogue: then the columns must come in sixteens.
 struct MatMul {
   const uint16_t* a;
   int32_t turned;
   const int8_t* b;
+  const uint16_t* b16;    // or null
+  int32_t b_turned;       // b16 is [columns, depth]
   float* out;
   int64_t rows, columns, depth;
   float scale;

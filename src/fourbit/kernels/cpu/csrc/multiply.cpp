@@ -1,5 +1,5 @@
-// Products of a matrix in bfloat16 and one of small integers, with float32 sums: what two products of int8 halves cost, without
-// their results of twice the size. Needs the dot-product instruction of AVX512-BF16; without it there is nothing here.
+// Products of a matrix in bfloat16 and one of small integers or bfloat16, with float32 sums: for small integers what two products
+// of int8 halves cost, without their results of twice the size. Needs the dot-product instruction of AVX512-BF16; without it there is nothing here.
 //
 // A panel is kRows rows of the left matrix, or kColumns columns of the right one, as pairs of neighbours along the sum: two
 // bfloat16 numbers in 32 bits. What is missing to a whole panel or pair is zero.
@@ -159,9 +159,33 @@ void pack_left(const Task& task, int64_t panel, int64_t begin, int64_t depth, ui
   else pack_rows(t.a + row * t.depth + begin, t.depth, depth, count, out);
 }
 
+constexpr int64_t kMostTurned = (int64_t{1} << 31) / kLanes - 1;  // numbers of a row whose neighbours' places 32 bits hold
+
+// Columns that lie as rows: `count` of x [.., stride], `depth` of each.
+void pack_turned_columns(const uint16_t* x, int64_t depth, int64_t stride, int64_t count, uint32_t* out) {
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lines = _mm512_mullo_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(stride)));
+  for (int64_t k = 0; k < depth; k += 2, out += kColumns)
+    for (int64_t c = 0; c < kColumns; c += kLanes) {
+      const uint16_t* from = x + c * stride + k;
+      const __mmask16 which = first(count - c);
+      __m512i pairs;
+      if (k + 1 < depth) {
+        pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), which, lines, from, 2);
+      } else {
+        uint32_t last[kLanes] = {};
+        for (int64_t i = 0; i < kLanes && c + i < count; ++i) last[i] = from[i * stride];
+        pairs = _mm512_loadu_si512(last);
+      }
+      _mm512_storeu_si512(out + c, pairs);
+    }
+}
+
 void pack_right(const MatMul& t, int64_t panel, int64_t begin, int64_t depth, uint32_t* out) {
-  const int64_t column = panel * kColumns;
-  pack_columns(t.b + begin * t.columns + column, depth, t.columns, t.columns - column, kColumns, out);
+  const int64_t column = panel * kColumns, at = begin * t.columns + column, count = t.columns - column;
+  if (!t.b16) pack_columns(t.b + at, depth, t.columns, count, kColumns, out);
+  else if (t.b_turned) pack_turned_columns(t.b16 + column * t.depth + begin, depth, t.depth, count, out);
+  else pack_columns(t.b16 + at, depth, t.columns, count, kColumns, out);
 }
 
 // Panels r_begin .. r_end of rows times panels j_begin .. j_end of columns.
@@ -316,6 +340,7 @@ void multiply_integers(Task& task) {
 }
 
 bool multiply(MatMul* t) {
+  if (t->b16 && t->b_turned && t->depth > kMostTurned) return false;
   if (t->integers) {
     if (!t->panels) return false;
     Task task(t);
