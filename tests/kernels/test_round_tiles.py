@@ -117,6 +117,21 @@ def test_random_words_belong_to_the_same_numbers(isa: str, scaling: BlockScale, 
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
+@pytest.mark.parametrize("tile", [Block(16), Block(32), Tile(16, 16), Tile(32, 64)], ids=str)
+@pytest.mark.parametrize("scaling", [MX, NV, replace(CEIL, clip_rms=2.0)], ids=str)
+def test_pixels_of_images_whose_channels_lie_next_to_each_other(
+    isa: str, scaling: BlockScale, tile: Tile, turned: bool
+) -> None:
+    """Sums over channels (fprop, dgrad), or over images (wgrad)."""
+    for seed, (images, pixels, channels) in enumerate(((40, 9, 16), (16, 5, 32), (7, 6, 48), (64, 4, 24), (3, 2, 64))):
+        x = operand((1, images, pixels, channels), False, seed)
+        x = x.transpose(1, 3) if turned else x
+        for rotation, draws in itertools.product((None, Rotation(Hadamard(16, "fresh"), 5)), (False, True)):
+            if not (scaling.clips and x.shape[3] % 8):
+                require_same(request_of(x, spec_of(scaling, tile, draws=draws), rotation))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["sums", "rows"])
 @pytest.mark.parametrize(
     "scaling", [QUEST, replace(MX, clip_rms=1.5), replace(CEIL, clip_rms=2.0), replace(NV, clip_rms=2.0)], ids=str
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -126,17 +127,56 @@ def _is_turned(shape: torch.Size, stride: tuple[int, ...]) -> bool | None:
     return False if stride[3] == 1 or shape[3] == 1 else None
 
 
-def _tiles(shape: torch.Size, tile: Tile, turned: bool) -> Any:
-    groups, rows, spots, sums = shape
-    return c.Tiles(
-        groups=groups,
-        rows=rows,
-        spots=spots,
-        sums=sums,
-        turned=turned,
-        tile_rows=tile.rows,
-        tile_sums=tile.sums,
-    )
+class _Walk(NamedTuple):
+    """How the library sees an operand [G, R, S, K]. Where the spots of an image lie one behind the other and their tiles are
+    whole, they are one long line: of sums, or, turned, of rows, `rows_in_spot` from each; tiles then come in another order.
+    """
+
+    shape: tuple[int, int, int, int]
+    axis: int  # that the spots have become part of; 2: none
+    turned: bool
+    rows_in_spot: int = 0
+
+    @staticmethod
+    def of(shape: torch.Size, strides: Sequence[tuple[int, ...]], tile: Tile, block: int, turned: bool) -> _Walk:
+        """Of tensors with these strides, rotated in blocks."""
+        groups, rows, spots, sums = shape
+        neighbours = rows if turned else sums
+        assert tile.rows is not None and tile.sums is not None
+        if spots > 1 and all(stride[2] == neighbours for stride in strides):
+            if not turned and sums % math.lcm(tile.sums, block) == 0:
+                return _Walk((groups, rows, 1, spots * sums), 3, turned)
+            if turned and rows % tile.rows == 0:
+                return _Walk((groups, spots * rows, 1, sums), 1, turned, rows)
+        return _Walk((groups, rows, spots, sums), 2, turned)
+
+    def tiles(self, tile: Tile) -> Any:
+        """The library's structure, without x."""
+        groups, rows, spots, sums = self.shape
+        return c.Tiles(
+            groups=groups,
+            rows=rows,
+            spots=spots,
+            sums=sums,
+            rows_in_spot=self.rows_in_spot,
+            turned=self.turned,
+            tile_rows=tile.rows,
+            tile_sums=tile.sums,
+        )
+
+    def in_order(self, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Scales as the library writes them, in the order of the operand's tiles."""
+        if self.axis != 1:
+            return scales.view(shape)
+        groups, down, _, spots, _, across, _ = shape
+        return scales.view(groups, spots, down, across).transpose(1, 2).reshape(shape)
+
+    def as_walked(self, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The other way round."""
+        if self.axis != 1:
+            return scales
+        groups, down, _, spots, _, across, _ = shape
+        return scales.view(groups, down, spots, across).transpose(1, 2).contiguous()
 
 
 def _why_not(request: Request) -> str:
@@ -196,11 +236,17 @@ def _round_tiles(request: Request) -> TilesRounded:
     if request.carrier or not request.save:
         out = torch.empty_strided(shape, steps, dtype=torch.bfloat16 if narrow else torch.float32)
     of_tiles = scale_shape(shape, tile)
-    each = x.new_empty(of_tiles, dtype=torch.float32)
-    scale_codes = x.new_empty(of_tiles, dtype=torch.uint8)
-    tiles = _tiles(shape, tile, turned)
+    each = x.new_empty(math.prod(of_tiles), dtype=torch.float32)
+    scale_codes = x.new_empty(math.prod(of_tiles), dtype=torch.uint8)
+    whole = x.shape == shape  # and not filled up to blocks of the rotation
+    walk = (
+        _Walk.of(shape, (steps, x.stride()), tile, size, turned)
+        if whole
+        else _Walk((shape[0], shape[1], shape[2], shape[3]), 2, turned)
+    )
+    tiles = walk.tiles(tile)
     tiles.x, tiles.dtype = pointer(x, "x", x.dtype, x.numel()), c.CODES[x.dtype]
-    tiles.x_sums, tiles.x_steps[:] = x.shape[3], x.stride()
+    tiles.x_sums, tiles.x_steps[:] = x.shape[3] if walk.axis != 3 else walk.shape[3], x.stride()
     signs = None
     if rotation is not None:
         signs = rotation.transform.signs_for(x.device, rotation.key)
@@ -241,11 +287,12 @@ def _round_tiles(request: Request) -> TilesRounded:
     if request.save:
         packed = x.new_empty(packed_bytes(n), dtype=torch.uint8)
         arguments.packed = fresh(packed)
-        if shape[1 if turned else 3] % 64:
+        if walk.shape[1 if turned else 3] % 64:
             codes = x.new_empty(n, dtype=torch.int8)
             arguments.codes = fresh(codes)
     amax = kernels().round_tiles(ctypes.byref(arguments))
     scale = torch.tensor(arguments.decode, dtype=torch.float32) / scaling.prescale
+    each, scale_codes = walk.in_order(each, of_tiles), walk.in_order(scale_codes, of_tiles)
     blocks = BlockScales(scale_codes, scaling.format, tile)
     saved = None if packed is None else as_packed(packed, shape, steps, format, blocks)
     return TilesRounded(out, scale, each, amax, saved, mask)
@@ -292,12 +339,14 @@ def _unpack_tiles(packed: Packed, blocks: BlockScales, turned: bool, dtype: torc
     out = torch.empty_strided(packed.shape, packed.stride, dtype=dtype)
     assert blocks.format is not None
     scales = _numbers(tuple(blocks.format.values), 256)
-    num = math.prod(scale_shape(packed.shape, blocks.tile))
+    of_tiles = scale_shape(packed.shape, blocks.tile)
+    walk = _Walk.of(packed.shape, [packed.stride], blocks.tile, 1, turned)
+    codes = walk.as_walked(blocks.data, of_tiles)
     arguments: Any = c.UnpackTiles(
-        tiles=_tiles(packed.shape, blocks.tile, turned),
+        tiles=walk.tiles(blocks.tile),
         packed=codes_of(packed.data, out.numel()),
         is_signed=packed.signed,
-        scale_codes=pointer(blocks.data, "scales", torch.uint8, num, torch.contiguous_format),
+        scale_codes=pointer(codes, "scales", torch.uint8, math.prod(of_tiles), torch.contiguous_format),
         scale_of=pointer(scales, "scale_of", torch.float32, 256),
         out=fresh(out),
         out_dtype=c.CODES[dtype],

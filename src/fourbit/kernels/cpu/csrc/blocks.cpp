@@ -14,25 +14,28 @@ __attribute__((noinline)) void draw_lines(const RoundTiles& r, const Panels& pan
   const Tiles& t = r.tiles;
   const int width = panels.width;
   const int64_t row = t.turned ? p.column : p.line + line, sum = t.turned ? p.line + line : p.column;
-  const int64_t begin = ((p.group * t.rows + row) * t.spots + p.spot) * t.sums + sum;
-  const int64_t step = t.turned ? t.spots * t.sums : 1;
+  const int64_t rows_in_spot = t.rows_in_spot ? t.rows_in_spot : t.rows, spots = t.spots * (t.rows / rows_in_spot);
+  const int64_t step = t.turned ? spots * t.sums : 1;
+  auto index = [&](int64_t row) { return ((p.group * rows_in_spot + row % rows_in_spot) * spots + p.spot + row / rows_in_spot) * t.sums + sum; };
+  const int64_t begin = index(row);
   if (!t.turned && begin % 2 == 0) {
     for (int c = 0; c < width; c += kBlock) {
       FOURBIT_EACH(v) write(w.words[0] + c + v * kVector, draw(r.key, begin + c, v));
     }
     return;
   }
-  if (t.turned && begin % 2 == 0 && step % 2 == 0) {
+  if (t.turned && begin % 2 == 0 && step % 2 == 0 && (!t.rows_in_spot || (rows_in_spot % kVector == 0 && t.sums % 2 == 0))) {
     const uint64_t stride = static_cast<uint64_t>(step / 2) * kGolden;
     Pairs first, second;
     for (int j = 0; j < kVector / 2; ++j) {
-      first[j] = static_cast<uint64_t>(begin / 2 + 1) * kGolden + r.key + static_cast<uint64_t>(j) * stride;
+      first[j] = r.key + static_cast<uint64_t>(j) * stride;
       second[j] = first[j] + kVector / 2 * stride;
     }
-    const uint64_t on = kVector * stride;
-    for (int c = 0; c < width; c += kVector, first += on, second += on) {
+    for (int c = 0; c < width; c += kVector) {
+      const int64_t at = t.rows_in_spot ? index(row + c) : begin + c * step;
+      const uint64_t from = static_cast<uint64_t>(at / 2 + 1) * kGolden;
       Words low, high;
-      word_halves(mix(first), mix(second), low, high);
+      word_halves(mix(first + from), mix(second + from), low, high);
       write(w.words[0] + c, to_floats((Ints)(low >> 8)));
       write(w.words[1] + c, to_floats((Ints)(high >> 8)));
     }
@@ -40,7 +43,7 @@ __attribute__((noinline)) void draw_lines(const RoundTiles& r, const Panels& pan
   }
   for (int two = 0; two < (t.turned ? 2 : 1); ++two)
     for (int c = 0; c < width; ++c) {
-      const uint64_t at = static_cast<uint64_t>(begin + two + c * step);
+      const uint64_t at = static_cast<uint64_t>((t.turned ? index(row + c) : begin + c) + two);
       const uint64_t z = mix((at / 2 + 1) * kGolden + r.key);
       w.words[two][c] = static_cast<float>(static_cast<uint32_t>(at & 1 ? z >> 32 : z) >> 8);
     }

@@ -110,10 +110,13 @@ struct Unpack {
 // An operand [groups, rows, spots, sums] whose tiles of tile_rows x tile_sums numbers (powers of two; sums 16 to 128) share a scale.
 // `turned`: neighbours in memory are rows, otherwise sums. Blocks of `rotation` neighbours along the sums are multiplied by `signs`
 // (null: 1), Sylvester's matrix and `factor`; the sums are whole blocks then, of which x has the first x_sums.
+// With `rows_in_spot`, the one spot stands for many, whose rows come one spot after the other, so many of each: random words are those of
+// [groups, rows_in_spot, rows / rows_in_spot, sums].
 struct Tiles {
   const void* x;
   int32_t dtype;
   int64_t groups, rows, spots, sums, x_sums;
+  int64_t rows_in_spot;      // or 0
   int64_t x_steps[4];   // between neighbours along each axis
   int32_t turned, tile_rows, tile_sums;
   int32_t rotation;     // 0: none
