@@ -39,6 +39,19 @@ MOST = (
     "int4-fwd",
 )
 MAIN = ("ibm2020", "luq", "int4-fwd")
+BLOCKS = (
+    "nvfp4",
+    "nvfp4-4over6",
+    "mxfp4-rht-sr",
+    "quartet",
+    "tetrajet2",
+    "ufp4",
+    "mxfp8",
+    "fp8-rowwise",
+    "int4-lss",
+    "int4-qat",
+    "fourbit",
+)
 STEPS = 4
 
 Make = Callable[[], tuple[nn.Module, tuple[int, ...]]]
@@ -71,6 +84,25 @@ CASES: dict[str, tuple[Make, tuple[str, ...], dict[str, Any]]] = {
         MOST,
         {},
     ),
+    "linear, in blocks": (
+        lambda: (
+            nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64)),
+            (4, 16, 64),
+        ),
+        BLOCKS,
+        {},
+    ),
+    "images in blocks": (
+        lambda: (
+            nn.Sequential(
+                *(layer for _ in range(3) for layer in (nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU()))
+            ),
+            (16, 64, 8, 8),
+        ),
+        ("nvfp4", "mxfp4-rht-sr"),
+        {},
+    ),
+    "LSTM, in blocks": (lambda: (_Recurrent(nn.LSTM), (3, 6, 12)), ("nvfp4",), {}),
     "LSTM": (lambda: (_Recurrent(nn.LSTM), (3, 6, 12)), MAIN, {}),
     "GRU": (lambda: (_Recurrent(nn.GRU), (3, 6, 12)), MAIN, {}),
     "attention": (
