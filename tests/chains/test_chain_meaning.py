@@ -13,6 +13,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -882,3 +883,29 @@ def test_an_eps_that_torch_refuses_is_refused():
         except ValueError as error:
             errors.append(str(error))
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("how", ["profiler", "weak references"])
+def test_what_is_looked_at_from_below_python_trains_as_before(how: str):
+    """Torch's profiler, with shapes, has hold of every tensor that goes into an operation; so have others."""
+
+    def losses(watched: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = fb.convert(fb.models.build("mobilenet_v2?width=0.25", num_classes=5), "ibm2020")
+        optimizer = torch.optim.SGD(fb.param_groups(model, 1e-4), lr=0.01)
+        refs: list[Any] = []
+        if watched and how == "weak references":
+            for module in model.modules():
+                module.register_forward_hook(lambda m, inputs, y: refs.append(torch._C._WeakTensorRef(y)))
+        found = []
+        for step in range(2):
+            x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+            with torch.profiler.profile(record_shapes=True) if watched and how == "profiler" else nullcontext():
+                loss = F.cross_entropy(model(x), torch.arange(4))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == losses(False)

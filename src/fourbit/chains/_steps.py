@@ -252,8 +252,8 @@ def settle(w: Pending, why: str) -> None:
             w.taker.wants_float = True  # then the next time both come out of one pass
         if not (w.is_passed or w.is_taken):
             chain_ended(link, why)
-        held = w._use_count() > 1  # type: ignore[attr-defined]
-        if w.is_passed or w.is_taken or held or torch._C._are_functorch_transforms_active():
+        stays = w.is_passed or w.is_taken or torch._C._are_functorch_transforms_active()
+        if stays or not w.may_become():
             link.fill(w)
             return
         is_ours = w.grad_fn is w.node

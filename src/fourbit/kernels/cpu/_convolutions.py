@@ -13,7 +13,7 @@ from torch import Tensor
 from fourbit.backends import Plan, Reusable
 from fourbit.kernels._check import CHANNELS_LAST, fresh, pointer, require
 from fourbit.kernels.cpu import _structures as c
-from fourbit.kernels.cpu._matrices import Matrix, has_bfloat16, has_int8, int8, integers_of, multiply, reshaped
+from fourbit.kernels.cpu._matrices import Matrix, by_matrices, has_bfloat16, has_int8, int8, integers_of
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
 from fourbit.ops import Convolution, Gemm, Layout, Raw, reference_product
 from fourbit.quantizers import carrier_dtype
@@ -26,15 +26,24 @@ def _pointwise(g: Gemm, con: Convolution) -> Plan[Raw]:
     kernel = layout.shape[2:] if g.which == "wgrad" else b.shape[2:]
     if con.stride != (1, 1) or con.padding != (0, 0) or tuple(kernel) != (1, 1):
         return "the convolution is not 1x1, with stride 1 and no padding"
-    left = Matrix((a.numel() // max(1, a.shape[1]), a.shape[1]), lambda: _channels_last_rows(a))
     if g.which == "dgrad":
         if layout.shape[2:] != a.shape[2:]:
             return "the images have another size"
         n, _, height, width = layout.shape
-        right = Matrix((b.shape[0], b.shape[1:].numel()), lambda: int8(g.b).flatten(1))
-        return reshaped(multiply(g, left, right), lambda y: y.view(n, height, width, -1).permute(0, 3, 1, 2))
-    right = Matrix((b.shape.numel() // max(1, b.shape[1]), b.shape[1]), lambda: _channels_last_rows(int8(g.b)))
-    return reshaped(multiply(g, left, right), lambda y: y.view(layout.shape))
+        return by_matrices(g, _pixels, lambda y: y.view(n, height, width, -1).permute(0, 3, 1, 2))
+    shape = layout.shape
+    return by_matrices(g, _pixels, lambda y: y.view(shape))
+
+
+def _pixels(g: Gemm) -> tuple[Matrix, Matrix]:
+    """The operands of a 1x1 convolution's gradients."""
+    a, other = g.a.q, g.b
+    assert isinstance(a, Tensor)
+    left = Matrix((a.numel() // max(1, a.shape[1]), a.shape[1]), lambda: _channels_last_rows(a))
+    b = other.q.shape
+    if g.which == "dgrad":
+        return left, Matrix((b[0], b[1:].numel()), lambda: int8(other).flatten(1))
+    return left, Matrix((b.numel() // max(1, b[1]), b[1]), lambda: _channels_last_rows(int8(other)))
 
 
 def _channels_last_rows(t: Tensor) -> Tensor:
@@ -65,11 +74,12 @@ def convolve(g: Gemm, con: Convolution) -> Plan[Raw]:
     if w.shape[1] != x.shape[1] or min(size) < 1:
         return "the sizes do not go together"  # the reference says what is wrong; oneDNN does not always
     own = _own_forward(g, con, x, size)
-    return own if not isinstance(own, str) or not has_int8() else lambda: _onednn_forward(g, con, x)
+    return own if not isinstance(own, str) or not has_int8() else Reusable(lambda g: _onednn_forward(g, con))
 
 
-def _onednn_forward(g: Gemm, con: Convolution, x: Tensor) -> Raw:
-    zero = 0
+def _onednn_forward(g: Gemm, con: Convolution) -> Raw:
+    x, zero = g.a.q, 0
+    assert isinstance(x, Tensor)
     if x.dtype == torch.int8:
         x, zero = x.view(torch.uint8) ^ 128, 128
     geometry = (list(con.stride), list(con.padding), list(con.dilation), con.groups)
@@ -172,7 +182,7 @@ def _onednn_backward(g: Gemm, con: Convolution) -> Plan[Raw]:
         return f"{g.a.format.name} does not fit bfloat16, or the gradient is empty"
     if isinstance(g.a.q, Tensor) and g.a.q.dtype == torch.float32:
         return "the gradient was averaged, or multiplied by scales of its parts"
-    return lambda: _run_onednn_backward(g, con)
+    return Reusable(lambda g: _run_onednn_backward(g, con))
 
 
 def _run_onednn_backward(g: Gemm, con: Convolution) -> Raw:
@@ -241,7 +251,7 @@ def _gradient(g: Gemm, con: Convolution, of: Any) -> Plan[Raw]:
             done = kernels().conv_wgrad(ctypes.byref(arguments))
         if done:
             return Raw(y)
-        work = _onednn_backward(g, con)  # the sums of more terms than any network has do not fit 32 bits
-        return work() if callable(work) else Raw(reference_product(g))
+        declined = _onednn_backward(g, con)  # the sums of more terms than any network has do not fit 32 bits
+        return Raw(reference_product(g)) if isinstance(declined, str) else _run_onednn_backward(g, con)
 
     return Reusable(run)

@@ -103,27 +103,35 @@ def matrices(g: Gemm) -> Plan[Raw]:
     if not a.q.shape or not b.q.shape or (g.which != "wgrad" and len(b.q.shape) != 2):
         return "an operand is no matrix"
     if g.which == "wgrad":
-        right, width = Matrix.of(b)._replace(make=lambda: rows_of(int8(b))), b.q.shape[-1]
-        shape = (a.q.shape[-1], width)
+        shape = (a.q.shape[-1], b.q.shape[-1])
     else:
-        rows, columns = b.q.shape
-        transposed = g.which == "fprop"
-        width = rows if transposed else columns
-        right = Matrix((columns, rows), lambda: int8(b).t()) if transposed else Matrix((rows, columns), lambda: int8(b))
-        shape = (*a.q.shape[:-1], width)
-    return reshaped(multiply(g, Matrix.of(a), right), lambda y: y.view(shape))
+        shape = (*a.q.shape[:-1], b.q.shape[0 if g.which == "fprop" else 1])
+    return by_matrices(g, _sides, lambda y: y.view(shape))
 
 
-def reshaped(work: Callable[[], Raw] | str, turn: Callable[[Tensor], Tensor]) -> Callable[[], Raw] | str:
-    """A plan whose result is brought into another shape."""
-    if isinstance(work, str):
-        return work
+def _sides(g: Gemm) -> tuple[Matrix, Matrix]:
+    """The operands of a product of a linear layer."""
+    b = g.b
+    if g.which == "wgrad":
+        right = Matrix.of(b)._replace(make=lambda: rows_of(int8(b)))
+    elif g.which == "fprop":
+        right = Matrix((b.q.shape[1], b.q.shape[0]), lambda: int8(b).t())
+    else:
+        right = Matrix((b.q.shape[0], b.q.shape[1]), lambda: int8(b))
+    return Matrix.of(g.a), right
 
-    def run() -> Raw:
-        raw = work()
+
+def by_matrices(g: Gemm, sides: Callable[[Gemm], tuple[Matrix, Matrix]], turn: Callable[[Tensor], Tensor]) -> Plan[Raw]:
+    """A product of two matrices, which `sides` makes of the operands, brought into another shape."""
+    multiply = _way(g, *sides(g))
+    if isinstance(multiply, str):
+        return multiply
+
+    def run(g: Gemm) -> Raw:
+        raw = multiply(*sides(g), g.b.cache)
         return raw._replace(y=turn(raw.y), high=None if raw.high is None else turn(raw.high))
 
-    return run
+    return Reusable(run)
 
 
 def int8(operand: Operand) -> Tensor:
@@ -135,8 +143,11 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def multiply(g: Gemm, left: Matrix, right: Matrix) -> Callable[[], Raw] | str:
-    """left right, or in wgrad left^T right; the left matrix in the carrier of its format."""
+_Way = Callable[[Matrix, Matrix, dict[str, Any] | None], Raw]
+
+
+def _way(g: Gemm, left: Matrix, right: Matrix) -> _Way | str:
+    """How left right, or in wgrad left^T right, is computed, the left matrix in the carrier of its format."""
     a, b, turned = g.a, g.b, g.which == "wgrad"
     assert a.format is not None and b.format is not None
     dtype = torch.int8 if isinstance(a.q, Packed) else a.q.dtype
@@ -146,9 +157,9 @@ def multiply(g: Gemm, left: Matrix, right: Matrix) -> Callable[[], Raw] | str:
         return f"{b.format.name} does not fit int8"
     of = operands_of(a.format, b.format, dtype)
     if of is not None and g.which != "fprop":
-        return lambda: Raw(own_multiply(left.make(), right.make(), turned, of, None, b.cache)[0])
+        return lambda left, right, cache: Raw(own_multiply(left.make(), right.make(), turned, of, None, cache)[0])
 
-    def rows() -> Tensor:
+    def rows(left: Matrix) -> Tensor:
         t = left.make()
         return t.t() if turned else t
 
@@ -158,14 +169,14 @@ def multiply(g: Gemm, left: Matrix, right: Matrix) -> Callable[[], Raw] | str:
             return "torch multiplies int8 no faster than float32 on this processor"
         if not fits or a.format.max > 127:
             return f"{a.format.name} does not fit int8, or the sums of this size do not fit 32 bits"
-        return lambda: Raw(_int_mm(rows().view(torch.int8), right.make()))
+        return lambda left, right, _: Raw(_int_mm(rows(left).view(torch.int8), right.make()))
     if dtype != torch.bfloat16:
         return f"{a.format.name} is multiplied in {dtype}"
     unit = _halves(a.format)
     if unit is not None and has_int8() and fits:
-        return lambda: _multiply_halves(left, right, turned, unit)
+        return lambda left, right, _: _multiply_halves(left, right, turned, unit)
     if g.products == "fast" and has_bfloat16():
-        return lambda: Raw(rows() @ right.make().to(torch.bfloat16), rounded=True)
+        return lambda left, right, _: Raw(rows(left) @ right.make().to(torch.bfloat16), rounded=True)
     return f"{kernels().isa} has no exact product of {a.format.name} and {b.format.name}, nor torch a fast one"
 
 
