@@ -252,8 +252,8 @@ def settle(w: Pending, why: str) -> None:
             w.taker.wants_float = True  # then the next time both come out of one pass
         if not (w.is_passed or w.is_taken):
             chain_ended(link, why)
-        stays = w.is_passed or w.is_taken or torch._C._are_functorch_transforms_active()
-        if stays or not w.may_become():
+        held = w._use_count() > 1  # type: ignore[attr-defined]
+        if w.is_passed or w.is_taken or held or torch._C._are_functorch_transforms_active():
             link.fill(w)
             return
         is_ours = w.grad_fn is w.node
@@ -266,7 +266,8 @@ def settle(w: Pending, why: str) -> None:
             else:
                 link.fill(w)
                 plain = Finished.apply(w, [w.content])
-        w.become(plain)
+        if not w.become(plain):
+            link.fill(w)
 
 
 def _saving_as(link: Link) -> AbstractContextManager[Any]:

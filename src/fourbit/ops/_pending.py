@@ -78,24 +78,21 @@ class Pending(Tensor):
         """Another one of that shape and order of axes."""
         return Pending.make(x.sizes, x.strides)
 
-    def may_become(self) -> bool:
-        """Whether nothing in C++ has hold of it, weakly either, as torch's profiler has of all that it records."""
-        if self._use_count() > 1 or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-            return False
-        other = torch.empty(0)
+    def become(self, plain: Tensor) -> bool:
+        """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays.
+
+        Returns:
+            False, and nothing changes, where something below Python has hold of it, weakly too: torch's profiler, with shapes,
+            of all that went into an operation.
+        """
         try:
-            torch._C._swap_tensor_impl(self, other)
+            torch._C._swap_tensor_impl(self, plain)
         except RuntimeError:
             return False
-        torch._C._swap_tensor_impl(self, other)
-        return True
-
-    def become(self, plain: Tensor) -> None:
-        """Exchange the numbers and the place in autograd's graph for those of `plain`; the Python object stays."""
         for name in _OWN:
             vars(self).pop(name, None)
-        torch._C._swap_tensor_impl(self, plain)
         object.__setattr__(self, "__class__", Tensor)
+        return True
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
