@@ -1,0 +1,124 @@
+"""Regions of README.md and of the pages in docs whose numbers come from kept runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import _regions
+from benchmarks._harness import ROOT, markdown
+from benchmarks.claims._claim import Claim, Group
+from benchmarks.claims._page import index, summary
+from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
+from benchmarks.claims.speed import EMULATORS, range_of_ratios
+from fourbit.reproduce._statistics import sentence
+
+COLUMNS = ("fp32", "int4-fwd", "ibm2020", "ibm2020-dw8", "ibm2020-luq", "fourbit")
+FOLDER = RESULTS / "claims"
+
+
+def documents() -> list[Path]:
+    """README.md and the pages of docs that have regions of this package; those of the claims are written whole."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [
+        path
+        for path in found
+        if FOLDER not in path.parents and "_build" not in path.parts and "_generated" not in path.parts
+    ]
+
+
+def filled(path: Path, claims: Sequence[Claim]) -> str:
+    """A document as its regions should be."""
+    text = path.read_text()
+    shown = {}
+    for name in _regions.names(text):
+        if name in REGIONS:
+            shown[name] = REGIONS[name]()
+        elif name == "claims-summary":
+            shown[name] = summary(claims)
+        elif name.startswith("claims-"):
+            shown[name] = index(claims, Group[name.removeprefix("claims-").upper()])
+        elif name.startswith("claim-"):
+            shown[name] = _line(path, next(c for c in claims if c.name == name.removeprefix("claim-")))
+    return _regions.fill(text, shown)
+
+
+def _line(path: Path, claim: Claim) -> str:
+    """One claim with its verdict, as other pages cite it."""
+    to = os.path.relpath(FOLDER / f"{claim.name}.md", path.parent)
+    return f"[{claim.title.rstrip('.')}]({to}): **{claim.verdict}** ({claim.decides.said})."
+
+
+def _results() -> str:
+    rows: list[tuple[str, Runs | dict[str, float]]] = [
+        ("digits, small network, 40 epochs, accuracy %", digits(40)),
+        ("the same, 8 epochs", digits(8)),
+        ("CIFAR-10, ResNet-20, 30 epochs, accuracy %", _thirty()),
+        ("the same, 10 epochs", reproduced("table1", "resnet20", "")),
+        ("the same, 3 epochs", reproduced("questions", "luq", "")),
+        ("CIFAR-10, VGG16, 3 epochs, accuracy %", reproduced("table1", "vgg16", "")),
+        ("CIFAR-10, MobileNetV2, 2 epochs, accuracy %", reproduced("table1", "mobilenet_v2", "")),
+        ("Penn Treebank, 2-layer LSTM, perplexity", reproduced("table3", "ptb", "")),
+        ("Multi30k, small Transformer, BLEU", reproduced("table3", "wmt", "")),
+        ("spoken digits, 4-layer biLSTM, word error rate %", reproduced("table3", "swb300", "")),
+        ("Shakespeare, small language model, perplexity", reproduced("debates", "families", "")),
+    ]
+    table = []
+    for title, runs in rows:
+        cells = []
+        for recipe in COLUMNS:
+            if isinstance(runs, dict):
+                cells.append(f"{runs[recipe]:.1f} (1)" if recipe in runs else "")
+                continue
+            column = runs.columns.get(recipe)
+            cells.append(f"{column.mean:.1f} ({len(column.values)})" if column and column.mean is not None else "")
+        table.append([title, *cells])
+    head = [
+        "mean (seeds)",
+        "FP32",
+        "INT4 forward",
+        "TPR FP4 (`ibm2020`)",
+        "dgrad FP4, wgrad FP8",
+        "LUQ's gradients",
+        "`fourbit`",
+    ]
+    return markdown(head, table)
+
+
+def _thirty() -> dict[str, float]:
+    return {r: final(f"cifar10-resnet20-30epochs/runs/{r}-seed0")["test_metric"] for r in ("fp32", "ibm2020")}
+
+
+def _findings() -> str:
+    """The main findings, each in a sentence with its interval."""
+    said = []
+    for where, runs, recipe, other, higher in (
+        ("Digits, trained to the end (40 epochs)", digits(40), "ibm2020", "fp32", True),
+        ("Digits, 8 epochs", digits(8), "ibm2020", "fp32", True),
+        ("ResNet-20 on CIFAR-10, 10 epochs", reproduced("table1", "resnet20", ""), "ibm2020", "fp32", True),
+        ("ResNet-20 on CIFAR-10, 3 epochs", reproduced("questions", "luq", ""), "ibm2020-luq", "ibm2020", True),
+        ("A small language model", reproduced("debates", "families", ""), "ibm2020", "mxfp4-ceil-sr-g", False),
+    ):
+        names = {
+            "fp32": "FP32",
+            "ibm2020": "the paper's recipe",
+            "ibm2020-luq": "the recipe with LUQ's gradients",
+            "mxfp4-ceil-sr-g": "MXFP4",
+        }
+        words = sentence(names[recipe], names[other], runs.gap(recipe, other), runs.unit, higher)
+        said.append(f"- {where}: {words}")
+    return "\n".join(said)
+
+
+def _step_range() -> str:
+    (least, fastest), (most, slowest) = range_of_ratios(("ours ibm2020",))
+    (low, _), (high, _) = range_of_ratios(EMULATORS)
+    return (
+        f"from {least:.2f} ({fastest}) to {most:.2f} ({slowest}) of FP32's time on a 2-core EPYC, where emulators take "
+        f"{low:.1f} to {high:.1f} times as long"
+    )
+
+
+REGIONS: dict[str, Callable[[], str]] = {"results": _results, "findings": _findings, "step-range": _step_range}
+"""By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claim-NAME` cites one claim."""
