@@ -192,11 +192,10 @@ class Claim:
 
     @property
     def decides(self) -> Part:
-        """The part whose figure the index shows."""
-        verdict = self.verdict
-        if verdict is Verdict.FAILS:
+        """The part whose figure the index shows: the first that refutes the claim, or leaves it open, or is there."""
+        if self.verdict is Verdict.FAILS:
             return self._refuted[0]
-        return next(part for part in self.parts if part.verdict is verdict or verdict is Verdict.OPEN)
+        return next((part for part in self.parts if part.verdict is not Verdict.HOLDS), self.parts[0])
 
     @property
     def p(self) -> float | None:
@@ -230,7 +229,7 @@ def claim(group: Group) -> Callable[[Callable[[], Claim]], Callable[[], Claim]]:
 
 
 def together(claims: Sequence[Claim]) -> dict[str, bool]:
-    """{name: whether its verdict stays when all claims that have seeds are looked at together, with an error of 5 % for all}."""
+    """{name: whether its verdict stays when all claims with seeds are looked at together, with an error of 5 % for all}."""
     tested = [(c.name, p) for c in claims if (p := c.p) is not None]
     adjusted = holm([p for _, p in tested])
     decided = {c.name: c.verdict is not Verdict.OPEN for c in claims}

@@ -77,7 +77,7 @@ def _intervals(claim: Claim) -> Any:
 def _curves(lines: Lines) -> Any:
     from fourbit.report import legend, panels
 
-    figure, (axis,) = panels(1, lines.title, columns=1, height=3.0)
+    figure, (axis,) = panels(1, lines.title, columns=1, height=4.0)
     entries = {}
     for name, values in lines.curves.items():
         entries[name] = axis.plot(range(len(values)), values, "o-", markersize=3)[0]

@@ -67,9 +67,8 @@ def microxcaling() -> Claim:
         "microxcaling's quantizers equal the formats that they name.",
         "microxcaling",
         (
-            "Exponents come from a float32 logarithm, so that maxima just below a power of two get twice the scale; with bfloat16 "
-            "inputs the logarithm is "
-            'bfloat16. Ties go away from zero unless told `round="even"`.',
+            "Exponents come from a float32 logarithm, so that maxima just below a power of two get twice the scale. With "
+            'bfloat16 inputs the logarithm is bfloat16. Ties go away from zero unless told `round="even"`.',
         ),
     )
 

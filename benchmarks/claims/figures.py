@@ -41,7 +41,7 @@ def _spread(name: str, recipe: str) -> tuple[str, ...]:
 def _fidelity_tables(recipes: tuple[str, ...]) -> tuple[Table, ...]:
     return tuple(
         Table(
-            f"{name}, all 4-bit layers ([layer by layer](../{path}))",
+            f"{name}, all layers but the last ([layer by layer](../{path}))",
             ("recipe", "projection", "cosine"),
             tuple((f"`{r}`", *_spread(name, r)) for r in recipes if r in fidelity(path)),
         )
@@ -53,7 +53,7 @@ def _fidelity_lines(recipes: tuple[str, ...], title: str) -> Lines:
     found = fidelity(NETWORKS["ResNet-20"])
     layers = tuple(next(iter(found.values())))
     return Lines(
-        title, layers, {r: tuple(found[r][x][0] for x in layers) for r in recipes}, "projection on the exact gradient"
+        title, layers, {r: tuple(found[r][x][0] for x in layers) for r in recipes}, "projection"
     )
 
 
@@ -68,7 +68,7 @@ def gradients_shrink() -> Claim:
     recipes = ("ibm2020", "ibm2020-no-tpr", "ibm2020-dw8", "ibm2020-m185", "ibm2020-corrected")
     flags = [p < 1 for path in NETWORKS.values() for p, _ in fidelity(path)["ibm2020"].values()]
     return Claim(
-        "The paper's rounding shrinks the weight gradient in every 4-bit layer.",
+        "The paper's rounding shrinks the weight gradient in every layer but the last.",
         (every("layers of four networks whose projection is below 1", flags, "layers"),),
         "The paper shows a variance of the gradients that decays toward the input (its Fig. 6a), and answers with FP8 "
         "in the 1x1 convolutions. " + PROJECTION,
@@ -100,7 +100,7 @@ def unbiased_gradients() -> Claim:
     flags = [abs(p - 1) <= 0.101 for p, _ in found["ibm2020-luq"].values()]
     return Claim(
         "LUQ's gradients keep the length of ResNet-20's weight gradients within a tenth at every depth.",
-        (every("4-bit layers of ResNet-20 with a projection of 0.9 to 1.1", flags, "layers"),),
+        (every("layers of ResNet-20 with a projection of 0.9 to 1.1", flags, "layers"),),
         "Rounding at random can have the right mean. " + PROJECTION,
         ("One point of training, one batch.", "MobileNetV2 is deeper, and its projections go further from 1 (below)."),
         tables=_fidelity_tables(recipes),
