@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import _regions
 from benchmarks._harness import ROOT, markdown
 from benchmarks.claims._claim import Claim, Group
-from benchmarks.claims._page import index, summary
+from benchmarks.claims._page import contents, index, summary
 from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
 from benchmarks.claims.speed import EMULATORS, range_of_ratios
 from fourbit.reproduce._statistics import sentence
@@ -37,17 +37,20 @@ def filled(path: Path, claims: Sequence[Claim]) -> str:
             shown[name] = REGIONS[name]()
         elif name == "claims-summary":
             shown[name] = summary(claims)
+        elif name == "claims-contents":
+            shown[name] = contents(claims)
         elif name.startswith("claims-"):
             shown[name] = index(claims, Group[name.removeprefix("claims-").upper()])
-        elif name.startswith("claim-"):
-            shown[name] = _line(path, next(c for c in claims if c.name == name.removeprefix("claim-")))
+        elif name in CITED:
+            by_name = {claim.name: claim for claim in claims}
+            shown[name] = "\n".join(_line(path, by_name[cited]) for cited in CITED[name])
     return _regions.fill(text, shown)
 
 
 def _line(path: Path, claim: Claim) -> str:
     """One claim with its verdict, as other pages cite it."""
     to = os.path.relpath(FOLDER / f"{claim.name}.md", path.parent)
-    return f"[{claim.title.rstrip('.')}]({to}): **{claim.verdict}** ({claim.decides.said})."
+    return f"- [{claim.title.rstrip('.')}]({to}): **{claim.verdict}** ({claim.decides.said})."
 
 
 def _results() -> str:
@@ -121,4 +124,10 @@ def _step_range() -> str:
 
 
 REGIONS: dict[str, Callable[[], str]] = {"results": _results, "findings": _findings, "step-range": _step_range}
-"""By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claim-NAME` cites one claim."""
+"""By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claims-contents` lists the pages."""
+
+CITED: dict[str, tuple[str, ...]] = {
+    "what-is-behind": ("gradients-shrink", "correction", "luq-gradients", "gap-closes"),
+    "about-phases": ("two-phases", "phase-order", "a-fifth-bit", "stochastic-rounding", "luq-gradients"),
+}
+"""Regions that cite claims with their verdicts, a line each."""

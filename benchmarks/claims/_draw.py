@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def _intervals(claim: Claim) -> Any:
     figure, axes = panels(
         len(units), "", columns=1, height=0.62 + 0.34 * len(parts) / len(units), extra=0.25, sharey=False
     )
+    figure.set_figwidth(7.5)  # so that words can be read on a telephone
     for axis, unit in zip(axes, units, strict=True):
         mine = [part for part in parts if part.unit == unit]
         for y, part in enumerate(mine):
@@ -66,11 +68,13 @@ def _intervals(claim: Claim) -> Any:
             axis.plot([part.value], [y], "o" if part.low is not None else "x", color=color, markersize=6)
             for bound in (part.least, part.most):
                 if bound is not None:
+                    bound = math.ceil(bound) if part.figure else bound  # a count needs all of them
                     axis.plot([bound, bound], [y - 0.35, y + 0.35], color="black", linewidth=1.4, linestyle=(0, (2, 1)))
         axis.axvline(0, color="#999999", linewidth=0.8)
         axis.set_yticks(range(len(mine)), [short(part.what.replace("`", ""), 72) for part in mine])
         axis.set_ylim(len(mine) - 0.4, -0.6)
-        axis.set_xlabel(f"{unit or 'number'}; dashed: the claim's bound; x: one seed, no interval")
+        marks = ["dashed: what the claim needs"] + ["x: one seed, no interval"] * any(p.low is None for p in mine)
+        axis.set_xlabel(f"{unit or 'number'} ({'; '.join(marks)})", loc="right")
     return figure
 
 

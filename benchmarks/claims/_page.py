@@ -60,6 +60,13 @@ def index(claims: Sequence[Claim], group: Group) -> str:
     return markdown(["claim", "verdict", "the figure that decides it"], rows, 3)
 
 
+def contents(claims: Sequence[Claim]) -> str:
+    """The hidden list of the pages, for the site; in its margin they have short names."""
+    names = [claim.name for group in Group for claim in claims if claim.group is group]
+    lines = [f"{name.replace('-', ' ').capitalize()} <claims/{name}>" for name in names]
+    return "\n".join(["```{toctree}", ":hidden:", "", *lines, "```"])
+
+
 def summary(claims: Sequence[Claim]) -> str:
     """How many verdicts of each kind, and which stay when all are looked at together."""
     count = {verdict: sum(c.verdict is verdict for c in claims) for verdict in Verdict}
@@ -101,7 +108,7 @@ def _picture(claim: Claim) -> str:
 
 
 def _compares(claim: Claim) -> bool:
-    return bool(claim.beside) or len(claim.parts) > 1 or claim.parts[0].paired is not None
+    return bool(claim.beside) or len(claim.parts) > 1 or any(part.paired is not None for part in claim.parts)
 
 
 def _comparisons(claim: Claim) -> str:

@@ -52,9 +52,7 @@ def _fidelity_tables(recipes: tuple[str, ...]) -> tuple[Table, ...]:
 def _fidelity_lines(recipes: tuple[str, ...], title: str) -> Lines:
     found = fidelity(NETWORKS["ResNet-20"])
     layers = tuple(next(iter(found.values())))
-    return Lines(
-        title, layers, {r: tuple(found[r][x][0] for x in layers) for r in recipes}, "projection"
-    )
+    return Lines(title, layers, {r: tuple(found[r][x][0] for x in layers) for r in recipes}, "projection")
 
 
 FIDELITY = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from benchmarks._harness import described, ratio
@@ -21,7 +22,7 @@ def _part(network: dict[str, Any], way: str, least: float | None = None, most: f
         return None
     turns = len(network["times"][way]["seconds"])
     return Part(
-        f"{way.removeprefix('ours ')}, {network['title']}, time of a step over FP32's",
+        f"{way.removeprefix('ours ')}, {_short(network)}: a step over FP32's",
         found.median,
         found.low,
         found.high,
@@ -30,6 +31,10 @@ def _part(network: dict[str, Any], way: str, least: float | None = None, most: f
         least,
         most,
     )
+
+
+def _short(network: dict[str, Any]) -> str:
+    return re.split("[, ]", network["title"])[0]
 
 
 def _machine(data: dict[str, Any]) -> tuple[str, ...]:
@@ -127,7 +132,7 @@ def saved_memory() -> Claim:
 def range_of_ratios(ways: tuple[str, ...]) -> tuple[tuple[float, str], tuple[float, str]]:
     """Least and largest ratio of a step to FP32's over the networks, each with its network."""
     found = [
-        (p.value, network["title"].split(",")[0])
+        (p.value, _short(network))
         for network in benchmark("step")["networks"].values()
         for way in ways
         if (p := _part(network, way))
