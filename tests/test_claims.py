@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks import _regions, conformance, tables
+from benchmarks import _regions, conformance, energy, tables
 from benchmarks.claims import _claim, _documents, _draw, _page, _write
 from benchmarks.claims._claim import Claim, Verdict, every, judge, seeds
 
@@ -40,6 +41,12 @@ def test_tables_of_the_benchmarks_are_those_of_their_results(name, filled):
     )
 
 
+def test_the_energies_of_the_page_of_hardware_are_what_the_model_estimates():
+    kept = json.loads((energy.FOLDER / "energy.json").read_text())["joules_per_image"]["resnet20"]
+    found = energy.joules("resnet20", ("ibm2020",))
+    assert found == pytest.approx({recipe: kept[recipe] for recipe in ("fp32", "ibm2020")}, rel=1e-9)
+
+
 def test_every_region_of_a_document_is_written_by_one_of_the_scripts():
     known = {*_documents.REGIONS, *_documents.CITED, "claims-summary", "claims-contents"}
     known |= {f"claims-{group.name.lower()}" for group in _claim.Group}
@@ -51,7 +58,8 @@ def test_every_region_of_a_document_is_written_by_one_of_the_scripts():
 def test_a_changed_number_is_found(claims, tmp_path):
     document = tmp_path / "page.md"
     document.write_text(
-        "so <!-- begin step-range -->from 9.99<!-- end step-range -->, and\n\n<!-- begin about-phases -->\n9.99\n<!-- end about-phases -->\n"
+        "so <!-- begin step-range -->from 9.99<!-- end step-range -->, and\n\n"
+        "<!-- begin about-phases -->\n9.99\n<!-- end about-phases -->\n"
     )
     text = _documents.filled(document, claims)
     assert "9.99" not in text and "<!-- end step-range -->, and\n" in text

@@ -90,7 +90,11 @@ class Part:
         if self.paired is not None:
             half = "" if self.paired.half is None else f" ±{self.paired.half:.2f}"
             return f"{self.value:+.2f}{half}{unit} ({self.basis})"
-        between = "" if self.low is None or self.high is None else f", {self.low:.2f} to {self.high:.2f}"
+        between = (
+            ""
+            if self.low is None or self.high is None or self.low == self.high
+            else f", {self.low:.2f} to {self.high:.2f}"
+        )
         return f"{self.value:.2f}{unit} ({self.basis}{between})"
 
     @property
@@ -202,7 +206,7 @@ class Claim:
         """Of the verdict: of the weakest part where it holds or is open, of the strongest refutation times the number of parts
         where it does not hold; None of what no seeds decide."""
         ps = [part.p for part in self.parts if part.p is not None]
-        if len(ps) < len(self.parts):
+        if not ps:
             return None
         return min(1.0, min(ps) * len(ps)) if self.verdict is Verdict.FAILS else max(ps)
 

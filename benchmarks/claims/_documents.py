@@ -11,7 +11,8 @@ from benchmarks._harness import ROOT, markdown
 from benchmarks.claims._claim import Claim, Group
 from benchmarks.claims._page import contents, index, summary
 from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
-from benchmarks.claims.speed import EMULATORS, range_of_ratios
+from benchmarks.claims.hardware import energy_table
+from benchmarks.claims.speed import EMULATORS, range_of_ratios, saved_memory
 from fourbit.reproduce._statistics import sentence
 
 COLUMNS = ("fp32", "int4-fwd", "ibm2020", "ibm2020-dw8", "ibm2020-luq", "fourbit")
@@ -123,11 +124,28 @@ def _step_range() -> str:
     )
 
 
-REGIONS: dict[str, Callable[[], str]] = {"results": _results, "findings": _findings, "step-range": _step_range}
+def _saved_share() -> str:
+    return f"{saved_memory().parts[0].value:.2f}"
+
+
+def _accuracy_energy() -> str:
+    table = energy_table()
+    return markdown(table.head, table.rows, 2)
+
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "results": _results,
+    "findings": _findings,
+    "step-range": _step_range,
+    "saved-share": _saved_share,
+    "accuracy-energy": _accuracy_energy,
+}
 """By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claims-contents` lists the pages."""
 
 CITED: dict[str, tuple[str, ...]] = {
     "what-is-behind": ("gradients-shrink", "correction", "luq-gradients", "gap-closes"),
+    "about-fourbit": ("fourbit-recipe", "fourbit-or-luq"),
+    "about-energy": ("accuracy-and-energy",),
     "about-phases": ("two-phases", "phase-order", "a-fifth-bit", "stochastic-rounding", "luq-gradients"),
 }
 """Regions that cite claims with their verdicts, a line each."""

@@ -24,16 +24,17 @@ def page(claim: Claim, stands: dict[str, bool]) -> str:
         f"# {claim.title.rstrip('.')}",
         f"{MARKS[claim.verdict]} {_decided(claim)}",
         claim.asked,
+        TERMS,
         f"![{_alt(claim)}]({_picture(claim)})",
     ]
     parts += ["## What was measured"]
+    if claim.runs:
+        parts.append(_legend(claim))
     if _compares(claim):
         parts.append(_comparisons(claim))
     for runs, recipes in claim.runs:
         parts += [_table(runs.table(recipes))]
     parts += [_table(table) for table in claim.tables]
-    if claim.runs:
-        parts.append(_legend(claim))
     if claim.why:
         parts += ["## Why", *claim.why]
     parts += ["## What it cannot tell", "\n".join(f"- {limit}" for limit in _limits(claim, stands))]
@@ -41,7 +42,7 @@ def page(claim: Claim, stands: dict[str, bool]) -> str:
     parts += [f"{runs.label}: {runs.trained}. {runs.commits}" for runs, _ in claim.runs]
     parts += claim.method
     commands = [*dict.fromkeys(runs.command for runs, _ in claim.runs), *claim.commands]
-    parts += ["To repeat it:", "\n".join(f"    {command}" for command in commands), TERMS]
+    parts += ["To repeat it:", "\n".join(f"    {command}" for command in commands)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,7 +84,7 @@ def summary(claims: Sequence[Claim]) -> str:
 
 def _decided(claim: Claim) -> str:
     part = claim.decides
-    words = f"{part.what}: {part.said}."
+    words = f"{part.what[0].upper()}{part.what[1:]}: {part.said}."
     if part.bound and claim.verdict is not Verdict.OPEN:
         words += f" The claim needs {part.bound}."
     elif part.bound:
@@ -167,7 +168,7 @@ def _power(claim: Claim) -> list[str]:
     known = [error for error in errors if error]
     seen = detectable(statistics.median(known), first.n)
     return [
-        f"By the scatter of these comparisons, {first.n} seeds see a true difference of about {seen:.2g} {unit} four "
-        "times in five. "
-        "Smaller ones are missed more often."
+        f"By the scatter of these comparisons, {first.n} seeds see a true difference of about "
+        f"{seen:.2g}{f' {unit}' if unit else ''} four "
+        "times in five. Smaller ones are missed more often."
     ]

@@ -229,3 +229,10 @@ def conform_reports(library: str) -> list[dict[str, Any]]:
 def benchmark(name: str) -> dict[str, Any]:
     """The results of a benchmark."""
     return json.loads((RESULTS / "performance" / f"{name}.json").read_text())
+
+
+def trained(model: str, recipes: Sequence[str], seeds_of: Sequence[int]) -> str:
+    """On which code the networks of a figure were trained: those that questions and figures share."""
+    columns = [Column(recipe, dict.fromkeys(seeds_of, 0.0), (), 0.0, 0) for recipe in recipes]
+    words = f"The trained networks: {model}, seed{'s' if len(seeds_of) > 1 else ''} {', '.join(map(str, seeds_of))}. "
+    return words + said_of_commits(RESULTS / "reproduce" / "networks-small" / model, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from benchmarks.claims._claim import Claim, Group, Lines, Part, Table, claim, every, seeds
-from benchmarks.claims._read import RESULTS, fidelity, head_of, markdown_rows
+from benchmarks.claims._read import RESULTS, fidelity, head_of, markdown_rows, trained
 from fourbit.reproduce._statistics import paired
 
 NETWORKS = {
@@ -87,6 +87,7 @@ def gradients_shrink() -> Claim:
             "That our products are right was checked apart: `tests/ops/test_contract.py` compares all three with "
             "float64, operand by operand.",
         ),
+        method=(trained("resnet20", ("fp32",), (0,)),),
         commands=FIDELITY,
     )
 
@@ -110,6 +111,7 @@ def unbiased_gradients() -> Claim:
             "number elsewhere: its cosines are the highest of the 4-bit formats in most layers. Radix 2 to nearest "
             "shrinks less per layer than radix 4, but its range of 2^6 loses small gradients, and the direction suffers.",
         ),
+        method=(trained("resnet20", ("fp32",), (0,)),),
         commands=FIDELITY,
     )
 
@@ -142,7 +144,7 @@ def least_error() -> Claim:
                 ),
             ),
         ),
-        method=(WEIGHTS,),
+        method=(WEIGHTS, trained("resnet20", ("fp32",), (0,))),
         commands=(f"fourbit reproduce fig2b {CIFAR}",),
     )
 
@@ -177,7 +179,7 @@ def range_within_layers() -> Claim:
             ),
         ),
         why=("Most of the spread is inside the layers, where no scale per layer can help.",),
-        method=(WEIGHTS,),
+        method=(WEIGHTS, trained("resnet20", ("fp32",), (0,))),
         commands=(
             "fourbit reproduce fig1a",
             f"fourbit reproduce fig1b {CIFAR}",
@@ -221,6 +223,11 @@ def batch_means() -> Claim:
             "all formats.",
             "![Batch means before batch normalization](../figures/fig4.png)",
         ),
+        method=(
+            trained(
+                "resnet20", ("fp32", "ibm2020-no-tpr", "ibm2020-no-tpr-zerosum", "ibm2020", "ibm2020-zerosum"), (1, 2)
+            ),
+        ),
         commands=(f"fourbit reproduce fig4 {CIFAR} --seeds 1,2",),
     )
 
@@ -249,6 +256,7 @@ def sharp_minima() -> Claim:
             "'Interpolated' takes the running statistics between those of both ends; 'recomputed' measures them anew at "
             "each point.",
         ),
+        method=(trained("resnet20", ("fp32", "ibm2020-no-tpr", "ibm2020"), (1,)),),
         commands=(f"fourbit reproduce fig5 {CIFAR} --seeds 1",),
     )
 
@@ -294,6 +302,7 @@ def variance_by_depth() -> Claim:
             "FP8 in the 3x3 convolutions is worth about as much as in the bottom ones here. What keeps the magnitudes "
             "in four bits makes the variance too large instead of too small.",
         ),
+        method=(trained("resnet29", ("fp32",), (0,)),),
         commands=(f"fourbit reproduce fig6 {CIFAR}",),
     )
 
@@ -327,7 +336,7 @@ def channel_sums() -> Claim:
             "Radix 2, which loses the small numbers, leaves the largest sums, and FP8 the smallest. The multiplier "
             "makes no difference: what 1.85 gains in training is not gained here.",
         ),
-        method=(WEIGHTS,),
+        method=(WEIGHTS, trained("resnet20", ("fp32",), (0,))),
         commands=(f"fourbit reproduce sums {CIFAR}",),
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from benchmarks.claims._claim import Claim, Group, Part, Table, claim
+from benchmarks.claims._read import RESULTS, reproduced
 from fourbit.errors import UserError
 from fourbit.hardware import Results, stored
 
@@ -157,4 +160,64 @@ def conversion_cost() -> Claim:
         ),
         method=METHOD,
         commands=COMMANDS,
+    )
+
+
+NETWORKS = {
+    "resnet20": ("ResNet-20, 3 epochs", ("questions", "luq"), ("questions", "phases"), ("questions", "radix")),
+    "resnet29": ("ResNet-29, 3 epochs", ("questions", "fp8")),
+    "vgg16": ("VGG16, 3 epochs", ("table1", "vgg16")),
+    "mobilenet_v2": ("MobileNetV2, 2 epochs", ("table1", "mobilenet_v2")),
+}
+"""Title of a network whose energy is kept, and the rows that have its accuracies."""
+IMAGES = 50_000
+"""Of CIFAR-10, in an epoch."""
+
+
+def energy_table() -> Table:
+    """Energy of training and accuracy of each recipe that has both."""
+    joules = json.loads((RESULTS / "hardware" / "energy.json").read_text())["joules_per_image"]
+    rows = []
+    for model, (title, *sources) in NETWORKS.items():
+        tables = [reproduced(table, name, "") for table, name in sources]
+        for recipe, per_image in joules[model].items():
+            column = next((runs.columns[recipe] for runs in tables if recipe in runs.columns), None)
+            if column is not None and column.mean is not None:
+                energy = f"{per_image * IMAGES * column.epochs:,.0f}"
+                rows.append((title, f"`{recipe}`", energy, f"{column.mean:.1f}", str(len(column.values))))
+    return Table("", ("network", "recipe", "J", "accuracy %", "seeds"), tuple(rows))
+
+
+@claim(Group.HARDWARE)
+def accuracy_and_energy() -> Claim:
+    joules = json.loads((RESULTS / "hardware" / "energy.json").read_text())["joules_per_image"]["resnet20"]
+    runs = reproduced("questions", "luq", "ResNet-20 on CIFAR-10, 3 epochs, row `luq`")
+    ratio = joules["ibm2020-luq"] / joules["ibm2020"]
+    return Claim(
+        "On ResNet-20, LUQ's gradients are ahead of the paper's in accuracy and in energy.",
+        (
+            runs.part("ibm2020-luq", "ibm2020", least=0.0),
+            Part(
+                "energy of training with LUQ's gradients over that with the paper's",
+                ratio,
+                ratio,
+                ratio,
+                "times",
+                "estimate",
+                most=1.0,
+            ),
+        ),
+        "LUQ's gradients are radix 2, which needs a narrower adder than radix 4. `ibm2020-luq` has them with the "
+        "paper's forward pass.",
+        (
+            "Energy is an estimate of an array with memory ([networks](../../hardware.md#networks)). Differences of a "
+            "few percent say nothing.",
+            "Three epochs of one network. Energy at equal accuracy is another question.",
+        ),
+        runs=((runs, ("fp32", "ibm2020", "ibm2020-luq", "luq", "fourbit")),),
+        tables=(energy_table(),),
+        picture=("hardware/pareto.png", "Accuracy against energy"),
+        why=("In a trace of a training most gradients are zero in the range of radix 2, and a zero switches nothing.",),
+        method=METHOD,
+        commands=("python -m benchmarks.energy",),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.claims._claim import Claim, Group, Table, claim, seeds
-from benchmarks.claims._read import Runs, digits, final, markdown_rows, reproduced
+from benchmarks.claims._claim import Claim, Group, Part, Table, claim, seeds
+from benchmarks.claims._read import Runs, digits, final, markdown_rows, reproduced, trained
 from fourbit.reproduce._statistics import paired
 
 SHORT = (
@@ -38,7 +38,7 @@ def _two(
     )
 
 
-def _against_fp32(runs: Runs, *recipes: str) -> tuple:
+def _against_fp32(runs: Runs, *recipes: str) -> tuple[Part, ...]:
     return tuple(runs.part(recipe, where=EPOCHS) for recipe in recipes)
 
 
@@ -389,5 +389,6 @@ def bias_of_classes() -> Claim:
             "bias is visible beyond what a seed does.",
             "![Accuracy by class](../figures/bias.png)",
         ),
+        method=(trained("resnet20", ("fp32", "int4-fwd", "ibm2020", "ibm2020-luq"), (1, 2)),),
         commands=("fourbit reproduce bias --data-dir data/cifar10 --threads 1 --seeds 1,2",),
     )
