@@ -47,8 +47,28 @@ def test_the_energies_of_the_page_of_hardware_are_what_the_model_estimates():
     assert found == pytest.approx({recipe: kept[recipe] for recipe in ("fp32", "ibm2020")}, rel=1e-9)
 
 
+def test_a_plain_sentence_stands_only_while_its_verdicts_do(claims):
+    assert "block scales" in _documents.headline(claims)
+    other = part([0.1, -0.1, 0.0])
+    changed = [replace(c, parts=(other,)) if c.name == "radix-4-or-blocks" else c for c in claims]
+    assert "block scales" not in _documents.headline(changed)
+    assert _documents.headline(claims).startswith(_documents.HEADLINES[0][0])
+
+
+def test_runs_that_diverged_are_not_compared_and_decide_nothing(claims):
+    runs, recipes = next(c for c in claims if c.name == "radix-4-or-blocks").runs[0]
+    column = replace(runs.columns["ibm2020"], values={0: 40.0}, diverged=(1, 2))
+    broken = replace(runs, columns=dict(runs.columns) | {"ibm2020": column})
+    found = broken.part("ibm2020", "mxfp4-ceil-sr-g", least=0.0)
+    assert found.said == "not compared: a run diverged" and found.verdict is Verdict.OPEN
+    row = next(row for row in broken.table(recipes).rows if row[0] == "`ibm2020`")
+    assert row[1:] == ("40.00", "40.00", "1 (2 diverged)", "-", "-")
+    page = _page.page(replace(claim_of(found), runs=((broken, recipes),), beside=(broken.part("luq"),)), {})
+    assert "**Cannot tell.** `ibm2020` - `mxfp4-ceil-sr-g`: not compared: a run diverged." in page
+
+
 def test_every_region_of_a_document_is_written_by_one_of_the_scripts():
-    known = {*_documents.REGIONS, *_documents.CITED, "claims-summary", "claims-contents"}
+    known = {*_documents.REGIONS, *_documents.CITED, "claims-summary", "claims-headline", "claims-contents"}
     known |= {f"claims-{group.name.lower()}" for group in _claim.Group}
     for path in _documents.documents():
         if path.name not in ("performance.md", "conformance.md", "architectures.md"):

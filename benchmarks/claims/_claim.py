@@ -63,6 +63,7 @@ class Part:
         least, most: the claim says that it is above and below; both None: it is shown beside, and decides nothing.
         paired: of differences between seeds, for the tests of several together.
         figure: the number in words, where it is not `value` with its interval.
+        counted: it is a count of those for which something is so, and the claim needs all.
     """
 
     what: str
@@ -75,6 +76,7 @@ class Part:
     most: float | None = None
     paired: Paired | None = None
     figure: str = ""
+    counted: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -100,8 +102,8 @@ class Part:
     @property
     def bound(self) -> str:
         """What the claim needs, in words; "" where there is none."""
-        if self.figure:
-            return "all of them" if self.least is not None else ""
+        if self.counted:
+            return "all of them"
         sign = "+" if self.paired is not None else ""
         words = []
         if self.least is not None:
@@ -131,16 +133,17 @@ def seeds(what: str, found: Paired, unit: str, least: float | None = None, most:
 def every(what: str, flags: Sequence[bool], noun: str) -> Part:
     """The claim says that something is so in every one; what was counted has no scatter, so one exception refutes it."""
     k = sum(flags)
-    return Part(what, k, k, k, "", "", least=len(flags) - 0.5, figure=f"{k} of {len(flags)} {noun}")
+    return Part(what, k, k, k, "", "", least=len(flags) - 0.5, figure=f"{k} of {len(flags)} {noun}", counted=True)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a heading."""
+    """Rows of cells under a heading; the first `words` columns are text."""
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import _regions
 from benchmarks._harness import ROOT, markdown
-from benchmarks.claims._claim import Claim, Group
+from benchmarks.claims._claim import Claim, Group, Verdict
 from benchmarks.claims._page import contents, index, summary
 from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
 from benchmarks.claims.hardware import energy_table
@@ -38,6 +38,8 @@ def filled(path: Path, claims: Sequence[Claim]) -> str:
             shown[name] = REGIONS[name]()
         elif name == "claims-summary":
             shown[name] = summary(claims)
+        elif name == "claims-headline":
+            shown[name] = headline(claims)
         elif name == "claims-contents":
             shown[name] = contents(claims)
         elif name.startswith("claims-"):
@@ -46,6 +48,14 @@ def filled(path: Path, claims: Sequence[Claim]) -> str:
             by_name = {claim.name: claim for claim in claims}
             shown[name] = "\n".join(_line(path, by_name[cited]) for cited in CITED[name])
     return _regions.fill(text, shown)
+
+
+def headline(claims: Sequence[Claim]) -> str:
+    """The main findings in plain sentences, each of which stands only while the verdicts of its claims are what it says."""
+    verdicts = {claim.name: claim.verdict for claim in claims}
+    return " ".join(
+        text for text, needs in HEADLINES if all(verdicts[name] is verdict for name, verdict in needs.items())
+    )
 
 
 def _line(path: Path, claim: Claim) -> str:
@@ -110,8 +120,9 @@ def _findings() -> str:
             "ibm2020-luq": "the recipe with LUQ's gradients",
             "mxfp4-ceil-sr-g": "MXFP4",
         }
-        words = sentence(names[recipe], names[other], runs.gap(recipe, other), runs.unit, higher)
-        said.append(f"- {where}: {words}")
+        found = runs.gap(recipe, other)
+        if found is not None:
+            said.append(f"- {where}: {sentence(names[recipe], names[other], found, runs.unit, higher)}")
     return "\n".join(said)
 
 
@@ -130,7 +141,7 @@ def _saved_share() -> str:
 
 def _accuracy_energy() -> str:
     table = energy_table()
-    return markdown(table.head, table.rows, 2)
+    return markdown(table.head, table.rows, table.words)
 
 
 REGIONS: dict[str, Callable[[], str]] = {
@@ -141,6 +152,25 @@ REGIONS: dict[str, Callable[[], str]] = {
     "accuracy-energy": _accuracy_energy,
 }
 """By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claims-contents` lists the pages."""
+
+HEADLINES: tuple[tuple[str, dict[str, Verdict]], ...] = (
+    (
+        "Trained to the end on a small task, the paper's 4-bit training is less than a point behind FP32.",
+        {"digits-to-the-end": Verdict.HOLDS},
+    ),
+    (
+        "After a short training it is further behind, on ResNet-20 as on digits.",
+        {"resnet20": Verdict.FAILS, "digits-early": Verdict.FAILS},
+    ),
+    ("On digits that gap closes when training goes on.", {"gap-closes": Verdict.HOLDS}),
+    (
+        "What the paper's rounding takes away is the length of the gradient, layer by layer. Recipes with as many bits that "
+        "keep the length train better.",
+        {"gradients-shrink": Verdict.HOLDS, "correction": Verdict.HOLDS, "luq-gradients": Verdict.HOLDS},
+    ),
+    ("A small language model is better off with block scales.", {"radix-4-or-blocks": Verdict.HOLDS}),
+)
+"""Sentences, and the verdicts that each needs."""
 
 CITED: dict[str, tuple[str, ...]] = {
     "what-is-behind": ("gradients-shrink", "correction", "luq-gradients", "gap-closes"),

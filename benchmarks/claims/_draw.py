@@ -53,7 +53,7 @@ def _intervals(claim: Claim) -> Any:
     from fourbit.report import panels
     from fourbit.report._style import short
 
-    parts = _parts(claim)
+    parts = [part for part in _parts(claim) if not math.isnan(part.value)]
     units = list(dict.fromkeys(part.unit for part in parts))
     figure, axes = panels(
         len(units), "", columns=1, height=0.62 + 0.34 * len(parts) / len(units), extra=0.25, sharey=False
@@ -68,7 +68,7 @@ def _intervals(claim: Claim) -> Any:
             axis.plot([part.value], [y], "o" if part.low is not None else "x", color=color, markersize=6)
             for bound in (part.least, part.most):
                 if bound is not None:
-                    bound = math.ceil(bound) if part.figure else bound  # a count needs all of them
+                    bound = math.ceil(bound) if part.counted else bound  # a count needs all of them
                     axis.plot([bound, bound], [y - 0.35, y + 0.35], color="black", linewidth=1.4, linestyle=(0, (2, 1)))
         axis.axvline(0, color="#999999", linewidth=0.8)
         axis.set_yticks(range(len(mine)), [short(part.what.replace("`", ""), 72) for part in mine])

@@ -87,7 +87,7 @@ def _decided(claim: Claim) -> str:
     words = f"{part.what[0].upper()}{part.what[1:]}: {part.said}."
     if part.bound and claim.verdict is not Verdict.OPEN:
         words += f" The claim needs {part.bound}."
-    elif part.bound:
+    elif part.bound and not part.figure:
         words += f" The claim needs {part.bound}, and " + (
             "one seed has no interval." if part.low is None else "the interval reaches both sides of that."
         )
@@ -131,7 +131,7 @@ def _reading(part: Part) -> str:
 
 def _table(table: Table) -> str:
     head = f"**{table.title}**\n\n" if table.title else ""
-    return head + markdown(table.head, table.rows, 1)
+    return head + markdown(table.head, table.rows, table.words)
 
 
 def _legend(claim: Claim) -> str:

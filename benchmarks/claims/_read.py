@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,18 +50,21 @@ class Runs:
     source: str
     paper: Mapping[str, float]
 
-    def gap(self, recipe: str, other: str = "fp32") -> Paired:
-        """Mean difference over the seeds that both have."""
-        found = self.columns[recipe].against(self.columns[other])
-        assert found is not None, f"{recipe} and {other} have no seed in common"
-        return found
+    def gap(self, recipe: str, other: str = "fp32") -> Paired | None:
+        """Mean difference over the seeds that both have; None where a run diverged, or there is no such seed."""
+        return self.columns[recipe].against(self.columns[other])
 
     def part(
         self, recipe: str, other: str = "fp32", least: float | None = None, most: float | None = None, where: str = ""
     ) -> Part:
         """The difference between two recipes as what a claim rests on."""
         what = f"{title_of(recipe)} - {title_of(other)}" + (f", {where}" if where else "")
-        return seeds(what, self.gap(recipe, other), self.unit, least, most)
+        found = self.gap(recipe, other)
+        if found is not None:
+            return seeds(what, found, self.unit, least, most)
+        diverged = any(self.columns[name].diverged for name in (recipe, other))
+        why = "not compared: a run diverged" if diverged else "not compared: no seed in common"
+        return Part(what, math.nan, None, None, self.unit, "", least, most, figure=why)
 
     def table(self, recipes: Sequence[str]) -> Table:
         """Each recipe with its seeds, its mean and its difference to FP32; the paper's numbers, where it has some."""
@@ -69,22 +73,18 @@ class Runs:
         for recipe in recipes:
             column = self.columns[recipe]
             found = None if recipe == "fp32" or "fp32" not in self.columns else self.gap(recipe)
-            half = None if found is None else "one seed" if found.half is None else f"±{found.half:.2f}"
-            by_seed = [f"{value:.2f}" for _, value in sorted(column.values.items())]
-            shown = (
-                ", ".join(by_seed)
-                if len(by_seed) <= 5
-                else f"{min(column.values.values()):.2f} to {max(column.values.values()):.2f}"
-            )
+            half = "-" if found is None else "one seed" if found.half is None else f"±{found.half:.2f}"
+            values = [f"{value:.2f}" for _, value in sorted(column.values.items())]
+            shown = ", ".join(values) if len(values) <= 5 else f"{min(values, key=float)} to {max(values, key=float)}"
             rows.append(
                 (
                     f"`{recipe}`",
                     *((f"{self.paper[recipe]:.2f}" if recipe in self.paper else "-",) if told else ()),
-                    f"{column.mean:.2f}",
-                    shown,
-                    str(len(by_seed)),
+                    "-" if column.mean is None else f"{column.mean:.2f}",
+                    shown or "-",
+                    f"{len(values)}" + (f" ({len(column.diverged)} diverged)" if column.diverged else ""),
                     "-" if found is None else f"{found.mean:+.2f}",
-                    half or "-",
+                    half,
                 )
             )
         head = ("recipe", *(("the paper",) if told else ()), self.metric, "by seed", "seeds", "to FP32", "95 %")

@@ -37,7 +37,7 @@ def _library(title: str, library: str, why: tuple[str, ...]) -> Claim:
         "raised on unusual input counts as no failure.",
         LIMITS,
         beside=beside,
-        tables=(Table("", ("quantizer", "held against", "checks passed", "fails"), rows),),
+        tables=(Table("", ("quantizer", "held against", "checks passed", "fails"), rows, words=4),),
         why=why,
         method=(
             ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.claims._claim import Claim, Group, Part, claim
-from benchmarks.claims._read import Runs, reproduced
+from benchmarks.claims._claim import Claim, Group, claim
+from benchmarks.claims._read import reproduced
+from fourbit.reproduce import rows_of
 
 SCALE = (
     "A small language model early in training (1.1 million parameters besides the embedding, 400 steps of 512 tokens). "
@@ -22,19 +23,22 @@ def _debate(
     parts: tuple[tuple[str, str, float | None, float | None], ...],
     asked: str,
     why: tuple[str, ...] = (),
+    lr: float | None = None,
 ) -> Claim:
-    """Of a row of `fourbit reproduce debates`: `parts` are (recipe, other, least, most); all that it compares stands beside."""
-    from fourbit.reproduce import rows_of
+    """A claim about a row of `fourbit reproduce debates`.
 
-    runs: Runs = reproduced("debates", row, f"Small language model, row `{row}`")
+    Args:
+        parts: (recipe, other, least, most): that the difference of their perplexities lies above and below. What else the row
+            compares stands beside.
+        lr: of the row `rates`, which has several.
+    """
+    runs = reproduced("debates", row, f"Small language model, row `{row}`", lr)
     decide = tuple(runs.part(a, b, least, most) for a, b, least, most in parts)
-    compared = [(r, "fp32") for r in runs.columns if r != "fp32"] + [
-        p for p in rows_of("debates")[row].pairs if set(p) <= set(runs.columns)
-    ]
-    beside: tuple[Part, ...] = tuple(runs.part(a, b) for a, b in compared if (a, b) not in [p[:2] for p in parts])
-    return Claim(
-        title, decide, asked, (SCALE,), beside=beside, runs=((runs, tuple(runs.columns)),), why=why, method=METHOD
-    )
+    compared = [(recipe, "fp32") for recipe in runs.columns if recipe != "fp32"]
+    compared += [pair for pair in rows_of("debates")[row].pairs if set(pair) <= set(runs.columns)]
+    beside = tuple(runs.part(a, b) for a, b in compared if (a, b) not in [part[:2] for part in parts])
+    shown = tuple(runs.columns)
+    return Claim(title, decide, asked, (SCALE,), beside=beside, runs=((runs, shown),), why=why, method=METHOD)
 
 
 @claim(Group.DEBATES)

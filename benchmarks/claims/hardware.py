@@ -185,7 +185,7 @@ def energy_table() -> Table:
             if column is not None and column.mean is not None:
                 energy = f"{per_image * IMAGES * column.epochs:,.0f}"
                 rows.append((title, f"`{recipe}`", energy, f"{column.mean:.1f}", str(len(column.values))))
-    return Table("", ("network", "recipe", "J", "accuracy %", "seeds"), tuple(rows))
+    return Table("", ("network", "recipe", "J", "accuracy %", "seeds"), tuple(rows), words=2)
 
 
 @claim(Group.HARDWARE)
