@@ -71,7 +71,7 @@ def test_every_region_of_a_document_is_written_by_one_of_the_scripts():
     known = {*_documents.REGIONS, *_documents.CITED, "claims-summary", "claims-headline", "claims-contents"}
     known |= {f"claims-{group.name.lower()}" for group in _claim.Group}
     for path in _documents.documents():
-        if path.name not in ("performance.md", "conformance.md", "architectures.md"):
+        if path.name not in ("performance.md", "conformance.md"):
             assert set(_regions.names(path.read_text())) <= known, path
 
 

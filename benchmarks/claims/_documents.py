@@ -13,6 +13,8 @@ from benchmarks.claims._page import contents, index, summary
 from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
 from benchmarks.claims.hardware import energy_table
 from benchmarks.claims.speed import EMULATORS, range_of_ratios, saved_memory
+from fourbit.reproduce import rows_of
+from fourbit.reproduce._row import TABLES
 from fourbit.reproduce._statistics import sentence
 
 COLUMNS = ("fp32", "int4-fwd", "ibm2020", "ibm2020-dw8", "ibm2020-luq", "fourbit")
@@ -135,6 +137,16 @@ def _step_range() -> str:
     )
 
 
+def _not_run() -> str:
+    """Rows without a kept table, by the table that they belong to."""
+    said = []
+    for table in TABLES:
+        missing = [name for name in rows_of(table) if not (RESULTS / "reproduce" / f"{table}-{name}-small").exists()]
+        if missing:
+            said.append(f"- `{table}`: {', '.join(f'`{name}`' for name in missing)}")
+    return "\n".join(said)
+
+
 def _saved_share() -> str:
     return f"{saved_memory().parts[0].value:.2f}"
 
@@ -150,6 +162,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "step-range": _step_range,
     "saved-share": _saved_share,
     "accuracy-energy": _accuracy_energy,
+    "not-run": _not_run,
 }
 """By name; besides, `claims-GROUP` is an index, `claims-summary` counts the verdicts, and `claims-contents` lists the pages."""
 
