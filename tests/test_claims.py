@@ -83,7 +83,7 @@ def test_a_changed_number_is_found(claims, tmp_path):
     )
     text = _documents.filled(document, claims)
     assert "9.99" not in text and "<!-- end step-range -->, and\n" in text
-    assert "\n- [Two phases train better than one](" in text
+    assert "\n- [Two phases train better than one](" in text and " **holds**" in text
 
 
 def test_a_picture_of_other_numbers_is_found(claims, tmp_path):

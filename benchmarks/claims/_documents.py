@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import _regions
 from benchmarks._harness import ROOT, markdown
-from benchmarks.claims._claim import Claim, Group, Verdict
+from benchmarks.claims._claim import Claim, Group, Verdict, together
 from benchmarks.claims._page import contents, index, summary
 from benchmarks.claims._read import RESULTS, Runs, digits, final, reproduced
 from benchmarks.claims.hardware import energy_table
@@ -48,7 +48,8 @@ def filled(path: Path, claims: Sequence[Claim]) -> str:
             shown[name] = index(claims, Group[name.removeprefix("claims-").upper()])
         elif name in CITED:
             by_name = {claim.name: claim for claim in claims}
-            shown[name] = "\n".join(_line(path, by_name[cited]) for cited in CITED[name])
+            stands = together(claims)
+            shown[name] = "\n".join(_line(path, by_name[cited], stands) for cited in CITED[name])
     return _regions.fill(text, shown)
 
 
@@ -60,10 +61,13 @@ def headline(claims: Sequence[Claim]) -> str:
     )
 
 
-def _line(path: Path, claim: Claim) -> str:
+def _line(path: Path, claim: Claim, stands: dict[str, bool]) -> str:
     """One claim with its verdict, as other pages cite it."""
+    alone = claim.verdict is not Verdict.OPEN and not stands.get(claim.name, True)
     to = os.path.relpath(FOLDER / f"{claim.name}.md", path.parent)
-    return f"- [{claim.title.rstrip('.')}]({to}): **{claim.verdict}** ({claim.decides.said})."
+    return (
+        f"- [{claim.title.rstrip('.')}]({to}): **{claim.verdict}**{', looked at alone' * alone}; {claim.decides.said}."
+    )
 
 
 def _results() -> str:

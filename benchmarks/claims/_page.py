@@ -10,6 +10,20 @@ from benchmarks.claims._claim import Claim, Group, Part, Table, Verdict, togethe
 from fourbit.reproduce._statistics import detectable
 
 MARKS = {Verdict.HOLDS: "**Holds.**", Verdict.FAILS: "**Does not hold.**", Verdict.OPEN: "**Cannot tell.**"}
+SPELLED = {
+    "fp16": "FP16",
+    "fp4": "FP4",
+    "fp8": "FP8",
+    "gradscale": "GradScale",
+    "int4": "INT4",
+    "luq": "LUQ",
+    "mobilenet": "MobileNet",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "resnet20": "ResNet-20",
+    "vgg16": "VGG16",
+}
+"""Words of the names of pages, as they are written."""
 TERMS = (
     "Words: [the three products of a layer, fprop, dgrad and wgrad](../../concepts/products.md); "
     "[scales](../../concepts/scales.md); [radix-4 FP4 and two phases](../../concepts/phases.md); "
@@ -64,8 +78,13 @@ def index(claims: Sequence[Claim], group: Group) -> str:
 def contents(claims: Sequence[Claim]) -> str:
     """The hidden list of the pages, for the site; in its margin they have short names."""
     names = [claim.name for group in Group for claim in claims if claim.group is group]
-    lines = [f"{name.replace('-', ' ').capitalize()} <claims/{name}>" for name in names]
+    lines = [f"{_short(name)} <claims/{name}>" for name in names]
     return "\n".join(["```{toctree}", ":hidden:", "", *lines, "```"])
+
+
+def _short(name: str) -> str:
+    words = [SPELLED.get(word, word) for word in name.split("-")]
+    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
 
 
 def summary(claims: Sequence[Claim]) -> str:
@@ -78,7 +97,7 @@ def summary(claims: Sequence[Claim]) -> str:
         f"{len(claims)} claims: {count[Verdict.HOLDS]} hold, {count[Verdict.FAILS]} do not, and of "
         f"{count[Verdict.OPEN]} we cannot tell. Differences between runs decide {len(decided)} of them. Looked at "
         f"together, with an error of 5 % for all (Holm's correction over {len(stands)} claims that have several seeds), "
-        f"{staying} of these stay; the others are marked with \\*."
+        f"{staying} of these stay; the others are marked with \\* in the index."
     )
 
 

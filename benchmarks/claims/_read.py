@@ -191,6 +191,12 @@ def final(folder: str) -> dict[str, Any]:
     return found
 
 
+def by_epoch(folder: str) -> list[float]:
+    """The metric on the test data after each epoch of a kept run."""
+    lines = (RESULTS / folder / "metrics.jsonl").read_text().splitlines()
+    return [record["test_metric"] for record in map(json.loads, lines) if record["kind"] == "epoch"]
+
+
 def markdown_rows(path: str, head: str) -> list[list[str]]:
     """The cells of the table in a file of docs/results whose head begins with `head`, without marks of bold and code."""
     lines = (RESULTS / path).read_text().splitlines()
