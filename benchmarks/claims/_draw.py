@@ -42,7 +42,11 @@ def draw(claim: Claim, path: Path) -> None:
 def _shown(claim: Claim) -> Any:
     if isinstance(claim.picture, Lines):
         return [claim.picture.title, claim.picture.ticks, claim.picture.curves, claim.picture.axis]
-    return [[p.what, f"{p.value:.6g}", f"{p.low}", f"{p.high}", p.unit, p.least, p.most] for p in _parts(claim)]
+    return [[p.what, *(_text(x) for x in (p.value, p.low, p.high, p.least, p.most)), p.unit] for p in _parts(claim)]
+
+
+def _text(number: float | None) -> str:
+    return "" if number is None else f"{number:.6g}"
 
 
 def _parts(claim: Claim) -> tuple[Part, ...]:
