@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks import _regions, conformance, energy, tables
+from benchmarks import _regions, energy, tables
 from benchmarks.claims import _claim, _documents, _draw, _page, _write
 from benchmarks.claims._claim import Claim, Verdict, every, judge, seeds
 
@@ -27,17 +27,10 @@ def test_pages_index_documents_and_pictures_are_those_of_the_kept_runs():
     assert not stale, f"run `python -m benchmarks.claims`: {', '.join(stale)}"
 
 
-@pytest.mark.parametrize(
-    ("name", "filled"),
-    [
-        ("performance.md", lambda path: tables.filled(path, ROOT / "docs/results/performance")),
-        ("conformance.md", lambda path: conformance.filled(path.read_text())),
-    ],
-)
-def test_tables_of_the_benchmarks_are_those_of_their_results(name, filled):
-    path = ROOT / "docs" / name
-    assert filled(path) == path.read_text(), (
-        f"run `python -m benchmarks.{'tables' if 'perf' in name else 'conformance'}`"
+def test_tables_of_the_benchmarks_are_those_of_their_results():
+    path = ROOT / "docs" / "performance.md"
+    assert tables.filled(path, ROOT / "docs/results/performance") == path.read_text(), (
+        "run `python -m benchmarks.tables`"
     )
 
 
