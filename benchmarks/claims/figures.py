@@ -442,7 +442,7 @@ def rounded_sums() -> Claim:
             mean - half,
             mean + half,
             "points",
-            f"{n} seeds, ±{half:.2f}",
+            f"{n} seeds, 95 %",
             least,
         )
 
