@@ -393,8 +393,7 @@ def bias_of_classes() -> Claim:
         ),
         why=(
             f"Beside their mean, the classes of `ibm2020` scatter by {scatter['ibm2020']:.2f} points about those of "
-            f"FP32 (root mean square). Two runs of FP32 that differ in their seed scatter by {scatter['fp32']:.2f}. No "
-            "bias is visible beyond what a seed does.",
+            f"FP32 (root mean square). Two runs of FP32 that differ in their seed scatter by {scatter['fp32']:.2f}.",
             "![Accuracy by class](../figures/bias.png)",
         ),
         method=(trained("resnet20", ("fp32", "int4-fwd", "ibm2020", "ibm2020-luq"), (1, 2)),),
