@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.claims import conformance, debates, figures, hardware, paper, questions, speed
+from benchmarks.claims import conformance, debates, figures, gradients, hardware, paper, questions, scales, speed, sums
 from benchmarks.claims._claim import CLAIMS, Claim, together
 from benchmarks.claims._documents import FOLDER, documents, filled
 from benchmarks.claims._draw import digest, draw, drawn
 from benchmarks.claims._page import page
 
-GROUPS = (paper, questions, figures, debates, hardware, speed, conformance)
-"""Modules that enter claims."""
+MODULES = (paper, questions, scales, gradients, figures, sums, debates, hardware, speed, conformance)
+"""Modules that enter claims, in the order of the index."""
 
 
 def claims() -> list[Claim]:
-    """All of them."""
-    return [replace(make(), name=name, group=group) for name, (group, make) in CLAIMS.items()]
+    """All of them, in the order of the index, which does not depend on that of imports."""
+    order = [module.__name__ for module in MODULES]
+    entries = sorted(CLAIMS.items(), key=lambda entry: order.index(entry[1][1].__module__))
+    return [replace(make(), name=name, group=group) for name, (group, make) in entries]
 
 
 def pages(found: Sequence[Claim]) -> dict[Path, str]:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.claims._claim import Claim, Group, Lines, Part, Table, claim, every, seeds
-from benchmarks.claims._read import RESULTS, fidelity, head_of, markdown_rows, trained
+from benchmarks.claims._claim import Claim, Group, Part, Table, claim, every, seeds
+from benchmarks.claims._read import RESULTS, head_of, markdown_rows, trained
 from fourbit.reproduce._statistics import paired
 
-NETWORKS = {
-    "ResNet-20": "cifar10-resnet20/fidelity.md",
-    "VGG16": "reproduce/table1-vgg16-small/fidelity.md",
-    "MobileNetV2": "reproduce/table1-mobilenet_v2-small/fidelity.md",
-    "Transformer": "reproduce/table3-wmt-small/fidelity.md",
-}
 WEIGHTS = (
     "In Figures 1b and 2b and in the channel sums the weights are those of ResNet-20 after three epochs in full "
     "precision (`small`), the gradients those of one batch of 128."
@@ -23,102 +17,6 @@ ONE_NETWORK = (
     "other networks."
 )
 CIFAR = "--data-dir data/cifar10 --threads 1"
-PROJECTION = (
-    "The projection <dw_q, dw>/|dw|^2 of the weight gradient on the exact one is 1 if rounding neither shrinks nor "
-    "stretches it. Every recipe is compared with its own INT4 forward pass and exact gradients, so that only the format "
-    "of the gradient differs."
-)
-
-
-def _spread(name: str, recipe: str) -> tuple[str, ...]:
-    values = fidelity(NETWORKS[name]).get(recipe, {}).values()
-    if not values:
-        return "-", "-"
-    projections, cosines = zip(*values, strict=True)
-    return f"{min(projections):.2f} to {max(projections):.2f}", f"{min(cosines):.2f} to {max(cosines):.2f}"
-
-
-def _fidelity_tables(recipes: tuple[str, ...]) -> tuple[Table, ...]:
-    return tuple(
-        Table(
-            f"{name}, all layers but the last ([layer by layer](../{path}))",
-            ("recipe", "projection", "cosine"),
-            tuple((f"`{r}`", *_spread(name, r)) for r in recipes if r in fidelity(path)),
-        )
-        for name, path in NETWORKS.items()
-    )
-
-
-def _fidelity_lines(recipes: tuple[str, ...], title: str) -> Lines:
-    found = fidelity(NETWORKS["ResNet-20"])
-    layers = tuple(next(iter(found.values())))
-    return Lines(title, layers, {r: tuple(found[r][x][0] for x in layers) for r in recipes}, "projection")
-
-
-FIDELITY = (
-    "fourbit fidelity runs/reproduce/networks-small/resnet20/fp32-seed0 --data-dir data/cifar10 \\\n"
-    "        --recipes ibm2020,ibm2020-no-tpr,ibm2020-radix2,ibm2020-dw8,ibm2020-m185,ibm2020-corrected,ibm2020-luq,fourbit",
-)
-
-
-@claim(Group.FIGURES)
-def gradients_shrink() -> Claim:
-    recipes = ("ibm2020", "ibm2020-no-tpr", "ibm2020-dw8", "ibm2020-m185", "ibm2020-corrected")
-    flags = [p < 1 for path in NETWORKS.values() for p, _ in fidelity(path)["ibm2020"].values()]
-    return Claim(
-        "The paper's rounding shrinks the weight gradient in every layer but the last.",
-        (every("layers of four networks whose projection is below 1", flags, "layers"),),
-        "The paper shows a variance of the gradients that decays toward the input (its Fig. 6a), and answers with FP8 "
-        "in the 1x1 convolutions. " + PROJECTION,
-        (
-            "One point of training of each network, one batch.",
-            "That the shrinking costs accuracy is another claim: see [correction](correction.md).",
-        ),
-        tables=_fidelity_tables(recipes),
-        picture=_fidelity_lines(
-            ("ibm2020", "ibm2020-no-tpr", "ibm2020-dw8", "ibm2020-m185", "ibm2020-corrected"),
-            "ResNet-20: what is left of the weight gradient, from the input to the output",
-        ),
-        why=(
-            "Rounding to the nearest power of four makes a gradient smaller on average, more so where much underflows, "
-            "and the losses multiply on the way to the input. The direction stays good. A multiplier of 1.85 in place "
-            "of 1.6, or one correction behind each product, takes the shrinking away and hardly changes the direction. "
-            "FP8 in wgrad changes little near the input: what arrives there has passed the FP4 of the layers behind.",
-            "That our products are right was checked apart: `tests/ops/test_contract.py` compares all three with "
-            "float64, operand by operand.",
-        ),
-        method=(trained("resnet20", ("fp32",), (0,)),),
-        commands=FIDELITY,
-    )
-
-
-@claim(Group.FIGURES)
-def unbiased_gradients() -> Claim:
-    recipes = ("ibm2020-luq", "fourbit", "ibm2020-radix2", "ibm2020")
-    found = fidelity(NETWORKS["ResNet-20"])
-    tables = [fidelity(path) for path in NETWORKS.values()]
-    better = [
-        table["fourbit"][layer][1] >= cosine for table in tables for layer, (_, cosine) in table["ibm2020-luq"].items()
-    ]
-    flags = [abs(p - 1) <= 0.101 for p, _ in found["ibm2020-luq"].values()]
-    return Claim(
-        "LUQ's gradients keep the length of ResNet-20's weight gradients within a tenth at every depth.",
-        (every("layers of ResNet-20 with a projection of 0.9 to 1.1", flags, "layers"),),
-        "Rounding at random can have the right mean. " + PROJECTION,
-        ("One point of training, one batch.", "MobileNetV2 is deeper, and its projections go further from 1 (above)."),
-        tables=_fidelity_tables(recipes),
-        picture=_fidelity_lines(
-            recipes, "ResNet-20: what is left of the weight gradient, from the input to the output"
-        ),
-        why=(
-            "LUQ rounds at random everywhere. `fourbit` does so only where a gradient underflows, and to the nearest "
-            f"number elsewhere: its cosine is at least LUQ's in {sum(better)} of {len(better)} layers of these networks.",
-            "Radix 2 to nearest shrinks less per layer than radix 4. But its range of 2^6 loses small gradients, and the "
-            "direction suffers.",
-        ),
-        method=(trained("resnet20", ("fp32",), (0,)),),
-        commands=FIDELITY,
-    )
 
 
 @claim(Group.FIGURES)
@@ -380,96 +278,4 @@ def share_of_fp16() -> Claim:
             ),
         ),
         commands=("fourbit reproduce macs",),
-    )
-
-
-def _error(text: str) -> float:
-    return float(text)
-
-
-@claim(Group.FIGURES)
-def swamping() -> Claim:
-    rows = [[_error(x) for x in row] for row in markdown_rows("accumulation/table.md", "K")]
-    long = [row for row in rows if 4096 <= row[0] <= 65536]
-    return Claim(
-        "Summing in chunks of 64 keeps an FP16 sum exact to 1 % up to 2^16 terms, where one chain loses half.",
-        (
-            every(
-                "lengths from 2^12 to 2^16 at which chunks are within 1 %", [row[2] < 0.01 for row in long], "lengths"
-            ),
-            every(
-                "lengths from 2^12 to 2^16 at which one chain loses half", [row[1] >= 0.5 for row in long], "lengths"
-            ),
-        ),
-        "The paper adds in FP16 1-6-9 (9 bits of mantissa), in chunks of 64. Each addition is rounded. A sum of "
-        "positive numbers stands still once its terms are below half the gap of its grid: that is swamping.",
-        (
-            "Positive terms around 1 are the worst case. Terms of a dot product of random vectors cancel, and do not "
-            "stand still up to 2^18.",
-        ),
-        picture=("accumulation/swamping.png", "Error of sums in FP16 1-6-9 against the number of terms"),
-        tables=(
-            Table(
-                "Relative error of sums of positive numbers ([more](../accumulation/table.md))",
-                ("terms", "one chain", "chunks of 64", "one chain, stochastic", "chunks, stochastic"),
-                tuple(tuple(cells) for cells in markdown_rows("accumulation/table.md", "K")),
-            ),
-        ),
-        why=(
-            "Numbers around 1 add up to about 1024 and no further. Chunks keep the error near one rounding (2^-10), and "
-            "at 2^18 terms the sums of the chunks swamp among themselves. Stochastic rounding never stands still, "
-            "because its errors cancel on average, but each is larger.",
-        ),
-        commands=("python benchmarks/swamping.py",),
-    )
-
-
-@claim(Group.FIGURES)
-def rounded_sums() -> Claim:
-    import math
-
-    from fourbit._statistics import T_975
-
-    rows = {row[0]: row for row in markdown_rows("accumulation/digits.md", "recipe")}
-    n = int(rows["fp32"][3])
-
-    def part(recipe: str, least: float | None = None) -> Part:
-        mean, std = float(rows[recipe][4]), float(rows[recipe][5])
-        half = T_975[n - 2] * std / math.sqrt(n)
-        return Part(
-            f"`{recipe}` - FP32, digits, 8 epochs",
-            mean,
-            mean - half,
-            mean + half,
-            "points",
-            f"{n} seeds, 95 %",
-            least,
-        )
-
-    return Claim(
-        "With sums rounded to FP16 after every addition, the paper's recipe is less than one point behind FP32 on digits.",
-        (part("ibm2020-acc", -1.0),),
-        "`ibm2020-acc` rounds after every addition, in chunks of 64; `ibm2020-acc-nochunk` without chunks; `ibm2020` "
-        "adds in float32.",
-        (
-            "The longest sums of this network, those of wgrad, have 8192 terms of both signs, most of them zero. A "
-            "network with longer sums may differ.",
-            "Three seeds; the runs are not kept, their means and standard deviations are.",
-        ),
-        beside=(part("ibm2020"), part("ibm2020-acc-nochunk")),
-        tables=(
-            Table(
-                "Digits, 8 epochs",
-                ("recipe", "test accuracy %", "std", "seeds", "to FP32", "std", "training loss"),
-                tuple((f"`{r}`", *row[1:7]) for r, row in rows.items()),
-            ),
-        ),
-        why=(
-            "An epoch with rounded sums takes several times as long: half of it in the kernel, the rest in writing "
-            "convolutions out as products of matrices ([speed of the kernel](../accumulation/table.md)).",
-        ),
-        commands=(
-            "fourbit compare --model digits_cnn --data digits --epochs 8 --seeds 0,1,2 --threads 1 \\\n"
-            "        --recipes fp32,ibm2020,ibm2020-acc,ibm2020-acc-nochunk --out runs/accumulation",
-        ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scipy.special import stdtrit
 
 from benchmarks.claims._claim import Claim, Group, Part, Table, claim, seeds
-from benchmarks.claims._read import Runs, digits, final, markdown_rows, reproduced, trained
+from benchmarks.claims._read import Runs, digits, markdown_rows, reproduced, trained
 from fourbit.reproduce._statistics import ERROR, paired
 
 SHORT = (
@@ -17,7 +17,7 @@ EPOCHS = "ResNet-20, 3 epochs"
 EIGHT = "digits, 8 epochs"
 
 
-def _two(
+def better(
     title: str, row: str, recipe: str, other: str, asked: str, why: tuple[str, ...], shown: tuple[str, ...] = ()
 ) -> Claim:
     """One recipe is better than another on ResNet-20; the same on digits stands beside."""
@@ -46,7 +46,7 @@ def _against_fp32(runs: Runs, *recipes: str) -> tuple[Part, ...]:
 
 @claim(Group.QUESTIONS)
 def two_phases() -> Claim:
-    return _two(
+    return better(
         "Two phases train better than one.",
         "phases",
         "ibm2020",
@@ -63,7 +63,7 @@ def two_phases() -> Claim:
 
 @claim(Group.QUESTIONS)
 def phase_order() -> Claim:
-    return _two(
+    return better(
         "It matters which phase goes to which product: even for dgrad is better than odd.",
         "phases",
         "ibm2020",
@@ -75,7 +75,7 @@ def phase_order() -> Claim:
 
 @claim(Group.QUESTIONS)
 def a_fifth_bit() -> Claim:
-    return _two(
+    return better(
         "A fifth bit trains better than two phases of four bits.",
         "phases",
         "ibm2020-fp5",
@@ -88,7 +88,7 @@ def a_fifth_bit() -> Claim:
 
 @claim(Group.QUESTIONS)
 def stochastic_rounding() -> Claim:
-    return _two(
+    return better(
         "With the same four bits, stochastic rounding trains better than two phases.",
         "phases",
         "ibm2020-stochastic",
@@ -104,7 +104,7 @@ def stochastic_rounding() -> Claim:
 
 @claim(Group.QUESTIONS)
 def luq_gradients() -> Claim:
-    return _two(
+    return better(
         "At equal bits, LUQ's gradients train better than the paper's.",
         "luq",
         "ibm2020-luq",
@@ -119,7 +119,7 @@ def luq_gradients() -> Claim:
 
 @claim(Group.QUESTIONS)
 def luq_forward() -> Claim:
-    return _two(
+    return better(
         "The paper's forward pass trains better than LUQ's.",
         "luq",
         "ibm2020-luq",
@@ -132,7 +132,7 @@ def luq_forward() -> Claim:
 
 @claim(Group.QUESTIONS)
 def fourbit_recipe() -> Claim:
-    return _two(
+    return better(
         "At equal bits, the gradients of the recipe `fourbit` train better than the paper's.",
         "luq",
         "fourbit",
@@ -146,7 +146,7 @@ def fourbit_recipe() -> Claim:
 
 @claim(Group.QUESTIONS)
 def fourbit_or_luq() -> Claim:
-    return _two(
+    return better(
         "The gradients of the recipe `fourbit` train better than LUQ's.",
         "luq",
         "fourbit",
@@ -162,7 +162,7 @@ def fourbit_or_luq() -> Claim:
 
 @claim(Group.QUESTIONS)
 def correction() -> Claim:
-    return _two(
+    return better(
         "Correcting the magnitude behind each GEMM trains better than the paper's rounding alone.",
         "luq",
         "ibm2020-corrected",
@@ -212,7 +212,7 @@ def multiplier() -> Claim:
 
 @claim(Group.QUESTIONS)
 def channel_sums_restored() -> Claim:
-    return _two(
+    return better(
         "Restoring the channel sums of the gradient trains better.",
         "zerosum",
         "ibm2020-zerosum",
@@ -220,86 +220,6 @@ def channel_sums_restored() -> Claim:
         "Behind batch normalization the exact gradient sums to zero in each channel, and [rounding breaks "
         "that](channel-sums.md). `ibm2020-zerosum` restores the sums. That takes more than 4 bits: it is an experiment.",
         ("It keeps [the batch means](batch-means.md) small, but accuracy does not follow them.",),
-    )
-
-
-@claim(Group.QUESTIONS)
-def radix_4_or_2() -> Claim:
-    runs, small = reproduced("questions", "radix", "ResNet-20 on CIFAR-10, 3 epochs, row `radix`"), digits(8)
-    others = ("ibm2020-radix2", "ibm2020-121", "ibm2020-radix8", "ibm2020-radix16")
-    shown = ("fp32", "ibm2020-no-tpr", *others)
-    return Claim(
-        "Radix 4 trains better than radix 2, with a scale per layer for both.",
-        (runs.part("ibm2020-no-tpr", "ibm2020-radix2", least=0.0, where=EPOCHS),),
-        "The paper takes powers of four because gradients spread widely ([radix 4](../../concepts/phases.md)). It "
-        "compares with radix 2 under one loss scale only. Here both have GradScale, a scale for each layer, and one "
-        "phase.",
-        (
-            SHORT,
-            SIZES,
-            "Radix 8 and 16 have two seeds; of a third there is an [earlier "
-            "table](../reproduce/questions-radix-small/seed-0.md) only.",
-        ),
-        beside=(
-            small.part("ibm2020-no-tpr", "ibm2020-radix2", where=EIGHT),
-            *(runs.part("ibm2020-no-tpr", other, where=EPOCHS) for other in others[1:]),
-            *(small.part("ibm2020-no-tpr", other, where=EIGHT) for other in others[1:]),
-        ),
-        runs=((runs, shown), (small, shown)),
-        why=(
-            "On ResNet-20 radix 2 shrinks the gradient less, but its range of 2^6 loses small gradients, and the "
-            "direction suffers ([table](../cifar10-resnet20/fidelity.md)). The digits network has six layers and needs "
-            "no range of 2^12.",
-        ),
-    )
-
-
-@claim(Group.QUESTIONS)
-def gradscale_radix_2() -> Claim:
-    base = _two(
-        "Radix 2 needs a scale for each layer (GradScale).",
-        "gradscale",
-        "ibm2020-radix2",
-        "ibm2020-radix2-global-scale",
-        "GradScale gives each layer's gradient a power of two as its scale. `ibm2020-radix2-global-scale` has one loss "
-        "scale for all layers, as APEX has it.",
-        (
-            "The scales of the layers lie 2^2 to 2^4 apart ([Fig. 3](../figures/fig3.md)), and radix 2 spans 2^6. One "
-            "scale for all leaves most gradients of most layers below the smallest number.",
-            "Part of the loss is APEX's slow recovery after a spike. A run whose scale may double after 20 clean steps "
-            "instead of 200 (`--loss-scale-interval 20`) stands below.",
-        ),
-    )
-    found = final("reproduce/questions-gradscale-small/interval20-seed0")
-    table = Table(
-        "One loss scale that doubles after 20 clean steps, seed 0",
-        ("recipe", "test accuracy %"),
-        (("`ibm2020-radix2-global-scale`", f"{found['test_metric']:.2f}"),),
-    )
-    return Claim(**{**vars(base), "tables": (table,)})
-
-
-@claim(Group.QUESTIONS)
-def gradscale_radix_4() -> Claim:
-    return _two(
-        "Radix 4 trains better with a scale for each layer (GradScale) than with one for all.",
-        "gradscale",
-        "ibm2020",
-        "ibm2020-global-scale",
-        "The paper has 69.0 % with GradScale and 67.6 % without it, for ResNet-18 on ImageNet.",
-        ("The range of radix 4 does what a scale would: that is the likely reason why the difference is small.",),
-    )
-
-
-@claim(Group.QUESTIONS)
-def scale_per_channel() -> Claim:
-    return _two(
-        "A scale for each channel trains better than one for each layer.",
-        "gradscale",
-        "ibm2020-channel-gradscale",
-        "ibm2020",
-        "A reviewer of the paper asked for it. `ibm2020-channel-gradscale` has one GradScale for each output channel.",
-        (),
     )
 
 
