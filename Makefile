@@ -58,6 +58,7 @@ bench-full: $(STAMP)
 		$(BIN)/python -m benchmarks.$$name --compile --out docs/results/performance $(BENCH_FLAGS); done
 	$(BIN)/python -m benchmarks.kernel_parity --out docs/results/performance
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.claims
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m pip install --no-deps -r benchmarks/requirements.txt

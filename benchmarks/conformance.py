@@ -3,19 +3,19 @@
     python -m benchmarks.conformance
 
 Libraries that are not installed keep the results that are stored in docs/results/conformance, a file for each quantizer as
-`fourbit conform NAME --out FILE` writes it. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+`fourbit conform NAME --out FILE` writes it. A table stands in a region of its name (`benchmarks._regions`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _regions
 from benchmarks._harness import ROOT, markdown
 from fourbit.conform import PEERS
 
@@ -69,14 +69,15 @@ def versions(reports: list[dict[str, Any]]) -> str:
     return ", ".join(f"{library} {version}" for library, version in found.items()) + "."
 
 
-def filled(page: str, reports: list[dict[str, Any]]) -> str:
-    """The page with the tables of these reports."""
-    for table in (overview, failures, versions):
-        pattern = rf"(<!-- begin {table.__name__} -->\n).*?(<!-- end {table.__name__} -->)"
-        page = re.sub(
-            pattern, lambda found, table=table: f"{found[1]}{table(reports)}\n{found[2]}", page, flags=re.DOTALL
-        )
-    return page
+def paths() -> dict[str, Path]:
+    """Where the results of each quantizer lie."""
+    return {name: RESULTS / f"{name.replace(':', '-')}.json" for name in PEERS}
+
+
+def filled(page: str) -> str:
+    """The page with the tables of the results that lie there."""
+    reports = [json.loads(path.read_text()) for path in paths().values() if path.exists()]
+    return _regions.fill(page, {table.__name__: table(reports) for table in (overview, failures, versions)})
 
 
 def main() -> None:
@@ -85,18 +86,10 @@ def main() -> None:
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    paths = {name: RESULTS / f"{name.replace(':', '-')}.json" for name in PEERS}
     if not arguments.tables_only:
-        for name, path in paths.items():
+        for name, path in paths().items():
             run(name, path)
-    reports = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
-    text = PAGE.read_text()
-    for table in (overview, failures, versions):
-        pattern = rf"(<!-- begin {table.__name__} -->\n).*?(<!-- end {table.__name__} -->)"
-        text = re.sub(
-            pattern, lambda found, table=table: f"{found[1]}{table(reports)}\n{found[2]}", text, flags=re.DOTALL
-        )
-    PAGE.write_text(text)
+    PAGE.write_text(filled(PAGE.read_text()))
 
 
 if __name__ == "__main__":

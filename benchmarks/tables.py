@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables --results docs/results/performance
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Names: targets; machine; parity (the file parity.md of the
+A table stands in a region (`benchmarks._regions`). Names: targets; machine; parity (the file parity.md of the
 results folder, if there is one); commands; and those of the tables and figures of each benchmark. Results of a restricted
 instruction set lie in a folder of its name inside, and their tables have that name behind theirs. What has no results stays.
 """
@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, growth, quantizers, step
+from benchmarks import _regions, cold_start, growth, quantizers, step
 from benchmarks._harness import ROOT, described, markdown, write
 from benchmarks._targets import TARGETS
 
 BENCHMARKS = {"quantizers": quantizers, "step": step, "growth": growth, "cold_start": cold_start}
-_BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
@@ -62,9 +60,10 @@ def _load(data: dict[str, Any]) -> str:
     return "" if load is None else f"; load average {load:.1f} at the start"
 
 
-def fill(text: str, shown: dict[str, str]) -> str:
-    """The document with those of its blocks replaced that there is something for."""
-    return _BLOCK.sub(lambda m: f"{m[1]}{shown[m[2]]}\n{m[3]}" if m[2] in shown else m[0], text)
+def filled(document: Path, results: Path) -> str:
+    """The document with the tables of these results."""
+    shown = blocks(load(results), results, os.path.relpath(results, document.parent))
+    return _regions.fill(document.read_text(), shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = load(arguments.results)
     for name, data in found.items():
         write(arguments.results, data, BENCHMARKS[name].tables(data), BENCHMARKS[name].figures(data))
-    relative = os.path.relpath(arguments.results, arguments.document.parent)
-    document = fill(arguments.document.read_text(), blocks(found, arguments.results, relative))
-    arguments.document.write_text(document)
+    arguments.document.write_text(filled(arguments.document, arguments.results))
     print(f"{arguments.document.name}: tables of {', '.join(found) or 'nothing'}")
 
 

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import _child, _harness, _naive, _networks, _operations, _ways, cold_start, growth, quantizers, traces
+from benchmarks import (
+    _child,
+    _harness,
+    _naive,
+    _networks,
+    _operations,
+    _regions,
+    _ways,
+    cold_start,
+    growth,
+    quantizers,
+    traces,
+)
 from benchmarks import step as steps
 from benchmarks import tables as documents
 from torch import nn
@@ -91,13 +103,11 @@ def test_the_document_shows_every_table_and_keeps_its_prose(results):
     (results / "parity.md").write_text("all equal")
     shown = documents.blocks(documents.load(results), results, "figures")
     text = (ROOT / "docs" / "performance.md").read_text()
-    names = set(re.findall(r"<!-- begin ([\w-]+) -->", text))
-    assert names == set(shown)
-    filled = documents.fill(text, shown)
+    assert set(_regions.names(text)) == set(shown)
+    filled = _regions.fill(text, shown)
     assert all(value in filled for value in shown.values())
     assert "Not measured" not in re.sub(r"\| not measured \|", "", filled)
-    outside = documents._BLOCK.sub("", text)
-    assert documents._BLOCK.sub("", filled) == outside and documents.fill(text, {}) == text
+    assert _regions.outside(filled) == _regions.outside(text) and _regions.fill(text, {}) == text
 
 
 def test_turns_alternate_and_slow_entrants_have_five():
