@@ -90,3 +90,90 @@ def rotations() -> Claim:
         "signs, NVIDIA with fixed ones, AMD not at all. `mxfp4-ceil-rht` rotates both operands of all products, with "
         "fresh signs at every step.",
     )
+
+
+@claim(Group.DEBATES)
+def random_gradients() -> Claim:
+    return _debate(
+        "rounding",
+        "Rounding gradients at random trains a language model better than rounding them to nearest.",
+        (("mxfp4-ceil-sr-g", "mxfp4-ceil", None, 0.0),),
+        "Tseng et al. (2502.20586), NVIDIA (2509.25149) and Chmiel et al. (2505.19115) round gradients at random, so "
+        "that the rounding has no bias. AMD (2605.09825) rounds everything to nearest. Here all six operands are MXFP4.",
+    )
+
+
+@claim(Group.DEBATES)
+def random_forward() -> Claim:
+    return _debate(
+        "rounding",
+        "Rounding the operands of the forward pass at random costs a language model.",
+        (("mxfp4-ceil-sr-fprop", "mxfp4-ceil", 0.0, None),),
+        "No published recipe rounds the forward pass at random. `mxfp4-ceil-sr-fprop` does, `mxfp4-ceil` rounds it to "
+        "nearest. A random rounding has no bias, and twice the variance or more.",
+    )
+
+
+@claim(Group.DEBATES)
+def smaller_blocks() -> Claim:
+    return _debate(
+        "blocks",
+        "With scales that are powers of two, smaller blocks train a language model better.",
+        (
+            ("e2m1-block16-e8m0", "mxfp4-ceil-sr-g", None, 0.0),
+            ("mxfp4-ceil-sr-g", "e2m1-block64-e8m0", None, 0.0),
+        ),
+        "Chmiel et al. (2505.19115) settle on blocks of 16. MXFP4 (`mxfp4-ceil-sr-g`) has blocks of 32. The scales are "
+        "E8M0, the gradients are rounded at random.",
+    )
+
+
+@claim(Group.DEBATES)
+def finer_scales() -> Claim:
+    return _debate(
+        "blocks",
+        "Block scales in E4M3 train a language model better than powers of two, in blocks of any size.",
+        (
+            ("ufp4-e2m1-plain", "e2m1-block16-e8m0", None, 0.0),
+            ("e2m1-block32-e4m3", "mxfp4-ceil-sr-g", None, 0.0),
+            ("e2m1-block64-e4m3", "e2m1-block64-e8m0", None, 0.0),
+        ),
+        "E4M3 has three bits of mantissa and a float32 scale for the tensor behind it, E8M0 is a power of two. Blocks "
+        "are 16 (`ufp4-e2m1-plain`, `e2m1-block16-e8m0`), 32 and 64 numbers.",
+    )
+
+
+@claim(Group.DEBATES)
+def scales_that_truncate_nothing() -> Claim:
+    return _debate(
+        "blocks",
+        "Power-of-two scales rounded up train a language model better than rounded down.",
+        (("mxfp4-ceil", "mxfp4", None, 0.0),),
+        "OCP's rule (`mxfp4`) rounds the scale down: the largest numbers of a block may be clipped. TetraJet "
+        "(`mxfp4-ceil`) rounds it up: none is clipped, and the grid is coarser for some blocks.",
+    )
+
+
+@claim(Group.DEBATES)
+def forward_at_the_end() -> Claim:
+    return _debate(
+        "end",
+        "For the last fifth of the steps, the forward pass gains more from high precision than the backward pass.",
+        (("nvfp4-fqt-forward-end", "nvfp4-fqt-backward-end", None, 0.0),),
+        "NVIDIA (2509.25149) takes the forward pass to BF16 for the last 18 % of the steps and finds that the backward "
+        "pass alone gains nothing. Chmiel et al. (2505.19115) keep the forward pass in FP4 and take the backward pass to BF16.",
+    )
+
+
+@claim(Group.DEBATES)
+def high_at_the_end() -> Claim:
+    return _debate(
+        "end",
+        "High precision for the last fifth of the steps trains a language model better than NVFP4 to the end.",
+        (
+            ("nvfp4-fqt-forward-end", "nvfp4-fqt", None, 0.0),
+            ("nvfp4-fqt-backward-end", "nvfp4-fqt", None, 0.0),
+        ),
+        "Both NVIDIA and Chmiel et al. report that the loss falls once one side is in BF16. Here every variant has the "
+        "same steps; 400 of them may be too few for rounding to be what limits the loss.",
+    )
