@@ -17,9 +17,13 @@ from benchmarks._harness import Call
 from fourbit import formats
 from fourbit.quantizers import (
     Amax,
+    Block,
+    BlockScale,
     ClipValue,
     GradScale,
+    Hadamard,
     QuantSpec,
+    Rotation,
     Rounding,
     Sawb,
     amax_of,
@@ -107,6 +111,40 @@ def _fp8(g: Tensor) -> Call:
 def _fp16(x: Tensor) -> Call:
     spec = QuantSpec(formats.FP16_169)
     return lambda: quantize(x, spec)
+
+
+_MX, _NV = BlockScale(formats.E8M0, "floor"), BlockScale(formats.FP8_E4M3FN, "nearest", tensor_bound=448)
+
+
+def _blocks(scaling: BlockScale, size: int, rotated: int = 0, stochastic: bool = False) -> Build:
+    """E2M1 in blocks along rows of 1024, in bfloat16; what is rounded to nearest is packed with its scales as well."""
+    rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+    spec = QuantSpec(formats.FP4_E2M1, scaling, Block(size), rounding)
+    rotation = Rotation(Hadamard(rotated, "fresh"), 1) if rotated else None
+
+    def build(x: Tensor) -> Call:
+        x = x.view(1, -1, 1, 1024)
+        request = request_for(x, spec, Block(size), key=1, save=not stochastic, rotation=rotation)
+        return lambda: run(request)
+
+    return build
+
+
+def _block_operations() -> dict[str, Operation]:
+    found = {}
+    for name, scaling, size, reads, others in (
+        ("mxfp4", _MX, 32, 4, {"microxcaling": _BACKWARD["microxcaling"], "torchao MXFP4": _TORCHAO["torchao MXFP4"]}),
+        ("nvfp4", _NV, 16, 4 + 4, {"torchao NVFP4": _TORCHAO["torchao NVFP4"]}),
+    ):
+        writes = 2 + 0.5 + 1 / size
+        title = f"{name.upper()} in blocks of {size}"
+        nearest = Operation(f"{title}, packed", reads, writes, _weights, _blocks(scaling, size), None, others)
+        rotated = _blocks(scaling, size, rotated=size)
+        drawn = _blocks(scaling, size, stochastic=True)
+        found[name] = nearest
+        found[f"{name}-rht"] = Operation(f"{title}, rotated, packed", reads, writes, _weights, rotated, None)
+        found[f"{name}-sr"] = Operation(f"{title}, stochastic", reads, 2, _gradients, drawn, None)
+    return found
 
 
 def _fake_quantize(low: int, high: int) -> Build:
@@ -219,5 +257,6 @@ OPERATIONS = {
             "QPyTorch": ("[1,6,9]", _qpytorch_float(6, 9)),
         },
     ),
+    **_block_operations(),
 }
 """By name."""

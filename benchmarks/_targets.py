@@ -127,6 +127,14 @@ def _import_detail(data: dict[str, Any]) -> str:
     return "" if found is None else f"and {found[1]:.2f} s at the first use of convert"
 
 
+_TITLES = {
+    "resnet20": "ResNet-20",
+    "resnet18": "ResNet-18",
+    "mobilenet_v2": "MobileNetV2",
+    "mlp": "MLP",
+    "gpt": "GPT",
+    "lstm": "LSTM",
+}
 _AVX512 = {
     # of FP32, and of bf16 autocast
     ("resnet20", "ResNet-20", "ours ibm2020"): (0.58, 0.90),
@@ -137,7 +145,8 @@ _AVX512 = {
     ("gpt", "GPT", "ours ibm2020"): (0.58, 0.95),
     ("gpt", "GPT", "ours luq"): (0.45, None),
     ("lstm", "LSTM", "ours ibm2020"): (0.60, None),
-    **{(n, t, "ours int4-fwd"): (0.85, None) for n, t in (("resnet20", "ResNet-20"), ("mlp", "MLP"), ("gpt", "GPT"))},
+    **{(network, title, "ours int4-fwd"): (0.85, None) for network, title in _TITLES.items()},
+    ("gpt", "GPT", "ours nvfp4"): (0.90, None),
 }
 _AVX2 = {
     ("resnet20", "ResNet-20", "ours ibm2020"): (0.72, None),
@@ -148,7 +157,8 @@ _AVX2 = {
     ("gpt", "GPT", "ours ibm2020"): (0.70, None),
     ("gpt", "GPT", "ours luq"): (0.60, None),
     ("lstm", "LSTM", "ours ibm2020"): (0.75, None),
-    **{(n, t, "ours int4-fwd"): (1.0, None) for n, t in (("resnet20", "ResNet-20"), ("mlp", "MLP"), ("gpt", "GPT"))},
+    **{(network, title, "ours int4-fwd"): (1.0, None) for network, title in _TITLES.items()},
+    ("gpt", "GPT", "ours nvfp4"): (1.15, None),
 }
 
 
@@ -164,6 +174,7 @@ def _steps(limits: Mapping[tuple[str, str, str], tuple[float, float | None]]) ->
 
 
 def _passes(of_copy: float, luq: float) -> tuple[Target, ...]:
+    blocks = (("", "to nearest, packed", 1.6), ("-rht", "rotated, packed", 2.2), ("-sr", "stochastic", 3.0))
     return (
         *(
             Target(f"{what}, time over a copy of the same bytes", "quantizers", of_copy, _of_copy(key))
@@ -174,6 +185,13 @@ def _passes(of_copy: float, luq: float) -> tuple[Target, ...]:
             )
         ),
         Target("LUQ, time over a copy of the same bytes", "quantizers", luq, _of_copy("luq")),
+        *(
+            Target(
+                f"{name.upper()} {what}, time over a copy of the same bytes", "quantizers", limit, _of_copy(name + end)
+            )
+            for name in ("mxfp4", "nvfp4")
+            for end, what, limit in blocks
+        ),
     )
 
 

@@ -35,7 +35,7 @@ from benchmarks._operations import OPERATIONS, Operation
 from benchmarks._peers import require_compiler
 from fourbit import backends
 
-FOUR_BIT = ("pact", "sawb", "pair", "luq")
+FOUR_BIT = ("pact", "sawb", "pair", "luq", "mxfp4", "nvfp4")
 
 
 def entrants(operation: Operation, x: torch.Tensor, compiled: bool) -> list[Entrant]:
