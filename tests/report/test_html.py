@@ -276,3 +276,46 @@ def test_the_page_shows_what_language_models_write_and_how_fast_they_read(make_r
     assert '<a href="#samples">' in page and "tokens per s" in page and ">900<" in page
     (run / "sample.txt").unlink()
     assert "samples" not in write_report([run]).read_text()
+
+
+def test_the_page_has_a_table_of_examples_and_escapes_them(make_run):
+    run = make_run("run", recipe="luq", metric="BLEU")
+    table = {"columns": ["source", "<i>x"], "rows": [["<script>alert(1)</script>", "& so on"]] * 30}
+    (run / "examples.json").write_text(json.dumps(table))
+    page = write_report([run]).read_text()
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 20 and "&lt;i&gt;x" in page and "<script" not in page
+    assert '<a href="#examples">' in page and "&amp; so on" in page
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "3",
+        '{"columns": [], "rows": []}',
+        '{"columns": ["a"], "rows": [["b", "c"]]}',
+        '{"columns": 1, "rows": 2}',
+    ],
+)
+def test_examples_of_another_form_are_left_out(make_run, content):
+    run = make_run("run", recipe="luq")
+    (run / "examples.json").write_text(content)
+    assert "#examples" not in write_report([run]).read_text()
+
+
+def test_runs_on_text_have_bits_per_byte_tokens_per_second_and_curves_over_tokens(make_run):
+    run = make_run("run", recipe="fp32", metric="perplexity", steps_per_epoch=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["tokens"] = 640 * line["step"]
+        if "images_per_s" in line:
+            line["tokens_per_s"] = line.pop("images_per_s")
+        if line["kind"] in ("epoch", "final"):
+            line["bits_per_byte"] = 1.23456
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([run]).read_text()
+    for cell in ("bits per byte", "1.2346", "tokens per s", "900"):
+        assert cell in page
+    other = make_run("images", recipe="fp32")
+    assert "bits per byte" not in write_report([other]).read_text()

@@ -123,9 +123,12 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
             notes=[note for r in runs for note in r.notes],
             results=tables.result_tables(summaries),
             has_percent=any(unit(m) for m in metrics(groups)),
+            has_bits=any(s.bits_per_byte is not None for s in summaries),
             looks=looks(groups),
             chapters=chapters,
             samples=[(g.label, sample) for g in groups if (sample := _sample(g))],
+            examples=[(g.label, table) for g in groups if (table := _examples(g))],
+            words=tables.WORDS,
             shared=tables.shared_settings(groups),
             differing_names=names,
             differing_rows=rows,
@@ -140,6 +143,11 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
 def _sample(group: Group) -> tuple[str, str] | None:
     """Of the lowest seed that has one."""
     return next((r.sample for r in group.runs if r.sample), None)
+
+
+def _examples(group: Group) -> Sequence[Sequence[str]]:
+    """Of the lowest seed that has some."""
+    return next((r.examples for r in group.runs if r.examples), ())
 
 
 def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:

@@ -190,6 +190,11 @@ class RunFolder:
         if self.active:
             replace_file(self.path / "sample.txt", text.encode())
 
+    def write_examples(self, examples: Mapping[str, Any]) -> None:
+        """Write examples.json: a table of what the network made of test examples."""
+        if self.active:
+            self._write("examples.json", dict(examples))
+
     def _write_config(self, config: TrainConfig) -> None:
         self._write("config.json", config.as_dict() | {DATA: self.data, "fourbit_version": __version__})
 
