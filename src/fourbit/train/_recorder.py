@@ -29,6 +29,7 @@ class Recorder:
         self.config, self.folder, self.board, self.display = config, folder, board, display
         self.metric = metric_of(config)
         self._window_start = (0.0, 0)
+        self._last_evaluated = -1
 
     def start_window(self, state: LoopState) -> None:
         """Begin to measure images per second."""
@@ -55,9 +56,9 @@ class Recorder:
         self._step_line(
             state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, **rates, **self._seen(state), **kept
         )
-        self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, **rates})
         exponents = {f"grad_scale_exponent/{name}": layer["g_exponent"] for name, layer in layers.items()}
-        self.board.scalars(state.step, exponents | ({} if loss_scale is None else {"loss_scale": loss_scale}))
+        numbers = {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "loss_scale": loss_scale}
+        self.board.scalars(state.step, numbers | rates | exponents)
         state.window = Tally()
         self.start_window(state)
 
@@ -94,7 +95,7 @@ class Recorder:
             seconds=state.epoch_seconds,
             skipped=state.skipped,
         )
-        self.board.scalars(state.step, {"loss/test": loss, "accuracy/test": accuracy})
+        self._evaluated(state.step, loss, accuracy, state.test_score, figures)
         self.display.say(
             f"epoch {state.epoch + 1}/{self.config.epochs}  step {state.step}  "
             f"train loss {whole.loss:.4f}{self._score(whole.loss, whole.accuracy)}  "
@@ -117,10 +118,22 @@ class Recorder:
             stopped=result.stopped,
             skipped=result.skipped,
         )
+        if result.test_loss is not None and result.step != self._last_evaluated:  # not at the end of an epoch
+            self._evaluated(result.step, result.test_loss, result.test_accuracy, result.test_score, figures)
 
     def _score(self, loss: float, accuracy: float, score: float | None = None) -> str:
         value = self.metric.of(loss, accuracy, score)
         return "" if value is None else f" {self.metric.name} {self.metric.text(value)}"
+
+    def _evaluated(
+        self, step: int, loss: float, accuracy: float | None, score: float | None, figures: Mapping[str, float]
+    ) -> None:
+        """Show the trackers an evaluation."""
+        numbers = {"loss": loss, "accuracy": accuracy, **figures}
+        value = self.metric.of(loss, accuracy, score)
+        numbers[self.metric.name.replace(" ", "_")] = None if value is None else float(value)
+        self.board.scalars(step, {f"{name}/test": number for name, number in numbers.items()})
+        self._last_evaluated = step
 
     def _seen(self, state: LoopState) -> dict[str, int]:
         """How many tokens, images or others the run has been trained on."""
