@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fourbit._files import require_inside
 from fourbit.cli._app import app
 from fourbit.cli._terminal import make_table, say, show
 
@@ -34,7 +35,9 @@ def export(
     """
     from fourbit.exports._runs import export_folder
 
-    out = out or folder / f"export-{to}"
+    if out is None:
+        out = folder / f"export-{to}"
+        require_inside(folder, [out])
     say(f"folder: {export_folder(folder, to, out, data_dir, model, fold_batch_norm)}")
 
 

@@ -94,10 +94,23 @@ def _of_transformers(folder: Path) -> nn.Module:
     from fourbit.integrations import transformers as _  # noqa: F401  (makes the folder's quantization known)
 
     names = _config(folder)["architectures"]
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
-        raise UserError(f"{folder} is of {names}, which transformers {transformers.__version__} does not have.")
+    name = names[0] if isinstance(names, list) and names else names
+    architecture = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise UserError(f"{folder} is of {names}, which is no model of transformers {transformers.__version__}.")
+    _require_own_shards(folder)
     return architecture.from_pretrained(folder)
+
+
+def _require_own_shards(folder: Path) -> None:
+    """Reject a list of shards with files that are not in the folder: transformers would read them."""
+    for file in folder.glob("*.index.json"):
+        try:
+            shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no list of shards: save the model again.") from error
+        if strange := [s for s in shards if not isinstance(s, str) or s in ("", ".", "..") or "/" in s or "\\" in s]:
+            raise UserError(f"{file} names {strange[0]!r}, which is no file of its folder: save the model again.")
 
 
 def evaluate(

@@ -152,7 +152,14 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{file} does not say how its codes are packed: name what fourbit export --to safetensors wrote."
         )
-    header = json.loads(text)
+    try:
+        return _unpacked(json.loads(text), tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged, its header does not fit its tensors: export the model again.") from error
+
+
+def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights in place of codes and scales."""
     tables = {name: torch.tensor([math.nan if v is None else v for v in t]) for name, t in header["formats"].items()}
     for name, layer in header["layers"].items():
         rows, k, *kernel = layer["shape"]

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import jinja2
 
-from fourbit._files import problem, replace_file
+from fourbit._files import problem, replace_file, require_inside
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._diagnose import diagnosed_groups
@@ -62,7 +62,10 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """
     paths = [Path(p) for p in paths]
     groups = group_runs(load_runs(paths))
-    out = Path(out) if out is not None else paths[0] / "report"
+    if out is None:
+        out = paths[0] / "report"
+        require_inside(paths[0], [out, *out.glob("*")])
+    out = Path(out)
     page = page_of(out)
     try:
         folder = page.parent / ("figures" if page is not out else f"{page.stem}_figures")
@@ -78,7 +81,12 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def render(plot: Plot, folder: Path) -> Picture:
-    """As PNG, which is also written into the folder."""
+    """As PNG, which is also written into the folder.
+
+    Raises:
+        UserError: it would be written through a link to elsewhere.
+    """
+    require_inside(folder.parent, [folder, folder / f"{plot.name}.png"])
     buffer = io.BytesIO()
     plot.figure.savefig(buffer, format="png", dpi=DPI)
     replace_file(folder / f"{plot.name}.png", buffer.getvalue())

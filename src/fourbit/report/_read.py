@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fourbit._files import printable, require_inside
 from fourbit.diagnosis import History
 from fourbit.diagnosis import number as number
 from fourbit.errors import UserError
@@ -40,6 +41,8 @@ STATISTICS = ("underflow", "saturation", "sqnr_db")
 MOST_EXAMPLES = 20
 """Rows of a table of examples that are read."""
 
+FILES = ("config.json", "env.json", "metrics.jsonl", "sample.txt", "examples.json")
+"""What is read of a run folder."""
 TOKENS = "tokens"
 """The entry of lines with how many the run has been trained on."""
 
@@ -222,7 +225,7 @@ def text(value: object) -> str:
     ('1', '0.05', 'a b', 'none', '[1, 2]')
     """
     if isinstance(value, str):
-        return " ".join(value.split())
+        return printable(" ".join(value.split()))
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return "none" if value is None else json.dumps(value)
@@ -275,8 +278,9 @@ def load_run(folder: Path) -> Run:
     """Read one run folder.
 
     Raises:
-        UserError: `config.json` or `metrics.jsonl` is not what the trainer writes.
+        UserError: `config.json` or `metrics.jsonl` is not what the trainer writes, or a file is a link that leads elsewhere.
     """
+    require_inside(folder, [folder / name for name in FILES])
     config = _object(folder / "config.json")
     if "recipe" not in config:
         raise UserError(f"{folder / 'config.json'} is not the configuration of a run: it names no recipe.")
@@ -313,7 +317,7 @@ def _sample(path: Path) -> tuple[str, str] | None:
         prompt, dashes, written = path.read_text(encoding="utf-8", errors="replace").partition("\n---\n")
     except OSError:
         return None
-    return (prompt, written) if dashes else None
+    return (printable(prompt), printable(written)) if dashes else None
 
 
 def _examples(path: Path) -> list[list[str]]:

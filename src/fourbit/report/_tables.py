@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import compress
 
+from fourbit._files import printable
 from fourbit.report._groups import Group, differing, metrics, setting, settings
 from fourbit.report._metric import decimal, heading
 from fourbit.report._read import Run, text
@@ -138,5 +139,5 @@ def _run_row(group: Group, run: Run) -> tuple[str, ...]:
         measured(None if math.isnan(run.result) else run.result, None),
         plain(run.train_loss, 4),
         plain(run.rate[1], 0),
-        str(run.path),
+        printable(str(run.path)),
     )
