@@ -54,15 +54,27 @@ fully_shard(model, mesh=mesh)
 fb.share_batch(model)  # scales of the whole batch: the number of processes changes no loss
 optimizer = torch.optim.AdamW(fb.param_groups(model, weight_decay=0.01), lr=2e-3)
 
-first = 0
+
+def accuracy() -> float:
+    """On the test digits. Every process calls it: the layers are gathered for all."""
+    model.eval()
+    with torch.no_grad():
+        batches = data.batches(digits, "test", 360, seed=0, epoch=0)
+        hits = [(model(x.to(device)).argmax(1).cpu() == y).sum() for x, y in batches]
+    return int(sum(hits)) / len(digits.test_y)
+
+
 whole = [int(path.parent.name) for path in options.folder.glob("*/.metadata")]  # written last
-if whole:
-    first = max(whole)
+newest = torch.tensor(max(whole, default=0), device=device)
+distributed.broadcast(newest, 0)  # what the first process sees counts for all
+first = int(newest)
+if first:
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     checkpoint.load(parts, checkpoint_id=options.folder / str(first))
     set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    share = accuracy()
     if rank == 0:
-        print(f"goes on from epoch {first} with {world} processes", flush=True)
+        print(f"goes on from epoch {first} with {world} processes, test accuracy {share:.2%}", flush=True)
 
 mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
 for epoch in range(first, options.epochs):
@@ -73,16 +85,10 @@ for epoch in range(first, options.epochs):
         fb.synchronize(model)
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():  # every process: the layers are gathered for all
-        hits = [
-            (model(x.to(device)).argmax(1).cpu() == y).sum() for x, y in data.batches(digits, "test", 360, 0, epoch)
-        ]
-    mean = loss.detach() / world
+    mean, share = loss.detach() / world, accuracy()
     distributed.all_reduce(mean)
     if rank == 0:
-        accuracy = int(sum(hits)) / len(digits.test_y)
-        print(f"epoch {epoch + 1}: last loss {float(mean):.3f}, test accuracy {accuracy:.2%}", flush=True)
+        print(f"epoch {epoch + 1}: last loss {float(mean):.6f}, test accuracy {share:.2%}", flush=True)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     checkpoint.save(parts, checkpoint_id=options.folder / str(epoch + 1))
 distributed.destroy_process_group()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,53 +40,52 @@ def test_lightning_tells_two_arms_apart(recipe):
     assert float(printed("lightning_module.py", recipe).split()[-1]) > 0.9
 
 
-def last_line(text: str) -> tuple[float, float]:
-    """Loss and test accuracy of the last epoch."""
-    loss, accuracy = re.findall(r"last loss (\S+), test accuracy (\S+)%", text)[-1]
-    return float(loss), float(accuracy)
+DIES = """
+import os, runpy, signal, sys
+import torch.distributed.checkpoint as checkpoint
+
+save = checkpoint.save
+
+def saved(*arguments, **named):
+    save(*arguments, **named)  # returns in all processes when the checkpoint is whole
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save = saved
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A program whose second process is killed behind the first checkpoint, the first time that it runs."""
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def launched(world: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
+    """By torchrun. The limit of time is against a standstill: on a busy machine the programs may take minutes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "--max-restarts", "3"]
+    return subprocess.run([sys.executable, *launcher, *map(str, program)], capture_output=True, text=True, timeout=900)
+
+
 def test_sharded_processes_start_again_when_one_is_killed_and_another_number_goes_on(tmp_path):
     pytest.importorskip("sklearn")
-
-    def launched(world: int, folder: str, *arguments: str) -> list[str]:
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(world),
-            "--max-restarts",
-            "3",
-        ]
-        return [sys.executable, *launcher, str(EXAMPLES / "fsdp2.py"), str(tmp_path / folder), *arguments]
-
-    alone = subprocess.run(launched(1, "alone"), capture_output=True, text=True, timeout=300)
-    assert alone.returncode == 0, alone.stderr[-1500:]
-    agent = subprocess.Popen(
-        launched(2, "killed", "--epochs", "4"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed" / "1" / ".metadata").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    out, err = agent.communicate(timeout=200)
-    assert agent.returncode == 0, err[-8000:]
-    assert "with 2 processes" in out
-    after = subprocess.run(launched(1, "killed"), capture_output=True, text=True, timeout=300)
-    assert "goes on from epoch 4 with 1 processes" in after.stdout, after.stderr[-1500:]
-    (loss, accuracy), (expected, as_well) = last_line(after.stdout), last_line(alone.stdout)
-    assert accuracy == pytest.approx(as_well, abs=1.5) and accuracy > 90
-    assert loss == pytest.approx(expected, abs=0.1)
+    example, dies = EXAMPLES / "fsdp2.py", tmp_path / "dies.py"
+    dies.write_text(DIES)
+    whole = launched(2, example, tmp_path / "whole", "--epochs", "4")
+    assert whole.returncode == 0, whole.stderr[-8000:]
+    killed = launched(2, dies, example, tmp_path / "killed", "--epochs", "4")
+    assert killed.returncode == 0, killed.stderr[-8000:]
+    assert "goes on from epoch 1 with 2 processes" in killed.stdout
+    epochs = [line for line in killed.stdout.splitlines() if line.startswith("epoch")]
+    assert epochs == whole.stdout.splitlines() and len(epochs) == 4
+    after = launched(1, example, tmp_path / "killed")
+    found = re.search("goes on from epoch 4 with 1 processes, test accuracy (.*)%", after.stdout)
+    assert found, after.stderr[-8000:]
+    (before, *_), last = (re.findall("test accuracy (.*)%", text) for text in (epochs[-1], after.stdout))
+    assert float(found[1]) == pytest.approx(float(before), abs=0.3)  # one of 360 digits, by another order of sums
+    assert float(last[-1]) > 90
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_in_one_sentence(tmp_path):
     pytest.importorskip("sklearn")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(EXAMPLES / "fsdp2.py")]
-    done = subprocess.run([sys.executable, *launcher, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = launched(3, EXAMPLES / "fsdp2.py", tmp_path)
     assert "3 processes cannot share a batch of 64 equally: start a number that divides it." in done.stderr
 
 

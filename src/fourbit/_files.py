@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
+from fourbit.errors import UserError
+
+CONTROL = ("Cc", "Cf", "Cs")
+"""Unicode's categories of control and format characters, and of halves of characters."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """No space, or none for this user."""
+
+
+def require_inside(folder: Path, items: Iterable[Path]) -> None:
+    """Reject a folder from elsewhere whose files are links that lead out of it: they would be read, or written through.
+
+    Args:
+        folder: it may be a link itself.
+        items: in it; they need not be there.
+
+    Raises:
+        UserError: names the first such link.
+    """
+    inside = folder.resolve()
+    for item in items:
+        if item.is_symlink() and not item.resolve().is_relative_to(inside):
+            raise UserError(f"{item} is a link that leads out of the run's folder: put the file itself there.")
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and hides nothing where it is shown: control characters but line ends and tabs are replaced.
+
+    >>> printable("a\\x1b]0;b\\n")
+    'a\N{REPLACEMENT CHARACTER}]0;b\\n'
+    """
+    mark = "\N{REPLACEMENT CHARACTER}"
+    return "".join(mark if unicodedata.category(c) in CONTROL and c not in "\n\t" else c for c in text)
 
 
 def replace_file(path: Path, content: bytes) -> None:

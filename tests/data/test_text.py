@@ -154,3 +154,14 @@ def test_the_penn_treebank_has_its_known_size():
 def test_wikitext_takes_the_validation_split_where_there_is_no_test_split():
     text = data.load("wikitext2", REAL / "wikitext2")
     assert 30_000 < len(text.vocabulary) < 34_000 and len(text.test) < len(text.train) / 8
+
+
+def test_the_bytes_of_the_test_text_are_known_where_tokens_are_the_text(tmp_path):
+    (tmp_path / "train.txt").write_text("Grüße und mehr\n" * 40)
+    (tmp_path / "test.txt").write_text("Grüße\n")
+    for tokenizer in ("characters", "bytes", "bpe:300"):
+        assert data.load("text", tmp_path, tokenizer=tokenizer).test_bytes == 8
+    assert data.load("text", tmp_path, tokenizer="words").test_bytes is None
+    (tmp_path / "test.txt").write_text("Grüße!\n")  # "!" is unknown
+    assert data.load("text", tmp_path, tokenizer="characters").test_bytes is None
+    assert data.load("text", tmp_path, tokenizer="bpe:300").test_bytes == 9

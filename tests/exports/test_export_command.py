@@ -55,3 +55,28 @@ def test_a_run_is_exported_with_a_card_and_evaluated_side_by_side(tmp_path, caps
         assert main(command) == 2
         assert words in capsys.readouterr().err
     assert not (run / "export-gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "..", 3])
+def test_a_saved_model_whose_index_names_files_elsewhere_is_refused(tmp_path, capsys, name):
+    pytest.importorskip("transformers")
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"recipe": "nvfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert main(["export", str(tmp_path), "--to", "safetensors"]) == 2
+    assert "which is no file of its folder" in capsys.readouterr().err
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert main(["export", str(tmp_path), "--to", "safetensors"]) == 2
+    assert "is no list of shards" in capsys.readouterr().err
+    for architectures in (["logging"], [3], "pipeline"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+        assert main(["export", str(tmp_path), "--to", "safetensors"]) == 2
+        assert "which is no model of transformers" in capsys.readouterr().err
+
+
+def test_an_export_is_not_written_through_a_link_in_a_run(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run/export-onnx").symlink_to(tmp_path / "outside")
+    assert main(["export", str(tmp_path / "run")]) == 2
+    assert "is a link that leads out" in capsys.readouterr().err and not list((tmp_path / "outside").iterdir())

@@ -115,3 +115,17 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):
         read_packed(tmp_path)
+
+
+def test_a_header_that_does_not_fit_its_tensors_is_one_sentence(tmp_path):
+    from safetensors.torch import save_file
+
+    for header in (
+        "{",
+        "[]",
+        '{"formats": {}, "layers": {"x": {"shape": [2, 2]}}}',
+        '{"formats": {}, "layers": {"x": 1}}',
+    ):
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"fourbit": header})
+        with pytest.raises(UserError, match="does not fit its tensors"):
+            read_packed(tmp_path)

@@ -42,6 +42,15 @@ class Network(nn.Module):
         return self.last(self.second(F.relu(self.first(x.flatten(1)))))
 
 
+class Encoder(nn.Sequential):
+    """Its attention stays in full precision, its linear layers have the layout of its input."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__(
+            nn.Linear(32, 32), nn.TransformerEncoderLayer(32, 2, 64, batch_first=batch_first), nn.Linear(32, 32)
+        )
+
+
 def without_output(recipe: str) -> recipes.Recipe:
     """The recipe, its products not rounded: each process's would be, before their mean is taken."""
     found = recipes.get(recipe)
@@ -154,9 +163,21 @@ def test_what_depends_on_the_batch_in_another_way_is_refused(tmp_path):
             ),
             (Network(with_attention=True), "luq", "has tokens before samples"),
             (Network(), "ibm2020-corrected", "restores what rounding has lost"),
+            (
+                Encoder(batch_first=False),
+                "luq",
+                "tokens before samples, as 1.self_attn has .*batch_first=True. Or train",
+            ),
+            (
+                Encoder(batch_first=False),
+                "nvfp4",
+                "before samples",
+            ),
         ):
             with pytest.raises(UserError, match=why):
-                fb.share_batch(fb.convert(model, recipe))
+                fb.share_batch(fb.convert(model, recipe, skip="self_attn" if isinstance(model, Encoder) else None))
+        for batch_first, recipe in ((True, "luq"), (False, "int4-fwd")):  # scales of the tensor do not go by places
+            fb.share_batch(fb.convert(Encoder(batch_first), recipe, skip="self_attn"))
         model = fb.convert(Network(), "luq")
         fb.share_batch(model)
         assert copy.deepcopy(model).inner.quant.sharing is not None

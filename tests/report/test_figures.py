@@ -214,3 +214,21 @@ def test_long_labels_lose_their_middle_and_keep_both_ends():
     assert short("features.stage4.block2.conv1.weight", 20) == "features…onv1.weight"
     assert len(short("x" * 100, 30)) == 30
     assert short("a_$b$") == r"a_\$b\$"
+
+
+def test_curves_are_drawn_over_tokens_where_every_run_counts_them(make_run):
+    folders = [make_run(f"seed {seed}", seed=seed, metric="perplexity") for seed in (0, 1)]
+
+    def curves() -> tuple[str, float]:
+        plot = training_curves(group_runs(load_runs(folders)), "perplexity")
+        assert plot is not None
+        axis = plot.figure.axes[1]
+        return axis.get_xlabel(), float(max(axis.lines[-1].get_xdata()))
+
+    assert curves() == ("optimizer step", 500.0)
+    for known, folder in enumerate(folders):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["tokens"] = 640 * line["step"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert curves() == (("tokens trained on", 320_000.0) if known else ("optimizer step", 500.0))

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from run_folders import write_run
 
+from fourbit.cli import main
 from fourbit.errors import UserError
 from fourbit.report import write_report
 from fourbit.report._groups import group_runs
@@ -276,3 +277,94 @@ def test_the_page_shows_what_language_models_write_and_how_fast_they_read(make_r
     assert '<a href="#samples">' in page and "tokens per s" in page and ">900<" in page
     (run / "sample.txt").unlink()
     assert "samples" not in write_report([run]).read_text()
+
+
+def test_the_page_has_a_table_of_examples_and_escapes_them(make_run):
+    run = make_run("run", recipe="luq", metric="BLEU")
+    table = {"columns": ["source", "<i>x"], "rows": [["<script>alert(1)</script>", "& so on"]] * 30}
+    (run / "examples.json").write_text(json.dumps(table))
+    page = write_report([run]).read_text()
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 20 and "&lt;i&gt;x" in page and "<script" not in page
+    assert '<a href="#examples">' in page and "&amp; so on" in page
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "3",
+        '{"columns": [], "rows": []}',
+        '{"columns": ["a"], "rows": [["b", "c"]]}',
+        '{"columns": 1, "rows": 2}',
+    ],
+)
+def test_examples_of_another_form_are_left_out(make_run, content):
+    run = make_run("run", recipe="luq")
+    (run / "examples.json").write_text(content)
+    assert "#examples" not in write_report([run]).read_text()
+
+
+def test_runs_on_text_have_bits_per_byte_tokens_per_second_and_curves_over_tokens(make_run):
+    run = make_run("run", recipe="fp32", metric="perplexity", steps_per_epoch=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["tokens"] = 640 * line["step"]
+        if "images_per_s" in line:
+            line["tokens_per_s"] = line.pop("images_per_s")
+        if line["kind"] in ("epoch", "final"):
+            line["bits_per_byte"] = 1.23456
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([run]).read_text()
+    for cell in ("bits per byte", "1.2346", "tokens per s", "900"):
+        assert cell in page
+    other = make_run("images", recipe="fp32")
+    assert "bits per byte" not in write_report([other]).read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", "sample.txt", "examples.json"])
+def test_what_lies_outside_of_a_run_is_not_read_through_a_link(make_run, tmp_path, name):
+    run, outside = make_run("run", epochs=1), tmp_path / "secret"
+    outside.write_text((run / name).read_text() if (run / name).exists() else "a\n---\nsecret")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    with pytest.raises(UserError, match=f"{name} is a link that leads out of the run's folder"):
+        write_report([run])
+    (run / name).unlink()
+    outside.rename(run / "inside")
+    (run / name).symlink_to("inside")
+    if name != "examples.json":  # inside, a link is as good as a file
+        assert write_report([run]).exists()
+
+
+@pytest.mark.parametrize("place", ["report", "report/figures", "report/figures/curves.png", "report/index.html"])
+def test_nothing_outside_is_written_through_a_link_in_a_run(make_run, tmp_path, place):
+    run, outside = make_run("run", epochs=1), tmp_path / "outside"
+    inside = run / place
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    if inside.suffix:
+        outside.write_text("fourbit report")
+    else:
+        outside.mkdir()
+    inside.symlink_to(outside)
+    with pytest.raises(UserError, match="is a link that leads out"):
+        write_report([run])
+    assert outside.read_text() == "fourbit report" if inside.suffix else not list(outside.iterdir())
+
+
+def test_names_of_folders_and_recipes_neither_lead_elsewhere_nor_move_the_cursor(make_run, tmp_path, capsys):
+    """A folder named as markup, a recipe named as a path, and a terminal's own commands in both."""
+    before = set(tmp_path.rglob("*"))
+    run = make_run("<script>x", recipe="../../x\x1b[2J\u202e", layers=2)
+    page = write_report([run])
+    assert "<script" not in page.read_text() and "&lt;script&gt;x" in page.read_text()
+    assert "\x1b" not in page.read_text() and "\u202e" not in page.read_text()
+    made = set(tmp_path.rglob("*")) - before
+    assert all(path == run or run in path.parents for path in made)
+    moved = run.rename(run.with_name("b\x1b]0;title\x07"))
+    assert main(["diagnose", str(moved)]) in (0, 1) and main(["runs", str(moved)]) == 0
+    assert main(["report", str(moved / "none\x1b[2J")]) == 2
+    said = capsys.readouterr()
+    assert (
+        not {"\x1b", "\x07", "\u202e"} & {*said.out, *said.err} and "\N{REPLACEMENT CHARACTER}" in said.out + said.err
+    )

@@ -158,4 +158,6 @@ def test_the_markdown_table_prints_signs_and_dashes():
         f"| a\\|b   |     1 |             90.00 |              {minus}2.46 |"
         f"          {dash} |           {dash} | 1 of 1 diverged |",
     ]
-    assert "notes" not in markdown_table(rows[:1])
+    assert "notes" not in markdown_table(rows[:1]) and "per byte" not in markdown_table(rows)
+    text = RecipeSummary("fp32", 1, "perplexity", 8.5, None, None, None, 2.1, None, bits_per_byte=1.5, tokens_per_s=1e4)
+    assert "| bits per byte | train loss | s per epoch | tokens per s |" in markdown_table([text])

@@ -102,3 +102,30 @@ def test_what_no_trainer_wrote_ends_the_view_and_not_the_run(tmp_path, capsys):
     assert "nothing more is shown" in capsys.readouterr().err
     with pytest.raises(UserError, match="above 0"):
         watch(tmp_path, every=0)
+
+
+@pytest.mark.slow
+def test_a_kernel_of_jupyter_shows_one_picture_that_is_replaced(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    run = tmp_path / "a"
+    begin(run)
+    add(run, "step", 1, loss=3.0)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from fourbit.report import watching
+from test_watch import add, judged
+run = Path({str(run)!r})
+import time
+with watching(run, every=0.05):
+    time.sleep(2)
+    add(run, "step", 2, loss=2.0)
+    judged(run, "epoch", 2)
+    judged(run, "final", 2)
+"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    shown = [out.data for out in book.cells[0].outputs if out.output_type == "display_data"]
+    assert len(shown) == 1 and shown[0]["image/png"]
+    assert shown[0]["text/plain"].startswith("a  step 2  loss 2.0000  test accuracy 50.00 %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def test_a_run_says_how_many_tokens_a_second_it_read_and_what_the_network_writes
     test = data.load("text", text, tokenizer="bpe:300")
     assert test.text(test.test[:32].tolist()) == prompt and LINES.count(prompt) == 1
     assert len(continuation) > 100
+    final = metrics(tmp_path / "run", clock=True)[-1]
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert final["tokens"] == steps[-1]["tokens"] == 2 * settings["batch_size"] * settings["sequence_length"]
+    bits = final["test_loss"] / math.log(2) * len(test.test)
+    assert final["bits_per_byte"] == pytest.approx(bits / len(test.text(test.test.tolist()).encode()))
 
 
 @pytest.mark.slow

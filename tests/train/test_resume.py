@@ -212,6 +212,8 @@ def test_a_link_out_of_the_folder_is_not_written_through(make_config, tmp_path, 
     inside.symlink_to(outside)
     with pytest.raises(UserError, match="is a link that leads out of the run's folder"):
         train(config, resume=True)
+    with pytest.raises(UserError, match="is a link that leads out of the run's folder"):
+        load(config.out)
 
 
 def test_a_config_of_another_program_is_no_run(make_config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import wave
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def test_it_reports_the_word_error_rate(folder, tmp_path, recipe, capsys):
     result = train(config(folder, tmp_path / "run", recipe=recipe, epochs=1))
     assert result.test_score == pytest.approx(1 - result.test_accuracy)  # words are whole utterances here
     assert "word error rate" in capsys.readouterr().out
+    table = json.loads((tmp_path / "run" / "examples.json").read_text())
+    assert table["columns"] == ["said", "heard", "times"] and all(said != heard for said, heard, _ in table["rows"])
+    assert 0 < sum(int(times) for *_, times in table["rows"]) <= round(30 * result.test_score)
 
 
 def test_a_network_for_images_is_refused(folder, tmp_path):

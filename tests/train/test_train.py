@@ -312,7 +312,22 @@ def test_wandb_and_trackio_get_the_same_numbers(make_config, monkeypatch):
         assert start == ("fourbit", {"name": config.out.name, **more}) and end == "finish"
         assert settings["recipe"] == "ibm2020"
         assert [values["loss/train"] for _, values in points if "loss/train" in values] == losses
+        assert len({step for step, values in points if "loss/train" in values}) == len(losses)
     assert not (config.out / "tb").exists()
+    whole = train(make_config(epochs=1, out=config.out.parent / "whole", log_to=("trackio",)))
+    tests = [(step, values) for step, values in heard["trackio"][2:-1] if "loss/test" in values]
+    assert tests == [(whole.step, {"loss/test": whole.test_loss, "accuracy/test": whole.test_accuracy})]
+    cut = train(make_config(max_steps=1, out=config.out.parent / "cut", log_to=("trackio",)))
+    assert (1, {"loss/test": cut.test_loss, "accuracy/test": cut.test_accuracy}) in heard["trackio"]
+
+    def fails(tracker):
+        raise RuntimeError("no key\nand more")
+
+    monkeypatch.setattr(stands["wandb"], "start", fails)
+    heard.clear()
+    with pytest.raises(UserError, match=r"wandb does not start \(no key\)"):
+        train(make_config(out=config.out.parent / "key", log_to=("trackio", "wandb")))
+    assert heard["trackio"][-1] == "finish"
     with pytest.raises(UserError, match="tensorboard is not installed: pip install 'fourbit"):
         train(make_config(out=config.out.parent / "b", log_to=("tensorboard",)))
     with pytest.raises(UserError, match="unknown tracker 'wand': did you mean 'wandb'"):

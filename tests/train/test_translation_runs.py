@@ -76,6 +76,9 @@ def test_bleu_is_of_the_translations_in_the_order_of_their_references(folder, tm
     monkeypatch.setattr(models.Transformer, "translate", oracle)
     result = train(config(folder, tmp_path / "run", epochs=1, max_steps=1, recipe="fp32", eval_batch_size=7))
     assert result.test_score == pytest.approx(100)
+    table = json.loads((tmp_path / "run" / "examples.json").read_text())
+    assert table["columns"] == ["source", "reference", "translation"] and len(table["rows"]) == 8
+    assert all(found == right == " ".join(WORDS[w] for w in source.split()) for source, right, found in table["rows"])
     shifted = [*found.references[1:], found.references[0]]
     assert sacrebleu.corpus_bleu(shifted, [list(found.references)]).score < 50
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from cyclopts import CycloptsError
 
+from fourbit._files import printable
 from fourbit._interrupt import interrupted
 from fourbit.cli import _catalogues as _catalogues
 from fourbit.cli import _conform as _conform
@@ -91,7 +92,7 @@ def _failed(error: Exception, command: str) -> int:
     elif not isinstance(error, UserError):
         raise error
     with suppress(OSError):  # standard error may lie on a full disk
-        print(f"fourbit: {text}", file=sys.stderr)
+        print(f"fourbit: {printable(text)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
@@ -111,4 +112,4 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     if is_first_process():
-        print(f"fourbit: warning: {message}", file=sys.stderr)
+        print(f"fourbit: warning: {printable(str(message))}", file=sys.stderr)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourbit._files import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,7 +23,7 @@ def is_first_process() -> bool:
 def say(text: str) -> None:
     """Print a text."""
     if is_first_process():
-        print(text)
+        print(printable(text))
 
 
 def show(table: Table) -> None:

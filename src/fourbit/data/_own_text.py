@@ -124,4 +124,5 @@ def _from_file(name: str, train: str, test: str, path: Path) -> TextData:
     for split, tokens in zip(("train", "test"), parts, strict=True):
         if not len(tokens):
             raise UserError(f"the tokenizer {path} makes no token of the {split} text: give another.")
-    return TextData(name, parts[0], parts[1], tuple(vocabulary), lambda numbers: decoded(tokenizer, numbers))
+    size = len(test.encode()) if decoded(tokenizer, parts[1].tolist()) == test else None
+    return TextData(name, parts[0], parts[1], tuple(vocabulary), lambda numbers: decoded(tokenizer, numbers), size)

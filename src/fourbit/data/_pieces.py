@@ -59,7 +59,8 @@ def from_pieces(name: str, train: str, test: str, num_tokens: int) -> TextData:
     tensors = cached(f"{name}-{PREFIX}", digest.hexdigest()[:16], make)
     tokenizer = tokenizers.Tokenizer.from_str(tensors["tokenizer"].numpy().tobytes().decode())
     vocabulary = tuple(tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size()))
-    return TextData(name, tensors["train"], tensors["test"], vocabulary, lambda numbers: decoded(tokenizer, numbers))
+    parts = tensors["train"], tensors["test"]
+    return TextData(name, *parts, vocabulary, lambda numbers: decoded(tokenizer, numbers), len(test.encode()))
 
 
 def encoded(tokenizer: Any, text: str) -> Tensor:

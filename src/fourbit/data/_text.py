@@ -37,6 +37,7 @@ class TextData:
         train, test: int64 [N], token numbers from 0.
         vocabulary: the token of each number.
         decode: makes token numbers a text again; None: the tokens one after the other.
+        test_bytes: of the test text in UTF-8, if its tokens are that text and nothing is lost; else None.
 
     Raises:
         UserError: tensors of another form, or a number without a token.
@@ -47,6 +48,7 @@ class TextData:
     test: Tensor
     vocabulary: tuple[str, ...]
     decode: Callable[[Sequence[int]], str] | None = None
+    test_bytes: int | None = None
 
     def __post_init__(self):
         for split in SPLITS:
@@ -161,14 +163,16 @@ def from_characters(name: str, train: str, test: str, unknown: bool = False) -> 
     one, other = (np.searchsorted(known, part) for part in (first, second))
     if unknown:
         other[~np.isin(second, known)] = len(known)
-    return TextData(name, torch.from_numpy(one), torch.from_numpy(other), vocabulary)
+    lost = unknown and bool((other == len(known)).any())
+    size = None if lost else len(test.encode())
+    return TextData(name, torch.from_numpy(one), torch.from_numpy(other), vocabulary, test_bytes=size)
 
 
 def from_bytes(name: str, train: str, test: str) -> TextData:
     """Bytes of the text in UTF-8; the vocabulary is all 256."""
     one, other = (torch.from_numpy(np.frombuffer(part.encode(), np.uint8).astype(np.int64)) for part in (train, test))
     vocabulary = tuple(f"<0x{byte:02X}>" for byte in range(256))
-    return TextData(name, one, other, vocabulary, lambda numbers: bytes(numbers).decode(errors="replace"))
+    return TextData(name, one, other, vocabulary, lambda numbers: bytes(numbers).decode(errors="replace"), len(other))
 
 
 def _sentences(vocabulary: Sequence[str], numbers: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from fourbit.exports import _safetensors as _safetensors
 from fourbit.exports import _compressed as _compressed  # isort: skip
 from fourbit.exports import _gguf as _gguf  # isort: skip
 from fourbit.exports._export import export as export
+from fourbit.exports._safetensors import load_packed as load_packed
 from fourbit.exports._safetensors import read_packed as read_packed
 from fourbit.exports._target import TARGETS as TARGETS
 from fourbit.exports._target import Target as Target

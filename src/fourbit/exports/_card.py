@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fourbit._version import __version__
+from fourbit.exports._fold import Folds
 from fourbit.exports._target import Target
 from fourbit.nn import quantized_layers
 
@@ -20,7 +21,12 @@ LOAD = {
 
 
 def card(
-    model: nn.Module, target: Target, recipe: str, results: Mapping[str, Any], environment: Mapping[str, Any]
+    model: nn.Module,
+    target: Target,
+    recipe: str,
+    results: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    folds: Folds,
 ) -> str:
     """Markdown."""
     layers = {name: layer.spec for name, layer in quantized_layers(model).items() if not layer.spec.is_identity}
@@ -47,6 +53,10 @@ def card(
         "",
         "Everything else is in full precision.",
     ]
+    if folds.of or folds.left:
+        lines += ["", "## Batch normalization", ""]
+        lines += [f"Folded into the weights and biases of {_listed(list(folds.of)) or 'no layer'}."]
+        lines += [f"- `{name}` stays: it {reason}." for name, reason in folds.left.items()]
     for title, numbers in (("Results", results), ("Environment", environment)):
         if numbers:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]

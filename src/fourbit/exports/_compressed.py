@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import UserError
+from fourbit.exports._fold import Folds, packed_weights
 from fourbit.exports._safetensors import pack_nibbles
 from fourbit.exports._target import Target, register
-from fourbit.exports._weights import PackedWeight, evaluating, packed_weights, weight_objection
+from fourbit.exports._weights import PackedWeight, evaluating, weight_objection
 from fourbit.formats import E8M0, FP4_E2M1, FP8_E4M3FN
 from fourbit.nn import Linear, float_state_dict
 from fourbit.ops import LayerSpec
@@ -59,7 +60,7 @@ def _objection(spec: LayerSpec) -> str:
     return f"weight is {w}, where it has INT4, NVFP4 and MXFP4"
 
 
-def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) -> None:
+def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None, folds: Folds) -> None:
     from safetensors.torch import save_file
     from transformers import PreTrainedModel
 
@@ -71,7 +72,7 @@ def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) ->
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     with evaluating(model) as layers:
         tensors = {key: t.detach().cpu().clone().contiguous() for key, t in float_state_dict(model).items()}
-        for name, layer, weight in packed_weights(layers, tensors):
+        for name, layer, weight in packed_weights(layers, tensors, folds):
             if not isinstance(layer, Linear):
                 raise UserError(f"{name} is a {type(layer).__name__}: it packs linear layers alone: take safetensors.")
             found, parts = _packed(name, weight)
@@ -155,5 +156,6 @@ register(
         _write,
         FILE,
         "transformers",
+        fold_scales=None,
     )
 )

@@ -19,8 +19,9 @@ from torch import nn
 
 from fourbit.errors import UserError
 from fourbit.exports._compressed import is_mxfp4
+from fourbit.exports._fold import Folds, packed_weights
 from fourbit.exports._target import Target, register
-from fourbit.exports._weights import PackedWeight, evaluating, weight_objection, weight_of
+from fourbit.exports._weights import PackedWeight, evaluating, weight_objection
 from fourbit.nn import Linear, float_state_dict
 from fourbit.ops import LayerSpec
 from fourbit.quantizers import Tile, has_integer_codes
@@ -44,19 +45,13 @@ def _objection(spec: LayerSpec) -> str:
     return ""
 
 
-def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) -> None:
+def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None, folds: Folds) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(folder / FILE, "fourbit")
     with evaluating(model) as layers:
         tensors = {key: t.detach().cpu() for key, t in float_state_dict(model).items()}
-        for name, layer in layers.items():
-            if layer.spec.is_identity:
-                continue
-            weight = weight_of(name, layer)
-            if not isinstance(weight, PackedWeight):
-                tensors[f"{name}.weight"] = weight
-                continue
+        for name, layer, weight in packed_weights(layers, tensors, folds):
             if not isinstance(layer, Linear):
                 raise UserError(
                     f"{name} is a {type(layer).__name__}: GGUF's blocks are for linear layers: take safetensors."
@@ -97,4 +92,14 @@ def _blocks(name: str, weight: PackedWeight) -> np.ndarray:
     return torch.cat((heads, halves[:, :, 0] | (halves[:, :, 1] << 4)), 2).flatten(1).numpy()
 
 
-register(Target("gguf", "linear layers in GGUF's blocks of 32, Q4_0 or MXFP4", _objection, _write, FILE, "gguf"))
+register(
+    Target(
+        "gguf",
+        "linear layers in GGUF's blocks of 32, Q4_0 or MXFP4",
+        _objection,
+        _write,
+        FILE,
+        "gguf",
+        (SMALLEST, LARGEST),
+    )
+)

@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from fourbit._version import __version__
 from fourbit.errors import UserError
+from fourbit.exports._fold import Fold, Folds
 from fourbit.exports._onnx_nodes import FUNCTIONS, METHODS, MODULES, Graph
 from fourbit.exports._target import Target, register
+from fourbit.exports._trace import traced
 from fourbit.exports._weights import (
     Activation,
     PackedWeight,
@@ -62,15 +64,14 @@ def _objection(spec: LayerSpec) -> str:
     return ""
 
 
-def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) -> None:
+def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None, folds: Folds) -> None:
     import onnx
 
     with evaluating(model):
-        traced = _traced(model)
         graph, names = Graph(), {}
         sizes = _input_sizes(model) if input_shape is None else ["batch", *input_shape]
-        for node in traced.nodes:
-            names[node] = _emit(graph, model, node, names, sizes)
+        for node in traced(model, "--to onnx").nodes:
+            names[node] = _emit(graph, model, node, names, sizes, folds)
         made = onnx.helper.make_graph(graph.nodes, "fourbit", graph.inputs, graph.outputs, graph.initializers)
     opsets = [onnx.helper.make_opsetid("", OPSET)]
     built = onnx.helper.make_model(made, opset_imports=opsets, producer_name="fourbit", producer_version=__version__)
@@ -80,18 +81,9 @@ def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) ->
     onnx.save(built, folder / FILE)
 
 
-def _traced(model: nn.Module) -> fx.Graph:
-    try:
-        return fx.symbolic_trace(model).graph
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{type(model).__name__} cannot be traced ({reason[:200]}): --to onnx is for feed-forward networks whose forward "
-            "does not look at its numbers or shapes, such as ResNets, MobileNets and multilayer perceptrons."
-        ) from error
-
-
-def _emit(graph: Graph, model: nn.Module, node: fx.Node, names: dict[fx.Node, Any], sizes: list[str | int]) -> Any:
+def _emit(
+    graph: Graph, model: nn.Module, node: fx.Node, names: dict[fx.Node, Any], sizes: list[str | int], folds: Folds
+) -> Any:
     """What stands for the result of a node: the name of a tensor."""
     if node.op == "placeholder":
         if graph.inputs:
@@ -110,8 +102,13 @@ def _emit(graph: Graph, model: nn.Module, node: fx.Node, names: dict[fx.Node, An
         return graph.constant(value.detach().cpu().numpy(), str(node.target))
     if node.op == "call_module":
         module, name = model.get_submodule(str(node.target)), str(node.target)
+        if name in folds.norms:
+            return args[0]
+        fold = folds.of.get(name)
         if isinstance(module, QuantizedLayer) and not module.spec.is_identity:
-            return _layer(graph, name, module, str(args[0]))
+            return _layer(graph, name, module, str(args[0]), fold)
+        if fold is not None:
+            module = fold.into_layer(module)
         handler = next((MODULES[c] for c in type(module).__mro__ if c in MODULES), None)
         if handler is not None:
             return handler(graph, name, module, *args, **kwargs)
@@ -136,21 +133,23 @@ def _input_sizes(model: nn.Module) -> list[str | int]:
     raise UserError("the network has neither a convolution nor a linear layer: nothing is there to export.")
 
 
-def _layer(graph: Graph, name: str, layer: QuantizedLayer, x: str) -> str:
+def _layer(graph: Graph, name: str, layer: QuantizedLayer, x: str, fold: Fold | None) -> str:
     """A quantized linear layer or convolution."""
     spec = layer.spec
     weight, activation = weight_of(name, layer), activation_of(name, layer)
     if activation is not None:
         x = _quantized_input(graph, name, x, activation)
     if isinstance(weight, PackedWeight):
+        weight = weight if fold is None else fold.into_packed(weight)
         w = _packed(graph, name, weight, transposed=isinstance(layer, Linear))
     else:
+        weight = weight if fold is None else fold.into(weight)
         numbers = weight.t() if isinstance(layer, Linear) else weight
         w = graph.constant(np.ascontiguousarray(numbers.numpy()), f"{name}.weight")
     y = graph.add("MatMul", x, w, name=name) if isinstance(layer, Linear) else graph.convolution(name, layer, x, w)
-    if spec.output is not None:
+    if spec.output is not None and fold is None:
         y = _rounded(graph, y, spec.output)
-    bias = getattr(layer, "bias", None)
+    bias = getattr(layer, "bias", None) if fold is None else fold.bias
     if bias is None:
         return y
     shape = (-1,) if isinstance(layer, Linear) else (-1, *(1,) * len(layer.stride))  # type: ignore[arg-type]

@@ -9,7 +9,8 @@
     weight = tensor_scale * scale * number, of shape [rows, *kernel, k] with k moved to axis 1
 
 The header's entry `fourbit` is JSON: `layers` has shape, format, scale format, block and input format of each NAME, `formats`
-the number of each code of each format (null: none).
+the number of each code of each format (null: none), `folded` the layer of each batch normalization that is folded: the
+normalization has no entries, and the layer a bias.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch import Tensor, nn
 
 from fourbit._version import __version__
 from fourbit.errors import UserError
+from fourbit.exports._fold import Folds, packed_weights
 from fourbit.exports._target import Target, register
 from fourbit.exports._weights import (
     activation_objection,
     activation_of,
     codes_of,
     evaluating,
-    packed_weights,
     weight_objection,
 )
 from fourbit.formats import Format
@@ -46,14 +47,14 @@ def _objection(spec: LayerSpec) -> str:
     return f"weight {found}" if found else ""
 
 
-def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) -> None:
+def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None, folds: Folds) -> None:
     from safetensors.torch import save_file
 
     with evaluating(model) as layers:
         tensors = {key: t.detach().cpu().clone().contiguous() for key, t in float_state_dict(model).items()}
         described: dict[str, Any] = {}
         formats: dict[str, Format] = {}
-        for name, layer, weight in packed_weights(layers, tensors):
+        for name, layer, weight in packed_weights(layers, tensors, folds):
             del tensors[f"{name}.weight"]
             tensors[f"{name}.weight_codes"] = pack_nibbles(weight.codes.flatten(1))
             scale, scale_format = weight.scales, weight.scale_format
@@ -68,7 +69,8 @@ def _write(model: nn.Module, folder: Path, input_shape: Sequence[int] | None) ->
             }
             formats |= {f.name: f for f in (weight.format, scale_format) if f is not None}
         tables = {name: [v if math.isfinite(v) else None for v in f.values] for name, f in formats.items()}
-        header = {"version": __version__, "layers": described, "formats": tables}
+        folded = {fold.norm: name for name, fold in folds.of.items()}
+        header = {"version": __version__, "layers": described, "formats": tables, "folded": folded}
         save_file(tensors, folder / FILE, metadata={"format": "pt", "fourbit": json.dumps(header)})
 
 
@@ -98,12 +100,45 @@ def unpack_nibbles(data: Tensor, count: int) -> Tensor:
 def read_packed(file: Path) -> dict[str, Tensor]:
     """What `to="safetensors"` wrote as a state_dict of the unconverted model, with weights of 4-bit numbers in float32.
 
+    Where batch normalization is folded, the model is the one that `load_packed` makes.
+
     Args:
         file: the file, or its folder.
 
     Raises:
         UserError: there is none, or it is another.
     """
+    return _read(file)[0]
+
+
+def load_packed(model: nn.Module, file: Path) -> nn.Module:
+    """Load what `to="safetensors"` wrote into the unconverted model, in place.
+
+    Folded batch normalizations become `torch.nn.Identity`, and the layers in front of them have a bias.
+
+    Args:
+        model: built as before `fourbit.convert`.
+        file: the file, or its folder.
+
+    Raises:
+        UserError: as `read_packed`, or the file is of another model.
+    """
+    tensors, header = _read(file)
+    modules = dict(model.named_modules())
+    try:
+        for norm, layer in header["folded"].items():
+            modules[layer].register_parameter("bias", nn.Parameter(tensors[f"{layer}.bias"]))
+            model.set_submodule(norm, nn.Identity())
+        model.load_state_dict(tensors)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file} is of another model than {type(model).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return model
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and the header."""
     from safetensors import SafetensorError, safe_open
 
     file = Path(file) / FILE if Path(file).is_dir() else Path(file)
@@ -117,7 +152,14 @@ def read_packed(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} does not say how its codes are packed: name what fourbit export --to safetensors wrote."
         )
-    header = json.loads(text)
+    try:
+        return _unpacked(json.loads(text), tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged, its header does not fit its tensors: export the model again.") from error
+
+
+def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights in place of codes and scales."""
     tables = {name: torch.tensor([math.nan if v is None else v for v in t]) for name, t in header["formats"].items()}
     for name, layer in header["layers"].items():
         rows, k, *kernel = layer["shape"]
@@ -129,7 +171,7 @@ def read_packed(file: Path) -> dict[str, Tensor]:
         weight = tensors.pop(f"{name}.tensor_scale") * (scale * tables[layer["format"]][codes.int()])
         tensors[f"{name}.weight"] = weight.view(rows, *kernel, k).movedim(-1, 1).contiguous()
         tensors.pop(f"{name}.input_scale", None)
-    return tensors
+    return tensors, {"folded": {}} | header
 
 
 register(Target("safetensors", "packed codes and scales in one plain file", _objection, _write, FILE, "safetensors"))

@@ -12,6 +12,7 @@ from torch import nn
 from fourbit import recipes
 from fourbit._registry import Registry
 from fourbit.errors import UserError
+from fourbit.exports._fold import FLOAT32, Folds
 from fourbit.nn import QuantizedLayer
 from fourbit.ops import LayerSpec
 
@@ -24,17 +25,20 @@ class Target:
         name: what `to` and --to call it.
         summary: what it is, in one line.
         objection: why a layer with a spec cannot be written, to stand behind its name; "" where it can.
-        write: writes the files of a model into a folder that is there; the third argument is `input_shape` of `export`.
+        write: writes the files of a model into a folder that is there; the third argument is `input_shape` of `export`, the
+            last says which batch normalizations are folded.
         file: the largest of them.
         package: that it needs.
+        fold_scales: the smallest and the largest scale that folding batch normalization may make; None: it cannot be folded.
     """
 
     name: str
     summary: str
     objection: Callable[[LayerSpec], str]
-    write: Callable[[nn.Module, Path, Sequence[int] | None], None]
+    write: Callable[[nn.Module, Path, Sequence[int] | None, Folds], None]
     file: str
     package: str
+    fold_scales: tuple[float, float] | None = FLOAT32
 
     def require(self, layers: dict[str, QuantizedLayer]) -> None:
         """Reject a model before anything is written.

@@ -9,7 +9,7 @@ to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -74,24 +74,6 @@ def codes_of(values: Tensor, format: Format) -> Tensor:
     grid = torch.tensor(format.grid, dtype=torch.float32)
     codes = torch.tensor([format.encode(v) for v in format.grid], dtype=torch.uint8)
     return codes[torch.bucketize(values.contiguous(), grid)]
-
-
-def packed_weights(
-    layers: Mapping[str, QuantizedLayer], tensors: MutableMapping[str, Tensor]
-) -> Iterator[tuple[str, QuantizedLayer, PackedWeight]]:
-    """The layers whose weights have 4 bits, by name; in `tensors`, weights of more bits become what they are rounded to.
-
-    Raises:
-        UserError: as `weight_of`.
-    """
-    for name, layer in layers.items():
-        if layer.spec.is_identity:
-            continue
-        weight = weight_of(name, layer)
-        if isinstance(weight, PackedWeight):
-            yield name, layer, weight
-        else:
-            tensors[f"{name}.weight"] = weight.clone()
 
 
 def weight_of(name: str, layer: QuantizedLayer) -> PackedWeight | Tensor:

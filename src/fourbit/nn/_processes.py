@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import UserError
 from fourbit.nn._base import quantized_layers
+from fourbit.nn._layers import Linear
 from fourbit.nn._out_control import Channels
 from fourbit.nn._parts import Composed
 from fourbit.ops import SLOTS, LayerSpec, Matmul
@@ -71,6 +72,10 @@ def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None)
     for n processes, n times what they are in one, and exponents log2(n) lower, which the mean over processes takes back. A loss
     scale and a fixed scale of gradients do not follow that factor.
 
+    A layer cannot see which axis of its input has the samples. Linear layers of [tokens, samples, features] compute other
+    numbers than one process, wherever random words, blocks or rotations go by the place of a sample: they are refused in a
+    model that has a module with batch_first=False, and in a forward of your own they are yours to avoid.
+
     Without it each process scales its part by itself, which needs no exchange in the pass.
 
     Args:
@@ -86,15 +91,21 @@ def share_batch(model: nn.Module, group: distributed.ProcessGroup | None = None)
     composed = [m for m in model.modules() if isinstance(m, Composed)]
     attentions = {part for m in composed if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     in_pieces = {part for m in composed if not isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    sequences_first = next((name for name, m in model.named_modules() if getattr(m, "batch_first", None) is False), "")
     for name, layer in layers.items():
         objection = "runs its products in pieces" if layer in in_pieces else _objection(layer.spec)
         if layer in attentions and _has_places(layer.spec):
             objection = "has tokens before samples, and scales or random words by their place"
+        elif sequences_first and isinstance(layer, Linear) and _has_places(layer.spec):
+            objection = (
+                f"may have tokens before samples, as {sequences_first} has (batch_first=False), and scales or random words by "
+                "their place. Build the model with batch_first=True"
+            )
         objection = objection or ("has channels of its own" if _has_channels(layer.quant) else "")
         if objection:
             raise UserError(
-                f"{name or type(layer).__name__} cannot share a batch: it {objection}. Train without share_batch, each process "
-                "with scales of its part"
+                f"{name or type(layer).__name__} cannot share a batch: it {objection}. Or train without share_batch, each "
+                "process with scales of its part"
             )
     share = Share(group)
     for layer in layers.values():
@@ -126,9 +137,13 @@ def _objection(spec: LayerSpec) -> str:
 
 
 def _has_places(spec: LayerSpec) -> bool:
-    """Whether it matters where a sample lies: random words, and tiles along samples in wgrad."""
-    operands = {slot: spec.resolved(slot) for slot in SLOTS if slot[0] != "w"}
-    return any(
-        operand is not None and (operand.stochastic or (slot.endswith("wgrad") and spec.tile(slot).sums is not None))
-        for slot, operand in operands.items()
-    )
+    """Whether it matters where a sample lies: random words, and tiles or rotations along samples."""
+    for slot in SLOTS:
+        operand = getattr(spec, slot)
+        if slot[0] == "w" or not isinstance(operand, QuantSpec):  # what is reused lies as it did
+            continue
+        over_samples = slot.endswith("wgrad")
+        size = spec.tile(slot).sums if over_samples else spec.tile(slot).rows
+        if operand.stochastic or size not in (None, 1) or (over_samples and operand.transform is not None):
+            return True
+    return False

@@ -17,6 +17,8 @@ from fourbit.report._read import Run, number
 from fourbit.report._stats import Series, across, mean_std, smooth
 from fourbit.report._style import WIDTH, Look, Plot, legend, looks, outer_labels, panel_title, panels, short, step_axis
 
+STEPS, TOKENS = "optimizer step", "tokens trained on"
+"""What an axis says that curves are drawn over."""
 BANDS_AT_MOST = 6  # more bands than this on one pair of axes hide each other
 
 
@@ -81,14 +83,14 @@ def training_curves(groups: Sequence[Group], metric: str) -> Plot | None:
     with_band = len(shown) <= BANDS_AT_MOST
     title = f"All recipes: training loss and test {_name(metric)}"
     figure, (left, right) = panels(2, title, columns=2, height=3.9, sharey=False, extra=0.9)
-    width = smoothing_width(shown)
+    width, over = smoothing_width(shown), _over(shown)
     for group in shown:
-        _group_curve(left, [_loss(r, width) for r in group.runs], look[group.label], with_band, group)
-        _group_curve(right, [_metric(r) for r in group.runs], look[group.label], with_band, group)
+        _group_curve(left, [_loss(r, width, over) for r in group.runs], look[group.label], with_band, group)
+        _group_curve(right, [_metric(r, over) for r in group.runs], look[group.label], with_band, group)
     if not left.lines and not right.lines:
         return None
-    _dress_loss(left)
-    _dress_metric(right, metric)
+    _dress_loss(left, over)
+    _dress_metric(right, metric, over)
     if sign(metric) < 0 and _log_if_wide(right):
         right.set_ylabel(short(f"{heading(metric)}, log scale"))
     legend(figure, {g.name: _handle(look[g.label]) for g in shown})
@@ -104,11 +106,13 @@ def loss_curves(groups: Sequence[Group]) -> Figure | None:
     """The training loss alone, for runs that have not been evaluated yet."""
     look = looks(groups)
     figure, (axis,) = panels(1, "Training loss", columns=1, height=3.9, sharey=False, extra=0.9)
+    over = _over(groups)
     for group in groups:
-        _group_curve(axis, [_loss(r, smoothing_width(groups)) for r in group.runs], look[group.label], True, group)
+        width = smoothing_width(groups)
+        _group_curve(axis, [_loss(r, width, over) for r in group.runs], look[group.label], True, group)
     if not axis.lines:
         return None
-    _dress_loss(axis)
+    _dress_loss(axis, over)
     legend(figure, {g.name: _handle(look[g.label]) for g in groups})
     return figure
 
@@ -117,23 +121,27 @@ def curves_beside_reference(groups: Sequence[Group], metric: str) -> Plot | None
     """Small multiples: the metric of each recipe over that of full precision."""
     judged = [g for g in groups if g.metric == metric]
     references = [g for g in judged if g.is_reference]
-    others = [g for g in judged if not g.is_reference and any(np.isfinite(_metric(r)[1]).sum() > 1 for r in g.runs)]
+    others = [
+        g for g in judged if not g.is_reference and any(np.isfinite(_metric(r, STEPS)[1]).sum() > 1 for r in g.runs)
+    ]
     if len(others) < 2:
         return None
-    look = looks(groups)
+    look, over = looks(groups), _over(judged)
     title = f"Test {_name(metric)}, one recipe at a time"
     figure, axes = panels(len(others), title, columns=4 if len(others) > 6 else 3, height=2.1)
     for axis, group in zip(axes, others, strict=True):
         reference = reference_of(group, groups)
         if reference is not None:
-            _group_curve(axis, [_metric(r) for r in reference.runs], look[reference.label], False, None)
-        _group_curve(axis, [_metric(r) for r in group.runs], look[group.label], True, group)
+            _group_curve(axis, [_metric(r, over) for r in reference.runs], look[reference.label], False, None)
+        _group_curve(axis, [_metric(r, over) for r in group.runs], look[group.label], True, group)
         panel_title(axis, group.name, look[group.label], 27 if len(others) > 6 else 36)
-        _dress_metric(axis, metric)
+        _dress_metric(axis, metric, over)
     outer_labels(axes)
     better = sign(metric)
     _cut_start(axes, better)
-    beyond = [_mark_beyond(axis, group, look[group.label], better) for axis, group in zip(axes, others, strict=True)]
+    beyond = [
+        _mark_beyond(axis, group, look[group.label], better, over) for axis, group in zip(axes, others, strict=True)
+    ]
     if references:
         legend(figure, {g.name: _handle(look[g.label]) for g in references})
     against = "against full precision (dark grey) " if references else ""
@@ -173,17 +181,27 @@ def smoothing_width(groups: Sequence[Group]) -> int:
     return max(1, longest // 30)
 
 
-def _loss(run: Run, width: int) -> Series:
+def _over(groups: Sequence[Group]) -> str:
+    """What curves are drawn over: tokens, if all runs count them."""
+    return TOKENS if all(run.in_tokens for group in groups for run in group.runs) else STEPS
+
+
+def _along(run: Run, steps: np.ndarray, over: str) -> np.ndarray:
+    """Where these steps stand on the axis."""
+    return run.tokens_at(steps) if over == TOKENS and len(steps) else steps
+
+
+def _loss(run: Run, width: int, over: str) -> Series:
     lines: Sequence[Mapping] = run.steps
     key = "loss" if lines else "train_loss"
     lines = lines or run.epochs
     x = np.array([r["step"] for r in lines], dtype=float)
-    return x, smooth(np.array([number(r.get(key)) for r in lines]), width)
+    return _along(run, x, over), smooth(np.array([number(r.get(key)) for r in lines]), width)
 
 
-def _metric(run: Run) -> Series:
+def _metric(run: Run, over: str) -> Series:
     points = np.array(run.evaluations, dtype=float).reshape(-1, 3)
-    return points[:, 1], points[:, 2]
+    return _along(run, points[:, 1], over), points[:, 2]
 
 
 def _group_curve(axis: Axes, series: Sequence[Series], look: Look, band: bool, group: Group | None) -> None:
@@ -204,17 +222,17 @@ def _group_curve(axis: Axes, series: Sequence[Series], look: Look, band: bool, g
             axis.plot(xs[finite[-1]], ys[finite[-1]], "x", color=look.color, markersize=8, markeredgewidth=2)
 
 
-def _dress_loss(axis: Axes) -> None:
+def _dress_loss(axis: Axes, over: str) -> None:
     axis.set_ylabel("training loss (nats, log scale)" if _log_if_wide(axis) else "training loss (nats)")
     axis.set_title("training loss", loc="left")
-    step_axis(axis)
+    step_axis(axis, over)
 
 
-def _dress_metric(axis: Axes, metric: str) -> None:
+def _dress_metric(axis: Axes, metric: str, over: str) -> None:
     axis.set_ylabel(short(heading(metric)))
     if not axis.get_title("left"):
         axis.set_title(f"test {_name(metric)}", loc="left")
-    step_axis(axis)
+    step_axis(axis, over)
 
 
 def _log_if_wide(axis: Axes) -> bool:
@@ -241,10 +259,11 @@ def _cut_start(axes: Sequence[Axes], better: int) -> None:
         axes[0].set_ylim(low - margin, high + margin)
 
 
-def _mark_beyond(axis: Axes, group: Group, look: Look, better: int) -> bool:
+def _mark_beyond(axis: Axes, group: Group, look: Look, better: int, over: str) -> bool:
     """An arrow at the edge of the worse results for the runs that end beyond it; whether there are any."""
     edge, opposite = axis.get_ylim()[::better]
-    ends = [(run.evaluations[-1][1], run.result) for run in group.runs if better * (run.result - edge) < 0]
+    beyond = [run for run in group.runs if better * (run.result - edge) < 0]
+    ends = [(_along(run, np.array([run.evaluations[-1][1]]), over)[0], run.result) for run in beyond]
     if ends:
         y = edge + 0.05 * (opposite - edge)
         label = ", ".join(decimal(value, 1) for _, value in ends[:3]) + (" …" if len(ends) > 3 else "")

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import jinja2
 
-from fourbit._files import problem, replace_file
+from fourbit._files import problem, replace_file, require_inside
 from fourbit.errors import UserError
 from fourbit.report import _tables as tables
 from fourbit.report._diagnose import diagnosed_groups
@@ -62,7 +62,10 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """
     paths = [Path(p) for p in paths]
     groups = group_runs(load_runs(paths))
-    out = Path(out) if out is not None else paths[0] / "report"
+    if out is None:
+        out = paths[0] / "report"
+        require_inside(paths[0], [out, *out.glob("*")])
+    out = Path(out)
     page = page_of(out)
     try:
         folder = page.parent / ("figures" if page is not out else f"{page.stem}_figures")
@@ -78,7 +81,12 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def render(plot: Plot, folder: Path) -> Picture:
-    """As PNG, which is also written into the folder."""
+    """As PNG, which is also written into the folder.
+
+    Raises:
+        UserError: it would be written through a link to elsewhere.
+    """
+    require_inside(folder.parent, [folder, folder / f"{plot.name}.png"])
     buffer = io.BytesIO()
     plot.figure.savefig(buffer, format="png", dpi=DPI)
     replace_file(folder / f"{plot.name}.png", buffer.getvalue())
@@ -123,9 +131,12 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
             notes=[note for r in runs for note in r.notes],
             results=tables.result_tables(summaries),
             has_percent=any(unit(m) for m in metrics(groups)),
+            has_bits=any(s.bits_per_byte is not None for s in summaries),
             looks=looks(groups),
             chapters=chapters,
             samples=[(g.label, sample) for g in groups if (sample := _sample(g))],
+            examples=[(g.label, table) for g in groups if (table := _examples(g))],
+            words=tables.WORDS,
             shared=tables.shared_settings(groups),
             differing_names=names,
             differing_rows=rows,
@@ -140,6 +151,11 @@ def _page(groups: Sequence[Group], chapters: Sequence[tuple[Section, list[Pictur
 def _sample(group: Group) -> tuple[str, str] | None:
     """Of the lowest seed that has one."""
     return next((r.sample for r in group.runs if r.sample), None)
+
+
+def _examples(group: Group) -> Sequence[Sequence[str]]:
+    """Of the lowest seed that has some."""
+    return next((r.examples for r in group.runs if r.examples), ())
 
 
 def summary_sentences(groups: Sequence[Group], summaries: Sequence[RecipeSummary]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fourbit._files import printable, require_inside
 from fourbit.diagnosis import History
 from fourbit.diagnosis import number as number
 from fourbit.errors import UserError
@@ -36,6 +37,14 @@ SCALES = ("g_exponent", "x_alpha")
 STATISTICS = ("underflow", "saturation", "sqnr_db")
 """What is kept of the numbers that are observed in each slot."""
 
+
+MOST_EXAMPLES = 20
+"""Rows of a table of examples that are read."""
+
+FILES = ("config.json", "env.json", "metrics.jsonl", "sample.txt", "examples.json")
+"""What is read of a run folder."""
+TOKENS = "tokens"
+"""The entry of lines with how many the run has been trained on."""
 
 RATE = "_per_s"
 """What the names of rates end with."""
@@ -79,7 +88,8 @@ class Run:
     """One run folder. `steps` and `epochs` are the lines of that kind; `histograms` holds the first and the newest.
 
     `scales` has the exponents and clip values of every logged step, `trace` the statistics of every observation, `sample`
-    what a language model was given and what it wrote, `history` what the diagnosis reads.
+    what a language model was given and what it wrote, `examples` a table of what a network made of test examples, with its
+    header as the first row, `history` what the diagnosis reads.
     """
 
     path: Path
@@ -93,6 +103,7 @@ class Run:
     histograms: Sequence[Record] = ()
     notes: Sequence[str] = ()
     sample: tuple[str, str] | None = None
+    examples: Sequence[Sequence[str]] = ()
     history: History = field(default_factory=History)
 
     @property
@@ -108,8 +119,33 @@ class Run:
     @cached_property
     def metric(self) -> str | None:
         """Title of the metric by which the run is judged, as its newest line has it; None before the first evaluation."""
-        lines = [*self.epochs, *([self.final] if self.final else [])]
+        lines = [*self.epochs, *self._finals]
         return _judged(lines[-1])[0] if lines else None
+
+    @cached_property
+    def _tokens(self) -> dict[int, float]:
+        return {r["step"]: number(r[TOKENS]) for r in (*self.steps, *self.epochs, *self._finals) if TOKENS in r}
+
+    @property
+    def in_tokens(self) -> bool:
+        """Whether it is known behind which tokens every loss and every evaluation stand."""
+        lines = [*(r for r in self.steps if not math.isnan(number(r.get("loss")))), *self.epochs, *self._finals]
+        return bool(lines) and all(r["step"] in self._tokens for r in lines)
+
+    def tokens_at(self, steps: Sequence[float] | np.ndarray) -> np.ndarray:
+        """How many tokens the run had been trained on at these steps; `in_tokens` says whether that is known."""
+        known = sorted(self._tokens.items())
+        return np.asarray(np.interp(steps, [s for s, _ in known], [t for _, t in known]))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the test text at the last evaluation; NaN where it is not known."""
+        lines = [*self.epochs, *self._finals]
+        return number(lines[-1].get("bits_per_byte")) if lines else math.nan
+
+    @property
+    def _finals(self) -> list[Record]:
+        return [self.final] if self.final else []
 
     @cached_property
     def evaluations(self) -> list[tuple[float, float, float]]:
@@ -189,7 +225,7 @@ def text(value: object) -> str:
     ('1', '0.05', 'a b', 'none', '[1, 2]')
     """
     if isinstance(value, str):
-        return " ".join(value.split())
+        return printable(" ".join(value.split()))
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return "none" if value is None else json.dumps(value)
@@ -242,8 +278,9 @@ def load_run(folder: Path) -> Run:
     """Read one run folder.
 
     Raises:
-        UserError: `config.json` or `metrics.jsonl` is not what the trainer writes.
+        UserError: `config.json` or `metrics.jsonl` is not what the trainer writes, or a file is a link that leads elsewhere.
     """
+    require_inside(folder, [folder / name for name in FILES])
     config = _object(folder / "config.json")
     if "recipe" not in config:
         raise UserError(f"{folder / 'config.json'} is not the configuration of a run: it names no recipe.")
@@ -261,6 +298,7 @@ def load_run(folder: Path) -> Run:
         histograms=kinds["histograms"],
         notes=notes,
         sample=_sample(folder / "sample.txt"),
+        examples=_examples(folder / "examples.json"),
         history=_history(kinds),
     )
 
@@ -279,7 +317,18 @@ def _sample(path: Path) -> tuple[str, str] | None:
         prompt, dashes, written = path.read_text(encoding="utf-8", errors="replace").partition("\n---\n")
     except OSError:
         return None
-    return (prompt, written) if dashes else None
+    return (printable(prompt), printable(written)) if dashes else None
+
+
+def _examples(path: Path) -> list[list[str]]:
+    """Header and rows; [] without a table."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        table = [found["columns"], *found["rows"][:MOST_EXAMPLES]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    whole = all(isinstance(row, list) and len(row) == len(table[0]) for row in table)
+    return [[text(cell) for cell in row] for row in table] if whole and table[0] else []
 
 
 def _object(path: Path) -> Record:

@@ -18,7 +18,7 @@ import numpy as np
 from fourbit._statistics import half_interval
 from fourbit.report._groups import Group, group_runs, reference_of
 from fourbit.report._metric import name
-from fourbit.report._read import Run, load_runs, text
+from fourbit.report._read import TOKENS, Run, load_runs, text
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -36,6 +36,8 @@ class RecipeSummary:
             the width of its 95 % confidence interval (Student's t).
         train_loss: mean training loss of the last epoch.
         seconds_per_epoch: mean over runs of the median epoch.
+        bits_per_byte: mean over runs at the last evaluation, of text.
+        tokens_per_s: mean over runs of the median, of text and translations.
         notes: what a reader has to know, such as "1 of 3 diverged".
     """
 
@@ -50,6 +52,8 @@ class RecipeSummary:
     seconds_per_epoch: float | None
     num_pairs: int = 0
     notes: tuple[str, ...] = ()
+    bits_per_byte: float | None = None
+    tokens_per_s: float | None = None
 
 
 def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
@@ -100,6 +104,8 @@ def summarize_group(group: Group, groups: Sequence[Group]) -> RecipeSummary:
         seconds_per_epoch=mean_std(r.seconds_per_epoch for r in group.runs)[0],
         num_pairs=len(pairs),
         notes=_notes(group, len(pairs) if reference else None),
+        bits_per_byte=mean_std(r.bits_per_byte for r in group.runs)[0],
+        tokens_per_s=mean_std(r.rate[1] for r in group.runs if r.rate[0] == TOKENS)[0],
     )
 
 

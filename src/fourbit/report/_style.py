@@ -136,10 +136,22 @@ def legend(figure: Figure, entries: Mapping[str, Artist], title: str | None = No
 
 
 def step_axis(axis: Axes, label: str = "optimizer step") -> None:
-    """Few, short tick labels ("5k") on an axis of steps."""
+    """Few, short tick labels ("50k", "2M") on an axis of steps or tokens."""
     axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 10_000 else f"{v:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _brief(v)))
     axis.set_xlabel(label)
+
+
+def _brief(count: float) -> str:
+    """A count on an axis.
+
+    >>> _brief(5000), _brief(50_000), _brief(1_500_000), _brief(2e9)
+    ('5000', '50k', '1.5M', '2G')
+    """
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= max(size, 10_000):
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
 
 
 def panel_title(axis: Axes, label: str, look: Look | None = None, length: int = 38) -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 
+from fourbit._files import printable
 from fourbit.report._groups import Group, differing, metrics, setting, settings
 from fourbit.report._metric import decimal, heading
 from fourbit.report._read import Run, text
 from fourbit.report._stats import RecipeSummary
 
 DASH = "\N{EN DASH}"
+
+FIGURES = {
+    "bits per byte": ("bits_per_byte", 4),
+    "train loss": ("train_loss", 4),
+    "s per epoch": ("seconds_per_epoch", 1),
+    "tokens per s": ("tokens_per_s", 0),
+}
+"""Columns: the field of `RecipeSummary`, and its decimals."""
+WORDS = ("recipe", "notes")
+OPTIONAL = ("bits per byte", "tokens per s", "notes")
 
 
 def measured(mean: float | None, std: float | None, *, signed: bool = False) -> str:
@@ -32,7 +44,7 @@ def plain(value: float | None, digits: int) -> str:
 
 def result_header(metric: str) -> tuple[str, ...]:
     """The names of the columns of the result table."""
-    return ("recipe", "seeds", heading(metric), "difference to fp32", "train loss", "s per epoch", "notes")
+    return ("recipe", "seeds", heading(metric), "difference to fp32", *FIGURES, "notes")
 
 
 def result_row(summary: RecipeSummary) -> tuple[str, ...]:
@@ -42,18 +54,19 @@ def result_row(summary: RecipeSummary) -> tuple[str, ...]:
         str(summary.n),
         measured(summary.metric_mean, summary.metric_std),
         measured(summary.diff_mean, summary.diff_half, signed=True),
-        plain(summary.train_loss, 4),
-        plain(summary.seconds_per_epoch, 1),
+        *(plain(getattr(summary, field), digits) for field, digits in FIGURES.values()),
         "; ".join(summary.notes),
     )
 
 
 def result_tables(summaries: Sequence[RecipeSummary]) -> list[list[tuple[str, ...]]]:
-    """A table for each metric, with its header as the first row; the column of notes only if there are any."""
+    """A table for each metric, with its header as the first row; columns of figures that only some kinds of runs have, and of
+    notes, only if there are any."""
     found = []
     for metric in dict.fromkeys(s.metric for s in summaries):
         rows = [result_header(metric), *(result_row(s) for s in summaries if s.metric == metric)]
-        found.append(rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows])
+        kept = [not (name in OPTIONAL and {row[i] for row in rows[1:]} <= {"", DASH}) for i, name in enumerate(rows[0])]
+        found.append([tuple(compress(row, kept)) for row in rows])
     return found
 
 
@@ -65,7 +78,7 @@ def markdown_table(summaries: Sequence[RecipeSummary]) -> str:
 def _markdown(table: Sequence[tuple[str, ...]]) -> str:
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in table]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    to_left = {0, 6}  # recipe and notes
+    to_left = {i for i, name in enumerate(table[0]) if name in WORDS}
 
     def line(row: Sequence[str]) -> str:
         cells = [c.ljust(w) if i in to_left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
@@ -126,5 +139,5 @@ def _run_row(group: Group, run: Run) -> tuple[str, ...]:
         measured(None if math.isnan(run.result) else run.result, None),
         plain(run.train_loss, 4),
         plain(run.rate[1], 0),
-        str(run.path),
+        printable(str(run.path)),
     )

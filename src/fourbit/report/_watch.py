@@ -25,7 +25,7 @@ from fourbit.errors import UserError
 from fourbit.report._curves import loss_curves, training_curves
 from fourbit.report._groups import group_runs, metrics
 from fourbit.report._metric import decimal, name, unit
-from fourbit.report._read import Run, load_runs, number
+from fourbit.report._read import Run, load_runs, number, text
 from fourbit.report._style import DPI, style
 
 PATIENCE_S = 60.0
@@ -133,7 +133,7 @@ def _runs(path: Path) -> list[Run]:
 
 def _line(run: Run) -> str:
     """The state of a run in a line."""
-    parts = [run.path.name, f"step {run.num_steps}"]
+    parts = [text(run.path.name), f"step {run.num_steps}"]
     loss = number(run.steps[-1].get("loss")) if run.steps else run.train_loss
     if loss == loss:
         parts.append(f"loss {decimal(loss, 4)}")

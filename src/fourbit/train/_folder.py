@@ -190,6 +190,11 @@ class RunFolder:
         if self.active:
             replace_file(self.path / "sample.txt", text.encode())
 
+    def write_examples(self, examples: Mapping[str, Any]) -> None:
+        """Write examples.json: a table of what the network made of test examples."""
+        if self.active:
+            self._write("examples.json", dict(examples))
+
     def _write_config(self, config: TrainConfig) -> None:
         self._write("config.json", config.as_dict() | {DATA: self.data, "fourbit_version": __version__})
 
@@ -230,7 +235,7 @@ def require_same(path: Path, config: TrainConfig) -> None:
     """
     if not has_run(path):
         raise UserError(f"there is no run to go on with in {path}: check --out, or leave out --resume to start one.")
-    _require_no_links(path)
+    require_no_links(path)
     written, now = read_json(path / "config.json"), config.as_dict()
     if "recipe" not in written:
         raise UserError(f"{path / 'config.json'} is not the configuration of a run: choose another --out.")
@@ -287,12 +292,9 @@ def _require_same_recipe(path: Path, config: TrainConfig) -> None:
             )
 
 
-def _require_no_links(path: Path) -> None:
-    """Reject a run folder whose files are elsewhere: going on with it would write there."""
-    inside = path.resolve()
-    for item in (*path.iterdir(), *path.glob("checkpoint*/*")):
-        if item.is_symlink() and not item.resolve().is_relative_to(inside):
-            raise UserError(f"{item} is a link that leads out of the run's folder: put the file itself there.")
+def require_no_links(path: Path) -> None:
+    """Reject a run folder whose files are elsewhere: going on would write there, and what is made of it tell of them."""
+    _files.require_inside(path, [*path.iterdir(), *path.glob("checkpoint*/*"), *path.glob("checkpoints/*/*")])
 
 
 def require_same_data(path: Path, config: TrainConfig, data: str) -> None:

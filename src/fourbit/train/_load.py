@@ -16,7 +16,15 @@ from fourbit.errors import UserError
 from fourbit.nn import quantized_layers
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
-from fourbit.train._folder import RunFolder, has_run, read_json, recipe_of, require_own, require_same_data
+from fourbit.train._folder import (
+    RunFolder,
+    has_run,
+    read_json,
+    recipe_of,
+    require_no_links,
+    require_own,
+    require_same_data,
+)
 from fourbit.train.tasks import Task, make_task
 
 
@@ -77,6 +85,7 @@ def load(
 def _config_of(folder: Path) -> TrainConfig:
     if not has_run(folder):
         raise UserError(f"there is no run in {folder}: name the folder of one.")
+    require_no_links(folder)
     written = read_json(folder / "config.json")
     fields = {field.name: written[field.name] for field in dataclasses.fields(TrainConfig) if field.name in written}
     for name in ("data_dir", "out"):

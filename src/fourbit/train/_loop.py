@@ -30,7 +30,7 @@ from fourbit.train._schedule import learning_rate
 from fourbit.train._session import Session
 from fourbit.train._signals import StopRequest
 from fourbit.train._state import LoopState, Tally, optimizer_tensors, rng_tensors
-from fourbit.train.tasks import Batch
+from fourbit.train.tasks import Batch, Examples
 
 
 class Loop:
@@ -41,6 +41,7 @@ class Loop:
         self.guard = Guard(session.bare, session.config.on_nonfinite, session.scaler)
         self.guard.skipped_in_a_row = state.skipped_in_a_row
         self.parameters = [p for p in session.bare.parameters() if p.requires_grad]
+        self.examples: Examples | None = None
         self.has_quantized = bool(quantized_layers(session.bare))
 
     def run(self) -> Result:
@@ -129,6 +130,8 @@ class Loop:
             session.optimizer.step()
             for tally in (state.window, state.whole):
                 tally.add(loss_sum, int(correct), int(images))
+            if state.seen is not None:
+                state.seen += int(images)
         else:
             state.skipped += 1
         if not allowed:
@@ -193,7 +196,9 @@ class Loop:
                     findings += found
         loss_sum, correct, images = session.total(sums)
         state.test_loss, state.test_accuracy = loss_sum / images, correct / images
-        state.test_score = task.judge(session.gather(findings)) if judged else None
+        findings = session.gather(findings) if judged else []
+        state.test_score = task.judge(findings) if judged else None
+        self.examples = task.examples(findings) if judged else None
         elapsed = time.perf_counter() - start
         state.epoch_seconds += elapsed
         state.seconds += elapsed
@@ -202,7 +207,8 @@ class Loop:
     def _end_epoch(self) -> None:
         """Write the line of the epoch, and begin the next."""
         state = self.state
-        self.recorder.epoch(state)
+        assert state.test_loss is not None
+        self.recorder.epoch(state, self.session.task.figures(state.test_loss))
         state.epoch, state.whole, state.epoch_seconds = state.epoch + 1, Tally(), 0.0
 
     def _end(self, stopped: Stopped) -> Result:
@@ -222,7 +228,8 @@ class Loop:
         )
         if known and self.recorder.folder.active:
             self._sample()
-        self.recorder.final(result, self.session.steps_per_epoch)
+        figures = {} if result.test_loss is None else self.session.task.figures(result.test_loss)
+        self.recorder.final(result, self.session.steps_per_epoch, state, figures)
         return result
 
     def _sample(self) -> None:
@@ -232,6 +239,8 @@ class Loop:
             text = session.task.sample(session.bare.eval())
         if text is not None:
             self.recorder.folder.write_sample(text)
+        if self.examples is not None:
+            self.recorder.folder.write_examples(self.examples)
 
     def _diverge(self) -> None:
         """Note the step that could not be done; the checkpoint stays the one before."""
@@ -240,4 +249,4 @@ class Loop:
         self.recorder.diverged_step(state, lr)
         folder, step = self.recorder.folder.path, state.step + 1
         result = Result(folder, "diverged", step, state.epoch, None, None, None, state.seconds, state.skipped)
-        self.recorder.final(result, self.session.steps_per_epoch)
+        self.recorder.final(result, self.session.steps_per_epoch, state, {})

@@ -6,6 +6,7 @@ Epochs are counted from 0 in the files and from 1 on the screen.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,7 @@ class Recorder:
         self.config, self.folder, self.board, self.display = config, folder, board, display
         self.metric = metric_of(config)
         self._window_start = (0.0, 0)
+        self._last_evaluated = -1
 
     def start_window(self, state: LoopState) -> None:
         """Begin to measure images per second."""
@@ -51,10 +53,12 @@ class Recorder:
         kept: dict[str, Any] = {"scales": layers} if layers else {}
         kept |= {} if loss_scale is None else {"loss_scale": loss_scale}
         rates = {f"{self.metric.items}_per_s": rate}
-        self._step_line(state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, **rates, **kept)
-        self.board.scalars(state.step, {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, **rates})
+        self._step_line(
+            state.step, state.epoch, loss=loss, accuracy=accuracy, lr=lr, **rates, **self._seen(state), **kept
+        )
         exponents = {f"grad_scale_exponent/{name}": layer["g_exponent"] for name, layer in layers.items()}
-        self.board.scalars(state.step, exponents | ({} if loss_scale is None else {"loss_scale": loss_scale}))
+        numbers = {"loss/train": loss, "accuracy/train": accuracy, "lr": lr, "loss_scale": loss_scale}
+        self.board.scalars(state.step, numbers | rates | exponents)
         state.window = Tally()
         self.start_window(state)
 
@@ -72,8 +76,8 @@ class Recorder:
         if histograms := histogram_lines(model, observation):
             self.folder.record("histograms", state.step, histograms=histograms)
 
-    def epoch(self, state: LoopState) -> None:
-        """The line of an epoch that was just evaluated."""
+    def epoch(self, state: LoopState, figures: Mapping[str, float]) -> None:
+        """The line of an epoch that was just evaluated, with what `Task.figures` says of it."""
         whole, loss, accuracy = state.whole, state.test_loss, state.test_accuracy
         assert loss is not None
         assert accuracy is not None
@@ -86,10 +90,12 @@ class Recorder:
             test_loss=loss,
             test_accuracy=accuracy,
             **self._judged(loss, accuracy, state.test_score),
+            **figures,
+            **self._seen(state),
             seconds=state.epoch_seconds,
             skipped=state.skipped,
         )
-        self.board.scalars(state.step, {"loss/test": loss, "accuracy/test": accuracy})
+        self._evaluated(state.step, loss, accuracy, state.test_score, figures)
         self.display.say(
             f"epoch {state.epoch + 1}/{self.config.epochs}  step {state.step}  "
             f"train loss {whole.loss:.4f}{self._score(whole.loss, whole.accuracy)}  "
@@ -97,7 +103,7 @@ class Recorder:
             f"{state.epoch_seconds:.1f} s" + (f"  {state.skipped} steps left out" if state.skipped else "")
         )
 
-    def final(self, result: Result, steps_per_epoch: int) -> None:
+    def final(self, result: Result, steps_per_epoch: int, state: LoopState, figures: Mapping[str, float]) -> None:
         """The last line. Its epoch is the one that the last step belongs to."""
         self.folder.record(
             "final",
@@ -106,14 +112,32 @@ class Recorder:
             test_accuracy=result.test_accuracy,
             test_loss=result.test_loss,
             **self._judged(result.test_loss, result.test_accuracy, result.test_score),
+            **figures,
+            **self._seen(state),
             seconds=result.seconds,
             stopped=result.stopped,
             skipped=result.skipped,
         )
+        if result.test_loss is not None and result.step != self._last_evaluated:  # not at the end of an epoch
+            self._evaluated(result.step, result.test_loss, result.test_accuracy, result.test_score, figures)
 
     def _score(self, loss: float, accuracy: float, score: float | None = None) -> str:
         value = self.metric.of(loss, accuracy, score)
         return "" if value is None else f" {self.metric.name} {self.metric.text(value)}"
+
+    def _evaluated(
+        self, step: int, loss: float, accuracy: float | None, score: float | None, figures: Mapping[str, float]
+    ) -> None:
+        """Show the trackers an evaluation."""
+        numbers = {"loss": loss, "accuracy": accuracy, **figures}
+        value = self.metric.of(loss, accuracy, score)
+        numbers[self.metric.name.replace(" ", "_")] = None if value is None else float(value)
+        self.board.scalars(step, {f"{name}/test": number for name, number in numbers.items()})
+        self._last_evaluated = step
+
+    def _seen(self, state: LoopState) -> dict[str, int]:
+        """How many tokens, images or others the run has been trained on."""
+        return {} if state.seen is None else {self.metric.items: state.seen}
 
     def _judged(self, loss: float | None, accuracy: float | None, score: float | None) -> dict[str, Any]:
         """The score, if the task has one, and the metric as it is shown."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fourbit._files import printable
 from fourbit.errors import UserError
 from fourbit.train import _checkpoint
 from fourbit.train._folder import RunFolder, last_record, read_json
@@ -20,7 +21,7 @@ def described(paths: Iterable[Path]) -> list[Row]:
     Raises:
         UserError: a path is no folder, or there is no run at all.
     """
-    rows = [_described(folder) for path in paths for folder in _folders(Path(path))]
+    rows = [tuple(map(printable, _described(folder))) for path in paths for folder in _folders(Path(path))]
     if not rows:
         raise UserError(f"there is no run in {', '.join(map(str, paths))}: name a folder of runs.")
     return rows

@@ -44,6 +44,7 @@ class LoopState:
         step: optimizer steps done, left-out ones included.
         epoch: epochs completed and evaluated.
         skipped: steps left out because of NaN or infinity; skipped_in_a_row: since the last good one.
+        seen: what was trained on, over all epochs; None in a run that a version which did not count began.
         window: sums since the last "step" line; whole: since the start of the epoch.
         epoch_seconds, seconds: time spent on the epoch and on everything, over all sittings.
         test_loss, test_accuracy, test_score: of the last evaluation.
@@ -53,6 +54,7 @@ class LoopState:
     epoch: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    seen: int | None = 0
     window: Tally = field(default_factory=Tally)
     whole: Tally = field(default_factory=Tally)
     epoch_seconds: float = 0.0
@@ -69,7 +71,7 @@ class LoopState:
     def from_dict(cls, values: Mapping[str, Any]) -> LoopState:
         """The inverse of `as_dict`."""
         nested = {name: Tally(**values[name]) for name in ("window", "whole")}
-        return cls(**{**values, **nested})
+        return cls(**{"seen": None, **values, **nested})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

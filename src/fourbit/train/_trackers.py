@@ -30,7 +30,13 @@ class Board:
 
     def __init__(self, names: Sequence[str], folder: Path, step: int = 0, config: Mapping[str, Any] | None = None):
         self._folder = folder
-        self._trackers = [_started(name, folder, step) for name in names]
+        self._trackers: list[Any] = []
+        for name in names:
+            try:
+                self._trackers.append(_started(name, folder, step))
+            except BaseException:
+                self.close()
+                raise
         for tracker in self._trackers:
             if tracker.name != "tensorboard":  # which would write them as a run of their own
                 tracker.store_init_configuration(dict(config or {}))

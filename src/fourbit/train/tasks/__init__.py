@@ -14,6 +14,7 @@ from fourbit.data import SpeechData, TextData, TranslationData
 from fourbit.errors import UserError
 from fourbit.train._config import TrainConfig
 from fourbit.train.tasks._base import Batch as Batch
+from fourbit.train.tasks._base import Examples as Examples
 from fourbit.train.tasks._base import Task as Task
 from fourbit.train.tasks._classification import Classification
 from fourbit.train.tasks._language import LanguageModelling

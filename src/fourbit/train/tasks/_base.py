@@ -17,6 +17,13 @@ from fourbit.train.tasks._metric import Metric
 Batch = tuple[Tensor, ...]
 """The targets come last."""
 
+Examples = dict[str, list[Any]]
+"""A table: `columns`, the names, and `rows`, lists of text."""
+
+
+MOST_EXAMPLES = 8
+"""Rows of it."""
+
 
 class Task(ABC):
     """See `fourbit.train.tasks`.
@@ -59,6 +66,14 @@ class Task(ABC):
     def judge(self, findings: list[Any]) -> float | None:
         """A score of all items, from what `evaluate` found; None where there is no such score."""
         return None
+
+    def examples(self, findings: list[Any]) -> Examples | None:
+        """Some of what `evaluate` found, to be looked at; None where there is nothing to look at."""
+        return None
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """Further numbers that follow from the mean loss of an evaluation, by their names in metrics.jsonl."""
+        return {}
 
     def sample(self, model: nn.Module) -> str | None:
         """What the trained network produces, to be looked at; None where that is nothing to look at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -67,6 +68,12 @@ class LanguageModelling(Task):
         logits, y = logits.flatten(0, 1), y.flatten()
         loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
         return loss, counts_of(loss, logits, y)
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """`bits_per_byte` = loss / ln 2 * tokens / bytes of the test text, which does not depend on the kind of tokens; only
+        where tokens are the text and nothing is lost."""
+        size = self.data.test_bytes
+        return {} if not size else {"bits_per_byte": loss / math.log(2) * len(self.data.test) / size}
 
     def check(self) -> None:
         """There is a window of test text."""

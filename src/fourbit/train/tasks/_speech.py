@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from fourbit import data as datasets
 from fourbit import models
 from fourbit.data import SpeechData
 from fourbit.train._config import TrainConfig
-from fourbit.train.tasks._base import Batch, Task, counts_of, package
+from fourbit.train.tasks._base import MOST_EXAMPLES, Batch, Examples, Task, counts_of, package
 from fourbit.train.tasks._metric import WORD_ERROR_RATE
 
 
@@ -65,6 +66,12 @@ class SpeechRecognition(Task):
                 [said for _, said in findings], [heard for heard, _ in findings]
             )
         )
+
+    def examples(self, findings: list[Any]) -> Examples:
+        """Words that were taken for others most often."""
+        counts = Counter((said, heard) for heard, said in findings if heard != said)
+        rows = [[said, heard, str(times)] for (said, heard), times in counts.most_common(MOST_EXAMPLES)]
+        return {"columns": ["said", "heard", "times"], "rows": rows}
 
     def _measure(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, lengths, y = batch

@@ -13,7 +13,7 @@ from fourbit import data as datasets
 from fourbit import models
 from fourbit.data import TranslationData
 from fourbit.train._config import TrainConfig
-from fourbit.train.tasks._base import Batch, Task, package
+from fourbit.train.tasks._base import MOST_EXAMPLES, Batch, Examples, Task, package
 from fourbit.train.tasks._metric import BLEU
 
 
@@ -65,14 +65,12 @@ class Translation(Task):
         return loss, counts
 
     def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
-        """With the translations and the references."""
+        """With the translations and the numbers of their pairs."""
         source, rows, _ = batch
         network: Any = getattr(model, "module", model)  # what distributed training wraps is not needed here
         found = network.translate(source, self.config.beam_size).t().tolist()
         texts = [self.data.text(tokens) for tokens in found]
-        return self.loss(model, batch)[1], [
-            (t, self.data.references[i]) for t, i in zip(texts, rows.tolist(), strict=True)
-        ]
+        return self.loss(model, batch)[1], list(zip(texts, rows.tolist(), strict=True))
 
     def check(self) -> None:
         """sacrebleu is there."""
@@ -82,6 +80,13 @@ class Translation(Task):
         """BLEU as sacrebleu defines it: its own tokens, case kept."""
         return (
             package("sacrebleu", "BLEU")
-            .corpus_bleu([found for found, _ in findings], [[right for _, right in findings]])
+            .corpus_bleu([found for found, _ in findings], [[self.data.references[i] for _, i in findings]])
             .score
         )
+
+    def examples(self, findings: list[Any]) -> Examples:
+        """The first test sentences that were translated."""
+        shown = sorted(findings, key=lambda found: found[1])[:MOST_EXAMPLES]
+        sources = self.data.test[0]
+        rows = [[self.data.text(sources[i].tolist()), self.data.references[i], found] for found, i in shown]
+        return {"columns": ["source", "reference", "translation"], "rows": rows}
