@@ -31,7 +31,7 @@ CRITERIA = {
     "product": "every bit of product and epilogue one after the other where the sums fit 24 bits; else one rounding",
     "accumulate": "every bit of a scalar model",
 }
-_KERNEL = re.compile(r"(cpu|cuda)-(\w+?)-(portable|avx2|avx_vnni|avx512|dot_product)")
+_KERNEL = re.compile(r"(cpu|cuda)-(\w+?)-(portable|avx2|avx_vnni|avx512_vnni|avx512|dot_product)")
 
 
 def collect(path: Path) -> tuple[dict[tuple[str, str], Counter[str]], dict[str, Counter[str]]]:

@@ -27,7 +27,7 @@ import fourbit as fb
 from fourbit import backends
 
 NO_KERNELS = "reference"
-INSTRUCTION_SETS = (NO_KERNELS, "portable", "avx2", "avx512", "dot_product")
+INSTRUCTION_SETS = (NO_KERNELS, "portable", "avx2", "avx512", "avx512_vnni", "dot_product")
 MOST = (
     "ibm2020",
     "ibm2020-dw8",

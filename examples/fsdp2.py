@@ -64,7 +64,8 @@ def accuracy() -> float:
     return int(sum(hits)) / len(digits.test_y)
 
 
-whole = [int(path.parent.name) for path in options.folder.glob("*/.metadata")]  # written last
+names = [path.parent.name for path in options.folder.glob("*/.metadata")]
+whole = [int(name) for name in names if name.isdigit()]  # written last
 newest = torch.tensor(max(whole, default=0), device=device)
 distributed.broadcast(newest, 0)  # what the first process sees counts for all
 first = int(newest)

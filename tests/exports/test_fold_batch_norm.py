@@ -176,16 +176,18 @@ def test_gguf_has_the_factor_in_the_scale_of_each_block(tmp_path):
     with torch.no_grad():
         model[1].weight[5] = 1e-6
     with pytest.warns(UserWarning, match="1 would make scales of 0 .* beyond 6.1e-05 to 6.55e"):
-        folder = export(model, tmp_path / "small", to="gguf", fold_batch_norm=True)
+        folder = export(model, tmp_path / "small", to="gguf", fold_batch_norm=True, input_shape=(32,))
     assert "1.running_mean" in {t.name for t in gguf.GGUFReader(folder / "model.gguf").tensors}
     with torch.no_grad():
         for norm in (model[1], model[4]):
             norm.weight.copy_(norm.weight.sign())
-    reader = gguf.GGUFReader(export(model, tmp_path / "served", to="gguf", fold_batch_norm=True) / "model.gguf")
+    reader = gguf.GGUFReader(
+        export(model, tmp_path / "served", to="gguf", fold_batch_norm=True, input_shape=(32,)) / "model.gguf"
+    )
     tensors = {t.name: t for t in reader.tensors}
     assert set(tensors) == {f"{layer}.{what}" for layer in (0, 3, 6) for what in ("weight", "bias")}
     with evaluating(model):
-        fold = find_folds(model, None).of["3"]
+        fold = find_folds(model, (32,)).of["3"]
         exact = fold.into(weight_of("3", model[3]).numbers()).numpy()
     found = gguf.dequantize(tensors["3.weight"].data, tensors["3.weight"].tensor_type)
     assert (np.abs(found - exact) <= 2.0**-11 * np.abs(exact) * (1 + 1e-5)).all()
@@ -232,7 +234,7 @@ def test_a_normalization_that_does_not_simply_follow_a_layer_stays_and_is_named(
     fb.convert(model, ROWS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folder = export(model, tmp_path / "served", to="safetensors", fold_batch_norm=True)
+        folder = export(model, tmp_path / "served", to="safetensors", fold_batch_norm=True, input_shape=(8,))
     said = [str(w.message) for w in caught]
     assert len(said) == bool(words) and all(f"not folded: {words}" in text for text in said)
     assert words in (folder / "README.md").read_text().replace("`norm` stays: it", "norm")
@@ -264,6 +266,28 @@ def test_features_on_another_axis_are_not_taken_for_those_of_the_layer(tmp_path)
         export(model, tmp_path / "flat", to="safetensors", input_shape=(8,), fold_batch_norm=True)
 
 
+class Rows(nn.Module):
+    """Rows of images, before a normalization of features that is one of rows."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.l, self.n = kind, nn.Linear(8, 8), nn.BatchNorm1d(8)
+        if kind == "alias":
+            self.other = self.l
+
+    def forward(self, x):
+        if self.kind == "flatten":
+            x = torch.flatten(x, end_dim=1)
+        return self.n(self.l(x))
+
+
+@pytest.mark.parametrize(("kind", "input_shape"), [("", None), ("", (8, 8)), ("flatten", (3, 8, 8)), ("alias", (8,))])
+def test_what_may_be_something_else_is_not_folded(kind, input_shape):
+    """Inputs of unknown axes, a flattening from the front, a layer that loading would find under another name."""
+    folds = find_folds(fb.convert(Rows(kind), ROWS).eval(), input_shape)
+    assert not folds.of and list(folds.left) == ["n"]
+
+
 def test_a_number_without_an_opposite_and_scales_of_a_format_stay_unfolded(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 4), nn.BatchNorm1d(4))
@@ -272,16 +296,16 @@ def test_a_number_without_an_opposite_and_scales_of_a_format_stay_unfolded(tmp_p
         model[0].weight[0, 0] = -0.4  # code -8
         model[1].weight[1] = -1.0  # of a row that has no -8, which is folded
         model[0].weight[1].clamp_(-0.3, 0.3)
-    folder = export(model, tmp_path / "folded", to="safetensors", fold_batch_norm=True)
+    folder = export(model, tmp_path / "folded", to="safetensors", fold_batch_norm=True, input_shape=(32,))
     assert "1.running_mean" not in read_packed(folder)
     with torch.no_grad():
         model[1].weight[0] = -1.0
     with pytest.warns(UserWarning, match="negative factor for -8 in 0, which has no opposite in int4"):
-        export(model, tmp_path / "left", to="safetensors", fold_batch_norm=True)
+        export(model, tmp_path / "left", to="safetensors", fold_batch_norm=True, input_shape=(32,))
     blocks = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32))
     fb.convert(blocks, fb.Recipe("blocks", (fb.Rule(fb.recipes.CATALOG["mxfp4-qat"].rules[-1].spec),)))
     with pytest.warns(UserWarning, match="factors that the e8m0 scales of 0 cannot take"):
-        export(blocks, tmp_path / "blocks", to="gguf", fold_batch_norm=True)
+        export(blocks, tmp_path / "blocks", to="gguf", fold_batch_norm=True, input_shape=(32,))
 
 
 def test_layouts_and_networks_that_cannot_are_refused(tmp_path):

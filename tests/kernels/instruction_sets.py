@@ -10,7 +10,7 @@ from fourbit.kernels.cpu._library import ISAS
 
 PRODUCTS = ("gemm", "product", "lstm_run", "lstm_run_back")
 """Operations with kernels of the instruction sets below; for the others these are avx2 and avx512 once more."""
-OF_PRODUCTS = ("avx_vnni", "dot_product")
+OF_PRODUCTS = ("avx_vnni", "avx512_vnni", "dot_product")
 
 
 def isas(operation: str | None = None) -> list[str]:

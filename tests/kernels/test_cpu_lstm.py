@@ -94,7 +94,7 @@ def test_sequences_run_at_once_as_soon_as_the_instruction_set_allows_it():
     for isa in (*isas(), *reversed(isas())):
         with instruction_set(isa):
             multiplies = cell.operands_of(formats.UINT4, formats.INT4_SYM, torch.uint8, 4) is not None
-        assert multiplies == has_products(isa) == (isa in ("avx2", "avx_vnni", "dot_product"))
+        assert multiplies == has_products(isa) == (isa in ("avx2", "avx_vnni", "avx512_vnni", "dot_product"))
 
 
 def trained(lengths: list[int] | None, size: int, spec, poison: str, last_only: bool) -> list[Tensor]:

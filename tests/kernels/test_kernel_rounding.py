@@ -308,6 +308,7 @@ def test_all_instruction_sets_of_a_usual_build_were_compared():
         "avx2": torch.cpu._is_avx2_supported(),
         "avx512": torch.cpu._is_avx512_supported(),
         "avx_vnni": _has_avx_vnni(),
+        "avx512_vnni": torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported(),
         "dot_product": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
     }
     assert not isas() or set(isas()) == {name for name, has in supported.items() if has}

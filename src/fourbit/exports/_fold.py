@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,6 +124,8 @@ def find_folds(model: nn.Module, input_shape: Sequence[int] | None, bounds: tupl
     """
     graph = traced(model, "folding batch normalization")
     modules = dict(model.named_modules())
+    objects = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    shared = {number for number, count in objects.items() if count > 1}
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -135,7 +138,7 @@ def find_folds(model: nn.Module, input_shape: Sequence[int] | None, bounds: tupl
             continue
         before = nodes[0].args[0] if nodes[0].args else None
         layer = str(before.target) if isinstance(before, fx.Node) and before.op == "call_module" else ""
-        if reason := _objection(modules, calls, nodes, layer, input_shape):
+        if reason := _objection(modules, calls, nodes, layer, input_shape, shared):
             left[name] = reason
             continue
         fold = _fold(name, norm, modules[layer])
@@ -152,6 +155,7 @@ def _objection(
     nodes: Sequence[fx.Node],
     layer: str,
     input_shape: Sequence[int] | None,
+    shared: Container[int],
 ) -> str:
     """Why a normalization does not follow a layer that it can fold into, to stand behind its name; "" where it does."""
     norm, found = modules[str(nodes[0].target)], modules.get(layer) if layer else None
@@ -159,8 +163,8 @@ def _objection(
         return "has no running statistics"
     if found is None or not isinstance(found, (*LAYERS, *PLAIN)):
         return "has neither a convolution nor a linear layer directly in front of it"
-    if len(nodes) > 1 or len(calls[layer]) > 1:
-        return f"or {layer} is used more than once"
+    if len(nodes) > 1 or len(calls[layer]) > 1 or any(id(m) in shared for m in (norm, found)):
+        return f"or {layer} is used more than once, or has two names"
     if len(calls[layer][0].users) > 1:
         return f"is not all that the result of {layer} goes to"
     flat = not isinstance(found, nn.Linear) or _is_matrix(modules, calls[layer][0].args[0], input_shape)
@@ -178,15 +182,15 @@ def _is_matrix(modules: Mapping[str, nn.Module], node: object, input_shape: Sequ
     if not isinstance(node, fx.Node):
         return False
     if node.op == "placeholder":
-        first = next((m for m in modules.values() if isinstance(m, PLAIN)), None)
-        return isinstance(first, nn.Linear) if input_shape is None else len(input_shape) == 1
+        return input_shape is not None and len(input_shape) == 1
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, nn.Flatten):
             return (module.start_dim, module.end_dim) == (1, -1)
         follows = isinstance(module, _ELEMENTWISE)
     elif node.target in (torch.flatten, "flatten"):
-        return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+        names = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))
+        return {**names, **{k: v for k, v in node.kwargs.items() if k in names}} == {"start_dim": 1, "end_dim": -1}
     else:
         follows = node.target in _FUNCTIONS or node.target in ("relu", "relu_")
     return follows and all(_is_matrix(modules, n, input_shape) for n in node.all_input_nodes)

@@ -15,6 +15,7 @@ normalization has no entries, and the layer a bias.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -124,12 +125,17 @@ def load_packed(model: nn.Module, file: Path) -> nn.Module:
         UserError: as `read_packed`, or the file is of another model.
     """
     tensors, header = _read(file)
-    modules = dict(model.named_modules())
-    try:
+
+    def load(model: nn.Module) -> None:
+        modules = dict(model.named_modules())
         for norm, layer in header["folded"].items():
             modules[layer].register_parameter("bias", nn.Parameter(tensors[f"{layer}.bias"]))
             model.set_submodule(norm, nn.Identity())
         model.load_state_dict(tensors)
+
+    try:
+        load(copy.deepcopy(model))  # nothing happens to the model if the file is of another
+        load(model)
     except (RuntimeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{file} is of another model than {type(model).__name__}: {' '.join(str(error).split())[:200]}"

@@ -34,7 +34,11 @@ X86 = {
 PER_ISA = ("quantize.cpp", "norm.cpp", "accumulate.cpp", "cell.cpp", "blocks.cpp")
 ONCE = ("library.cpp",)
 INTEGERS = ("avx2_convolve.cpp", "avx2_multiply.cpp", "avx2_wgrad.cpp")
-INTEGER_ISAS = {"avx2": X86["avx2"], "avx_vnni": (*X86["avx2"], "-mavxvnni")}
+INTEGER_ISAS = {
+    "avx2": X86["avx2"],
+    "avx_vnni": (*X86["avx2"], "-mavxvnni"),
+    "avx512_vnni": (*X86["avx512"], "-mavx512vnni"),
+}
 """Sources of the products without bfloat16, and the instruction sets that they are compiled for."""
 DOT_PRODUCT = ("convolve.cpp", "multiply.cpp")
 DOT_PRODUCT_FLAGS = (*X86["avx512"], "-mavx512bf16", "-mavx512vnni", "-DFOURBIT_ISA=dot_product")

@@ -13,7 +13,15 @@ from torch import Tensor
 from fourbit.backends import Plan, Reusable
 from fourbit.kernels._check import CHANNELS_LAST, fresh, pointer, require
 from fourbit.kernels.cpu import _structures as c
-from fourbit.kernels.cpu._matrices import Matrix, by_matrices, has_bfloat16, has_int8, int8, integers_of
+from fourbit.kernels.cpu._matrices import (
+    Matrix,
+    by_matrices,
+    bytes_of,
+    has_bfloat16,
+    has_int8,
+    int8,
+    integers_of,
+)
 from fourbit.kernels.cpu._quantize import float_grid, is_half, kernels
 from fourbit.ops import Convolution, Gemm, Layout, Raw, reference_product
 from fourbit.quantizers import carrier_dtype
@@ -120,22 +128,19 @@ def _geometry(con: Convolution, x: Sequence[int], w: Sequence[int], out: Sequenc
 
 
 def _own_forward(g: Gemm, con: Convolution, x: Tensor, size: list[int]) -> Plan[Raw]:
-    """Scaled, rounded and in 16-bit codes where the taker knows them. Where bfloat16 is multiplied: unsigned activations."""
-    num, in_channels, *_ = x.shape
+    """Scaled, rounded and in 16-bit codes where the taker knows them."""
+    num = x.shape[0]
     out_channels, _, *kernel = g.b.q.shape
-    of = integers_of(g.a.format, g.b.format, x.dtype)
+    of = bytes_of(g.a.format, g.b.format, x.dtype)
     if of is None:
-        if not kernels().has_dot_product or x.dtype != torch.uint8 or in_channels % 4 or out_channels % 16:
-            return f"{kernels().isa} has no convolution of these formats and channels"
-        if num < torch.get_num_threads():
-            return "there are fewer images than threads, which share them"
+        return f"{kernels().isa} has no convolution of these formats"
     if con.dilation != (1, 1) or g.b.q.shape.numel() == 0 or not _geometry_fits(con, kernel):
         return "the convolution is dilated, empty or padded by more than its kernel"
     if g.scale is not None and g.scale.numel() != 1:
         return "parts of an operand have scales"
     into, takes_codes = Layout.channels_last((num, out_channels, *size)), is_half(g.output)
     grid = float_grid(g.output) if takes_codes and g.output is not None else c.FloatGrid()
-    known = c.ConvFprop(of=of or c.Integers(), grid=grid, scale=1.0, **_geometry(con, x.shape, g.b.q.shape, size))
+    known = c.ConvFprop(of=of, grid=grid, scale=1.0, **_geometry(con, x.shape, g.b.q.shape, size))
     dtype, num_x, num_w = x.dtype, x.numel(), g.b.q.shape.numel()
 
     def run(g: Gemm) -> Raw:
@@ -167,7 +172,8 @@ def convolve_backward(g: Gemm, con: Convolution) -> Plan[Raw]:
     if not len(g.layout.shape) == len(g.b.q.shape) == g.a.q.dim() == 4:
         return _onednn_backward(g, con)
     found: Plan[Raw] = ""
-    for plan in (_integer_gradient, _pointwise, _own_backward, _onednn_backward):
+    first = (_integer_gradient, _pointwise)  # with AVX512-BF16, torch's product of int8 matrices is the faster for 1x1
+    for plan in (*(first[::-1] if kernels().has_dot_product else first), _own_backward, _onednn_backward):
         found = plan(g, con)
         if not isinstance(found, str):
             break
@@ -211,7 +217,8 @@ def _own_backward(g: Gemm, con: Convolution) -> Plan[Raw]:
 def _integer_gradient(g: Gemm, con: Convolution) -> Plan[Raw]:
     """Where both operands are integers, in units of the gradient's smallest magnitude: any channels, any stride, exact."""
     assert isinstance(g.a.q, Tensor)
-    of = integers_of(g.a.format, g.b.format, g.a.q.dtype)
+    dtype = g.a.q.dtype
+    of = bytes_of(g.a.format, g.b.format, dtype) or integers_of(g.a.format, g.b.format, dtype)
     return f"{kernels().isa} has no convolution of these formats" if of is None else _gradient(g, con, of)
 
 

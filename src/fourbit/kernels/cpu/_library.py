@@ -19,9 +19,9 @@ from fourbit.kernels.cpu._build import LIBRARY
 from fourbit.kernels.cpu._structures import ABI, FUNCTIONS
 from fourbit.kernels.cpu._threads import openmp_entries
 
-ISAS = ("portable", "avx2", "avx_vnni", "avx512", "dot_product")
-"""Instruction sets, from the plainest to the widest; avx_vnni is AVX2 with dot products of integers, and dot_product is AVX-512
-with VNNI and BF16."""
+ISAS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "dot_product")
+"""Instruction sets, from the plainest to the widest; avx_vnni is AVX2 with dot products of integers, avx512_vnni AVX-512 with
+them, and dot_product AVX-512 with those of bfloat16 as well."""
 
 
 class Library:
@@ -61,7 +61,7 @@ class Library:
     isa: str
     """Instruction set in use, one of ISAS; at first the fastest that the processor has."""
     has_products: bool
-    """Whether the products and convolutions run with it: not with portable, and not with avx512."""
+    """Whether the products and convolutions run with it: not with portable, and not with avx512 alone."""
     has_dot_product: bool
     """Whether they multiply bfloat16 by integers. Otherwise, they do what is made of integers in units of a number."""
 

@@ -70,6 +70,11 @@ def integers_of(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any |
     return _ranges(a, b, dtype) if run.has_products and not run.has_dot_product else None
 
 
+def bytes_of(a: Format | None, b: Format | None, dtype: torch.dtype) -> Any | None:
+    """The same of convolutions of 8-bit numbers, which are multiplied as such also where bfloat16 is."""
+    return _ranges(a, b, dtype) if dtype.itemsize == 1 and kernels().has_products else None
+
+
 def operands_of(a: Format | None, b: Format | None, dtype: torch.dtype, forward: int = 0) -> Any | None:
     """The same of all products of two matrices, those of bfloat16 among them; `forward`: the length of the sum, if both are
     integers, with 32 bits for it."""
@@ -325,7 +330,7 @@ def panels(arguments: Any, cache: dict[str, Any]) -> int:
     """The address of the right operand of a product as the library multiplies it, made once and kept in `cache`. Only where
     the library multiplies at all."""
     count = kernels().panel_count(ctypes.byref(arguments))
-    key = f"panels {kernels().isa}"
+    key = f"panels {kernels().isa} {count} {arguments.b_turned} {bool(arguments.b16)}"
     kept = cache.get(key)
     if kept is None:
         kept = torch.empty(count, dtype=torch.int32)

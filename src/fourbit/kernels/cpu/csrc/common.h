@@ -298,8 +298,8 @@ struct Integers {
   int32_t a_min, a_max, b_min, b_max;
 };
 
-// A convolution of unsigned integers of 8 bits: [num, height, width, in_channels], in fours, to [num, out_height, out_width,
-// out_channels], in sixteens; sums are exact. The result is scale * sum, as 16-bit codes of grid (see Half) or in float32.
+// A convolution of integers of 8 bits: [num, height, width, in_channels] to [num, out_height, out_width, out_channels]; sums are
+// exact. The result is scale * sum, as 16-bit codes of grid (see Half) or in float32.
 struct ConvFprop {
   const uint8_t* x;
   const int8_t* w;  // [out_channels, kernel_height, kernel_width, in_channels]
@@ -309,7 +309,7 @@ struct ConvFprop {
   FloatGrid grid;
   int64_t num, height, width, in_channels, out_height, out_width, out_channels;
   int64_t kernel_height, kernel_width, pad_height, pad_width, stride_height, stride_width;
-  Integers of;  // x and w; kernels that multiply integers take any channels, and signed x
+  Integers of;  // x, signed or unsigned, and w
 };
 
 // Gradients of a convolution: [num, height, width, in_channels] to [num, out_height, out_width, out_channels]. x and w are integers
@@ -373,6 +373,7 @@ struct Products {
 
 extern const Products avx2_products;
 extern const Products avx_vnni_products;
+extern const Products avx512_vnni_products;
 extern const Products dot_product_products;
 
 // Float32 rows of `size` units, gates [rows, 4 size] in the order i, f, g, o; every array contiguous.

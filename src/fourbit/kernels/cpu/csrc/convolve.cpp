@@ -1,6 +1,5 @@
-// Convolutions where the channels come in sixteens: forward in integers, with the result rounded before it is written for the
-// first time, and gradients with stride 1 in bfloat16 with float32 sums, which the general library does at half speed for the
-// few channels of small images. Needs the dot-product instructions of AVX512-VNNI and AVX512-BF16.
+// Gradients of convolutions where the channels come in sixteens, with stride 1: bfloat16 by integers with float32 sums, which the
+// general library does at half speed for the few channels of small images. Needs the dot product of AVX512-BF16.
 //
 // All tensors are channels_last. A pair is two bfloat16 numbers in 32 bits, as the instruction wants them: of two neighbouring
 // pixels for wgrad, which sums over pixels, and of two neighbouring channels for dgrad, which sums over channels.
@@ -105,72 +104,6 @@ void wgrad_images(const ConvWgrad& t, int64_t begin, int64_t end, float* dw) {
   }
 }
 
-// ---- fprop ----
-
-// One tile: kP pixels of a row times kB blocks of 16 output channels. Weights are fours of input channels, w[ky][kx][ci / 4][co].
-// kC: the number of input channels where it is known beforehand (the steps from pixel to pixel are then constants), else 0.
-template <int kP, int kB, int kC>
-inline void fprop_tile(const ConvFprop& t, const Half& h, const uint8_t* x, int64_t x_row, const int8_t* w, int64_t out) {
-  const int64_t channels = kC ? kC : t.in_channels, step = kC ? kC : t.in_channels * t.stride_width;
-  __m512i acc[kP][kB];
-  for (int p = 0; p < kP; ++p)
-    for (int b = 0; b < kB; ++b) acc[p][b] = _mm512_setzero_si512();
-  for (int64_t ky = 0; ky < t.kernel_height; ++ky)
-    for (int64_t kx = 0; kx < t.kernel_width; ++kx) {
-      const uint8_t* xs = x + ky * x_row + kx * channels;
-#pragma GCC unroll 4
-      for (int64_t ci = 0; ci < channels; ci += 4, w += kB * 64) {
-        __m512i v[kB];
-#pragma GCC unroll 4
-        for (int b = 0; b < kB; ++b) v[b] = _mm512_loadu_si512(w + b * 64);
-#pragma GCC unroll 16
-        for (int p = 0; p < kP; ++p) {
-          int32_t four;
-          std::memcpy(&four, xs + p * step + ci, 4);
-          const __m512i fours = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-          for (int b = 0; b < kB; ++b) acc[p][b] = _mm512_dpbusd_epi32(acc[p][b], fours, v[b]);
-        }
-      }
-    }
-  for (int p = 0; p < kP; ++p)
-    for (int b = 0; b < kB; ++b) {
-      const int64_t at = out + p * t.out_channels + b * kLanes;
-      const __m512 sum = _mm512_cvtepi32_ps(acc[p][b]);
-      if (t.halves) {
-        float sums[kLanes];
-        _mm512_storeu_ps(sums, sum);
-        to_halves(sums, t.scale, h, kLanes, static_cast<uint16_t*>(t.out) + at);
-      } else {
-        _mm512_storeu_ps(static_cast<float*>(t.out) + at, _mm512_mul_ps(sum, _mm512_set1_ps(t.scale)));
-      }
-    }
-}
-
-template <int kB, int kC>
-void fprop_row(const ConvFprop& t, const Half& h, const uint8_t* x, int64_t x_row, const int8_t* w, int64_t out) {
-  const int64_t step = t.in_channels * t.stride_width;
-  int64_t p = 0;
-  constexpr int kWide = kB == 1 ? 16 : 8;
-  for (; p + kWide <= t.out_width; p += kWide)
-    fprop_tile<kWide, kB, kC>(t, h, x + p * step, x_row, w, out + p * t.out_channels);
-  for (; p + 4 <= t.out_width; p += 4) fprop_tile<4, kB, kC>(t, h, x + p * step, x_row, w, out + p * t.out_channels);
-  for (; p < t.out_width; ++p) fprop_tile<1, kB, kC>(t, h, x + p * step, x_row, w, out + p * t.out_channels);
-}
-
-using FpropRow = void (*)(const ConvFprop&, const Half&, const uint8_t*, int64_t, const int8_t*, int64_t);
-
-template <int kB>
-FpropRow fprop_row_for(const ConvFprop& t) {
-  if (t.stride_width != 1) return fprop_row<kB, 0>;
-  switch (t.in_channels) {
-    case 16: return fprop_row<kB, 16>;
-    case 32: return fprop_row<kB, 32>;
-    case 64: return fprop_row<kB, 64>;
-    default: return fprop_row<kB, 0>;
-  }
-}
-
 // ---- dgrad ----
 
 // One tile: kP pixels of a row times kB blocks of 16 input channels.
@@ -219,45 +152,6 @@ void dgrad_row(const ConvDgrad& t, const uint16_t* g, int64_t g_row, const uint3
 }
 
 }  // namespace
-
-bool dot_product_fprop(const ConvFprop* t) {
-  if (t->out_height < 1 || t->out_width < 1) return false;
-  // Pairs of 16 output channels, and a single one at the end, each w[ky][kx][ci / 4][co][4].
-  const int64_t taps = t->kernel_height * t->kernel_width, inner = taps * t->in_channels;
-  std::vector<int8_t> w(static_cast<size_t>(t->out_channels * inner));
-  for (int64_t co = 0; co < t->out_channels; ++co) {
-    const int64_t first = co / (2 * kLanes) * (2 * kLanes);
-    const int64_t lanes = t->out_channels - first < 2 * kLanes ? kLanes : 2 * kLanes;
-    int8_t* to = w.data() + first * inner + (co - first) * 4;
-    const int8_t* from = t->w + co * inner;
-    for (int64_t i = 0; i < inner; i += 4, to += lanes * 4) std::memcpy(to, from + i, 4);
-  }
-  struct Task { const ConvFprop* t; const int8_t* w; } task{t, w.data()};
-  parallel_always(t->num, [](int64_t begin, int64_t end, int, void* p) {
-    const Task& task = *static_cast<Task*>(p);
-    const ConvFprop& t = *task.t;
-    const Half h(t.grid);
-    const FpropRow pair = fprop_row_for<2>(t), single = fprop_row_for<1>(t);
-    const int64_t inner = t.kernel_height * t.kernel_width * t.in_channels;
-    // The part of an image that the kernel meets, in a frame of zeros.
-    const int64_t rows = (t.out_height - 1) * t.stride_height + t.kernel_height;
-    const int64_t columns = (t.out_width - 1) * t.stride_width + t.kernel_width, x_row = columns * t.in_channels;
-    const int64_t width = columns - t.pad_width < t.width ? columns - t.pad_width : t.width;
-    std::vector<uint8_t> x(static_cast<size_t>(rows * x_row));
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t y = 0; y < t.height && y + t.pad_height < rows; ++y)
-        std::memcpy(x.data() + (y + t.pad_height) * x_row + t.pad_width * t.in_channels,
-                    t.x + (n * t.height + y) * t.width * t.in_channels, static_cast<size_t>(width * t.in_channels));
-      for (int64_t co = 0; co < t.out_channels; co += 2 * kLanes) {
-        const FpropRow row = t.out_channels - co < 2 * kLanes ? single : pair;
-        for (int64_t y = 0; y < t.out_height; ++y)
-          row(t, h, x.data() + y * t.stride_height * x_row, x_row, task.w + co * inner,
-              (n * t.out_height + y) * t.out_width * t.out_channels + co);
-      }
-    }
-  }, &task);
-  return true;
-}
 
 bool dot_product_wgrad(const ConvWgrad* t) {
   if (t->stride_height != 1 || t->stride_width != 1) return false;

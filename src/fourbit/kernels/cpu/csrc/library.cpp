@@ -59,9 +59,12 @@ bool has_avx_vnni() {
   return avx_vnni_products.multiply && has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
 }
 
+bool has_avx512_vnni() {
+  return avx512_vnni_products.multiply && has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+
 bool has_dot_product() {
-  return dot_product_products.multiply && has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vnni");
+  return dot_product_products.multiply && has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
 }
 #endif
 
@@ -83,6 +86,7 @@ constexpr Isa isas[] = {
     {"avx2", &avx2_table, &avx2_products, has_avx2},
     {"avx_vnni", &avx2_table, &avx_vnni_products, has_avx_vnni},
     {"avx512", &avx512_table, &no_products, has_avx512},
+    {"avx512_vnni", &avx512_table, &avx512_vnni_products, has_avx512_vnni},
     {"dot_product", &avx512_table, &dot_product_products, has_dot_product},
 #endif
 };

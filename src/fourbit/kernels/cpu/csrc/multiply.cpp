@@ -374,12 +374,26 @@ bool pack_panels(const MatMul* t, uint32_t* out) {
 
 }  // namespace
 
-bool dot_product_fprop(const ConvFprop*);
 bool dot_product_wgrad(const ConvWgrad*);
 bool dot_product_dgrad(const ConvDgrad*);
 
-const Products dot_product_products = {
-    false, multiply, panel_count, pack_panels, dot_product_fprop, dot_product_wgrad, dot_product_dgrad};
+// Gradients whose ranges are given are integers of 8 bits: those have twice the rate of bfloat16.
+static bool wgrad(const ConvWgrad* t) {
+  const auto integers = avx512_vnni_products.conv_wgrad;
+  return t->of.unit > 0.0f ? integers && integers(t) : dot_product_wgrad(t);
+}
+
+static bool dgrad(const ConvDgrad* t) {
+  const auto integers = avx512_vnni_products.conv_dgrad;
+  return t->of.unit > 0.0f ? integers && integers(t) : dot_product_dgrad(t);
+}
+
+static bool fprop(const ConvFprop* t) {
+  const auto integers = avx512_vnni_products.conv_fprop;
+  return integers && integers(t);
+}
+
+const Products dot_product_products = {false, multiply, panel_count, pack_panels, fprop, wgrad, dgrad};
 
 }  // namespace fourbit
 

@@ -42,13 +42,26 @@ Room<T> room_for(int64_t count) {
 
 // ---- the two kinds of numbers ----
 
+// Dot products of integers: AVX-VNNI, or AVX-512 VNNI on vectors of 256 bits.
+#if defined(__AVXVNNI__)
+#define FOURBIT_VNNI 1
+inline __m256i dot_words(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+inline __m256i dot_bytes(__m256i sum, __m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define FOURBIT_VNNI 1
+inline __m256i dot_words(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_epi32(sum, a, b); }
+inline __m256i dot_bytes(__m256i sum, __m256i a, __m256i b) { return _mm256_dpbusd_epi32(sum, a, b); }
+#else
+#define FOURBIT_VNNI 0
+#endif
+
 struct In16 {
   using Number = int16_t;
   static constexpr int kTerms = 2;
   static constexpr bool kNarrow = false;  // whether sums are in 16 bits until they are widened
   static FOURBIT_INLINE __m256i add(__m256i sum, __m256i a, __m256i b) {
-#if defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#if FOURBIT_VNNI
+    return dot_words(sum, a, b);
 #else
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 #endif
@@ -60,14 +73,10 @@ template <bool kLeft>
 struct In8 {
   using Number = uint8_t;
   static constexpr int kTerms = 4;
-#if defined(__AVXVNNI__)
-  static constexpr bool kNarrow = false;
-#else
-  static constexpr bool kNarrow = true;
-#endif
+  static constexpr bool kNarrow = !FOURBIT_VNNI;
   static FOURBIT_INLINE __m256i add(__m256i sum, __m256i a, __m256i b) {
-#if defined(__AVXVNNI__)
-    return kLeft ? _mm256_dpbusd_avx_epi32(sum, a, b) : _mm256_dpbusd_avx_epi32(sum, b, a);
+#if FOURBIT_VNNI
+    return kLeft ? dot_bytes(sum, a, b) : dot_bytes(sum, b, a);
 #else
     return _mm256_add_epi16(sum, kLeft ? _mm256_maddubs_epi16(a, b) : _mm256_maddubs_epi16(b, a));
 #endif
@@ -96,11 +105,7 @@ inline Way way_of(const Integers& n, bool left) {
   Way way;
   const int64_t largest = int64_t{high} + offset, product = most_of(largest * other, 1);
   way.steps = 32767 / (2 * product);
-#if defined(__AVXVNNI__)
-  constexpr bool kHolds = true;
-#else
-  const bool kHolds = way.steps >= kFewest;
-#endif
+  const bool kHolds = FOURBIT_VNNI || way.steps >= kFewest;
   const bool fits = left || (n.a_min >= -128 && n.a_max <= 127);  // the signed side
   way.bytes = kHolds && largest <= 255 && fits;
   if (way.bytes) {
@@ -109,7 +114,6 @@ inline Way way_of(const Integers& n, bool left) {
   } else {
     way.terms = kInt32 / most_of(most_of(-n.a_min, n.a_max) * most_of(-n.b_min, n.b_max), 1);
   }
-  (void)kFewest;
   return way;
 }
 
