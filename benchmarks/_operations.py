@@ -117,13 +117,13 @@ _MX, _NV = BlockScale(formats.E8M0, "floor"), BlockScale(formats.FP8_E4M3FN, "ne
 
 
 def _blocks(scaling: BlockScale, size: int, rotated: int = 0, stochastic: bool = False) -> Build:
-    """E2M1 in blocks along rows of 1024, in bfloat16; what is rounded to nearest is packed with its scales as well."""
+    """E2M1 in blocks along rows of 1024 or less, in bfloat16; what is rounded to nearest is packed as well."""
     rounding = Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
     spec = QuantSpec(formats.FP4_E2M1, scaling, Block(size), rounding)
     rotation = Rotation(Hadamard(rotated, "fresh"), 1) if rotated else None
 
     def build(x: Tensor) -> Call:
-        x = x.view(1, -1, 1, 1024)
+        x = x.view(1, -1, 1, min(1024, x.numel()))
         request = request_for(x, spec, Block(size), key=1, save=not stochastic, rotation=rotation)
         return lambda: run(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -152,7 +153,9 @@ def _not_run() -> str:
 
 
 def _saved_share() -> str:
-    return f"{saved_memory().parts[0].value:.2f}"
+    parts = sorted(saved_memory().parts, key=lambda part: part.value)
+    least, most = (f"{part.value:.2f} ({re.split('[ ,]', part.what)[0]})" for part in (parts[0], parts[-1]))
+    return f"from {least} to {most}"
 
 
 def _accuracy_energy() -> str:

@@ -177,3 +177,24 @@ def high_at_the_end() -> Claim:
         "Both NVIDIA and Chmiel et al. report that the loss falls once one side is in BF16. Here every variant has the "
         "same steps; 400 of them may be too few for rounding to be what limits the loss.",
     )
+
+
+@claim(Group.DEBATES)
+def uniform_grid() -> Claim:
+    return _debate(
+        "grid",
+        "A uniform grid trains a language model better than E2M1, rotated or not.",
+        (("ufp4", "ufp4-e2m1", None, 0.0), ("ufp4-plain", "ufp4-e2m1-plain", None, 0.0)),
+        "UFP4 says that numbers behind a rotation are spread so evenly that a uniform grid of 4 bits fits them better "
+        "than E2M1's. NVIDIA's and OCP's formats have E2M1. Blocks are 16 numbers with E4M3 scales.",
+    )
+
+
+@claim(Group.DEBATES)
+def rotation_for_the_uniform_grid() -> Claim:
+    return _debate(
+        "grid",
+        "A uniform grid needs a rotation.",
+        (("ufp4", "ufp4-plain", None, 0.0),),
+        "UFP4 rotates all operands. `ufp4-plain` is the same without rotations.",
+    )

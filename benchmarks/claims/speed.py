@@ -116,6 +116,8 @@ def saved_memory() -> Claim:
         (
             "Other layers keep what they kept. Where weights dominate, the peak of memory lies above FP32's, because "
             "codes of the weights come on top.",
+            "FP32 keeps an input of two layers once, as in ResNet-18's shortcuts; each 4-bit layer keeps it on a grid of its "
+            "own. Gates and states of an LSTM are no operands of a product, and are not in 4 bits.",
         ),
         tables=(
             Table(

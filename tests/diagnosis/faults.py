@@ -88,6 +88,12 @@ def shake_scale(session: Session, step: int) -> None:
             layer.quant.g_exponent.add_(4 if step % 4 < 2 else -4)
 
 
+def shrink_clip_value(session: Session, step: int) -> None:
+    if step >= 4:
+        with torch.no_grad():
+            layer_of(session).quant.x_alpha.mul_(0.7)
+
+
 def kill_layer(session: Session, step: int) -> None:
     if step >= 6:
         with torch.no_grad():
@@ -145,8 +151,9 @@ FAULTS = (
     Fault("saturation", "weights scaled to a quarter", recipe=every_slot("w_fprop", scaling=FixedScale(0.005))),
     Fault(
         "clip-collapse",
-        "clip values with 50 times the learning rate, and decay",
-        {"alpha_lr_factor": 50.0, "alpha_weight_decay": 0.5},
+        "a clip value that loses 0.3 of itself in every step",
+        on_step=shrink_clip_value,
+        where=LAYER,
     ),
     Fault(
         "signal-lost", "activations on a grid with steps of 20", recipe=every_slot("x_fprop", scaling=FixedScale(20.0))

@@ -61,9 +61,9 @@ class StandIn:
         return 1
 
     def conv_fprop(self, at: Any) -> int:
-        """Channels in fours and sixteens."""
+        """Any number of channels."""
         t = _structure(at)
-        images, pixels = _check_geometry(t, t.stride_height, t.stride_width, 4)
+        images, pixels = _check_geometry(t, t.stride_height, t.stride_width, 1)
         _read(t.x, images * t.in_channels)
         _read(t.w, t.out_channels * t.kernel_height * t.kernel_width * t.in_channels)
         _write(t.out, pixels * t.out_channels * (2 if t.halves else 4))
@@ -94,7 +94,7 @@ def _structure(at: Any) -> Any:
 
 def _check_geometry(t: Any, stride_height: int, stride_width: int, multiple: int) -> tuple[int, int]:
     """Pixels of input and output, after a look at what the loops assume."""
-    assert t.in_channels % multiple == 0 and t.out_channels % 16 == 0 and t.out_channels > 0 and t.in_channels > 0
+    assert t.in_channels % multiple == 0 and t.out_channels % multiple == 0 and t.out_channels > 0 and t.in_channels > 0
     assert 0 <= t.pad_height < t.kernel_height and 0 <= t.pad_width < t.kernel_width
     assert stride_height >= 1 and stride_width >= 1
     assert t.out_height == (t.height + 2 * t.pad_height - t.kernel_height) // stride_height + 1 >= 1
