@@ -9,6 +9,7 @@ If a process dies, torchrun ends the others and starts all again, and they go on
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,8 +34,10 @@ parser.add_argument("--epochs", type=int, default=6)
 options = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
-distributed.init_process_group("nccl" if on_gpu else "gloo")
-rank, world = distributed.get_rank(), distributed.get_world_size()
+store, rank, world = next(distributed.rendezvous("env://"))
+# A part of torchrun's store for each start: in the rest lie addresses of processes that are gone.
+store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
 if BATCH % world:
     sys.exit(f"{world} processes cannot share a batch of {BATCH} equally: start a number that divides it.")
 device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")

@@ -57,28 +57,50 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-def test_a_worker_that_is_killed_ends_the_others_and_the_run_goes_on_with_another_number(tmp_path):
-    command = [*("3" if word == "1" and COMMAND[n - 1] == "--epochs" else word for n, word in enumerate(COMMAND))]
-    command += ["--observe-every", "0", "--log-every", "1"]
-    assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    two = [*command, "--out", str(tmp_path / "two")]
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fourbit")
-    process = subprocess.Popen([sys.executable, "-m", *launcher, *two], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+LONGER = [*("3" if word == "1" and COMMAND[n - 1] == "--epochs" else word for n, word in enumerate(COMMAND))]
+LONGER += ["--observe-every", "0", "--log-every", "1"]
+
+
+def kill_second_worker(out: Path, *command: str, restarts: int) -> tuple[subprocess.Popen, list[int]]:
+    """A run in two processes, the second of which is killed behind the first checkpoint."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts))
+    command = (sys.executable, "-m", *launcher, "-m", "fourbit", *command, "--out", str(out))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
-    while not (tmp_path / "two" / "checkpoint" / "state.json").exists() and time.monotonic() < deadline:
+    while not (out / "checkpoint" / "state.json").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
+    return process, workers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_worker_that_is_killed_ends_the_others_and_the_run_goes_on_with_another_number(tmp_path):
+    assert main([*LONGER, "--out", str(tmp_path / "one")]) == 0
+    process, workers = kill_second_worker(tmp_path / "two", *LONGER, restarts=0)
     killed = time.monotonic()
     process.communicate(timeout=120)
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert main([*two, "--resume"]) == 0
+    assert main([*LONGER, "--out", str(tmp_path / "two"), "--resume"]) == 0
     one, two = (final(tmp_path / name) for name in ("one", "two"))
     assert one["step"] == two["step"] and two["stopped"] == "done"
     # Two processes normalize batches of half the size, so the first epoch is a little different.
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_run_that_torchrun_starts_again_ends_as_an_undisturbed_one(tmp_path):
+    """Restarted processes found addresses of those before them, if they came first, and waited for half an hour."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fourbit")
+    subprocess.run([*launcher, *LONGER, "--out", str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    process, _ = kill_second_worker(tmp_path / "killed", *LONGER, restarts=3)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-4000:]
+    whole, killed = (final(tmp_path / name) for name in ("whole", "killed"))
+    for key in ("step", "stopped", "test_loss", "test_accuracy"):
+        assert whole[key] == killed[key]

@@ -38,6 +38,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
     Args:
         config: what to train. `config.out` must be empty or missing, unless `resume`.
         resume: go on from the checkpoint in `config.out`; the configuration must be the one that it was made with.
+            Processes that torchrun has started again do so anyway.
 
     Returns:
         How it ended. Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint, as "interrupted".

@@ -38,6 +38,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def restarts() -> int:
+    """How often torchrun has started this process and those beside it again (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def prepare_process(config: Settings) -> None:
     """Threads, allocator, and repeatable convolutions on the GPU. Concerns the whole process and is not undone."""
     if config.threads is not None:

@@ -10,8 +10,16 @@ from fourbit.errors import UserError
 from fourbit.train import _checkpoint
 from fourbit.train._config import TrainConfig
 from fourbit.train._display import Display
-from fourbit.train._environment import describe
-from fourbit.train._folder import RunFolder, last_record, require_free, require_own, require_same, require_same_data
+from fourbit.train._environment import describe, restarts
+from fourbit.train._folder import (
+    RunFolder,
+    has_run,
+    last_record,
+    require_free,
+    require_own,
+    require_same,
+    require_same_data,
+)
 from fourbit.train._loop import Loop
 from fourbit.train._recorder import Recorder
 from fourbit.train._result import Result
@@ -38,6 +46,7 @@ def run(
     """
     config = validated(config)
     assert config.out is not None
+    resume = resume or (restarts() > 0 and has_run(config.out))
     if resume:
         require_same(config.out, config)
     else:

@@ -16,13 +16,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 
 from fourbit import recipes
 from fourbit.errors import UserError
 from fourbit.recipes import LossScaler, Scheduler
 from fourbit.train._config import TrainConfig
-from fourbit.train._environment import prepare_process
+from fourbit.train._environment import prepare_process, restarts
 from fourbit.train._muon import MuonWithAdamW, hidden_matrices
 from fourbit.train.tasks import Batch, Task, make_task
 
@@ -141,8 +142,19 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     # The state of accelerate is one per process; a run on another device than the run before needs a new one.
     if PartialState._shared_state and (str(PartialState().device) == "cpu") != cpu:
         AcceleratorState._reset_state(reset_partial_state=True)
+    _join_restarted(cpu)
     # autocast is entered in `Session.autocast`, so that it does not become part of that state.
     return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=config.grad_accumulation)
+
+
+def _join_restarted(cpu: bool) -> None:
+    """Processes that torchrun has started again meet in a part of its store of their own: in the rest lie addresses of those
+    that are gone (https://github.com/pytorch/pytorch/issues/135712), and who reads one waits half an hour."""
+    if not restarts() or distributed.is_initialized():
+        return
+    store, rank, world = next(distributed.rendezvous("env://"))
+    part = distributed.PrefixStore(f"attempt {restarts()}", store)
+    distributed.init_process_group("gloo" if cpu else "nccl", store=part, rank=rank, world_size=world)
 
 
 def _steps_per_epoch(config: TrainConfig, task: Task, num_processes: int) -> int:
