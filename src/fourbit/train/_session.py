@@ -152,8 +152,8 @@ def _join_restarted(cpu: bool) -> None:
     that are gone (https://github.com/pytorch/pytorch/issues/135712), and who reads one waits half an hour."""
     if not restarts() or distributed.is_initialized():
         return
-    store, rank, world = next(distributed.rendezvous("env://"))
-    part = distributed.PrefixStore(f"attempt {restarts()}", store)
+    store, rank, world = next(distributed.rendezvous("env://"))  # type: ignore[reportPrivateImportUsage]
+    part = distributed.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[reportPrivateImportUsage]
     distributed.init_process_group("gloo" if cpu else "nccl", store=part, rank=rank, world_size=world)
 
 
