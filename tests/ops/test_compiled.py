@@ -12,6 +12,7 @@ from torch import nn
 
 import fourbit as fb
 from fourbit.ops import Contraction, Convolution, LinearMap, Matmul
+from fourbit.ops._compiled import _canonical, _full
 
 RECIPES = ["int4-fwd", "ibm2020", "ibm2020-channel-gradscale", "luq"]
 RECIPES += [pytest.param(name, marks=pytest.mark.slow) for name in ("ibm2020-dw8", "luq-smp2")]
@@ -101,3 +102,18 @@ def test_the_default_compiler_with_autocast_trains_alike():
 )
 def test_contractions_survive_their_encoding(contraction):
     assert Contraction.decode(contraction.encode()) == contraction
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 3, 1, 5), (1, 8, 1, 1)])
+def test_images_lie_in_one_order_whatever_they_came_in_and_are_not_copied_if_they_do(shape):
+    """Graphs know operands by their strides."""
+    convolution = Convolution((1, 1), (0, 0), (1, 1))
+    rows, last = torch.randn(shape), torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    lies = _canonical(rows, convolution)
+    assert torch.equal(lies, rows)
+    assert (
+        lies.stride()
+        == _canonical(last, convolution).stride()
+        == _full(rows.new_empty(()).expand(shape), convolution).stride()
+    )
+    assert _canonical(lies, convolution) is lies

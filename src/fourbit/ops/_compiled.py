@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourbit.errors import UserError
 from fourbit.formats import Format
-from fourbit.ops._contraction import Contraction
+from fourbit.ops._contraction import Contraction, Convolution
 from fourbit.ops._gemms import backward, clip_gradient, fprop, needs_of
 from fourbit.ops._orientation import Orientation
 from fourbit.ops._product import Layout, Operand
@@ -44,13 +44,23 @@ from fourbit.quantizers import (
 )
 
 
-def _canonical(t: Tensor, contraction: Contraction, operand: str) -> Tensor:
-    """An operand in the one order of axes that shape and geometry determine."""
-    return contraction.prepare(t.contiguous(), operand)
+def _order(t: Tensor, contraction: Contraction) -> torch.memory_format:
+    last = isinstance(contraction, Convolution) and contraction.takes_channels_last(t)
+    return torch.channels_last if last else torch.contiguous_format
 
 
-def _blank(t: Tensor, dtype: torch.dtype, contraction: Contraction, operand: str) -> Tensor:
-    return torch.empty_like(_canonical(t.to(dtype), contraction, operand))
+def _strides(shape: torch.Size, order: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=order).stride()
+
+
+def _canonical(t: Tensor, contraction: Contraction) -> Tensor:
+    """An operand in the one order of axes that shape and geometry determine; itself if it lies so."""
+    strides = _strides(t.shape, _order(t, contraction))
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
+def _blank(t: Tensor, dtype: torch.dtype, contraction: Contraction) -> Tensor:
+    return t.new_empty_strided(t.shape, _strides(t.shape, _order(t, contraction)), dtype=dtype)
 
 
 def _stored_slots(spec: LayerSpec, learned: tuple[bool, bool]) -> list[str]:
@@ -108,10 +118,6 @@ class _Form:
         return []
 
 
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
-
-
 def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contraction) -> list[Tensor]:
     """Shapes of an operand as it is saved: data, scale, and scales of blocks."""
     form, resolved = _Form.of(t, slot, spec, contraction), spec.resolved(slot)
@@ -128,7 +134,7 @@ def _blank_operand(t: Tensor, slot: str, spec: LayerSpec, contraction: Contracti
             exact = resolved.samples == 1 and fits_bfloat16(resolved.format.grid, scale_format)
             dtype = torch.bfloat16 if exact else torch.float32
         oriented = form.orientation is not None
-        data = t.new_empty(form.shape, dtype=dtype) if oriented else _blank(t, dtype, contraction, slot[0])
+        data = t.new_empty(form.shape, dtype=dtype) if oriented else _blank(t, dtype, contraction)
     found = [data, t.new_empty(form.scale_shape(), dtype=torch.float32)]
     if packed and form.has_blocks:
         dtype = torch.uint8 if scale_fits_byte(scale_format) else torch.float32
@@ -150,10 +156,10 @@ def _forward(
     state, contraction = state_of(layer), Contraction.decode(geometry)
     state.with_gradients = with_gradients
     spec, learned = state.spec, (x_alpha is not None, w_alpha is not None)
-    x, w = _canonical(x, contraction, "x"), _canonical(w, contraction, "w")
+    x, w = _canonical(x, contraction), _canonical(w, contraction)
     y, saved = fprop(x, w, contraction, state, dtype, learned)
     if not with_gradients:
-        return [_canonical(y, contraction, "g")]
+        return [_canonical(y, contraction)]
     kept = {"x_wgrad": saved.x, "w_dgrad": saved.w, "x_fprop": saved.x_codes, "w_fprop": saved.w_codes}
     tensors: list[Tensor] = []
     for slot in _stored_slots(spec, learned):
@@ -166,8 +172,8 @@ def _forward(
             tensors.append(data.blocks.data)
     tensors += [getattr(saved, f"{op}_mask") for op in _masks(spec)]
     if saved.w_slope is not None:
-        tensors.append(_canonical(saved.w_slope, contraction, "w"))
-    return [_canonical(y, contraction, "g"), *tensors]
+        tensors.append(_canonical(saved.w_slope, contraction))
+    return [_canonical(y, contraction), *tensors]
 
 
 @_forward.register_fake
@@ -185,16 +191,16 @@ def _(
     of = {"x": x, "w": w}
     tensors: list[Tensor] = []
     if not with_gradients:
-        return [_canonical(torch.empty_like(contraction.fprop(x.to(dtype), w.to(dtype))), contraction, "g")]
+        return [_canonical(torch.empty_like(contraction.fprop(x.to(dtype), w.to(dtype))), contraction)]
     for slot in _stored_slots(spec, (x_alpha is not None, w_alpha is not None)):
         tensors += _blank_operand(of[slot[0]], slot, spec, contraction)
     for op in _masks(spec):
         num = _Form.of(of[op], f"{op}_fprop", spec, contraction).shape.numel()
         tensors.append(x.new_empty((num + BLOCK - 1) // BLOCK * 8, dtype=torch.uint8))
     if _has_slope(spec):
-        tensors.append(_blank(w, torch.float32, contraction, "w"))
+        tensors.append(_blank(w, torch.float32, contraction))
     y = contraction.fprop(x.to(dtype), w.to(dtype))
-    return [_canonical(torch.empty_like(y), contraction, "g"), *tensors]
+    return [_canonical(torch.empty_like(y), contraction), *tensors]
 
 
 @torch.library.custom_op("fourbit::contract_backward", mutates_args=())
@@ -210,7 +216,7 @@ def _backward(
 ) -> list[Tensor]:
     state, contraction = state_of(layer), Contraction.decode(geometry)
     spec, left = state.spec, list(tensors)
-    of = {op: _canonical(_full(t), contraction, op) for op, t in (("x", x), ("w", w))}
+    of = {op: _canonical(_full(t, contraction), contraction) for op, t in (("x", x), ("w", w))}
     kept: dict[str, Operand] = {}
     for slot in _stored_slots(spec, (learned[0], learned[1])):
         operand, resolved = of[slot[0]], spec.resolved(slot)
@@ -223,7 +229,7 @@ def _backward(
                 scaling, block_data = resolved.scaling, left.pop(0)
                 part, scale_format = scaling.kept(form.tile) if isinstance(scaling, BlockScale) else (form.tile, None)
                 blocks = BlockScales(block_data, scale_format if block_data.dtype == torch.uint8 else None, part)
-            stride = operand.stride() if form.orientation is None else _contiguous(form.shape)
+            stride = operand.stride() if form.orientation is None else _strides(form.shape)
             data = as_packed(data, form.shape, stride, format, blocks)
         on_grid = resolved.samples == 1 and not form.has_blocks
         kept[slot] = Operand(data, scale, None if form.has_blocks else format, on_grid, None, form.orientation)
@@ -256,8 +262,8 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     contraction = Contraction.decode(geometry)
-    dx = _blank(x, x.dtype, contraction, "x") if needs[0] else g.new_empty(0)
-    dw = _blank(w, w.dtype, contraction, "w") if needs[1] else g.new_empty(0)
+    dx = _blank(x, x.dtype, contraction) if needs[0] else g.new_empty(0)
+    dw = _blank(w, w.dtype, contraction) if needs[1] else g.new_empty(0)
     alphas = [
         g.new_empty(1, dtype=torch.float32) if a and n else g.new_empty(0) for a, n in zip(learned, needs, strict=True)
     ]
@@ -269,9 +275,9 @@ def _stand_in(t: Tensor) -> Tensor:
     return t.new_empty(()).expand(t.shape)
 
 
-def _full(t: Tensor) -> Tensor:
+def _full(t: Tensor, contraction: Contraction) -> Tensor:
     """The operand, or memory with nothing in it in place of a stand-in."""
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device) if t.dim() and not any(t.stride()) else t
+    return _blank(t, t.dtype, contraction) if t.dim() and not any(t.stride()) else t
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

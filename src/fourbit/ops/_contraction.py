@@ -229,9 +229,16 @@ class Convolution(Contraction):
 
     def prepare(self, t: Tensor, operand: str) -> Tensor:
         """Two-dimensional operands in channels_last, which the convolutions of CPUs and of tensor cores are fastest with."""
-        if t.dim() == 4 and t.device.type in ("cpu", "cuda"):
-            return t.contiguous(memory_format=torch.channels_last)
-        return super().prepare(t, operand)
+        return (
+            t.contiguous(memory_format=torch.channels_last)
+            if self.takes_channels_last(t)
+            else super().prepare(t, operand)
+        )
+
+    @staticmethod
+    def takes_channels_last(t: Tensor) -> bool:
+        """Whether `prepare` gives channels_last."""
+        return t.dim() == 4 and t.device.type in ("cpu", "cuda")
 
     def fprop(self, x: Tensor, w: Tensor) -> Tensor:
         """torch's convolution without bias."""
