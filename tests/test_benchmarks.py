@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,10 @@ def test_every_operation_has_our_time_at_every_size(results):
             found = operation["sizes"][size]
             assert len(found["ours"]["seconds"]) == 2, name
             assert _harness.ratio(found, "ours", "copy of as many bytes").median > 0
-            assert found["QPyTorch"]["skipped"] == "other libraries were left out (--no-peers)"
+            peers = {"QPyTorch", "microxcaling", "torchao MXFP4", "torchao NVFP4"} & set(found)
+            said = {found[peer]["skipped"] for peer in peers}
+            assert said <= {"other libraries were left out (--no-peers)", "no clone given: --microxcaling DIR"}, name
+            assert peers or name.endswith(("-rht", "-sr")), name  # who rounds these?
 
 
 @pytest.mark.slow
@@ -101,11 +105,17 @@ def test_a_step_says_what_waits_for_backward_and_where_the_time_goes(results):
 @pytest.mark.slow
 def test_the_document_shows_every_table_and_keeps_its_prose(results):
     (results / "parity.md").write_text("all equal")
+    (results / "avx2").mkdir()
+    shutil.copy(results / "step.json", results / "avx2")
     shown = documents.blocks(documents.load(results), results, "figures")
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert set(_regions.names(text)) == set(shown)
+    names = set(_regions.names(text))
+    assert {name for name in names if not name.endswith("-avx2")} == {
+        name for name in shown if not name.endswith("-avx2")
+    }
+    assert {"targets-avx2", "machine-avx2"} < names <= set(shown)
     filled = _regions.fill(text, shown)
-    assert all(value in filled for value in shown.values())
+    assert all(shown[name] in filled for name in names)
     assert "Not measured" not in re.sub(r"\| not measured \|", "", filled)
     assert _regions.outside(filled) == _regions.outside(text) and _regions.fill(text, {}) == text
 
