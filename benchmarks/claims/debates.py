@@ -14,8 +14,8 @@ SCALE = (
 )
 METHOD = (
     "`gpt` on Shakespeare in 512 pieces of words, the same order of sequences for all. AdamW at a learning rate of "
-    "0.002, if no other is named: the best of 0.0015, 0.002, 0.003 and 0.004 for FP32 with seed 0. Perplexity of the test text: lower is "
-    "better, and a positive difference is a loss.",
+    "0.002, if no other is named: the best of 0.0015, 0.002, 0.003 and 0.004 for FP32 with seed 0. Perplexity of the test "
+    "text: lower is better, and a positive difference is a loss.",
 )
 
 
