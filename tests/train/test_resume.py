@@ -36,6 +36,7 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_as_if_it_never_was(mak
     "fields",
     [
         {"optimizer": "adam"},
+        {"optimizer": "lars", "weight_decay": 1e-3},
         {"optimizer": "adamw", "schedule": "cosine", "warmup_steps": 3},
         {"nesterov": True, "gradient_clip": 0.5, "label_smoothing": 0.1},
         {"grad_accumulation": 2, "batch_size": 16, "log_every": 2},

@@ -121,13 +121,13 @@ class Settings:
     beam_size: Annotated[int, TASK, WHOLE] = 1
     """Translations of a test sentence that are followed at a time; 1 is greedy."""
 
-    optimizer: Annotated[Literal["sgd", "adam", "adamw", "muon"], OPTIMIZATION] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam", "adamw", "muon", "lars"], OPTIMIZATION] = "sgd"
     """Update rule. muon: Muon for the matrices of hidden layers, AdamW for all else; it multiplies in bfloat16, which takes
-    seconds a step on CPUs that do not."""
+    seconds a step on CPUs that do not. lars: sgd whose steps are a share of each layer's length."""
     lr: Annotated[float | None, OPTIMIZATION] = None
-    """Learning rate. None: 0.1 for sgd, 0.001 for the others."""
+    """Learning rate. None: 0.1 for sgd, 0.01 for lars, 0.001 for the others."""
     momentum: Annotated[float, OPTIMIZATION] = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd and lars."""
     nesterov: Annotated[bool, OPTIMIZATION] = False
     """Nesterov's momentum, for sgd."""
     beta2: Annotated[float, OPTIMIZATION] = 0.999

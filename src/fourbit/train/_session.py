@@ -24,6 +24,7 @@ from fourbit.errors import UserError
 from fourbit.recipes import LossScaler, Scheduler
 from fourbit.train._config import TrainConfig
 from fourbit.train._environment import prepare_process, restarts
+from fourbit.train._lars import Lars
 from fourbit.train._muon import MuonWithAdamW, hidden_matrices
 from fourbit.train.tasks import Batch, Task, make_task
 
@@ -179,6 +180,8 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     assert config.lr is not None
     if config.optimizer == "muon":
         return MuonWithAdamW(groups, hidden_matrices(model), config.lr, (0.9, config.beta2))
+    if config.optimizer == "lars":
+        return Lars(groups, config.lr, config.momentum)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]

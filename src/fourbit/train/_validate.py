@@ -20,7 +20,7 @@ from fourbit._types import hints_of, require_types
 from fourbit.errors import UserError, unknown
 from fourbit.train._config import DEFAULT_LENGTH, MAX_THREADS, TRACKERS, CompareConfig, Settings, TrainConfig, label_of
 
-DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3}
+DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-3, "lars": 1e-2}
 MIN_EVAL_BATCH_SIZE = 256
 
 _AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
