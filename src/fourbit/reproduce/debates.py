@@ -204,6 +204,14 @@ _debate(
     ),
 )
 _debate(
+    "rows",
+    "A scale for each layer, each row of an operand, or each block",
+    "fourbit",
+    "fourbit-rows",
+    "mxfp4-ceil-sr-g",
+    pairs=(("fourbit-rows", "fourbit"), ("fourbit-rows", "mxfp4-ceil-sr-g")),
+)
+_debate(
     "rates",
     "Half and double the learning rate",
     "ibm2020",

@@ -270,3 +270,21 @@ FOURBIT = _ibm(
     replace(TPR, g_dgrad=FOURBIT_GRADIENT, g_wgrad=REUSE),
     source="this project, from parts of the two papers above",
 )
+
+_X_ROWS, _W_ROWS = (QuantSpec(f.INT4_SYM, scaling, "row") for scaling in (Amax(), Sawb()))
+_G_ROWS = replace(FOURBIT_GRADIENT, granularity="row")
+FOURBIT_ROWS = _ibm(
+    "fourbit-rows",
+    "fourbit with a scale for each row of each operand, in all three products, which the product takes out again; activations "
+    "by their largest magnitude",
+    LayerSpec(
+        x_fprop=_X_ROWS,
+        w_fprop=_W_ROWS,
+        g_dgrad=_G_ROWS,
+        w_dgrad=_W_ROWS,
+        g_wgrad=_G_ROWS,
+        x_wgrad=_X_ROWS,
+        output=TPR.output,
+    ),
+    source="this project, from parts of the two papers above",
+)
