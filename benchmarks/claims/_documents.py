@@ -146,7 +146,7 @@ def _not_run() -> str:
     """Rows without a kept table, by the table that they belong to."""
     said = []
     for table in TABLES:
-        missing = [name for name in rows_of(table) if not (RESULTS / "reproduce" / f"{table}-{name}-small").exists()]
+        missing = [name for name in rows_of(table) if not any((RESULTS / "reproduce").glob(f"{table}-{name}-*"))]
         if missing:
             said.append(f"- `{table}`: {', '.join(f'`{name}`' for name in missing)}")
     return "\n".join(said)

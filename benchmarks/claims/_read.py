@@ -14,7 +14,7 @@ from benchmarks._harness import ROOT
 from benchmarks.claims._claim import Part, Table, seeds
 from fourbit.reproduce import rows_of
 from fourbit.reproduce._provenance import said_of_commits
-from fourbit.reproduce._row import said_of
+from fourbit.reproduce._row import ScaleName, said_of
 from fourbit.reproduce._run import _runs_folder
 from fourbit.reproduce._statistics import Paired, paired
 from fourbit.reproduce._table import Column
@@ -97,14 +97,16 @@ def title_of(recipe: str) -> str:
 
 
 @functools.cache
-def reproduced(table: str, name: str, label: str, lr: float | None = None) -> Runs:
-    """A row that `fourbit reproduce` has written from its runs, at the scale `small`; `lr`: of a row that has several."""
+def reproduced(
+    table: str, name: str, label: str, lr: float | None = None, scale: ScaleName = "small", epochs: int | None = None
+) -> Runs:
+    """A row that `fourbit reproduce` has written from its runs; `lr` or `epochs`: of a row that has several."""
     row = rows_of(table)[name]
-    folder = RESULTS / "reproduce" / f"{table}-{name}-small"
+    folder = RESULTS / "reproduce" / f"{table}-{name}-{scale}"
     read = json.loads((folder / "reproduced.json").read_text())
-    part = read if isinstance(read, dict) else next(p for p in read if p["lr"] == lr)
-    settings = row.settings("small")
-    variation = {} if lr is None else {"lr": lr}
+    variation = {key: value for key, value in (("lr", lr), ("epochs", epochs)) if value is not None}
+    part = read if isinstance(read, dict) else next(p for p in read if variation.items() <= p.items())
+    settings = row.settings(scale) | variation
     columns = {
         c["recipe"]: Column(
             c["recipe"],
@@ -116,15 +118,16 @@ def reproduced(table: str, name: str, label: str, lr: float | None = None) -> Ru
         for c in part["columns"]
     }
     seeds_of = sorted({s for column in columns.values() for s in column.values})
-    place = _runs_folder(row, "small", RESULTS / "reproduce", settings["model"], variation)
+    place = _runs_folder(row, scale, RESULTS / "reproduce", settings["model"], variation)
     data = settings["data"]
     command = f"fourbit reproduce {table} --row {name} --seeds {','.join(map(str, seeds_of))}"
+    command += f" --scale {scale}" if scale != "small" else ""
     command += f" --data-dir data/{FOLDERS.get(data, data)} --threads 1"
-    if any(recipe not in row.columns for recipe in columns):
+    if scale != "small" or any(recipe not in row.columns for recipe in columns):
         command += f" \\\n        --columns {','.join(columns)}"
     return Runs(
         label,
-        said_of(settings | variation, seeds_of),
+        said_of(settings, seeds_of),
         "points" if "%" in row.metric else row.metric.removeprefix("test "),
         row.metric.removeprefix("CIFAR-10 "),
         columns,
