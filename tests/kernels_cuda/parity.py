@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
+import parity_blocks
 import parity_memory
 import parity_stand_in as stand_in
 import torch
@@ -165,6 +166,7 @@ def checks(device: str, sizes: str) -> Iterator[Check]:
     yield from parity_memory.unpack_checks(device, numbers)
     yield from parity_memory.epilogue_checks(device, tuple(n for n in numbers if n in (31, 64, 65, 4096, 3_000_001)))
     yield from special_checks(device)
+    yield from parity_blocks.block_checks(device)
 
 
 def run(device: str, sizes: str, quiet: bool = False, seconds: float = math.inf) -> dict[str, str]:

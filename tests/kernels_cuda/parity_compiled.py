@@ -17,7 +17,7 @@ from typing import Any
 import parity
 import torch
 
-from fourbit.kernels.cuda import _products, _quantize
+from fourbit.kernels.cuda import _products, _quantize, _tiles
 from fourbit.kernels.cuda._device import DEVICES
 
 FORBIDDEN = re.compile(r"\b(fma\.rn\.f32|div\.full\.f32|div\.approx\S*|\w+\.ftz\S*)")
@@ -79,7 +79,7 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{len(seen):03}-{kernel.__name__}.ptx").write_text(f"// {name}\n" + built.asm["ptx"])
 
-    _quantize.launch = _products.launch = compile_only  # type: ignore[assignment]
+    _quantize.launch = _products.launch = _tiles.launch = compile_only  # type: ignore[assignment]
     parity.SIZES["compile"] = (4096,)
     for _, check in parity.checks("cpu", "compile"):
         try:

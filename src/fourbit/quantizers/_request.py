@@ -151,7 +151,7 @@ class TilesRounded(NamedTuple):
         q: numbers times the scale of their block; None where only the codes are wanted.
         scale: of the tensor, 0-d.
         each: the whole scale of each tile, of `scale_shape`.
-        amax: max|x| of all, rotated.
+        amax: max|x| of all, rotated, or of each tile.
         packed: where it is to be saved: the codes, with the scales of blocks.
         mask: one bit per element, in the order of q, where its scaling clips and it is to be saved.
     """
@@ -159,7 +159,7 @@ class TilesRounded(NamedTuple):
     q: Tensor | None
     scale: Tensor
     each: Tensor
-    amax: float
+    amax: Tensor | float
     packed: Packed | None
     mask: Tensor | None = None
 

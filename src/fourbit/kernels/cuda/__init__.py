@@ -13,3 +13,4 @@ backends.register_backend(status, "cuda")
 if torch.version.cuda is not None:
     from fourbit.kernels.cuda import _products as _products
     from fourbit.kernels.cuda import _quantize as _quantize
+    from fourbit.kernels.cuda import _tiles as _tiles
