@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks._harness import ROOT
@@ -143,35 +143,49 @@ def digits(epochs: int, optimizer: str = "sgd", lr: float = 0.1) -> Runs:
     """The comparison on digits, 16 seeds, after 8 or 40 epochs; 8 also with LARS, at a learning rate of 0.01."""
     name = "table" if epochs == 8 else f"table-{epochs}-epochs"
     name += "" if optimizer == "sgd" else f"-8-epochs-{optimizer}"
-    flags = "" if optimizer == "sgd" else f"--optimizer {optimizer} --lr {lr:g} "
     by = "" if optimizer == "sgd" else f", {optimizer.upper()}"
-    rows = json.loads((RESULTS / "digits" / f"{name}.json").read_text())
+    flags = f"--model digits_cnn --data digits --epochs {epochs} "
+    flags += "" if optimizer == "sgd" else f"--optimizer {optimizer} --lr {lr:g} "
+    flags += f"--threads 1 --out runs/digits{epochs}"
+    names = f"Digits, small network, {epochs} epochs{by}", f"digits_cnn on digits, {epochs} epochs{by}"
+    return _compared(
+        f"digits/{name}",
+        names,
+        flags,
+        lr,
+        epochs,
+        "The folders of these runs are not kept; their accuracies by seed are.",
+    )
+
+
+@functools.cache
+def half_resnet_lars() -> Runs:
+    """Half a ResNet-20 for three epochs with LARS."""
+    flags = "--model 'resnet20?width=8' --data cifar10 --data-dir data/cifar10 --image-size 16 --batch-size 128 "
+    flags += "--optimizer lars --lr 0.01 \\\n        --schedule step --epochs 3 --threads 1 --observe-every 0 --out runs/lars"
+    name = "resnet20-half-lars"
+    names = "Half a ResNet-20, pictures of 16x16, 3 epochs, LARS", "resnet20?width=8 on cifar10, 3 epochs, LARS"
+    found = _compared(f"{name}/table", names, flags, 0.01, 3, "")
+    return replace(found, commits=said_of_commits(RESULTS / name, list(found.columns.values())))
+
+
+def _compared(table: str, names: tuple[str, str], flags: str, lr: float, epochs: int, commits: str) -> Runs:
+    """The kept table of a comparison of image networks; `names`: its label, and what was trained."""
+    rows = json.loads((RESULTS / f"{table}.json").read_text())
     columns = {
         r["recipe"]: Column(
             r["recipe"],
             {int(s): v * 100 for s, v in r["test_accuracy_by_seed"].items()},
             tuple(r["diverged_seeds"]),
-            0.1,
+            lr,
             epochs,
         )
         for r in rows
     }
     every_seed = ",".join(map(str, range(rows[0]["n"])))
-    command = (
-        f"fourbit compare --model digits_cnn --data digits --epochs {epochs} {flags}--threads 1 --out runs/digits{epochs} \\\n"
-        f"        --seeds {every_seed} \\\n        --recipes {','.join(columns)}"
-    )
-    return Runs(
-        f"Digits, small network, {epochs} epochs{by}",
-        f"digits_cnn on digits, {epochs} epochs{by}, {rows[0]['n']} seeds",
-        "points",
-        "test accuracy %",
-        columns,
-        command,
-        "The folders of these runs are not kept; their accuracies by seed are.",
-        f"digits/{name}.md",
-        {},
-    )
+    command = f"fourbit compare {flags} \\\n        --seeds {every_seed} \\\n        --recipes {','.join(columns)}"
+    trained = f"{names[1]}, {rows[0]['n']} seeds"
+    return Runs(names[0], trained, "points", "test accuracy %", columns, command, commits, f"{table}.md", {})
 
 
 def change(later: Runs, earlier: Runs, recipe: str) -> Paired:

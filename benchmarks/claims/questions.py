@@ -5,7 +5,7 @@ from __future__ import annotations
 from scipy.special import stdtrit
 
 from benchmarks.claims._claim import Claim, Group, Part, Table, claim, seeds
-from benchmarks.claims._read import Runs, change, digits, markdown_rows, reproduced, trained
+from benchmarks.claims._read import Runs, change, digits, half_resnet_lars, markdown_rows, reproduced, trained
 from fourbit.reproduce._statistics import ERROR, paired
 
 SHORT = (
@@ -324,37 +324,45 @@ def bias_of_classes() -> Claim:
 @claim(Group.QUESTIONS)
 def length_of_gradients() -> Claim:
     plain, lars = digits(8), digits(8, "lars", 0.01)
+    resnet, resnet_lars = (
+        reproduced("questions", "length", "Half a ResNet-20, pictures of 16x16, 3 epochs", scale="converged", epochs=3),
+        half_resnet_lars(),
+    )
     shown = ("fp32", "int4-fwd", "ibm2020", "ibm2020-corrected", "ibm2020-luq", "fourbit")
+    small = ("fp32", "ibm2020", "ibm2020-luq")
     return Claim(
-        "In a short training, part of what the paper's recipe loses is the length of its gradients.",
-        (
+        "Under LARS, the paper's recipe loses less in a short training than under SGD.",
+        tuple(
             seeds(
-                "gap of `ibm2020` under LARS less that under SGD, digits, 8 epochs",
-                change(lars, plain, "ibm2020"),
+                f"gap of `ibm2020` under LARS less that under SGD, {where}",
+                change(new, old, "ibm2020"),
                 "points",
                 least=0.0,
-            ),
+            )
+            for where, new, old in (
+                ("digits, 8 epochs", lars, plain),
+                ("half a ResNet-20, 3 epochs", resnet_lars, resnet),
+            )
         ),
         "Radix-4 rounding [shrinks gradients](gradients-shrink.md), by different factors in different layers. LARS gives each "
         "layer a step that is a share of its own length, whatever the length of its gradient. So what is left of a gap under "
         "LARS is in the directions of the gradients, or in the forward pass.",
         (
-            "One small network, and one learning rate for each optimizer: SGD's is the default, LARS's the best of 0.0025, "
-            "0.005, 0.01, 0.02 and 0.04 for FP32 with four seeds, chosen on the test data.",
-            "FP32 gains from LARS as well, so that all recipes come closer to the most that this task gives.",
+            "Two small networks, and one learning rate for each optimizer: SGD's is the default, LARS's the best of 0.0025, "
+            "0.005, 0.01, 0.02 and 0.04 for FP32 on digits with four seeds, chosen on the test data.",
+            "FP32 gains from LARS as well, on ResNet-20 more than the recipe does.",
         ),
         beside=(
-            *(lars.part(recipe, where="LARS") for recipe in shown[1:]),
-            *(plain.part(recipe, where="SGD") for recipe in shown[1:]),
-            lars.part("ibm2020-luq", "ibm2020", where="LARS"),
-            plain.part("ibm2020-luq", "ibm2020", where="SGD"),
+            *(lars.part(recipe, where="digits, LARS") for recipe in shown[1:]),
+            *(plain.part(recipe, where="digits, SGD") for recipe in shown[1:]),
+            *(resnet_lars.part(recipe, where="ResNet-20, LARS") for recipe in small[1:]),
+            *(resnet.part(recipe, where="ResNet-20, SGD") for recipe in small[1:]),
         ),
-        runs=((lars, shown), (plain, shown)),
+        runs=((lars, shown), (plain, shown), (resnet_lars, small), (resnet, small)),
         why=(
-            "In a longer training, batch normalization and weight decay bring each layer to steps of the same relative length, "
-            "after about 1 / (learning rate x decay) steps: there [the gap closes](gap-closes.md) without LARS.",
-            "Who trains for few epochs under `ibm2020` with SGD does well to use `--optimizer lars`, `ibm2020-corrected`, or "
-            "stochastic gradients (`ibm2020-luq`, `fourbit`).",
+            "On digits most of the gap goes with the length of the gradients, and the recipe under LARS is where FP32 is under "
+            "SGD. On ResNet-20 the accuracy of the recipe rises under LARS too, but FP32's rises more: there is more to the "
+            "gap than the length.",
         ),
     )
 
