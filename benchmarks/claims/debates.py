@@ -240,8 +240,8 @@ def scale_for_each_row() -> Claim:
         "as good as blocks?",
         (
             "`fourbit-rows` scales activations by their largest magnitude, row by row, instead of a trained clip value. With "
-            "rows for the gradients alone, or for gradients and weights, seed 0 ended at 36.1 and 35.6, where `fourbit` ends at "
-            "35.5 (these two runs are not kept).",
+            "rows for the gradients alone, or for gradients and weights, seed 0 ended at 36.1 and 35.6; `fourbit` ends at 35.5 "
+            "(these two runs are not kept).",
             "On images it has not been judged: convolutions with scales of rows have no kernels, and take several times as "
             "long.",
         ),
