@@ -54,11 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings(), interruptible_imports() as interrupts:
         warnings.showwarning = _show_warning
         try:
-            words = with_config_file(arguments, sys.argv[1:])
-            if any("\0" in word for word in words or ()):
+            if any("\0" in word for word in arguments or ()):
                 raise UserError("an argument holds a zero byte, which no name can: leave it out.")
             code = app(
-                words,
+                with_config_file(arguments, sys.argv[1:]),
                 exit_on_error=False,
                 print_error=False,
                 result_action="return_value",
